@@ -1,0 +1,39 @@
+"""Class activation maps as pure functions: a model, a layer and an input go in, maps come out.
+
+Nothing is hooked, wrapped, switched or remembered, so a CAM composes like any other function: `vmap` it, `grad` through it,
+compile it, call it from eight threads on one model.
+"""
+
+from camfn import layouts, maps, targets, weights
+from camfn._errors import CamError, CamWarning
+from camfn.capture import Captured, head, pure, state_of, tap
+from camfn.explanation import Explanation, explain
+from camfn.masks import RECIPES, Recipe
+from camfn.methods import METHODS, cam, is_cam, score_cam, ss_cam
+from camfn.scoring import Sweep
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "RECIPES",
+    "CamError",
+    "CamWarning",
+    "Captured",
+    "Explanation",
+    "Recipe",
+    "Sweep",
+    "cam",
+    "explain",
+    "head",
+    "is_cam",
+    "layouts",
+    "maps",
+    "pure",
+    "score_cam",
+    "ss_cam",
+    "state_of",
+    "tap",
+    "targets",
+    "weights",
+]

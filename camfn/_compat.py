@@ -1,0 +1,79 @@
+"""What differs between torch versions, or lies behind a private name of torch: all of it is here.
+
+camfn needs torch 2.0. Every function below works there too, by the fallback beside it.
+"""
+
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiling() -> bool:
+    """Is `torch.compile` tracing this code?"""
+    if hasattr(torch, "compiler") and hasattr(torch.compiler, "is_compiling"):
+        return torch.compiler.is_compiling()
+    dynamo = sys.modules.get("torch._dynamo")  # torch < 2.1; not loaded means not compiling
+    return dynamo is not None and dynamo.is_compiling()
+
+
+def transformed() -> bool:
+    """Are we inside `vmap`, `grad`, `jvp` or `torch.compile`, where values cannot be read?"""
+    return compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def eager(function: F) -> F:
+    """`function`, run as plain Python when the caller is being compiled."""
+    if hasattr(torch, "compiler") and hasattr(torch.compiler, "disable"):
+        return torch.compiler.disable(function)
+    return function  # torch 2.0: importing its compiler to say so would cost more than it saves
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Inside, torch functions act on plain tensors only: the one way to draw from a generator under `vmap`."""
+    guard = torch._C._DisableFuncTorch()
+    if hasattr(guard, "__enter__"):
+        with guard:
+            yield
+    else:  # torch 2.0: in force for as long as it lives
+        yield
+        del guard
+
+
+def storage_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What two tensors share if they are views of one memory in one shape, wrapped by transforms or not."""
+    functorch = torch._C._functorch
+    levels: list[int] = []
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        levels.append(functorch.maybe_get_level(tensor))
+        tensor = functorch.get_unwrapped(tensor)
+    return (*levels, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+
+
+def can_compile() -> str:
+    """Why `torch.compile(fullgraph=True)` cannot take our kernel on this installation; empty if it can."""
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 3):
+        return f"torch {torch.__version__} cannot compile vmap and functional_call into one graph (torch 2.3 can)"
+    if not torch._dynamo.is_dynamo_supported():
+        return f"torch.compile does not support Python {sys.version.split()[0]} here"
+    return ""
+
+
+def compiled(function: types.FunctionType, **options: Any) -> Callable[..., Any]:
+    """`function` compiled as one graph, with a recompile limit of its own.
+
+    torch counts recompilations per code object, shared by every user of it, and the ninth raises: so each kernel gets
+    a code object of its own (newer torch has options for this, older has not).
+    """
+    code = function.__code__
+    own = types.FunctionType(
+        code.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(own, fullgraph=True, dynamic=False, **options)

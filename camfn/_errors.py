@@ -1,0 +1,28 @@
+"""One exception, one warning, and the sentences that several rooms share."""
+
+import sys
+import warnings
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class CamError(ValueError):
+    """The call cannot give a meaningful map. The message says what was asked, what was found, and what to do."""
+
+
+class CamWarning(UserWarning):
+    """The call gave a map, and something about it should be known."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The names most like `name`, for the end of a sentence."""
+    return ", ".join(map(repr, get_close_matches(name, list(known), n=3, cutoff=0.4))) or "none is close"
+
+
+def warn(message: str) -> None:
+    """Warn the caller of camfn, wherever inside it we are."""
+    level = 1
+    frame = sys._getframe(0)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "camfn":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, CamWarning, stacklevel=level)

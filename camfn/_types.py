@@ -1,0 +1,40 @@
+"""Shapes by name, and the shapes of arguments.
+
+Axes: `n` images, `c` channels, `p` positions of the layer's grid (flattened), `t` targets, `r` rows of a sweep
+(masked inputs).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+State: TypeAlias = dict[str, Tensor]
+"""Parameters and buffers by name: the model as a value."""
+
+Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""`model(x)`, `model(*x)` or `model(**x)`; the batch is the first axis of every tensor."""
+
+Layer: TypeAlias = str | nn.Module
+Layers: TypeAlias = Layer | Sequence[Layer] | None
+
+Activations: TypeAlias = Float[Tensor, "n c p"]
+Scores: TypeAlias = Float[Tensor, "n c t"]
+Weights: TypeAlias = Float[Tensor, "n t c"]
+FlatMaps: TypeAlias = Float[Tensor, "n t p"]
+Classes: TypeAlias = Int[Tensor, "n t"]
+
+Maps: TypeAlias = Tensor | tuple[Tensor, ...]
+"""`(n, *grid)`, or `(n, t, *grid)` where the target asks for several; a tuple for several layers."""
+
+Size: TypeAlias = Literal["input"] | Sequence[int] | None
+Layout: TypeAlias = str | Callable[[Tensor], Tensor]
+Target: TypeAlias = Any
+"""`None`, an int, n ints, a long tensor `(n,)` or `(n, t)`, `"all"`, a `camfn.targets` name, a callable, or n callables."""
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or the dtype itself where it is wider: what scores, softmax and sums are computed in."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,377 @@
+"""From a module to a pure function.
+
+A layer of the shell gets three *ports* (seen, nudge, swap), and `functional_call` feeds the shell its state: nothing of the
+caller's is hooked, switched or written to.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, functionalize
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from camfn import _compat
+from camfn._errors import CamError, closest
+from camfn._types import Inputs, Layer, State
+from camfn.keep import kept, structure
+from camfn.shell import Shell, bare, shell_of
+
+
+class Captured(NamedTuple):
+    """What one run of a tapped model gives."""
+
+    output: Any
+    seen: Tensor | tuple[Tensor, ...]
+
+
+# ------------------------------------------------------------------------------------------------------- the state
+
+
+def state_of(model: nn.Module) -> State:
+    """The model as a value: every parameter and buffer by name, detached, sharing memory with the model.
+
+    A tensor that has several names (tied weights, a module registered twice) stands under its first.
+
+    >>> import camfn, torch
+    >>> {name: tuple(t.shape) for name, t in camfn.state_of(torch.nn.Linear(3, 2)).items()}
+    {'weight': (2, 3), 'bias': (2,)}
+    """
+    return dict(shell_of(model).tensors)
+
+
+def resolve_state(shell: Shell, state: Mapping[str, Tensor] | None) -> State:
+    """`state` with one entry for each tensor of the model, under its first name; the model's own where it is `None`."""
+    if state is None:
+        return dict(shell.tensors)
+    found: State = {}
+    for key, tensor in state.items():
+        name = shell.aliases.get(key) or shell.aliases.get(bare(key))
+        if name is None:
+            raise CamError(f"state= has an entry {key!r} that the model does not; closest: {closest(key, shell.aliases)}")
+        if tuple(tensor.shape) != tuple(shell.tensors[name].shape):
+            raise CamError(
+                f"state= holds {key!r} of shape {tuple(tensor.shape)}, the model's is {tuple(shell.tensors[name].shape)}"
+            )
+        if name in found and found[name] is not tensor and _storage(found[name]) != _storage(tensor):
+            raise CamError(f"state= holds two different tensors for one: {name!r} and {key!r} are tied; give it once")
+        found.setdefault(name, tensor)
+    missing = [name for name in shell.tensors if name not in found and name not in shell.optional]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CamError(f"state= lacks {', '.join(map(repr, missing[:3]))}{more}; start from camfn.state_of(model)")
+    return {name: found.get(name, own) for name, own in shell.tensors.items()}
+
+
+def _storage(tensor: Tensor) -> Any:
+    return id(tensor) if _compat.compiling() else _compat.storage_of(tensor)
+
+
+# ------------------------------------------------------------------------------------------------------- the ports
+
+
+class _Port:
+    """What passes through a tapped layer: `seen` out, `nudge` and `swap` in."""
+
+    __slots__ = ("name", "nudge", "seen", "swap")
+
+    def __init__(self, name: str) -> None:
+        self.name, self.seen, self.nudge, self.swap = name, None, None, None
+
+    def __call__(self, out: Any) -> Any:
+        return _through(self, out)
+
+
+def _open(module: nn.Module, passes: Callable[[Any], Any]) -> None:
+    """From now on, what the layer returns goes through `passes`."""
+    module.__dict__["_camfn_passes"] = passes
+    module.__class__ = _tapped(type(module))
+
+
+@functools.lru_cache(maxsize=256)
+def _tapped(cls: type[nn.Module]) -> type[nn.Module]:
+    """The layer's class with ports: the same name, attributes, state keys and `isinstance`."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        # Around `__call__`, not `forward`: the caller's own hooks are part of what the layer returns.
+        return self.__dict__["_camfn_passes"](super(tapped, self).__call__(*args, **kwargs))
+
+    tapped = type(cls)(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+    tapped.__qualname__ = cls.__qualname__
+    return tapped
+
+
+def _through(port: _Port, out: Any) -> Any:
+    if port.seen is not None:
+        raise CamError(
+            f"layer {port.name!r} runs more than once in a forward: its activation is not one thing; "
+            "choose a layer that runs once (a container around one of its uses, say)"
+        )
+    value = out[0] if isinstance(out, (tuple, list)) and len(out) == 1 else out  # `(hidden,)`: one part is no choice
+    if not isinstance(value, Tensor):
+        raise CamError(f"layer {port.name!r} returns {_parts(out)}, not one tensor; choose a layer inside it")
+    if port.swap is not None:
+        value = port.swap
+    port.seen = value
+    # Never hand on the tensor that was seen: an in-place ReLU right after the layer would change it.
+    onward = value.clone() if port.nudge is None else value + port.nudge
+    return onward if isinstance(out, Tensor) else type(out)((onward,))
+
+
+def _parts(out: Any) -> str:
+    def name(part: Any) -> str:
+        return f"Tensor{tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+
+    if isinstance(out, Mapping):
+        return f"a {type(out).__name__} of " + ", ".join(f"{key}: {name(part)}" for key, part in out.items())
+    if isinstance(out, (tuple, list)):
+        fields = getattr(out, "_fields", range(len(out)))
+        return f"a {type(out).__name__} of " + ", ".join(f"{key}: {name(part)}" for key, part in zip(fields, out))
+    return f"a {type(out).__name__}"
+
+
+class _Run(nn.Module):
+    """One forward of the shell with its ports set; what they saw leaves with the output, while the state is still in."""
+
+    def __init__(self, model: nn.Module, ports: list[_Port]) -> None:
+        super().__init__()
+        self.model = model
+        self.ports = ports
+
+    def forward(self, x: Inputs, nudges: Sequence[Tensor | None], swaps: Sequence[Tensor | None]) -> Any:
+        for port, nudge, swap in zip(self.ports, nudges, swaps):
+            port.seen, port.nudge, port.swap = None, nudge, swap
+        if isinstance(x, Tensor):
+            output = self.model(x)
+        elif isinstance(x, Mapping):
+            output = self.model(**x)
+        else:
+            output = self.model(*x)
+        return output, tuple(port.seen for port in self.ports)
+
+
+def _run(run: _Run, shell: Shell, state: State, x: Inputs, nudges: Any = (), swaps: Any = ()) -> tuple[Any, Any]:
+    # Buffers are copied: a forward may write to them even in eval mode, and they are the caller's.
+    own = {name: t.clone() if name in shell.buffers else t for name, t in state.items()}
+    tensors = {f"model.{slot}": own[name] for slot, name in shell.slots.items()}
+    # Every place is named once: `tie_weights` would name a place that has two paths twice, and restore it wrongly.
+    return functional_call(run, tensors, (x, nudges, swaps), tie_weights=False)
+
+
+def pure_from(shell: Shell) -> Callable[[State, Inputs], Any]:
+    """`pure` for a shell at hand and a state that is complete."""
+    run = _Run(shell.module, [])
+
+    def call(state: State, x: Inputs) -> Any:
+        return _run(run, shell, state, x)[0]
+
+    return call
+
+
+def pure(model: nn.Module) -> Callable[[State, Inputs], Any]:
+    """The model in eval mode as a function `(state, x) -> output` that reads nothing else and writes nothing.
+
+    `x` is a tensor (`model(x)`), a tuple (`model(*x)`) or a mapping (`model(**x)`). The function holds a copy of the module
+    tree as it is now: make a new one after the model was changed.
+
+    >>> import camfn, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout(0.5))
+    >>> f, state, x = camfn.pure(model), camfn.state_of(model), torch.ones(1, 3)
+    >>> torch.equal(f(state, x), f(state, x)), model.training
+    (True, True)
+    """
+    shell = shell_of(model)
+    inner = pure_from(shell)
+
+    def call(state: State, x: Inputs) -> Any:
+        return inner(resolve_state(shell, state), x)
+
+    return call
+
+
+@_compat.eager
+def tap_from(shell: Shell, names: Sequence[str]) -> Callable[..., Captured]:
+    """`tap` for a shell at hand and a state that is complete. The shell's layers get ports: use it for this tap only."""
+    modules = dict(shell.module.named_modules())
+    ports = [_Port(name) for name in names]
+    for port in ports:
+        _open(modules[port.name], port)
+    run = _Run(shell.module, ports)
+
+    def call(state: State, x: Inputs, nudge: Any = None, swap: Any = None) -> Captured:
+        nothing = (None,) * len(ports)
+        output, seen = _run(run, shell, state, x, nudge or nothing, swap or nothing)
+        for port, value in zip(ports, seen):
+            if value is None:
+                raise CamError(f"layer {port.name!r} did not run in this forward; choose one that does")
+        return Captured(output, seen)
+
+    return call
+
+
+def tap(model: nn.Module, layer: Layer | Sequence[Layer]) -> Callable[..., Captured]:
+    """The model as a function `(state, x, nudge=None, swap=None) -> (output, seen)`, with ports at a layer.
+
+    `seen` is the layer's output; `nudge` is added to it before it goes on (the gradient with respect to a zero nudge *is*
+    the gradient at the layer); `swap` goes on in its place. For a sequence of layers all three are tuples.
+
+    Raises `CamError` where the layer is unknown, never runs, runs more than once, or returns several tensors.
+
+    >>> import camfn, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
+    >>> f, state, x = camfn.tap(model, "0"), camfn.state_of(model), torch.ones(1, 3)
+    >>> output, seen = f(state, x)
+    >>> zero = torch.zeros_like(seen)
+    >>> gradient = torch.func.grad(lambda nudge: f(state, x, nudge).output.sum())(zero)
+    >>> torch.equal(gradient, (seen > 0).float())
+    True
+    """
+    shell = shell_of(model)
+    several = isinstance(layer, Sequence) and not isinstance(layer, str)
+    inner = tap_from(shell, resolve_layers(shell, model, layer if several else [layer]))
+
+    def call(state: State, x: Inputs, nudge: Any = None, swap: Any = None) -> Captured:
+        if not several:
+            nudge, swap = (None if port is None else (port,) for port in (nudge, swap))
+        output, seen = inner(resolve_state(shell, state), x, nudge, swap)
+        return Captured(output, seen if several else seen[0])
+
+    return call
+
+
+def resolve_layers(shell: Shell, model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """The names, in the shell, of layers given by name or as modules of the caller's model."""
+    paths = {id(module): name for name, module in reversed(list(shell.module.named_modules()))}
+    return [_resolve_layer(shell, model, layer, paths) for layer in layers]
+
+
+def _resolve_layer(shell: Shell, model: nn.Module, layer: Layer, paths: dict[int, str]) -> str:
+    if isinstance(layer, str):
+        known = [name for name, _ in shell.module.named_modules(remove_duplicate=False)]
+        for name in (layer, bare(layer)):
+            if name in known:
+                return paths[id(shell.module.get_submodule(name))]
+        raise CamError(
+            f"no layer named {layer!r} in {type(model).__name__}; closest: {closest(layer, known)} "
+            "(all of them: [name for name, _ in model.named_modules()])"
+        )
+    if not isinstance(layer, nn.Module):
+        raise CamError(f"layer must be a name or a module, or a sequence of them; found {type(layer).__name__}")
+    if any(layer is not model and module is model for module in layer.modules()):
+        raise CamError("model and layer are swapped: the model given is a part of the layer given")
+    twin = shell.twins.get(id(layer))
+    if twin is None or id(twin) not in paths:
+        raise CamError(
+            f"layer, a {type(layer).__name__}, is not a registered submodule of {type(model).__name__} "
+            "(a module held by a plain list or another object is not; nn.ModuleList registers)"
+        )
+    return paths[id(twin)]
+
+
+def watch(model: nn.Module, state: State, x: Inputs, see: Callable[[str, Any], None]) -> Any:
+    """Run the model once and show every module's output to `see(name, output)`, innermost first. Returns the output."""
+    shell = shell_of(model)
+
+    def passes(name: str) -> Callable[[Any], Any]:
+        def show(out: Any) -> Any:
+            see(name, out)
+            return out
+
+        return show
+
+    for name, module in list(shell.module.named_modules()):
+        _open(module, passes(name))
+    return pure_from(shell)(state, x)
+
+
+# ----------------------------------------------------------------------------------------------------- randomness
+
+
+class NoDraws(TorchDispatchMode):
+    """Inside, in this thread only, an operation that draws random numbers raises; nothing has been drawn then."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs or {}):
+            raise CamError(
+                f"the model draws random numbers in eval mode ({func}): its scores would differ from forward to forward; "
+                "make the layer that draws obey self.training"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Attention and rrelu carry the random tag always, and draw only with dropout or in training."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
+    return all(given.get(name, default) not in (0.0, False) for name, default in _defaults(func))
+
+
+def _defaults(func: Any) -> list[tuple[str, Any]]:
+    switches = ("dropout_p", "train", "training")
+    return [(a.name, a.default_value) for a in func._schema.arguments if a.name in switches]
+
+
+# ------------------------------------------------------------------------------------------------------- the head
+
+
+class Head(NamedTuple):
+    """What comes after a layer, as a function `(state, x, value) -> output`."""
+
+    graph: GraphModule
+    unflatten: Callable[[Any], Any]
+
+    def __call__(self, state: State, x: Inputs, value: Tensor) -> Any:
+        return self.unflatten(self.graph(*_leaves(state, x, value)))
+
+
+def head(model: nn.Module, layer: Layer, x: Inputs, value: Tensor) -> Head:
+    """The model with `value` in the place of the layer's output, and all that came before the layer gone.
+
+    Traced once for the shapes of `x` and `value` (its batch included: pad), then kept with the model for as long as its
+    structure stays the same. `x` still counts where it reaches the output by a way around the layer.
+
+    >>> import camfn, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> state, x = camfn.state_of(model), torch.ones(1, 3)
+    >>> output, seen = camfn.tap(model, "1")(state, x)
+    >>> h = camfn.head(model, "1", x, seen)
+    >>> torch.equal(h(state, x, seen), output)
+    True
+    """
+    shell = shell_of(model)
+    (name,) = resolve_layers(shell, model, [layer])
+    tensors = [t for t in tree_flatten((x, value))[0] if isinstance(t, Tensor)]
+    shapes = tuple((t.shape, t.dtype, t.device) for t in tensors), str(tree_flatten(x)[1])
+    return kept(model, ("head", name, shapes, structure(shell)), lambda: _trace(shell, name, x, value))
+
+
+def _trace(shell: Shell, name: str, x: Inputs, value: Tensor) -> Head:
+    run, spec = tap_from(shell, [name]), None
+    leaves, tree = tree_flatten((shell.tensors, x, value))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def flat(*tensors: Tensor) -> list[Any]:
+        nonlocal spec
+        given = list(leaves)
+        for place, tensor in zip(places, tensors):
+            given[place] = tensor
+        state, inputs, swap = tree_unflatten(given, tree)
+        out, spec = tree_flatten(run(state, inputs, None, (swap,)).output)
+        return out
+
+    with torch.no_grad():
+        # Mutations only: with views too, a view of a weight becomes a copy of it on every call.
+        graph = make_fx(functionalize(flat, remove="mutations"))(*(leaves[i].detach() for i in places))
+    for node in reversed(graph.graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return Head(graph, lambda out: tree_unflatten(out, spec))
+
+
+def _leaves(state: State, x: Inputs, value: Tensor) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten((state, x, value))[0] if isinstance(leaf, Tensor)]

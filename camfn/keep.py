@@ -1,0 +1,90 @@
+"""The two things that outlive a call, traced heads and compiled kernels: kept weakly by model, found by structure.
+
+What is kept was made from a copy of the model as it was. The key holds everything that such a thing depends on and is not
+handed at each call (classes, settings, shapes), so that a changed model simply finds nothing.
+"""
+
+import threading
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch import Tensor, nn
+
+from camfn.shell import ATOMS, Shell, held
+
+_LIMIT = 32  # kept things per model; the oldest goes
+
+
+class Slot:
+    """A kept thing and the lock under which it is made."""
+
+    __slots__ = ("lock", "made")
+
+    def __init__(self) -> None:
+        self.lock, self.made = threading.Lock(), None
+
+
+_LOCK = threading.Lock()
+_KEPT: "weakref.WeakKeyDictionary[nn.Module, OrderedDict[Hashable, Slot]]" = weakref.WeakKeyDictionary()
+
+
+def slot_of(model: nn.Module, key: Hashable) -> Slot:
+    """The slot for `key`, empty if it is new."""
+    with _LOCK:
+        table = _KEPT.setdefault(model, OrderedDict())
+        slot = table.setdefault(key, Slot())
+        table.move_to_end(key)
+        if len(table) > _LIMIT:
+            table.popitem(last=False)
+        return slot
+
+
+def is_made(model: nn.Module, key: Hashable) -> bool:
+    """Is there something for `key`?"""
+    with _LOCK:
+        slot = _KEPT.get(model, {}).get(key)
+        return slot is not None and slot.made is not None
+
+
+def kept(model: nn.Module, key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make` gives, made once for `key` however many threads ask, and forgotten with the model."""
+    slot = slot_of(model, key)
+    if slot.made is None:
+        with slot.lock:
+            if slot.made is None:
+                slot.made = make()
+    return slot.made
+
+
+def structure(shell: Shell) -> Hashable:
+    """Two shells with the same structure run the same code on the same shapes; only the state may differ."""
+    paths = {id(module): path for path, module in shell.module.named_modules()}
+    modules = tuple(
+        (path, type(module), tuple(_signed(vars(module), paths, set()))) for path, module in shell.module.named_modules()
+    )
+    tensors = tuple((name, t.shape, t.dtype, t.device) for name, t in shell.tensors.items())
+    return modules, tensors, tuple(shell.slots.items())
+
+
+def _signed(fields: dict[str, Any], paths: dict[int, str], seen: set[int]) -> list[Hashable]:
+    skip = ("_parameters", "_buffers", "_backward_hooks")
+    return [(name, _sign(value, paths, seen)) for name, value in fields.items() if name not in skip]
+
+
+def _sign(value: Any, paths: dict[int, str], seen: set[int]) -> Hashable:
+    if type(value) in ATOMS:
+        return (type(value).__name__, repr(value)) if isinstance(value, (slice, float)) else value
+    if isinstance(value, nn.Module) and id(value) in paths:
+        return "module", paths[id(value)]
+    if isinstance(value, Tensor):  # a plain attribute becomes a constant of what is traced: its values count
+        return (value.shape, value.dtype, value.device, tuple(value.flatten().tolist())) if value.numel() < 4096 else object()
+    if id(value) in seen:
+        return type(value).__name__
+    seen.add(id(value))
+    if isinstance(value, dict):
+        return tuple((repr(key), _sign(item, paths, seen)) for key, item in value.items())
+    code = value.__code__ if isinstance(value, types.FunctionType) else getattr(value, "__func__", None)
+    return (type(value), code, *(_sign(item, paths, seen) for item in held(value)))

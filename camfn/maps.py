@@ -1,0 +1,93 @@
+"""From weights and activations to maps. Tensors only: no model, no layer."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from camfn._errors import CamError
+from camfn._types import Activations, FlatMaps, Weights, wide
+
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def combine(weights: Weights, activations: Activations) -> FlatMaps:
+    """`L_tp = sum_k w_tk A_kp`, in float32 or wider.
+
+    >>> import torch
+    >>> combine(torch.tensor([[[1.0, -1.0]]]), torch.tensor([[[1.0, 2.0], [0.5, 4.0]]])).tolist()
+    [[[0.5, -2.0]]]
+    """
+    dtype = wide(torch.promote_types(weights.dtype, activations.dtype))
+    return weights.to(dtype) @ activations.to(dtype)
+
+
+def is_flat(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    """Are values between `low` and `high`, computed in `dtype`, one value up to rounding?
+
+    The bound is relative to the size of the values and to the dtype; an absolute one is 0 in float16, or calls a small
+    map flat.
+    """
+    return high - low <= 4 * torch.finfo(dtype).eps * torch.maximum(high.abs(), low.abs())
+
+
+def normalize(maps: Tensor, dim: int | Sequence[int] = -1) -> Tensor:
+    """`(L - min L) / (max L - min L)` over `dim`: in [0, 1]. A map that is flat up to rounding becomes zeros.
+
+    The division is exact (no epsilon in the denominator), so that a map of small values is not made smaller.
+
+    >>> import torch
+    >>> normalize(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]])).tolist()
+    [[0.0, 1.0, 0.5], [0.0, 0.0, 0.0]]
+    """
+    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    low, high = maps.amin(dims, keepdim=True), maps.amax(dims, keepdim=True)
+    flat = is_flat(low, high, maps.dtype)
+    # The inner `where` matters: without it the branch that is not taken still makes NaN gradients.
+    return torch.where(flat, 0, (maps - low) / torch.where(flat, 1, high - low))
+
+
+def resize(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
+    """Multilinear interpolation of the last `len(size)` axes (one to three) to `size`, without antialiasing.
+
+    >>> import torch
+    >>> resize(torch.tensor([[0.0, 1.0]]), (4,)).tolist()
+    [[0.0, 0.25, 0.75, 1.0]]
+    """
+    size = tuple(int(side) for side in size)
+    axes = len(size)
+    if axes not in _LINEAR or maps.ndim < axes:
+        raise CamError(
+            f"size has {axes} axes, maps have shape {tuple(maps.shape)}: one to three of their last axes can be resized"
+        )
+    if tuple(maps.shape[-axes:]) == size:
+        return maps
+    lead = maps.shape[:-axes]
+    flat = maps.reshape(1, -1, *maps.shape[-axes:])
+    return F.interpolate(flat, size, mode=_LINEAR[axes], align_corners=align_corners).reshape(*lead, *size)
+
+
+def fuse(maps: Sequence[Tensor], size: Sequence[int] | None = None) -> Tensor:
+    """One map of several layers' maps: the element-wise maximum after resizing all to `size`.
+
+    `maps` are `(n, *grid)` or `(n, t, *grid)`, as a method returns them for a tuple of layers; `size` is by default the
+    largest side of each axis. As torchcam's `fuse_cams`.
+
+    >>> import torch
+    >>> fuse([torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5, 0.5, 0.5]])]).tolist()
+    [[0.5, 0.5, 0.75, 1.0]]
+    """
+    maps = list(maps) if isinstance(maps, (list, tuple)) else []
+    if not maps or any(not isinstance(m, Tensor) for m in maps):
+        raise CamError("maps must be a list or tuple of map tensors, with at least one in it")
+    if len({m.ndim for m in maps}) > 1 or len({m.shape[0] for m in maps}) > 1:
+        raise CamError(f"maps to fuse differ in batch or axes: {[tuple(m.shape) for m in maps]}")
+    if size is None:  # axes that all share (targets) are resized to what they are: left alone
+        size = [max(sides) for sides in zip(*(m.shape[1:] for m in maps))]
+        first = next((i for i, side in enumerate(size) if any(m.shape[1 + i] != side for m in maps)), len(size))
+        size = size[first:]
+    fused = maps[0] if not size else resize(maps[0], size)
+    for other in maps[1:]:
+        fused = torch.maximum(fused, resize(other, size) if size else other)
+    return fused

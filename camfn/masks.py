@@ -1,0 +1,149 @@
+"""From an activation to masks, and from a mask to a masked input. One channel of one image; `vmap` makes the rows."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from camfn import _compat
+from camfn._errors import CamError, closest
+from camfn.maps import is_flat, resize
+
+
+class Recipe(NamedTuple):
+    """Where the papers and the libraries differ about Score-CAM, as knobs. See `camfn.RECIPES`."""
+
+    masks: Literal["normalize_first", "upsample_first"] = "normalize_first"
+    align_corners: bool = False
+    eps: float = 1e-8  # added to the range that a mask is divided by
+    score: Literal["logit", "probability"] = "logit"  # what an integer target stands for
+    weights: Literal["softmax", "score"] = "softmax"
+    flat: Literal["zero", "skip"] = "zero"  # a flat channel has a mask of zeros, or no part
+
+
+RECIPES = {
+    "torchcam": Recipe(),
+    "pytorch-grad-cam": Recipe("upsample_first", align_corners=True),
+    "authors": Recipe("upsample_first", eps=0.0, score="probability", weights="score", flat="skip"),
+    "paper": Recipe("upsample_first", eps=0.0),
+}
+
+
+def recipe_of(recipe: str | Recipe) -> Recipe:
+    """A recipe by name, or itself."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise CamError(f"recipe {recipe!r} is not known; closest: {closest(str(recipe), RECIPES)}; all: {', '.join(RECIPES)}")
+    return RECIPES[recipe]
+
+
+Noise = Literal["mask", "activation", "input"]
+
+
+class Variation(NamedTuple):
+    """How often each mask is scored, and what differs between the times."""
+
+    scales: tuple[float, ...] = (1.0,)  # the masked input is multiplied by them, in turn
+    noise: Noise | None = None
+    std: float = 0.0
+    seed: int | torch.Generator = 0
+
+    @property
+    def zeros_are_equal(self) -> bool:
+        """Is a masked input of zeros the same at all times? Noise on the mask makes each its own."""
+        return self.noise in (None, "input")
+
+
+def path_scales(num_samples: int, path: str) -> tuple[float, ...]:
+    """IS-CAM's coefficients: `"cumulative"` is `c_i = sum_{j<=i} j/N`, `"linear"` is `c_i = i/N`, for i = 1..N."""
+    steps = range(1, num_samples + 1)
+    if path == "cumulative":
+        return tuple(i * (i + 1) / (2 * num_samples) for i in steps)
+    if path == "linear":
+        return tuple(i / num_samples for i in steps)
+    raise CamError(f'path must be "cumulative" or "linear", found {path!r}')
+
+
+class Rule(NamedTuple):
+    """Everything static about how a row's masked input is made."""
+
+    recipe: Recipe
+    noise: Noise | None
+    size: tuple[int, ...]
+    dtype: torch.dtype  # of the activation: what "flat up to rounding" is relative to
+
+
+def unit(values: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Min-max of one channel, `(A - min A) / (max A - min A + eps)`; zeros where it is flat."""
+    low, high = values.amin(), values.amax()
+    flat = is_flat(low, high, dtype)
+    return torch.where(flat, 0, (values - low) / torch.where(flat, 1, high - low + eps))
+
+
+def mask_of(rule: Rule, channel: Tensor, noise: Tensor | None) -> Tensor:
+    """The mask of one channel `(*grid)` at the input's size."""
+    recipe = rule.recipe
+    if rule.noise == "activation":  # SS-CAM's first form: the noise goes on before the min-max, whatever the recipe's order
+        return unit(resize(channel, rule.size, align_corners=recipe.align_corners) + noise, recipe.eps, rule.dtype)
+    if recipe.masks == "normalize_first":
+        mask = resize(unit(channel, recipe.eps, rule.dtype), rule.size, align_corners=recipe.align_corners)
+    else:
+        mask = unit(resize(channel, rule.size, align_corners=recipe.align_corners), recipe.eps, rule.dtype)
+    return mask + noise if rule.noise == "mask" else mask
+
+
+def masked_input(rule: Rule, image: Tensor, channel: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
+    """`scale * image * mask`, for one image `(k, *size)` and one channel of its activation `(*grid)`."""
+    masked = image * mask_of(rule, channel, noise).to(image.dtype)
+    if rule.noise == "input":
+        # SS-CAM's second form. The authors' code passes std/(max - min) squared as the deviation; the paper says deviation.
+        span = masked.amax() - masked.amin()
+        flat = is_flat(masked.amin(), masked.amax(), image.dtype)
+        masked = masked + torch.where(flat, 0, noise / torch.where(flat, 1, span)).to(image.dtype)
+    return masked * scale.to(image.dtype)
+
+
+def flat_channels(channels: Tensor) -> Tensor:
+    """Which channels of `(n, c, p)` are one value up to rounding: `(n, c)`."""
+    return is_flat(channels.amin(-1), channels.amax(-1), channels.dtype)
+
+
+def noise_stream(
+    variation: Variation, channels: int, shape: Sequence[int], device: torch.device
+) -> Callable[[Tensor], Tensor | None]:
+    """A function from `(b, 2)` pairs (draw, channel), in order, to their noise `(b, *shape)`, float32.
+
+    A pair's noise depends on nothing but the seed and the pair. On the CPU that is one stream with the draws outermost, as
+    torchcam draws it, so channels that are left out are drawn and dropped; elsewhere each pair has its own generator.
+    """
+    if variation.noise is None:
+        return lambda pairs: None
+    given = variation.seed
+    seed = given.initial_seed() if isinstance(given, torch.Generator) else given
+    on_cpu = device.type == "cpu"
+    generator = torch.Generator(device if not on_cpu else "cpu")
+    if isinstance(given, torch.Generator) and given.device == generator.device:
+        generator.set_state(given.get_state())  # a copy: the caller's does not advance
+    else:
+        generator.manual_seed(seed)
+    drawn, last = 0, torch.empty(0)
+
+    def piece(draw: int, channel: int) -> Tensor:
+        nonlocal drawn, last
+        if not on_cpu:
+            generator.manual_seed(((seed * 1_000_003 + draw) * 1_000_003 + channel) % (1 << 62))
+            return torch.randn(*shape, generator=generator, device=device) * variation.std
+        while drawn <= draw * channels + channel:
+            last = torch.randn(*shape, generator=generator) * variation.std
+            drawn += 1
+        return last
+
+    @_compat.eager
+    def take(pairs: Tensor) -> Tensor:
+        with _compat.outside_transforms():  # vmap forbids drawing inside it; this noise is the same for all that it maps
+            unique, back = torch.unique_consecutive(pairs, dim=0, return_inverse=True)
+            return torch.stack([piece(*pair) for pair in unique.tolist()]).index_select(0, back.to(device))
+
+    return take

@@ -1,0 +1,357 @@
+"""The methods, as compositions: look, resolve the target, sweep, weigh, draw the map. No arithmetic here."""
+
+import functools
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Literal, NamedTuple, ParamSpec
+
+import torch
+from torch import Tensor, nn
+
+from camfn import _compat, layouts, weights
+from camfn import maps as _maps
+from camfn._errors import CamError, warn
+from camfn._types import Inputs, Layer, Layers, Layout, Maps, Size, State, Target, Weights
+from camfn.layers import find_linear
+from camfn.layouts import Read
+from camfn.masks import Noise, Recipe, Variation, path_scales, recipe_of
+from camfn.scoring import Sweep, counter, plan, sweep as run_sweep
+from camfn.subject import Key, Subject, first_nonfinite, look, without_graph
+from camfn.targets import Score, resolve, score_rows
+
+P = ParamSpec("P")
+
+
+class Outcome(NamedTuple):
+    """A method's maps and how they came about."""
+
+    maps: Maps
+    layers: tuple[str, ...]
+    classes: Tensor | None  # (n, t), where the target is of classes
+    scores: Tensor  # (n, t), of the clean input
+    weights: tuple[Weights, ...]  # a layer's (n, t, c)
+    forwards: int  # inputs that went through the model
+    notes: tuple[str, ...]  # what is to be said about the maps
+
+
+class Method(NamedTuple):
+    """A row of `camfn.METHODS`."""
+
+    function: Callable[..., Maps]
+    run: Callable[..., Outcome]  # the same, with how the maps came about
+    needs: frozenset[str]  # of "activations", "masked inputs", "linear head"
+
+
+_TABLE: dict[str, Method] = {}
+METHODS = MappingProxyType(_TABLE)
+"""Every method by name: its function and what it needs."""
+
+
+def _method(*needs: str) -> Callable[[Callable[P, Outcome]], Callable[P, Maps]]:
+    """Make the public function, which gives the maps alone, and its row in the table."""
+
+    def register(run: Callable[P, Outcome]) -> Callable[P, Maps]:
+        @functools.wraps(run)
+        def function(*args: P.args, **kwargs: P.kwargs) -> Maps:
+            outcome = run(*args, **kwargs)
+            for note in outcome.notes:
+                warn(note)
+            return outcome.maps
+
+        function.__annotations__ = {**run.__annotations__, "return": Maps}
+        _TABLE[run.__name__] = Method(function, run, frozenset(needs))
+        return function
+
+    return register
+
+
+class Drawing(NamedTuple):
+    """How a map is drawn from weights: the options that every method has."""
+
+    relu: bool
+    size: Size
+    normalize: bool
+
+
+@_method("activations", "linear head")
+def cam(
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target = None,
+    *,
+    fc: Layer | None = None,
+    state: State | None = None,
+    layout: Layout = "auto",
+    size: Size = None,
+    relu: bool = False,
+    normalize: bool = True,
+) -> Outcome:
+    """Class activation maps: the activation weighted by the class's row of the linear layer behind the pooling.
+
+    `L_c = sum_k W_ck A_k`, for models that end in global average pooling and one linear layer (or a 1x1 convolution). One
+    forward, no ReLU. On such a head the mean of the map is the logit less its bias.
+
+    **Arguments**, beside those that all methods share (`camfn.score_cam` tells them): `layer`, one layer; `fc`, the linear
+    layer by name or as a module, found by its shape if `None`, which a warning says; `target`, classes only.
+
+    **Returns** `(n, *grid)`, or `(n, t, *grid)` for several classes; `(min, max)` scaled to `(0, 1)` unless `normalize=False`.
+
+    **Raises** `CamError` where several layers are given, the target is not of classes, or there is no linear layer of the
+    layer's channels and the model's classes, or more than one.
+
+    >>> import camfn, torch
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 5))
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> raw = camfn.cam(model, "0", x, 3, fc="3", normalize=False)
+    >>> torch.allclose(raw.mean((1, 2)) + model[3].bias[3], model(x)[:, 3], atol=1e-6)
+    True
+
+    Zhou et al., Learning Deep Features for Discriminative Localization, CVPR 2016 (arXiv 1512.04150). torchcam's `CAM`.
+    """
+    if isinstance(layer, (list, tuple)) and len(layer) > 1:
+        raise CamError(f"cam explains one layer, the one before the pooling; found {len(layer)}")
+    subject = look(model, layer, x, state, None, masks=False)
+    score = resolve(target, subject.output, subject.n)
+    if score.classes is None or not score.is_logit:
+        raise CamError("cam weighs channels by a class's row of the linear layer: its target must be classes")
+    (read,) = _reads(subject, layout)
+    count = _clean(subject, score)
+    name = find_linear(subject.shell, model, fc, read.values.shape[1], subject.output)
+    matrix = subject.state[subject.shell.aliases[f"{name}.weight"]]
+    found = (weights.class_rows(matrix.flatten(1), score.classes),)
+    return _drawn(subject, score, count, [read], found, Drawing(relu, size, normalize), 0)
+
+
+@_method("activations", "masked inputs")
+def score_cam(
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target = None,
+    *,
+    masked: Key = None,
+    recipe: str | Recipe = "torchcam",
+    sweep: Sweep = Sweep(),
+    state: State | None = None,
+    layout: Layout = "auto",
+    size: Size = None,
+    relu: bool = True,
+    normalize: bool = True,
+) -> Outcome:
+    """Score-CAM: each channel is weighted by the score of the input seen through that channel.
+
+    `M_k = U(norm(A_k))`, `S_k = s(x * M_k)`, `w = softmax(S)` over channels, `L = relu(sum_k w_k A_k)`; U upsamples linearly to
+    the input's size and norm is min-max. One forward for every channel that is not flat, for any number of targets.
+
+    **Arguments**
+
+    - `model`: any `nn.Module`; it is explained in eval mode and left as it is.
+    - `layer`: a dotted name, the module itself, a sequence of them (a tuple of maps comes back), or `None`: the last layer
+      with spatial axes, which a warning names.
+    - `x`: the input with the batch first, `(n, k, *size)` with one to three spatial axes; a tuple for `model(*x)`; a mapping for
+      `model(**x)`. `masked` is the key or index of the input to mask, by default the only floating-point one with
+      spatial axes.
+    - `target`: `None` (the class predicted on the clean input), an int, n ints, a long tensor `(n,)` or `(n, t)`, `"all"`, a name of
+      `camfn.targets`, a callable from ONE sample's output to a scalar or `(t,)`, or n callables. Integers mean logits.
+    - `recipe`: a name of `camfn.RECIPES`, or a `camfn.Recipe`: where papers and libraries differ.
+    - `sweep`: a `camfn.Sweep`: chunk, compilation, progress.
+    - `state`: run the model on these tensors in place of its own (`camfn.state_of` gives them).
+    - `layout`: `"auto"`, `"channels_first"`, `"channels_last"`, or a callable that brings the activation to `(n, c, *grid)`.
+    - `size`: `None` (the layer's grid), `"input"`, or a shape. `relu=False` gives the signed map, `normalize=False` the unscaled.
+
+    **Returns** `(n, *grid)`, or `(n, t, *grid)` where the target asks for several, float32 or wider; in [0, 1] unless
+    `normalize=False`. A plain call gives maps without a graph, even if `x.requires_grad`; under `torch.func.grad` and `jvp` they
+    are differentiable in `x` and `state`.
+
+    **Raises** `CamError`, whose message says what was found and what to do; **warns** where a map means nothing.
+
+    >>> import camfn, torch
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> camfn.score_cam(model, "1", x).shape, camfn.score_cam(model, "1", x, camfn.targets.top(3), size="input").shape
+    (torch.Size([2, 6, 6]), torch.Size([2, 3, 8, 8]))
+
+    Wang et al., Score-CAM, CVPR workshops 2020 (arXiv 1910.01279). torchcam's `ScoreCAM` by default.
+    """
+    subject = look(model, layer, x, state, masked, masks=True)
+    return _swept(subject, target, Variation(), recipe, sweep, layout, Drawing(relu, size, normalize))
+
+
+@_method("activations", "masked inputs")
+def ss_cam(
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target = None,
+    *,
+    num_samples: int = 35,
+    std: float = 2.0,
+    noise: Noise = "mask",
+    seed: int | torch.Generator = 0,
+    masked: Key = None,
+    recipe: str | Recipe = "torchcam",
+    sweep: Sweep = Sweep(),
+    state: State | None = None,
+    layout: Layout = "auto",
+    size: Size = None,
+    relu: bool = True,
+    normalize: bool = True,
+) -> Outcome:
+    """SS-CAM: Score-CAM with the scores averaged over noise.
+
+    `S_k = mean_i s(x_ki)` over `num_samples` draws of `e ~ N(0, std^2)`:
+
+    - `noise="mask"` (torchcam): `x_ki = x * (M_k + e)`, e per pixel of the mask, not clipped;
+    - `noise="activation"` (the paper's first form): `x_ki = x * norm(U(A_k) + e)`;
+    - `noise="input"` (the paper's second): `x_ki = x * M_k + e / (max - min of x * M_k)`, e per value of the input.
+
+    `seed` is an int, or a `torch.Generator`, which is copied and not advanced. The noise of a draw and channel depends on
+    nothing else; all images of a batch share it, and every layer starts anew. On the CPU it is the noise that torchcam draws
+    for one image after `torch.manual_seed(seed)`, wherever the mask has a multiple of 16 pixels. `num_samples` forwards for each channel.
+    The other arguments, and what is returned and raised, are those of `camfn.score_cam`.
+
+    >>> import camfn, torch
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
+    >>> camfn.ss_cam(model, "1", torch.randn(2, 3, 8, 8), num_samples=3, std=0.5).shape
+    torch.Size([2, 6, 6])
+
+    Wang et al., SS-CAM: Smoothed Score-CAM, 2020 (arXiv 2006.14255). torchcam's `SSCAM` by default.
+    """
+    if num_samples < 1 or std < 0:
+        raise CamError(f"ss_cam needs num_samples >= 1 and std >= 0, found {num_samples} and {std}")
+    if noise not in ("mask", "activation", "input"):
+        raise CamError(f'noise must be "mask", "activation" or "input", found {noise!r}')
+    subject = look(model, layer, x, state, masked, masks=True)
+    variation = Variation((1.0,) * num_samples, noise, std, seed)
+    return _swept(subject, target, variation, recipe, sweep, layout, Drawing(relu, size, normalize))
+
+
+@_method("activations", "masked inputs")
+def is_cam(
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target = None,
+    *,
+    num_samples: int = 10,
+    path: Literal["cumulative", "linear"] = "cumulative",
+    masked: Key = None,
+    recipe: str | Recipe = "torchcam",
+    sweep: Sweep = Sweep(),
+    state: State | None = None,
+    layout: Layout = "auto",
+    size: Size = None,
+    relu: bool = True,
+    normalize: bool = True,
+) -> Outcome:
+    """IS-CAM: Score-CAM with the scores averaged along a path of masked inputs.
+
+    `S_k = mean_i s(c_i * x * M_k)` for i = 1..N, N being `num_samples`:
+
+    - `path="cumulative"` (torchcam and the authors): `c_i = sum_{j<=i} j/N`, which is 0.1 ... 5.5 for N = 10: an
+      extrapolation more than an integral;
+    - `path="linear"`: `c_i = i/N`.
+
+    N forwards for each channel. The other arguments, and what is returned and raised, are those of `camfn.score_cam`.
+
+    >>> import camfn, torch
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
+    >>> camfn.is_cam(model, "1", torch.randn(2, 3, 8, 8), path="linear").shape
+    torch.Size([2, 6, 6])
+
+    Naidu et al., IS-CAM: Integrated Score-CAM, 2020 (arXiv 2010.03023). torchcam's `ISCAM` by default.
+    """
+    if num_samples < 1:
+        raise CamError(f"is_cam needs num_samples >= 1, found {num_samples}")
+    subject = look(model, layer, x, state, masked, masks=True)
+    variation = Variation(path_scales(num_samples, path))
+    return _swept(subject, target, variation, recipe, sweep, layout, Drawing(relu, size, normalize))
+
+
+# ------------------------------------------------------------------------------------------------- what they share
+
+
+def _swept(
+    subject: Subject,
+    target: Target,
+    variation: Variation,
+    recipe: str | Recipe,
+    sweep: Sweep,
+    layout: Layout,
+    drawing: Drawing,
+) -> Outcome:
+    """Score-CAM and its kin: the weights come from the scores of masked inputs."""
+    knobs = recipe_of(recipe)
+    weigh = weights.softmax if knobs.weights == "softmax" else weights.score
+    with without_graph():
+        score = resolve(target, subject.output, subject.n, knobs.score)
+        clean = _clean(subject, score)
+        reads = _reads(subject, layout)
+        plans = [plan(read, knobs, variation) for read in reads]
+        rows = sum(todo.count for todo in plans)
+        tick = counter(sweep.progress, rows)
+        scores = (run_sweep(subject, score, *pair, knobs, variation, sweep, tick) for pair in zip(reads, plans))
+        found = tuple(weigh(s) for s in scores)
+        return _drawn(subject, score, clean, reads, found, drawing, rows)
+
+
+def _reads(subject: Subject, layout: Layout) -> list[Read]:
+    pairs = zip(subject.layers, subject.seen)
+    return [layouts.read(activation, layout, subject.size, name, subject.n) for name, activation in pairs]
+
+
+def _clean(subject: Subject, score: Score) -> Tensor:
+    """The scores of the clean input, from the forward that was run anyway."""
+    scores = score_rows(score.of, subject.output, score.rows)
+    if not _compat.transformed() and not bool(torch.isfinite(scores).all()):
+        raise CamError(f"the score is not finite; {first_nonfinite(subject.model, subject.state, subject.x)}")
+    return scores
+
+
+def _drawn(
+    subject: Subject, score: Score, clean: Tensor, reads: list[Read], found: tuple[Weights, ...], drawing: Drawing, rows: int
+) -> Outcome:
+    """Combine, ReLU, resize, normalise: in this order."""
+    signed = [_maps.combine(w, read.values) for w, read in zip(found, reads)]
+    drawn = []
+    for flat, read in zip(signed, reads):
+        rectified = torch.relu(flat) if drawing.relu else flat
+        drawn.append(_on_grid(rectified.unflatten(-1, read.grid), subject, len(read.grid), drawing))
+    maps = [m[:, 0] for m in drawn] if score.single else drawn
+    notes = () if _compat.transformed() else _diagnose(signed, subject.layers, drawing)
+    result = tuple(maps) if subject.several else maps[0]
+    return Outcome(result, subject.layers, score.classes, clean, found, subject.forwards + rows, notes)
+
+
+def _on_grid(maps: Tensor, subject: Subject, axes: int, drawing: Drawing) -> Tensor:
+    size = subject.size if isinstance(drawing.size, str) and drawing.size == "input" else drawing.size
+    if isinstance(size, str) or (size is None) != (drawing.size is None):
+        raise CamError(f'size must be None, "input" (of an input with spatial axes) or a shape; found {drawing.size!r}')
+    if size is not None:
+        if len(size) != axes:
+            raise CamError(f"size={tuple(size)} has {len(size)} axes, the layer's grid has {axes}")
+        maps = _maps.resize(maps, size)
+    return _maps.normalize(maps, tuple(range(-axes, 0))) if drawing.normalize else maps
+
+
+def _diagnose(signed: list[Tensor], layers: tuple[str, ...], drawing: Drawing) -> tuple[str, ...]:
+    """Sentences about maps that mean nothing; the values are read once."""
+    facts = torch.stack([torch.stack([_maps.is_flat(m.amin(-1), m.amax(-1), m.dtype), m.amax(-1) <= 0]) for m in signed])
+    notes = []
+    for name, (flat, negative) in zip(layers, facts.cpu()):
+        if flat.any():
+            notes.append(
+                f"{int(flat.sum())} of {flat.numel()} maps at layer {name!r} are flat: every position has the same value, "
+                "so there is nothing to see (a layer whose activation does not vary over positions?)"
+            )
+        if drawing.relu and (negative & ~flat).any():
+            notes.append(
+                f"{int((negative & ~flat).sum())} of {flat.numel()} maps at layer {name!r} are nowhere positive: the ReLU "
+                "leaves zeros; relu=False gives the signed map"
+            )
+    return tuple(notes)

@@ -1,0 +1,159 @@
+"""What is explained: a model on inputs, checked, and captured once at the layers."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_flatten
+
+from camfn import _compat
+from camfn._errors import CamError, warn
+from camfn._types import Inputs, Layers, State
+from camfn.capture import NoDraws, resolve_layers, resolve_state, tap_from, watch
+from camfn.layers import choose
+from camfn.shell import Shell, shell_of
+
+Key = str | int | None
+
+
+class Subject(NamedTuple):
+    """A model and its inputs, and what one forward of them gave."""
+
+    model: nn.Module
+    shell: Shell
+    state: State
+    x: Inputs
+    key: Key  # which input has the pixels; None: x is the only one
+    n: int
+    layers: tuple[str, ...]
+    several: bool  # the caller gave a sequence of layers and gets a tuple of maps
+    output: Any
+    seen: tuple[Tensor, ...]
+    forwards: int
+
+    @property
+    def image(self) -> Tensor:
+        """The input that has the pixels, `(n, k, *size)`."""
+        return pick(self.x, self.key)
+
+    @property
+    def size(self) -> tuple[int, ...] | None:
+        """Its spatial size, if it has one."""
+        return tuple(self.image.shape[2:]) if self.image.ndim > 2 else None
+
+
+def pick(x: Inputs, key: Key) -> Tensor:
+    """One input of several."""
+    return x if key is None else x[key]  # pyright: ignore[reportReturnType, reportIndexIssue, reportCallIssue, reportArgumentType]
+
+
+def with_input(x: Inputs, key: Key, value: Tensor) -> Inputs:
+    """`x` with one input replaced."""
+    if key is None:
+        return value
+    if isinstance(x, Mapping):
+        return {**x, str(key): value}
+    return tuple(value if i == key else item for i, item in enumerate(x))
+
+
+def without_graph() -> AbstractContextManager[Any]:
+    """In a plain call no graph is recorded; a transform needs all of it."""
+    return nullcontext() if _compat.transformed() else torch.no_grad()
+
+
+def look(model: nn.Module, layer: Layers, x: Inputs, state: State | None, masked: Key, *, masks: bool) -> Subject:
+    """Check the arguments and run the clean forward. `masks`: the method masks an input."""
+    shell = shell_of(model)
+    full = resolve_state(shell, state)
+    key = _masked_key(x, masked, masks)
+    n = _check_inputs(x, key, shell, full, masks)
+    several = isinstance(layer, Sequence) and not isinstance(layer, str)
+    if several and not layer:
+        raise CamError("layer is an empty sequence: name one layer at least, or pass None to have one chosen")
+    names = _choose(model, full, x, key) if layer is None else resolve_layers(shell, model, layer if several else [layer])  # pyright: ignore
+    tap = tap_from(shell_of(model), names)  # a shell of its own: the sweep's has no ports
+    with nullcontext() if _compat.transformed() else NoDraws():
+        output, seen = tap(full, x)
+    forwards = n if layer is not None else 2 * n
+    return Subject(model, shell, full, x, key, n, tuple(names), several, output, seen, forwards)  # pyright: ignore
+
+
+def _choose(model: nn.Module, state: State, x: Inputs, key: Key) -> list[str]:
+    name = choose(model, state, x, pick(x, key).ndim - 2)
+    if not _compat.transformed():
+        warn(f"layer=None: {name!r} was chosen, the last layer whose output has spatial axes; name it to be sure")
+    return [name]
+
+
+def _masked_key(x: Inputs, masked: Key, masks: bool) -> Key:
+    if isinstance(x, Tensor):
+        if masked is not None:
+            raise CamError(f"masked={masked!r} names one of several inputs, and x is a single tensor")
+        return None
+    if not isinstance(x, (tuple, Mapping)):
+        raise CamError(f"x must be a tensor, a tuple of inputs or a mapping of them; found {type(x).__name__}")
+    items = dict(x) if isinstance(x, Mapping) else dict(enumerate(x))
+    if masked is not None:
+        if masked not in items or not isinstance(items[masked], Tensor):
+            raise CamError(f"masked={masked!r} is not a tensor of x, which has {', '.join(map(repr, items))}")
+        return masked
+    found = [key for key, item in items.items() if isinstance(item, Tensor) and item.is_floating_point() and item.ndim > 2]
+    if len(found) == 1:
+        return found[0]
+    if masks or not found:
+        raise CamError(
+            f"masked= must say which input to mask: of {', '.join(map(repr, items))}, "
+            f"{', '.join(map(repr, found)) or 'none'} {'are' if len(found) > 1 else 'is'} floating-point with spatial axes"
+        )
+    return found[0]
+
+
+def _check_inputs(x: Inputs, key: Key, shell: Shell, state: State, masks: bool) -> int:
+    image = pick(x, key)
+    where = "x" if key is None else f"x[{key!r}]"
+    shape = tuple(image.shape)
+    if not image.is_floating_point():
+        raise CamError(
+            f"{where} is {image.dtype}: a map needs a floating-point input; preprocess it as in training "
+            "(a picture: x.float() / 255, then mean and standard deviation)"
+        )
+    if image.ndim and image.shape[0] == 0:
+        raise CamError(f"{where} is an empty batch, {shape}: there is nothing to explain")
+    if masks and image.ndim < 3:
+        raise CamError(f"{where} has shape {shape}: masking needs (n, channels, *size), with one spatial axis at least")
+    first = next((m for m in shell.module.modules() if isinstance(m, _ConvNd)), None)
+    if key is None and first is not None and image.ndim != len(first.kernel_size) + 2:
+        raise CamError(
+            f"{where} has shape {shape}, and {type(first).__name__} wants {len(first.kernel_size) + 2} axes: "
+            "(n, channels, *size); is the batch axis missing? (x[None] adds one)"
+        )
+    _check_devices(x, state)
+    if not _compat.transformed() and not bool(torch.isfinite(image).all()):
+        raise CamError(f"{where} is not finite: it has {int((~torch.isfinite(image)).sum())} NaN or infinite values")
+    return image.shape[0]
+
+
+def _check_devices(x: Inputs, state: State) -> None:
+    leaves = [leaf for leaf in tree_flatten(x)[0] if isinstance(leaf, Tensor)]
+    here, there = {leaf.device for leaf in leaves}, {tensor.device for tensor in state.values()}
+    if len(there) == 1 and here != there:
+        raise CamError(
+            f"the model is on {', '.join(map(str, there))} and x is on {', '.join(sorted(map(str, here)))}: move one to the other"
+        )
+
+
+def first_nonfinite(model: nn.Module, state: State, x: Inputs) -> str:
+    """The layer, in the order of execution, whose output is the first that is not finite, for the end of a sentence."""
+    found: list[str] = []
+
+    def see(name: str, out: Any) -> None:
+        leaves = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if not found and not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+            found.append(name)
+
+    with torch.no_grad():
+        watch(model, state, x, see)
+    return f"it first appears in the output of layer {found[0]!r}" if found and found[0] else "no layer's output shows it"

@@ -1,0 +1,27 @@
+"""One pure function per formula: how much each channel counts. Tensors only, no spatial axis is named."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from camfn._types import Classes, Scores, Weights
+
+
+def softmax(scores: Scores) -> Weights:
+    """`w_k = exp(S_k) / sum_j exp(S_j)`: Score-CAM, Algorithm 1 (Wang et al., 2020). A constant added to S cancels.
+
+    >>> import torch
+    >>> softmax(torch.zeros(1, 4, 1)).tolist()
+    [[[0.25, 0.25, 0.25, 0.25]]]
+    """
+    return torch.softmax(scores, 1).mT
+
+
+def score(scores: Scores) -> Weights:
+    """`w_k = S_k`: the weights of the Score-CAM authors' code, with probabilities for S."""
+    return scores.mT
+
+
+def class_rows(matrix: Float[Tensor, "k c"], classes: Classes) -> Weights:
+    """`w_k = W_ck`: CAM (Zhou et al., 2016); W is the linear layer behind global average pooling."""
+    return matrix[classes]

@@ -1,0 +1,108 @@
+"""What several test files share: networks, torchvision where it was built for another torch, trained networks if there."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+REAL = Path(os.environ.get("CAMFN_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
+"""A folder of trained networks and photos with a `load.py`; tests that want it are skipped where it is missing."""
+
+
+def torchvision_models():
+    """`torchvision.models`, also where torchvision was built for CUDA and torch for the CPU; skips where it is missing.
+
+    There its compiled operators do not load, and the import stops at their missing schemas; the models need none of them.
+    """
+    pytest.importorskip("torchvision", exc_type=ImportError) if _torchvision_loads() else _define_schemas()
+    import torchvision
+
+    return torchvision.models
+
+
+_LIBRARY = []  # a registration lives as long as its library object
+
+
+def _torchvision_loads() -> bool:
+    if importlib.util.find_spec("torchvision") is None:
+        return True  # and importorskip skips
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        return False
+    return True
+
+
+def _define_schemas() -> None:
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _LIBRARY.append(library)
+
+
+def real_networks():
+    """`load.MODELS` of the folder of trained networks; skips where it is missing."""
+    if not (REAL / "load.py").exists():
+        pytest.skip(f"no trained networks under {REAL}")
+    torchvision_models()
+    spec = importlib.util.spec_from_file_location("camfn_real_load", REAL / "load.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.MODELS
+
+
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+
+
+class SmallNet(nn.Module):
+    """conv, batch norm, ReLU, conv with stride 2 (`features`), ReLU, and a pooled or dense linear head."""
+
+    def __init__(
+        self, dims: int = 2, channels: int = 6, classes: int = 5, side: int = 8, dense: bool = False, inplace: bool = False
+    ):
+        super().__init__()
+        conv = CONVS[dims]
+        bn = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
+        self.stem = nn.Sequential(conv(3, 4, 3, padding=1), bn(4), nn.ReLU())
+        self.features = conv(4, channels, 3, stride=2, padding=1)
+        self.act = nn.ReLU(inplace=inplace)
+        self.pool = nn.Identity() if dense else POOLS[dims](1)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(channels * (((side + 1) // 2) ** dims if dense else 1), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.drop(self.pool(self.act(self.features(self.stem(x)))).flatten(1)))
+
+
+def small_net(seed: int = 0, dtype: torch.dtype = torch.float64, **kwargs) -> SmallNet:
+    """A `SmallNet` with seeded weights and batch-norm statistics that are not the trivial ones; in train mode."""
+    generator = torch.Generator().manual_seed(seed)
+    net = SmallNet(**kwargs)
+    with torch.no_grad():
+        for name, tensor in net.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            elif tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * (1.0 if "fc" in name else 0.5))
+    return net.to(dtype)
+
+
+def inputs(n: int = 2, dims: int = 2, side: int = 8, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+    """`(n, 3, side, ...)` normal numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, *(side,) * dims, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def assert_close(ours: Tensor, theirs: Tensor, atol: float, what: str = "") -> None:
+    """The largest absolute difference is at most `atol`; says how large it is and where."""
+    assert ours.shape == theirs.shape, f"{what}: shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
+    difference = (ours.double() - theirs.double()).abs()
+    worst = int(difference.argmax()) if difference.numel() else 0
+    assert bool((difference <= atol).all()), (
+        f"{what}: differs by up to {difference.max():.3g} (allowed {atol:g}) at {worst}: "
+        f"{ours.flatten()[worst]:.9g} against {theirs.flatten()[worst]:.9g}"
+    )
