@@ -6,8 +6,9 @@ compile it, call it from eight threads on one model.
 
 from camfn import layouts, maps, targets, weights
 from camfn._errors import CamError, CamWarning
-from camfn.capture import Captured, head, pure, state_of, tap
+from camfn.capture import Captured, pure, state_of, tap
 from camfn.explanation import Explanation, explain
+from camfn.heads import Head, head
 from camfn.masks import RECIPES, Recipe
 from camfn.methods import METHODS, cam, is_cam, score_cam, ss_cam
 from camfn.scoring import Sweep
@@ -21,6 +22,7 @@ __all__ = [
     "CamWarning",
     "Captured",
     "Explanation",
+    "Head",
     "Recipe",
     "Sweep",
     "cam",

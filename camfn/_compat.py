@@ -3,11 +3,12 @@
 camfn needs torch 2.0. Every function below works there too, by the fallback beside it.
 """
 
+import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -22,16 +23,27 @@ def compiling() -> bool:
     return dynamo is not None and dynamo.is_compiling()
 
 
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]: the stubs do not have it
+
+
 def transformed() -> bool:
     """Are we inside `vmap`, `grad`, `jvp` or `torch.compile`, where values cannot be read?"""
-    return compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return compiling() or _functorch.peek_interpreter_stack() is not None
 
 
 def eager(function: F) -> F:
     """`function`, run as plain Python when the caller is being compiled."""
-    if hasattr(torch, "compiler") and hasattr(torch.compiler, "disable"):
-        return torch.compiler.disable(function)
-    return function  # torch 2.0: importing its compiler to say so would cost more than it saves
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (_disabled(function) if compiling() else function)(*args, **kwargs)
+
+    return cast(F, call)
+
+
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Not at import: it loads the compiler, as long as torch itself takes.
+    return torch.compiler.disable(function) if hasattr(torch, "compiler") else function
 
 
 @contextmanager
@@ -48,11 +60,10 @@ def outside_transforms() -> Iterator[None]:
 
 def storage_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What two tensors share if they are views of one memory in one shape, wrapped by transforms or not."""
-    functorch = torch._C._functorch
     levels: list[int] = []
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        levels.append(functorch.maybe_get_level(tensor))
-        tensor = functorch.get_unwrapped(tensor)
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        levels.append(_functorch.maybe_get_level(tensor))
+        tensor = _functorch.get_unwrapped(tensor)
     return (*levels, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
 

@@ -5,21 +5,16 @@ caller's is hooked, switched or written to.
 """
 
 import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call, functionalize
-from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.func import functional_call
 
 from camfn import _compat
 from camfn._errors import CamError, closest
 from camfn._types import Inputs, Layer, State
-from camfn.keep import kept, structure
 from camfn.shell import Shell, bare, shell_of
 
 
@@ -81,7 +76,10 @@ class _Port:
     __slots__ = ("name", "nudge", "seen", "swap")
 
     def __init__(self, name: str) -> None:
-        self.name, self.seen, self.nudge, self.swap = name, None, None, None
+        self.name = name
+        self.seen: Tensor | None = None
+        self.nudge: Tensor | None = None
+        self.swap: Tensor | None = None
 
     def __call__(self, out: Any) -> Any:
         return _through(self, out)
@@ -97,13 +95,14 @@ def _open(module: nn.Module, passes: Callable[[Any], Any]) -> None:
 def _tapped(cls: type[nn.Module]) -> type[nn.Module]:
     """The layer's class with ports: the same name, attributes, state keys and `isinstance`."""
 
+    run: Any = cls.__call__
+
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         # Around `__call__`, not `forward`: the caller's own hooks are part of what the layer returns.
-        return self.__dict__["_camfn_passes"](super(tapped, self).__call__(*args, **kwargs))
+        return self.__dict__["_camfn_passes"](run(self, *args, **kwargs))
 
-    tapped = type(cls)(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
-    tapped.__qualname__ = cls.__qualname__
-    return tapped
+    body = {"__call__": __call__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(body))
 
 
 def _through(port: _Port, out: Any) -> Any:
@@ -232,8 +231,8 @@ def tap(model: nn.Module, layer: Layer | Sequence[Layer]) -> Callable[..., Captu
     True
     """
     shell = shell_of(model)
-    several = isinstance(layer, Sequence) and not isinstance(layer, str)
-    inner = tap_from(shell, resolve_layers(shell, model, layer if several else [layer]))
+    several = is_several(layer)
+    inner = tap_from(shell, resolve_layers(shell, model, layer))
 
     def call(state: State, x: Inputs, nudge: Any = None, swap: Any = None) -> Captured:
         if not several:
@@ -244,8 +243,14 @@ def tap(model: nn.Module, layer: Layer | Sequence[Layer]) -> Callable[..., Captu
     return call
 
 
-def resolve_layers(shell: Shell, model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+def is_several(layer: Any) -> bool:
+    """Was a sequence of layers given? Then what comes back is a tuple."""
+    return isinstance(layer, Sequence) and not isinstance(layer, str)
+
+
+def resolve_layers(shell: Shell, model: nn.Module, layer: Layer | Sequence[Layer]) -> list[str]:
     """The names, in the shell, of layers given by name or as modules of the caller's model."""
+    layers: Any = layer if is_several(layer) else [layer]
     paths = {id(module): name for name, module in reversed(list(shell.module.named_modules()))}
     return [_resolve_layer(shell, model, layer, paths) for layer in layers]
 
@@ -287,91 +292,3 @@ def watch(model: nn.Module, state: State, x: Inputs, see: Callable[[str, Any], N
     for name, module in list(shell.module.named_modules()):
         _open(module, passes(name))
     return pure_from(shell)(state, x)
-
-
-# ----------------------------------------------------------------------------------------------------- randomness
-
-
-class NoDraws(TorchDispatchMode):
-    """Inside, in this thread only, an operation that draws random numbers raises; nothing has been drawn then."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs or {}):
-            raise CamError(
-                f"the model draws random numbers in eval mode ({func}): its scores would differ from forward to forward; "
-                "make the layer that draws obey self.training"
-            )
-        return func(*args, **(kwargs or {}))
-
-
-def _draws(func: Any, args: Any, kwargs: Any) -> bool:
-    """Attention and rrelu carry the random tag always, and draw only with dropout or in training."""
-    given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
-    return all(given.get(name, default) not in (0.0, False) for name, default in _defaults(func))
-
-
-def _defaults(func: Any) -> list[tuple[str, Any]]:
-    switches = ("dropout_p", "train", "training")
-    return [(a.name, a.default_value) for a in func._schema.arguments if a.name in switches]
-
-
-# ------------------------------------------------------------------------------------------------------- the head
-
-
-class Head(NamedTuple):
-    """What comes after a layer, as a function `(state, x, value) -> output`."""
-
-    graph: GraphModule
-    unflatten: Callable[[Any], Any]
-
-    def __call__(self, state: State, x: Inputs, value: Tensor) -> Any:
-        return self.unflatten(self.graph(*_leaves(state, x, value)))
-
-
-def head(model: nn.Module, layer: Layer, x: Inputs, value: Tensor) -> Head:
-    """The model with `value` in the place of the layer's output, and all that came before the layer gone.
-
-    Traced once for the shapes of `x` and `value` (its batch included: pad), then kept with the model for as long as its
-    structure stays the same. `x` still counts where it reaches the output by a way around the layer.
-
-    >>> import camfn, torch
-    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
-    >>> state, x = camfn.state_of(model), torch.ones(1, 3)
-    >>> output, seen = camfn.tap(model, "1")(state, x)
-    >>> h = camfn.head(model, "1", x, seen)
-    >>> torch.equal(h(state, x, seen), output)
-    True
-    """
-    shell = shell_of(model)
-    (name,) = resolve_layers(shell, model, [layer])
-    tensors = [t for t in tree_flatten((x, value))[0] if isinstance(t, Tensor)]
-    shapes = tuple((t.shape, t.dtype, t.device) for t in tensors), str(tree_flatten(x)[1])
-    return kept(model, ("head", name, shapes, structure(shell)), lambda: _trace(shell, name, x, value))
-
-
-def _trace(shell: Shell, name: str, x: Inputs, value: Tensor) -> Head:
-    run, spec = tap_from(shell, [name]), None
-    leaves, tree = tree_flatten((shell.tensors, x, value))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
-    def flat(*tensors: Tensor) -> list[Any]:
-        nonlocal spec
-        given = list(leaves)
-        for place, tensor in zip(places, tensors):
-            given[place] = tensor
-        state, inputs, swap = tree_unflatten(given, tree)
-        out, spec = tree_flatten(run(state, inputs, None, (swap,)).output)
-        return out
-
-    with torch.no_grad():
-        # Mutations only: with views too, a view of a weight becomes a copy of it on every call.
-        graph = make_fx(functionalize(flat, remove="mutations"))(*(leaves[i].detach() for i in places))
-    for node in reversed(graph.graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output"):
-            graph.graph.erase_node(node)
-    graph.recompile()
-    return Head(graph, lambda out: tree_unflatten(out, spec))
-
-
-def _leaves(state: State, x: Inputs, value: Tensor) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten((state, x, value))[0] if isinstance(leaf, Tensor)]

@@ -33,8 +33,9 @@ def explain(
     `options` are the method's own. In place of warnings about the maps, the card has notes.
 
     >>> import camfn, torch
+    >>> from torch import nn
     >>> _ = torch.manual_seed(0)
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
     >>> card = camfn.explain(model, "1", torch.randn(1, 3, 8, 8))
     >>> card.maps.shape, card.layers, card.forwards
     (torch.Size([1, 6, 6]), ('1',), 5)

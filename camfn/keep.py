@@ -24,7 +24,8 @@ class Slot:
     __slots__ = ("lock", "made")
 
     def __init__(self) -> None:
-        self.lock, self.made = threading.Lock(), None
+        self.lock = threading.Lock()
+        self.made: Any = None
 
 
 _LOCK = threading.Lock()

@@ -53,7 +53,7 @@ def find_linear(shell: Shell, model: nn.Module, fc: Layer | None, channels: int,
     classes = logits_of(output).shape[-1]
     modules = dict(shell.module.named_modules())
     if fc is not None:
-        (name,) = resolve_layers(shell, model, [fc])
+        (name,) = resolve_layers(shell, model, fc)
         _check_linear(name, modules[name], channels, classes)
         return name
     linear = {name: module for name, module in modules.items() if _sides(module) is not None}

@@ -1,4 +1,4 @@
-"""Where a layer's activation has its channels. Inside camfn an activation is `(n, c, p)`: positions flattened, grid beside it."""
+"""Where a layer's activation has its channels. Inside, it is `(n, c, p)`: positions flattened, the grid beside it."""
 
 import math
 from typing import NamedTuple

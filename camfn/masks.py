@@ -1,7 +1,7 @@
 """From an activation to masks, and from a mask to a masked input. One channel of one image; `vmap` makes the rows."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def unit(values: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return torch.where(flat, 0, (values - low) / torch.where(flat, 1, high - low + eps))
 
 
-def mask_of(rule: Rule, channel: Tensor, noise: Tensor | None) -> Tensor:
+def mask_of(rule: Rule, channel: Tensor, noise: Any) -> Tensor:
     """The mask of one channel `(*grid)` at the input's size."""
     recipe = rule.recipe
     if rule.noise == "activation":  # SS-CAM's first form: the noise goes on before the min-max, whatever the recipe's order
@@ -94,7 +94,7 @@ def mask_of(rule: Rule, channel: Tensor, noise: Tensor | None) -> Tensor:
     return mask + noise if rule.noise == "mask" else mask
 
 
-def masked_input(rule: Rule, image: Tensor, channel: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
+def masked_input(rule: Rule, image: Tensor, channel: Tensor, scale: Tensor, noise: Any) -> Tensor:
     """`scale * image * mask`, for one image `(k, *size)` and one channel of its activation `(*grid)`."""
     masked = image * mask_of(rule, channel, noise).to(image.dtype)
     if rule.noise == "input":
@@ -110,6 +110,18 @@ def flat_channels(channels: Tensor) -> Tensor:
     return is_flat(channels.amin(-1), channels.amax(-1), channels.dtype)
 
 
+def _generator_for(given: int | torch.Generator, device: torch.device) -> tuple[torch.Generator, int]:
+    """A generator of our own on `device`; the caller's is copied and does not advance."""
+    generator = torch.Generator(device)
+    if isinstance(given, int):
+        return generator.manual_seed(given), given
+    if given.device.type == device.type:
+        generator.set_state(given.get_state())
+    else:
+        generator.manual_seed(given.initial_seed())
+    return generator, given.initial_seed()
+
+
 def noise_stream(
     variation: Variation, channels: int, shape: Sequence[int], device: torch.device
 ) -> Callable[[Tensor], Tensor | None]:
@@ -120,14 +132,8 @@ def noise_stream(
     """
     if variation.noise is None:
         return lambda pairs: None
-    given = variation.seed
-    seed = given.initial_seed() if isinstance(given, torch.Generator) else given
     on_cpu = device.type == "cpu"
-    generator = torch.Generator(device if not on_cpu else "cpu")
-    if isinstance(given, torch.Generator) and given.device == generator.device:
-        generator.set_state(given.get_state())  # a copy: the caller's does not advance
-    else:
-        generator.manual_seed(seed)
+    generator, seed = _generator_for(variation.seed, device)
     drawn, last = 0, torch.empty(0)
 
     def piece(draw: int, channel: int) -> Tensor:

@@ -15,7 +15,8 @@ from camfn._types import Inputs, Layer, Layers, Layout, Maps, Size, State, Targe
 from camfn.layers import find_linear
 from camfn.layouts import Read
 from camfn.masks import Noise, Recipe, Variation, path_scales, recipe_of
-from camfn.scoring import Sweep, counter, plan, sweep as run_sweep
+from camfn.scoring import Sweep, counter, plan
+from camfn.scoring import sweep as run_sweep
 from camfn.subject import Key, Subject, first_nonfinite, look, without_graph
 from camfn.targets import Score, resolve, score_rows
 
@@ -101,8 +102,9 @@ def cam(
     layer's channels and the model's classes, or more than one.
 
     >>> import camfn, torch
+    >>> from torch import nn
     >>> _ = torch.manual_seed(0)
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 5))
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     >>> x = torch.randn(2, 3, 8, 8)
     >>> raw = camfn.cam(model, "0", x, 3, fc="3", normalize=False)
     >>> torch.allclose(raw.mean((1, 2)) + model[3].bias[3], model(x)[:, 3], atol=1e-6)
@@ -150,26 +152,29 @@ def score_cam(
     - `model`: any `nn.Module`; it is explained in eval mode and left as it is.
     - `layer`: a dotted name, the module itself, a sequence of them (a tuple of maps comes back), or `None`: the last layer
       with spatial axes, which a warning names.
-    - `x`: the input with the batch first, `(n, k, *size)` with one to three spatial axes; a tuple for `model(*x)`; a mapping for
-      `model(**x)`. `masked` is the key or index of the input to mask, by default the only floating-point one with
+    - `x`: the input with the batch first, `(n, k, *size)` with one to three spatial axes; a tuple for `model(*x)`; a
+      mapping for `model(**x)`. `masked` is the key or index of the input to mask, by default the only floating-point one with
       spatial axes.
-    - `target`: `None` (the class predicted on the clean input), an int, n ints, a long tensor `(n,)` or `(n, t)`, `"all"`, a name of
-      `camfn.targets`, a callable from ONE sample's output to a scalar or `(t,)`, or n callables. Integers mean logits.
+    - `target`: `None` (the class predicted on the clean input), an int, n ints, a long tensor `(n,)` or `(n, t)`, `"all"`,
+      a name of `camfn.targets`, a callable from ONE sample's output to a scalar or `(t,)`, or n callables. An integer means
+      the model's raw output for that class.
     - `recipe`: a name of `camfn.RECIPES`, or a `camfn.Recipe`: where papers and libraries differ.
     - `sweep`: a `camfn.Sweep`: chunk, compilation, progress.
     - `state`: run the model on these tensors in place of its own (`camfn.state_of` gives them).
     - `layout`: `"auto"`, `"channels_first"`, `"channels_last"`, or a callable that brings the activation to `(n, c, *grid)`.
-    - `size`: `None` (the layer's grid), `"input"`, or a shape. `relu=False` gives the signed map, `normalize=False` the unscaled.
+    - `size`: `None` (the layer's grid), `"input"`, or a shape.
+    - `relu=False` gives the signed map, `normalize=False` the unscaled one.
 
     **Returns** `(n, *grid)`, or `(n, t, *grid)` where the target asks for several, float32 or wider; in [0, 1] unless
-    `normalize=False`. A plain call gives maps without a graph, even if `x.requires_grad`; under `torch.func.grad` and `jvp` they
-    are differentiable in `x` and `state`.
+    `normalize=False`. A plain call gives maps without a graph, even if `x.requires_grad`; under `torch.func.grad` and
+    `jvp` they are differentiable in `x` and `state`.
 
     **Raises** `CamError`, whose message says what was found and what to do; **warns** where a map means nothing.
 
     >>> import camfn, torch
+    >>> from torch import nn
     >>> _ = torch.manual_seed(0)
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
     >>> x = torch.randn(2, 3, 8, 8)
     >>> camfn.score_cam(model, "1", x).shape, camfn.score_cam(model, "1", x, camfn.targets.top(3), size="input").shape
     (torch.Size([2, 6, 6]), torch.Size([2, 3, 8, 8]))
@@ -210,12 +215,14 @@ def ss_cam(
 
     `seed` is an int, or a `torch.Generator`, which is copied and not advanced. The noise of a draw and channel depends on
     nothing else; all images of a batch share it, and every layer starts anew. On the CPU it is the noise that torchcam draws
-    for one image after `torch.manual_seed(seed)`, wherever the mask has a multiple of 16 pixels. `num_samples` forwards for each channel.
+    for one image after `torch.manual_seed(seed)`, wherever the mask has a multiple of 16 pixels. `num_samples` forwards for
+    each channel.
     The other arguments, and what is returned and raised, are those of `camfn.score_cam`.
 
     >>> import camfn, torch
+    >>> from torch import nn
     >>> _ = torch.manual_seed(0)
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
     >>> camfn.ss_cam(model, "1", torch.randn(2, 3, 8, 8), num_samples=3, std=0.5).shape
     torch.Size([2, 6, 6])
 
@@ -259,8 +266,9 @@ def is_cam(
     N forwards for each channel. The other arguments, and what is returned and raised, are those of `camfn.score_cam`.
 
     >>> import camfn, torch
+    >>> from torch import nn
     >>> _ = torch.manual_seed(0)
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
     >>> camfn.is_cam(model, "1", torch.randn(2, 3, 8, 8), path="linear").shape
     torch.Size([2, 6, 6])
 
@@ -293,7 +301,7 @@ def _swept(
         clean = _clean(subject, score)
         reads = _reads(subject, layout)
         plans = [plan(read, knobs, variation) for read in reads]
-        rows = sum(todo.count for todo in plans)
+        rows = sum(todo.rows_in_all for todo in plans)
         tick = counter(sweep.progress, rows)
         scores = (run_sweep(subject, score, *pair, knobs, variation, sweep, tick) for pair in zip(reads, plans))
         found = tuple(weigh(s) for s in scores)

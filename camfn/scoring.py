@@ -30,10 +30,11 @@ CHUNK = 32
 class Sweep(NamedTuple):
     """How a sweep is carried out. Nothing here changes the result beyond rounding.
 
-    `chunk`: masked inputs per forward. `compile`: `True` compiles the kernel with `torch.compile(fullgraph=True)`; it pays from
-    thousands of forwards on, since the first call takes half a minute; `"auto"` uses a compiled kernel where one is there
-    already for this model and these shapes. `fold=False` maps through the model, one row at a time for all it can see:
-    for models whose samples are not independent. `progress`: `True` shows a bar (tqdm), a callable gets `(done, total)` forwards.
+    - `chunk`: masked inputs per forward, 32 by default.
+    - `compile`: `True` compiles the kernel with `torch.compile(fullgraph=True)`, which pays from thousands of forwards on,
+      since the first call takes half a minute; `"auto"` uses a compiled kernel where this model and these shapes have one.
+    - `fold=False` maps through the model, which then sees one row at a time: for models whose samples are not independent.
+    - `progress`: `True` shows a bar (tqdm), a callable gets `(done, total)` forwards.
     """
 
     chunk: int | None = None
@@ -50,7 +51,7 @@ class Plan(NamedTuple):
     flat: Tensor  # (n, c): which channels are flat
 
     @property
-    def count(self) -> int:
+    def rows_in_all(self) -> int:
         """Masked inputs."""
         return len(self.rows) + len(self.zeros)
 

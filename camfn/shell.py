@@ -34,9 +34,14 @@ class Shell(NamedTuple):
 
 
 ATOMS = frozenset(
-    (int, float, complex, bool, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size, torch.layout)
-    + (torch.memory_format, range, slice, types.BuiltinFunctionType, types.ModuleType)
+    (
+        *(int, float, complex, bool, str, bytes, type(None), type, range, slice),
+        *(types.BuiltinFunctionType, types.ModuleType),
+        *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
+    )
 )
+"""Types whose values can be shared: they hold no module and nobody writes to them."""
+
 _CONTAINERS = frozenset((dict, OrderedDict, list, set))
 
 
@@ -199,7 +204,7 @@ def _refuse(module: nn.Module) -> None:
         raise CamError(f"{kind} is scripted or traced: camfn needs Python modules, pass the model that was scripted")
     if isinstance(module, torch.fx.GraphModule) and hasattr(module.graph._codegen, "pytree_info"):
         raise CamError(f"{kind} was exported: its layers do not run any more, pass the model that was exported")
-    if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+    if any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
         raise CamError(f"{kind} is a lazy module without shapes yet: run the model once before you explain it")
     if "forward" in vars(module):
         raise CamError(

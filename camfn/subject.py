@@ -1,6 +1,6 @@
 """What is explained: a model on inputs, checked, and captured once at the layers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_flatten
 from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layers, State
-from camfn.capture import NoDraws, resolve_layers, resolve_state, tap_from, watch
+from camfn.capture import is_several, resolve_layers, resolve_state, tap_from, watch
+from camfn.draws import NoDraws
 from camfn.layers import choose
 from camfn.shell import Shell, shell_of
 
@@ -47,7 +48,8 @@ class Subject(NamedTuple):
 
 def pick(x: Inputs, key: Key) -> Tensor:
     """One input of several."""
-    return x if key is None else x[key]  # pyright: ignore[reportReturnType, reportIndexIssue, reportCallIssue, reportArgumentType]
+    several: Any = x
+    return several if key is None else several[key]
 
 
 def with_input(x: Inputs, key: Key, value: Tensor) -> Inputs:
@@ -70,15 +72,14 @@ def look(model: nn.Module, layer: Layers, x: Inputs, state: State | None, masked
     full = resolve_state(shell, state)
     key = _masked_key(x, masked, masks)
     n = _check_inputs(x, key, shell, full, masks)
-    several = isinstance(layer, Sequence) and not isinstance(layer, str)
-    if several and not layer:
+    if is_several(layer) and not layer:
         raise CamError("layer is an empty sequence: name one layer at least, or pass None to have one chosen")
-    names = _choose(model, full, x, key) if layer is None else resolve_layers(shell, model, layer if several else [layer])  # pyright: ignore
+    names = _choose(model, full, x, key) if layer is None else resolve_layers(shell, model, layer)
     tap = tap_from(shell_of(model), names)  # a shell of its own: the sweep's has no ports
     with nullcontext() if _compat.transformed() else NoDraws():
         output, seen = tap(full, x)
     forwards = n if layer is not None else 2 * n
-    return Subject(model, shell, full, x, key, n, tuple(names), several, output, seen, forwards)  # pyright: ignore
+    return Subject(model, shell, full, x, key, n, tuple(names), is_several(layer), output, tuple(seen), forwards)
 
 
 def _choose(model: nn.Module, state: State, x: Inputs, key: Key) -> list[str]:
@@ -95,7 +96,7 @@ def _masked_key(x: Inputs, masked: Key, masks: bool) -> Key:
         return None
     if not isinstance(x, (tuple, Mapping)):
         raise CamError(f"x must be a tensor, a tuple of inputs or a mapping of them; found {type(x).__name__}")
-    items = dict(x) if isinstance(x, Mapping) else dict(enumerate(x))
+    items: dict[Any, Any] = dict(x) if isinstance(x, Mapping) else dict(enumerate(x))
     if masked is not None:
         if masked not in items or not isinstance(items[masked], Tensor):
             raise CamError(f"masked={masked!r} is not a tensor of x, which has {', '.join(map(repr, items))}")
@@ -141,7 +142,8 @@ def _check_devices(x: Inputs, state: State) -> None:
     here, there = {leaf.device for leaf in leaves}, {tensor.device for tensor in state.values()}
     if len(there) == 1 and here != there:
         raise CamError(
-            f"the model is on {', '.join(map(str, there))} and x is on {', '.join(sorted(map(str, here)))}: move one to the other"
+            f"the model is on {', '.join(map(str, there))} and x is on {', '.join(sorted(map(str, here)))}; "
+            "move one to the other"
         )
 
 

@@ -91,7 +91,7 @@ def contrast(c: Any = None, against: Sequence[int] | None = None, *, top: int = 
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output, of a batch or of one sample: itself, `.logits`, `["logits"]`, `["out"]`, or the first part."""
+    """The logits in an output, of a batch or of one sample: itself, `.logits`, `["logits"]`, `["out"]`, or the first part."""
     if isinstance(output, Tensor):
         return output
     if isinstance(getattr(output, "logits", None), Tensor):
@@ -110,8 +110,9 @@ def score_rows(of: Callable[[Any, Tensor], Tensor], output: Any, rows: Tensor) -
     if isinstance(output, list):  # one entry per sample, as detectors have it
         return torch.stack([of(sample, row) for sample, row in zip(output, rows)])
     if dataclasses.is_dataclass(output) and not isinstance(output, Mapping):
-        parts = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
-        return score_rows(lambda sample, row: of(dataclasses.replace(output, **sample), row), parts, rows)
+        whole: Any = output
+        parts = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+        return score_rows(lambda sample, row: of(dataclasses.replace(whole, **sample), row), parts, rows)
     axes = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, output)
     return vmap(of, in_dims=(axes, 0))(output, rows)
 
@@ -249,7 +250,7 @@ def _resolve_callables(target: Any, output: Any, n: int, device: torch.device | 
     shapes: list[bool] = []
 
     def probe(sample: Any, row: Tensor) -> Tensor:
-        shapes.extend(isinstance(s, Tensor) and s.ndim == 0 for s in (function(sample) for function in functions))
+        shapes.extend(getattr(function(sample), "ndim", 1) == 0 for function in functions)
         return of(sample, row)
 
     try:

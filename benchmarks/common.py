@@ -1,0 +1,193 @@
+"""What the benchmarks share: where they ran, interleaved timing, peak memory in a fresh process, the record on disk.
+
+A record has no date, host name or path in it: two runs on one machine with the same versions differ only in what was measured.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+MIB = 1 << 20
+
+
+# ---------------------------------------------------------------------------------------------------------- where
+
+
+def environment(packages: Iterable[str]) -> dict[str, Any]:
+    """Versions of the packages (as distributions are named), the processor, and how many threads torch uses."""
+    return {
+        "python": platform.python_version(),
+        "os": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, **{name: _version(name) for name in packages}},
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or "unknown"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def require(modules: Mapping[str, str]) -> None:
+    """Stop with a sentence if a module is missing; `modules` maps its name to the distribution that has it."""
+    missing = [distribution for module, distribution in modules.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        sys.exit(f"{' and '.join(missing)} missing: pip install 'camfn[bench]', or leave it out of this run (see --help)")
+
+
+def torchvision_models() -> Any:
+    """`torchvision.models`, also where it was built for another torch: the tests know how."""
+    require({"torchvision": "torchvision"})
+    try:
+        import torchvision
+    except RuntimeError:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+        import support
+
+        return support.torchvision_models()
+    return torchvision.models
+
+
+# ----------------------------------------------------------------------------------------------------------- time
+
+
+class Timing(NamedTuple):
+    """One call per round."""
+
+    seconds: list[float]
+    cpu_seconds: list[float]  # of all threads: what the call cost however busy the machine was
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
+    """Time every call once in each round, in turned order in every other round. Warm up before.
+
+    Within a round all calls meet the same machine, so ratios within a round mean more than any of the times.
+    """
+    timings = {name: Timing([], []) for name in calls}
+    for number in range(rounds):
+        for name in list(calls) if number % 2 == 0 else reversed(calls):
+            gc.collect()
+            cpu, start = time.process_time(), time.perf_counter()
+            calls[name]()
+            timings[name].seconds.append(time.perf_counter() - start)
+            timings[name].cpu_seconds.append(time.process_time() - cpu)
+            say(f"round {number + 1} of {rounds}: {name} {timings[name].seconds[-1]:.2f} s")
+    return timings
+
+
+def ratio(of: Timing, to: Timing) -> float:
+    """The median over rounds of the ratio within the round: below 1, `of` is faster."""
+    return statistics.median(a / b for a, b in zip(of.seconds, to.seconds))
+
+
+def share_of_threads(timings: Iterable[Timing]) -> float:
+    """How much of its threads' time the process got, median over calls: well below 1, others used the machine."""
+    pairs = ((c, s) for timing in timings for c, s in zip(timing.cpu_seconds, timing.seconds))
+    return statistics.median(c / (s * torch.get_num_threads()) for c, s in pairs)
+
+
+# --------------------------------------------------------------------------------------------------------- memory
+
+
+def peak_above(call: Callable[[], Any]) -> dict[str, float]:
+    """MiB resident before the call, and how much higher it rose during it. Meant for a fresh process."""
+    gc.collect()
+    before, linux = _resident("VmRSS"), _forget_peak()
+    call()
+    peak = _resident("VmHWM") if linux else _max_resident()
+    return {"before": before, "above": peak - before}
+
+
+def _forget_peak() -> bool:
+    """Let the high-water mark start from here: making the model may have been higher. Linux only."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident(field: str) -> float:
+    # Not getrusage: on Linux its maximum starts from the parent's at the fork, not from zero.
+    status = Path("/proc/self/status")
+    return int(re.search(rf"^{field}:\s+(\d+) kB$", status.read_text(), re.M)[1]) / 1024 if status.exists() else _max_resident()
+
+
+def _max_resident() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MIB if sys.platform == "darwin" else 1024)
+
+
+def in_fresh_process(script: str, arguments: Sequence[str]) -> Any:
+    """Run the script with other arguments in a process of its own; it prints one JSON value as its last line."""
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"the fresh process with {' '.join(arguments)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --------------------------------------------------------------------------------------------------------- saying
+
+
+def say(line: str) -> None:
+    """Progress, apart from the result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Aligned columns, the first to the left."""
+    lines = [tuple(columns), *map(tuple, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))).rstrip()
+        for line in lines
+    )
+
+
+def positive(text: str) -> int:
+    """An argument that is a positive int."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, found {text!r}")
+    return int(text)
+
+
+def write(path: str | Path, record: Any) -> None:
+    """The record as JSON, numbers with six significant digits."""
+    Path(path).write_text(json.dumps(_rounded(record), indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,304 @@
+"""Score-CAM: is camfn as fast as the model itself, and how does it stand beside torchcam and pytorch-grad-cam?
+
+    python benchmarks/score_cam.py                              # ResNet-18, layer4, 224 px: about ten minutes
+    python benchmarks/score_cam.py --size 64 --rounds 1         # a quick look
+
+Contenders, each from the model to the finished map as its documentation has it, all with the same chunk of masked inputs per
+forward, the same class and the same number of threads:
+
+* `plain`: the model alone on a batch of one chunk, eager, under `no_grad`, as often as there are channels to score. No masks, no
+  maps: the ceiling of a library that runs the model eagerly as it is and scores every channel.
+* `torchcam` and `camfn`: `camfn.score_cam(..., recipe="torchcam")`, its default.
+* `grad-cam` and `camfn-as-grad-cam`: pytorch-grad-cam (whose own chunk would be 16), and camfn with
+  `recipe="pytorch-grad-cam", size="input"`.
+
+The network has seeded random weights, with batch norm statistics of noise and logits of a trained network's spread: as it comes,
+every channel scores nearly the same and the maps could agree whatever the scores are.
+
+First every contender runs once, untimed: the warm-up. In it the rows that reach the model are counted, and camfn's normalised map
+is held against the peer's: a difference above 1e-4 stops the run, and so does a map that equal weights would give as well (within
+100 times that), which would prove nothing. Then the contenders take turns, one call each per round. Times are medians over
+rounds; ratios are taken within a round, and the median of those counts. Peak memory is of one call in a fresh process of its own,
+above what was resident just before it, with imports, model and input in place.
+
+Typical output:
+
+TYPICAL
+"""
+
+import os
+
+os.environ["TQDM_DISABLE"] = "1"  # pytorch-grad-cam shows a bar; tqdm reads this when it is imported
+
+import argparse
+import functools
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import common
+import torch
+from torch import Tensor, nn
+
+import camfn
+
+TOLERANCE = 1e-4
+PEERS = {"torchcam": {"torchcam": "torchcam"}, "grad-cam": {"pytorch_grad_cam": "grad-cam"}}
+
+
+class Job(NamedTuple):
+    """What every contender is asked: the maps of these classes, at this layer, of this input."""
+
+    model: nn.Module
+    layer: str
+    x: Tensor
+    classes: list[int]
+    channels: int
+    chunk: int
+
+
+# ----------------------------------------------------------------------------------------------------- contenders
+
+
+def plain(job: Job) -> None:
+    batch = torch.randn(job.chunk, *job.x.shape[1:], generator=torch.Generator().manual_seed(1))
+    rows = job.channels * len(job.x)
+    with torch.no_grad():
+        for start in range(0, rows, job.chunk):
+            job.model(batch[: rows - start])
+
+
+def torchcam(job: Job) -> Tensor:
+    from torchcam.methods import ScoreCAM
+
+    with ScoreCAM(job.model, job.layer, batch_size=job.chunk) as extractor:
+        with torch.inference_mode():
+            job.model(job.x)
+        return extractor(job.classes)[0]
+
+
+def grad_cam(job: Job) -> Tensor:
+    from pytorch_grad_cam import ScoreCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    with ScoreCAM(job.model, [job.model.get_submodule(job.layer)]) as extractor:
+        extractor.batch_size = job.chunk
+        return torch.from_numpy(extractor(job.x, [ClassifierOutputTarget(c) for c in job.classes]))
+
+
+def as_camfn(job: Job, recipe: str, size: Any) -> Tensor:
+    sweep = camfn.Sweep(chunk=job.chunk)
+    return camfn.score_cam(job.model, job.layer, job.x, job.classes, recipe=recipe, size=size, sweep=sweep)
+
+
+CONTENDERS: dict[str, Callable[[Job], Any]] = {
+    "plain": plain,
+    "torchcam": torchcam,
+    "camfn": functools.partial(as_camfn, recipe="torchcam", size=None),
+    "grad-cam": grad_cam,
+    "camfn-as-grad-cam": functools.partial(as_camfn, recipe="pytorch-grad-cam", size="input"),
+}
+PAIRS = {"camfn": "torchcam", "camfn-as-grad-cam": "grad-cam"}
+
+
+# ------------------------------------------------------------------------------------------------------- the job
+
+
+def job_of(options: argparse.Namespace) -> Job:
+    models = common.torchvision_models()
+    if not callable(getattr(models, options.model, None)):
+        sys.exit(f"torchvision.models has no {options.model!r}")
+    torch.manual_seed(0)
+    model = getattr(models, options.model)(weights=None)
+    x = torch.randn(options.images, 3, options.size, options.size)
+    logits = _settle(model, x)
+    seen = camfn.tap(model, options.layer)(camfn.state_of(model), x).seen
+    return Job(model, options.layer, x, logits.argmax(1).tolist(), seen.shape[1], options.chunk)
+
+
+@torch.no_grad()
+def _settle(model: nn.Module, x: Tensor) -> Tensor:
+    """Batch norm statistics of noise, logits with a standard deviation of 3: scores that differ. Returns the logits."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None  # the plain average of what comes
+    model.train()
+    model(torch.randn(16, *x.shape[1:]))
+    model.eval()
+    last = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
+    factor = 3 / model(x).std()
+    for tensor in last.parameters():
+        tensor.mul_(factor)
+    return model(x)
+
+
+@contextmanager
+def counted(job: Job) -> Iterator[dict[str, int]]:
+    """Count the rows that reach the model, by its class: camfn runs a copy. Rows of the input itself are `clean`."""
+    rows, kind = {"clean": 0, "masked": 0}, type(job.model)
+    forward = kind.forward
+
+    def counting(self: nn.Module, x: Tensor) -> Any:
+        clean = x.shape == job.x.shape and torch.equal(x, job.x)
+        rows["clean" if clean else "masked"] += len(x)
+        return forward(self, x)
+
+    kind.forward = counting
+    try:
+        yield rows
+    finally:
+        kind.forward = forward
+
+
+# ----------------------------------------------------------------------------------------------------- the check
+
+
+def warm_up(job: Job, names: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
+    """Every contender once: its map and its rows."""
+    maps, rows = {}, {}
+    for name in names:
+        common.say(f"warm-up: {name}")
+        with counted(job) as rows[name]:
+            maps[name] = CONTENDERS[name](job)
+    return maps, rows
+
+
+def differences(job: Job, maps: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """camfn's maps against the peers', and, as a yardstick, against the maps of equal weights. Stops where they disagree."""
+    found = {}
+    for ours, theirs in PAIRS.items():
+        if ours not in maps or theirs not in maps:
+            continue
+        pair = {
+            "from_peer": _largest(maps[ours], maps[theirs]),
+            "from_equal_weights": _largest(maps[ours], _unweighted(job, maps[ours])),
+        }
+        if not pair["from_peer"] <= TOLERANCE:
+            sys.exit(f"{ours} and {theirs} differ by {pair['from_peer']:.3g}, more than {TOLERANCE:g}: nothing was timed")
+        if not pair["from_equal_weights"] > 100 * TOLERANCE:
+            sys.exit(
+                f"the map of equal weights is within {pair['from_equal_weights']:.3g} of {ours}'s: agreement there would "
+                "prove nothing; nothing was timed (a larger --size, another --layer?)"
+            )
+        found[ours] = pair
+    return found
+
+
+def _largest(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        sys.exit(f"maps differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
+    return float((a - b).abs().max())
+
+
+def _unweighted(job: Job, like: Tensor) -> Tensor:
+    """The map if every channel counted the same, at the size of another."""
+    activation = camfn.tap(job.model, job.layer)(camfn.state_of(job.model), job.x).seen
+    return camfn.maps.normalize(camfn.maps.resize(torch.relu(activation.mean(1)), like.shape[1:]), (1, 2))
+
+
+# ---------------------------------------------------------------------------------------------------- the record
+
+
+def measure(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    names = options.methods
+    # First, while this process is idle.
+    memory = {name: common.in_fresh_process(__file__, [*argv, "--memory-of", name]) for name in names}
+    job = job_of(options)
+    maps, rows = warm_up(job, names)
+    agreement = differences(job, maps)
+    timings = common.interleaved({name: functools.partial(CONTENDERS[name], job) for name in names}, options.rounds)
+    arguments = {key: value for key, value in vars(options).items() if key not in ("out", "memory_of")}
+    return {
+        "question": __doc__.splitlines()[0],
+        "environment": common.environment(["torchvision", "numpy", "camfn", "torchcam", "grad-cam"]),
+        "arguments": arguments,
+        "channels": job.channels,
+        "tolerance": TOLERANCE,
+        "share_of_threads": common.share_of_threads(timings.values()),
+        "contenders": {name: _entry(name, timings, rows[name], memory[name], agreement.get(name)) for name in names},
+    }
+
+
+def _entry(
+    name: str, timings: dict[str, common.Timing], rows: dict[str, int], memory: dict[str, float], agreement: Any
+) -> dict[str, Any]:
+    timing = timings[name]
+    return {
+        "seconds": timing.seconds,
+        "cpu_seconds": timing.cpu_seconds,
+        "median_seconds": timing.median,
+        "masked_per_second": rows["masked"] / timing.median,
+        "rows": rows,
+        "memory_mib": memory,
+        "largest_difference": agreement,
+        "compared_with": PAIRS.get(name) if agreement else None,
+        "time_over": {other: common.ratio(timing, timings[other]) for other in ("torchcam", "plain") if other in timings},
+    }
+
+
+def text(record: dict[str, Any]) -> str:
+    where, asked = record["environment"], record["arguments"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
+    rows = [_line(name, entry) for name, entry in record["contenders"].items()]
+    columns = ("", "seconds", "masked/s", "masked", "clean", "peak MiB", "difference", "x torchcam", "x plain")
+    return "\n".join(
+        [
+            f"Score-CAM, {asked['model']} {asked['layer']}, {record['channels']} channels, {asked['images']} x {asked['size']} px, "
+            f"chunks of {asked['chunk']}, {asked['rounds']} rounds",
+            f"{where['processor']} ({where['instructions']}), {where['threads']} threads, of which we got "
+            f"{record['share_of_threads']:.0%}; Python {where['python']}",
+            versions,
+            "",
+            common.table(columns, rows),
+        ]
+    )
+
+
+def _line(name: str, entry: dict[str, Any]) -> list[str]:
+    times = [f"{entry['time_over'][other]:.3f}" if other in entry["time_over"] else "" for other in ("torchcam", "plain")]
+    difference = f"{entry['largest_difference']['from_peer']:.1e}" if entry["largest_difference"] else ""
+    rate, rows = f"{entry['masked_per_second']:.1f}", entry["rows"]
+    peak = f"{entry['memory_mib']['above']:.0f}"
+    return [name, f"{entry['median_seconds']:.2f}", rate, str(rows["masked"]), str(rows["clean"]), peak, difference, *times]
+
+
+def options_of(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet18", help="a name of torchvision.models")
+    parser.add_argument("--layer", default="layer4")
+    parser.add_argument("--size", type=common.positive, default=224, help="side of the input in pixels")
+    parser.add_argument("--images", type=common.positive, default=1, help="batch of the input")
+    parser.add_argument("--rounds", type=common.positive, default=3)
+    parser.add_argument("--chunk", type=common.positive, default=32, help="masked inputs per forward, for every contender")
+    parser.add_argument("--methods", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="contenders to run")
+    parser.add_argument("--out", metavar="FILE.json", help="where to write the record")
+    parser.add_argument("--memory-of", choices=CONTENDERS, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = options_of(argv)
+    warnings.simplefilter("error", camfn.CamWarning)  # a map that means nothing is no comparison
+    for name in options.methods:
+        common.require(PEERS.get(name, {}))
+    if options.memory_of:
+        job, call = job_of(options), CONTENDERS[options.memory_of]
+        _import_of(options.memory_of)
+        print(json.dumps(common.peak_above(lambda: call(job))))
+        return
+    record = measure(options, argv)
+    print(text(record))
+    if options.out:
+        common.write(options.out, record)
+
+
+def _import_of(name: str) -> None:
+    for module in PEERS.get(name, {}):
+        __import__(f"{module}.methods" if module == "torchcam" else module)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

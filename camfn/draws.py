@@ -1,0 +1,31 @@
+"""A model that draws random numbers in eval mode is refused, at the draw, before anything is drawn."""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from camfn._errors import CamError
+
+
+class NoDraws(TorchDispatchMode):
+    """Inside, in this thread only, an operation that draws random numbers raises; nothing has been drawn then."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs or {}):
+            raise CamError(
+                f"the model draws random numbers in eval mode ({func}): its scores would differ from forward to forward; "
+                "make the layer that draws obey self.training"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Attention and rrelu carry the random tag always, and draw only with dropout or in training."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
+    return all(given.get(name, default) not in (0.0, False) for name, default in _defaults(func))
+
+
+def _defaults(func: Any) -> list[tuple[str, Any]]:
+    switches = ("dropout_p", "train", "training")
+    return [(a.name, a.default_value) for a in func._schema.arguments if a.name in switches]

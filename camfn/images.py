@@ -1,0 +1,246 @@
+"""Pictures: reading them, laying maps over them, and seeing what a network saw. Pillow is imported where it is used."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from camfn import maps as _maps
+from camfn._errors import CamError, closest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def _pillow() -> Any:
+    try:
+        import PIL.Image
+        import PIL.ImageOps
+    except ImportError as error:
+        raise CamError("pictures need Pillow: pip install 'camfn[cli]'") from error
+    return PIL
+
+
+# ----------------------------------------------------------------------------------------------------- colour maps
+
+
+def _anchors(table: str) -> tuple[Any, ...]:
+    colours = np.array([list(bytes.fromhex(colour)) for colour in table.split()]) / 255
+    at = np.linspace(0, 1, len(colours))
+    return tuple((at, colours[:, channel]) for channel in range(3))
+
+
+_COLORMAPS = {
+    "jet": (
+        ((0.0, 0.35, 0.66, 0.89, 1.0), (0.0, 0.0, 1.0, 1.0, 0.5)),
+        ((0.0, 0.125, 0.375, 0.64, 0.91, 1.0), (0.0, 0.0, 1.0, 1.0, 0.0, 0.0)),
+        ((0.0, 0.11, 0.34, 0.65, 1.0), (0.5, 1.0, 1.0, 0.0, 0.0)),
+    ),
+    "turbo": _anchors(
+        "30123d 3b3183 434fbd 466be3 4786fc 3ba1fe 2abbeb 19d3d0 19e5b7 30f298 55fb74 7fff52 a4fd3b "
+        "bef433 d7e434 edd03a fabb38 fea02e fb8020 f26013 e44509 d23004 b91e00 9c0f00 7a0401"
+    ),
+    "viridis": _anchors(
+        "440153 471063 481f70 472c7b 443982 404687 3a528a 355d8c 30688d 2c728d 287c8d 24868d 20908c "
+        "1e9a89 20a485 27ae80 35b778 47c06e 5cc862 74d054 8fd643 aadc31 c7e01f e3e317 fde724"
+    ),
+}
+COLORMAPS = tuple(_COLORMAPS)
+"""The names that `colormap=` takes."""
+
+
+def colorize(values: Any, colormap: str = "turbo") -> np.ndarray:
+    """Values in [0, 1], of any shape, as colours: `(*shape, 3)` in [0, 1].
+
+    `colormap` is `"jet"`, `"turbo"` (the default: as vivid as jet, without its false edges) or `"viridis"` (even to the eye,
+    and readable without colour). Matplotlib's colours to within 1.9/255 for turbo, 1.4/255 for viridis, and exactly for jet:
+    straight lines between 25 anchors fitted to them.
+
+    >>> colorize([0.0, 1.0], "jet").tolist()
+    [[0.0, 0.0, 0.5], [0.5, 0.0, 0.0]]
+    """
+    if colormap not in _COLORMAPS:
+        raise CamError(
+            f"no colormap named {colormap!r}; closest: {closest(str(colormap), COLORMAPS)}; all: {', '.join(COLORMAPS)}"
+        )
+    values = np.asarray(values, dtype=np.float64)
+    return np.stack([np.interp(values, *lines) for lines in _COLORMAPS[colormap]], -1)
+
+
+# -------------------------------------------------------------------------------------------------------- overlays
+
+
+def overlay(image: Any, map: Any, *, alpha: float = 0.5, colormap: str = "turbo") -> "Image":
+    """A map laid over its picture: `(1 - alpha) * picture + alpha * colour(map)`, an RGB image of the picture's size.
+
+    **Arguments**
+
+    - `image`: a PIL image, or a tensor or array `(h, w)`, `(h, w, k)` or `(k, h, w)`, uint8 or floats in [0, 1]; k is 1
+      (grey), 3 (RGB) or 4 (RGB and an opacity, which is dropped).
+    - `map`: `(h', w')` in [0, 1], as camfn's methods return it for one image: `maps[0]`. It is resized to the picture
+      bilinearly (a cubic would overshoot) and used as it is: neither rescaled nor squared.
+    - `alpha`: the weight of the MAP, the same everywhere: 0 is the picture, 1 the coloured map. (In torchcam's
+      `overlay_mask` and in pytorch-grad-cam's `image_weight` it is the weight of the picture.)
+    - `colormap`: a name of `camfn.images.COLORMAPS`.
+
+    **Raises** `CamError` for a picture or map out of range, not finite, or of another shape.
+
+    >>> import torch
+    >>> grey = torch.full((3, 6, 8), 0.5)
+    >>> overlay(grey, torch.eye(2), alpha=0.0).getpixel((0, 0)), overlay(grey, torch.eye(2), colormap="jet").size
+    ((128, 128, 128), (8, 6))
+    """
+    if not 0 <= alpha <= 1:
+        raise CamError(f"alpha is the weight of the map, from 0 (the picture alone) to 1 (the map alone); found {alpha!r}")
+    picture = _picture(image)
+    resized = _maps.resize(_map(map), picture.shape[:2]).numpy()
+    blend = (1 - alpha) * picture + alpha * colorize(resized, colormap)
+    return _pillow().Image.fromarray(np.rint(blend * 255).astype(np.uint8))
+
+
+def _map(map: Any) -> Tensor:
+    """A map as a float64 tensor `(h, w)` on the CPU, checked."""
+    values = _tensor(map, "map", "a tensor or an array")
+    if values.ndim != 2 or values.numel() == 0:
+        raise CamError(f"map has shape {tuple(values.shape)}, and one map (h, w) is wanted: index the batch, as in maps[0]")
+    return _unit(
+        values,
+        "map",
+        "the colours are for [0, 1]: methods give such maps by default (normalize=True), and "
+        "camfn.maps.normalize(map, (-2, -1)) scales a raw or signed one",
+    )
+
+
+def _picture(image: Any) -> np.ndarray:
+    """A picture as an array `(h, w, 3)` in [0, 1]."""
+    if hasattr(image, "convert"):
+        return np.asarray(_rgb(image, "image"), dtype=np.float64) / 255
+    values = _tensor(image, "image", "a PIL image, a tensor or an array")
+    if values.dtype != torch.uint8 and not values.is_floating_point():
+        raise CamError(f"image is {values.dtype}: a picture is uint8, or floats in [0, 1]")
+    values = values.double() / 255 if values.dtype == torch.uint8 else values
+    remedy = "a picture of floats lies in [0, 1]: undo the normalisation (image * std + mean), or divide by 255"
+    return _unit(_channels_last(values), "image", remedy).expand(-1, -1, 3).numpy()
+
+
+def _unit(values: Tensor, name: str, remedy: str) -> Tensor:
+    """`values` as float64 in [0, 1]; outside, beyond rounding, is an error."""
+    slack = 4 * torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
+    values = values.double()
+    if not bool(torch.isfinite(values).all()):
+        raise CamError(f"{name} has NaN or infinite values")
+    low, high = float(values.min()), float(values.max())
+    if low < -slack or high > 1 + slack:
+        raise CamError(f"{name} has values from {low:.4g} to {high:.4g}, and {remedy}")
+    return values.clamp(0, 1)
+
+
+def _tensor(values: Any, name: str, wanted: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    try:
+        return torch.from_numpy(np.array(values))  # a copy: torch wants to be able to write
+    except (TypeError, ValueError) as error:
+        raise CamError(f"{name} must be {wanted}; found {type(values).__name__}") from error
+
+
+def _channels_last(values: Tensor) -> Tensor:
+    """`(h, w, 1 or 3)` from the shapes that a picture may have; an opacity is dropped."""
+    shape = tuple(values.shape)
+    if values.ndim == 2 and values.numel():
+        return values[..., None]
+    first, last = (values.ndim == 3 and values.numel() > 0 and shape[axis] in (1, 3, 4) for axis in (0, -1))
+    if first and last:
+        raise CamError(f"image of shape {shape} could be (channels, h, w) or (h, w, channels); pass it as a PIL image")
+    if not first and not last:
+        raise CamError(
+            f"image has shape {shape}, and one picture is wanted: (h, w), (h, w, k) or (k, h, w) with k = 1, 3 or 4 "
+            "(index a batch, as in x[0])"
+        )
+    return (values.movedim(0, -1) if first else values)[..., :3]
+
+
+def _rgb(image: Any, name: str) -> "Image":
+    if image.mode.startswith(("I", "F")):  # Pillow clips these at 255: nearly all of a 16-bit picture would be white
+        raise CamError(f"{name} has pixels of mode {image.mode!r}, wider than 8 bits: scale them to 8 bits first")
+    # Pillow warns of a palette with an opacity for each colour unless it goes by RGBA.
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+def read(path: str | os.PathLike[str]) -> "Image":
+    """A picture file as an RGB image, turned as its EXIF tag says; a transparent picture loses its opacity.
+
+    **Raises** `CamError`, in one sentence, where there is no such file or Pillow cannot read it.
+    """
+    pillow = _pillow()
+    try:
+        with pillow.Image.open(path) as file:
+            image = pillow.ImageOps.exif_transpose(file)
+            return _rgb(image, str(path))
+    except FileNotFoundError:
+        raise CamError(f"there is no file {os.fspath(path)!r}") from None
+    except IsADirectoryError:
+        raise CamError(f"{os.fspath(path)!r} is a folder, not a picture") from None
+    except pillow.UnidentifiedImageError:
+        raise CamError(f"{os.fspath(path)!r} is not a picture that Pillow can read") from None
+    except CamError:
+        raise
+    except (OSError, ValueError, SyntaxError, pillow.Image.DecompressionBombError) as error:
+        raise CamError(f"{os.fspath(path)!r} cannot be read as a picture: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------- what a network sees
+
+
+def as_seen(x: Tensor, preprocess: Callable[[Any], Any], size: tuple[int, int]) -> tuple[Tensor, bool]:
+    """The picture that a network's input `x`, `(k, h, w)`, shows: `(h, w, 3)` in [0, 1], and whether its colours are true.
+
+    A map belongs to the input as resized and cropped, so the picture to lay it over is that one, with the scaling of its
+    colours undone. The scaling is measured: `preprocess` is shown pictures of one colour, of the `size` (width, height) of
+    the original. Where it turns out not to be one scale and offset for each channel, the input is stretched to [0, 1] instead.
+    """
+    x = x.detach().cpu().double()
+    undo = _measured(preprocess, size, x)
+    if undo is not None:
+        return undo(x).clamp(0, 1).movedim(0, -1).expand(-1, -1, 3), True
+    grey = x if x.shape[0] in (1, 3) else x.mean(0, keepdim=True)
+    return _maps.normalize(grey, (-3, -2, -1)).movedim(0, -1).expand(-1, -1, 3), False
+
+
+def _measured(preprocess: Callable[[Any], Any], size: tuple[int, int], x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The inverse of what `preprocess` does to colours, or `None` if it is not a scale and an offset for each channel."""
+    if x.shape[0] not in (1, 3):
+        return None
+    new = _pillow().Image.new
+
+    def of(*colour: int) -> Tensor:
+        return preprocess(new("RGB", size, colour)).detach().cpu().double().reshape(x.shape)
+
+    try:
+        black, white, probe = of(0, 0, 0), of(255, 255, 255), of(*_PROBE) if x.shape[0] == 3 else of(128, 128, 128)
+        order = _order(black, of(255, 0, 0), of(0, 255, 0), of(0, 0, 255)) if x.shape[0] == 3 else [0]
+    except Exception:  # a preprocess need not take such pictures
+        return None
+    span = white - black
+    shown = span.abs() > 1e-6 * span.abs().max()  # padding shows nothing of the picture
+
+    def undo(t: Tensor) -> Tensor:
+        return torch.where(shown, (t - black) / torch.where(shown, span, 1), 0)[order]
+
+    expected = torch.tensor(_PROBE if x.shape[0] == 3 else (128,), dtype=torch.float64)[:, None, None] / 255
+    right = sorted(order) == list(range(len(order))) and bool(shown.any()) and bool(torch.isfinite(span).all())
+    return undo if right and bool(((undo(probe) - expected).abs() < 0.01)[shown[order]].all()) else None
+
+
+_PROBE = (64, 128, 192)
+
+
+def _order(black: Tensor, *primaries: Tensor) -> list[int]:
+    """Where red, green and blue went: channels may come out as BGR."""
+    return [int((primary - black).abs().sum((1, 2)).argmax()) for primary in primaries]

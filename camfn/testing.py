@@ -1,0 +1,218 @@
+"""Hypothesis strategies for property-based tests of maps: small valid models, and inputs, layers and targets that fit them.
+
+Everything is built valid, nothing is filtered away. A case is in the order of a method's arguments:
+
+>>> import camfn
+>>> from camfn.testing import cases
+>>> from hypothesis import given, settings
+>>> @settings(max_examples=5, deadline=None)
+... @given(cases("score_cam"))
+... def maps_are_in_the_unit_interval(case):
+...     maps = camfn.explain(*case, method="score_cam").maps
+...     assert 0 <= maps.min() and maps.max() <= 1
+>>> maps_are_in_the_unit_interval()
+
+(`camfn.explain` notes a flat map on its card, where `camfn.score_cam` warns.) The only file of camfn that needs hypothesis.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor, nn
+
+from camfn import targets
+from camfn._types import Target
+from camfn.masks import Recipe, recipe_of
+from camfn.methods import METHODS
+
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+class Spec(NamedTuple):
+    """Everything that a `TinyNet` is made from; a failing test prints it."""
+
+    sides: tuple[int, ...] = (6, 5)  # of the input: one to three spatial axes
+    block: Literal["plain", "residual", "dense"] = "plain"  # the middle: convolved, added (in place) or concatenated
+    pooled: bool = True  # the head: global average pooling, or all positions, before the linear layer
+    colors: int = 2  # channels of the input
+    width: int = 2  # channels of the stem
+    channels: int = 3  # channels of `features`
+    classes: int = 3
+    stride: int = 2  # of `features`
+    dead: int = 0  # so many channels of `features` are constant (one at least is not)
+    inplace: bool = False  # activations work in place
+    training: bool = False  # left in train mode
+    seed: int = 0  # of the weights
+
+
+class Block(nn.Module):
+    """A convolution whose output is handed on, or joined with its input."""
+
+    def __init__(self, conv: type[nn.Module], spec: Spec) -> None:
+        super().__init__()
+        self.join = spec.block
+        self.conv = conv(spec.width, spec.width, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        out = self.conv(z)
+        if self.join == "residual":
+            out += z
+        return torch.cat([z, out], 1) if self.join == "dense" else out
+
+
+class TinyNet(nn.Module):
+    """`stem` (convolution, batch norm, SiLU), `block`, `features` (a convolution), `act` (ReLU), pooling, dropout, `fc`.
+
+    In float64. Every kernel covers its input symmetrically, strided or not: flip the kernels and the head, and you have the
+    network of the flipped input.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.spec = spec
+        conv, norm = _CONV[len(spec.sides)], _NORM[len(spec.sides)]
+        width = spec.width * (2 if spec.block == "dense" else 1)
+        self.stem = nn.Sequential(
+            conv(spec.colors, spec.width, 3, padding=1), norm(spec.width), nn.SiLU(inplace=spec.inplace)
+        )
+        self.block = Block(conv, spec)
+        # A stride of 2 covers an even side symmetrically with a kernel of 2, an odd side with a padded kernel of 3.
+        kernel = tuple(2 if spec.stride == 2 and side % 2 == 0 else 3 for side in spec.sides)
+        self.features = conv(width, spec.channels, kernel, spec.stride, tuple(k - 2 for k in kernel))
+        self.act = nn.ReLU(inplace=spec.inplace)
+        self.drop = nn.Dropout(0.5)
+        self.grid = tuple((side - 1) // spec.stride + 1 for side in spec.sides)  # of `features`
+        positions = 1 if spec.pooled else torch.Size(self.grid).numel()
+        self.fc = nn.Linear(spec.channels * positions, spec.classes)
+        self._fill(torch.Generator().manual_seed(spec.seed))
+        self.train(spec.training)
+
+    def _fill(self, generator: torch.Generator) -> None:
+        self.double()
+        for name, tensor in self.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            elif tensor.is_floating_point():
+                drawn = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+                tensor.copy_(2 * drawn / max(tensor[0].numel(), 4) ** 0.5)
+        with torch.no_grad():
+            self.features.weight[: min(self.spec.dead, self.spec.channels - 1)] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.act(self.features(self.block(self.stem(x)))).flatten(2)
+        return self.fc(self.drop(z.mean(-1) if self.spec.pooled else z.flatten(1)))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that have spatial axes, in the order of execution."""
+        return ("stem.0", "stem.1", "stem", "block.conv", "block", "features", "act")
+
+    def __repr__(self) -> str:
+        return f"TinyNet({self.spec})"
+
+
+class Case(NamedTuple):
+    """The arguments of a method, in order: `camfn.score_cam(*case)`."""
+
+    model: TinyNet
+    layer: str
+    x: Tensor
+    target: Target
+
+
+_FIELDS: dict[str, SearchStrategy[Any]] = {
+    "sides": st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple),
+    "block": st.sampled_from(["plain", "residual", "dense"]),
+    "pooled": st.booleans(),
+    "colors": st.integers(1, 3),
+    "width": st.integers(1, 3),
+    "channels": st.integers(1, 4),
+    "classes": st.integers(2, 4),
+    "stride": st.sampled_from([2, 1]),
+    "dead": st.integers(0, 2),
+    "inplace": st.booleans(),
+    "training": st.booleans(),
+    "seed": st.integers(0, 9999),
+}
+
+
+def models(**fields: Any) -> SearchStrategy[TinyNet]:
+    """Networks of every `Spec`, or of those with the given fields: `models(block="residual", classes=st.integers(2, 9))`."""
+    given = {name: value if isinstance(value, SearchStrategy) else st.just(value) for name, value in fields.items()}
+    return st.builds(Spec, **{**_FIELDS, **given}).map(TinyNet)
+
+
+def inputs_of(model: TinyNet, n: int | SearchStrategy[int] = st.integers(1, 3)) -> SearchStrategy[Tensor]:
+    """Batches of `n` normal numbers that the model takes."""
+
+    def make(count: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(count, model.spec.colors, *model.spec.sides, generator=generator, dtype=torch.float64)
+
+    return st.builds(make, st.just(n) if isinstance(n, int) else n, st.integers(0, 9999))
+
+
+def layers_of(model: TinyNet, *, linear_head: bool = False, varied: bool = False) -> SearchStrategy[str]:
+    """Names of layers with spatial axes.
+
+    `linear_head`: only those whose channels the last linear layer reads. `varied`: only those that have a channel which is
+    not flat, whatever the input, if their grid has more than one position (a ReLU may leave nothing).
+    """
+    names = model.layers[-2:] if linear_head else model.layers
+    return st.sampled_from([name for name in names if not (varied and name == "act")])
+
+
+def targets_of(model: TinyNet, n: int, *, plain: bool = False) -> SearchStrategy[Target]:
+    """Targets of every kind, for a batch of `n`. `plain`: only classes that stand for logits, as `camfn.cam` wants them."""
+    one, count = st.integers(0, model.spec.classes - 1), model.spec.classes
+    each = st.lists(one, min_size=n, max_size=n)
+    several = st.lists(st.tuples(*[one] * n), min_size=1, max_size=3).map(lambda columns: torch.tensor(columns).T)
+    some = st.one_of(st.none(), one, each)
+    classes = st.one_of(
+        some, each.map(torch.tensor), several, st.just("all"), st.integers(1, count).map(targets.top), some.map(targets.logit)
+    )
+    if plain:
+        return classes
+    scales = st.sampled_from([targets.probability, targets.log_probability, targets.rest])
+    return st.one_of(
+        classes,
+        st.builds(lambda scale, c: scale(c), scales, some),
+        st.builds(lambda c, k: targets.contrast(c, top=k), some, st.integers(1, count - 1)),
+        one.map(_margin),
+        st.lists(one.map(_margin), min_size=n, max_size=n),
+    )
+
+
+def _margin(c: int) -> Callable[[Tensor], Tensor]:
+    """A target that is a function: class `c` over the mean of all."""
+
+    def margin(y: Tensor) -> Tensor:
+        return y[c] - 0.5 * y.mean()
+
+    return margin
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn, method: str | None = None, *, recipe: str | Recipe = "torchcam", varied: bool = False, **fields: Any
+) -> Case:
+    """Models, layers, inputs and targets that `camfn.METHODS[method]` takes with this recipe; for `None`, that all take.
+
+    `varied`: in every image some channel of the layer is not flat. `fields` are those of `Spec`.
+    """
+    linear_head = method is None or "linear head" in METHODS[method].needs
+    knobs = recipe_of(recipe)
+    varied = varied or knobs.flat == "skip"  # a recipe that leaves flat channels out needs one that is not
+    if linear_head:
+        fields = {"pooled": True, **fields}
+    if varied:
+        fields = {"sides": st.lists(st.integers(3, 6), min_size=1, max_size=3).map(tuple), **fields}
+    model = draw(models(**fields))
+    x = draw(inputs_of(model))
+    layer = draw(layers_of(model, linear_head=linear_head, varied=varied))
+    target = draw(targets_of(model, len(x), plain=linear_head or knobs.score == "probability"))
+    return Case(model, layer, x, target)

@@ -1,0 +1,514 @@
+"""What must hold of every map, as plain functions of a variant (a method and its options) and a case.
+
+`LAWS` is the table of them, `VARIANTS` what they are tried on, and `EXCEPT` says why one does not hold for another.
+Unless a law is about ReLU or scaling, signed unscaled maps are compared: min-max makes much of the rounding of a map that is nearly flat.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import camfn
+from camfn.masks import Recipe, recipe_of
+from camfn.targets import Contrast, OfClasses, Top, resolve, score_rows
+from camfn.testing import Case, TinyNet
+
+TOLERANCE = 1e-10
+"""Relative to the largest value compared: rounding of float64 (2e-16), after a softmax of scores and a mask of a small range."""
+
+
+class Variant(NamedTuple):
+    """A method with options."""
+
+    method: str
+    options: dict[str, Any]
+
+    @property
+    def recipe(self) -> Recipe:
+        return recipe_of(self.options.get("recipe", "torchcam"))
+
+    @property
+    def linear_head(self) -> bool:
+        return "linear head" in camfn.METHODS[self.method].needs
+
+    @property
+    def swept(self) -> bool:
+        return "masked inputs" in camfn.METHODS[self.method].needs
+
+    def but(self, **options: Any) -> "Variant":
+        """The variant with other options, where its method has them; a method without a sweep has none of a sweep's."""
+        return self._replace(options={**self.options, **options}) if self.swept else self
+
+
+OPTIONS = {"cam": {"fc": "fc"}, "ss_cam": {"num_samples": 3}, "is_cam": {"num_samples": 3}}
+VARIANTS = {name: Variant(name, OPTIONS.get(name, {})) for name in camfn.METHODS} | {
+    "score_cam, pytorch-grad-cam": Variant("score_cam", {"recipe": "pytorch-grad-cam"}),
+    "score_cam, authors": Variant("score_cam", {"recipe": "authors"}),
+    "score_cam, paper": Variant("score_cam", {"recipe": "paper"}),
+    "score_cam, scores": Variant("score_cam", {"recipe": Recipe(weights="score")}),
+    "ss_cam, activation": Variant("ss_cam", {"num_samples": 2, "noise": "activation", "std": 0.3}),
+    "ss_cam, input": Variant("ss_cam", {"num_samples": 2, "noise": "input"}),
+    "is_cam, linear": Variant("is_cam", {"num_samples": 2, "path": "linear", "recipe": "paper"}),
+}
+
+LAWS: dict[str, Callable[[Variant, Case], None]] = {}
+
+
+def law(function: Callable[[Variant, Case], None]) -> Callable[[Variant, Case], None]:
+    LAWS[function.__name__] = function
+    return function
+
+
+# --------------------------------------------------------------------------------------------------------- helpers
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape, f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
+    size = max(float(ours.abs().max()), float(theirs.abs().max()))
+    worst = float((ours - theirs).abs().max())
+    assert worst <= TOLERANCE * size, f"differ by {worst:.3g}, of values up to {size:.3g}:\n{ours}\n{theirs}"
+
+
+def maps(variant: Variant, case: Case, **options: Any) -> Any:
+    return camfn.METHODS[variant.method].function(*case, **{**variant.options, **options})
+
+
+def raw(variant: Variant, case: Case, **options: Any) -> Any:
+    """The signed map, unscaled."""
+    return maps(variant, case, relu=False, normalize=False, **options)
+
+
+def weights_of(variant: Variant, case: Case) -> Tensor:
+    """`(n, t, c)`."""
+    return camfn.METHODS[variant.method].run(*case, **variant.options).weights[0]
+
+
+def activation(case: Case) -> Tensor:
+    """What the layer gives, `(n, c, *grid)`, the plain way."""
+    model, seen = copy.deepcopy(case.model).eval(), []
+    model.get_submodule(case.layer).register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()))
+    model(case.x)
+    return seen[0]
+
+
+def score(model: nn.Module, case: Case, recipe: Recipe, x: Tensor) -> Tensor:
+    """The target's score `(n, t)` at `x`, the target being the one of the case's own input."""
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        found = resolve(case.target, model(case.x), len(case.x), recipe.score)
+        return score_rows(found.of, model(x), found.rows)
+
+
+def dice(case: Case) -> torch.Generator:
+    return torch.Generator().manual_seed(case.model.spec.seed)
+
+
+def shuffled(count: int, case: Case) -> Tensor:
+    return torch.randperm(count, generator=dice(case))
+
+
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.ndim - 2))
+
+
+class Do(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.function(z)
+
+
+def retapped(case: Case, change: Callable[[Tensor], Tensor], undo: Callable[[Tensor], Tensor]) -> Case:
+    """The tapped layer, with `change` behind it, tapped in its place, and `undo` behind that: the network is the same."""
+    model = copy.deepcopy(case.model)
+    parent, _, leaf = case.layer.rpartition(".")
+    owner = model.get_submodule(parent)
+    parts = OrderedDict(own=owner.get_submodule(leaf), seen=Do(change), back=Do(undo))
+    setattr(owner, leaf, nn.Sequential(parts))
+    return case._replace(model=model, layer=f"{case.layer}.seen")
+
+
+def rechanneled(variant: Variant, case: Case, change: Any, undo: Any, columns: Callable[[Tensor], Tensor]) -> Case:
+    """`retapped` for a change of which channels there are.
+
+    A method that reads the linear layer's rows needs them in the order of the channels that it sees: there the linear
+    layer undoes the change, by its columns.
+    """
+    if not variant.linear_head:
+        return retapped(case, change, undo)
+    changed = retapped(case, change, lambda z: z)
+    fc = changed.model.fc
+    fc.weight = nn.Parameter(columns(fc.weight.detach()))
+    fc.in_features = fc.weight.shape[1]
+    return changed
+
+
+def for_images(target: Any, index: Tensor) -> Any:
+    """The target of a batch made of the images `index` of this one."""
+    if isinstance(target, (OfClasses, Contrast)):
+        return target._replace(classes=for_images(target.classes, index))
+    if isinstance(target, list):
+        return [target[i] for i in index]
+    return target[index] if isinstance(target, Tensor) else target
+
+
+def renamed(target: Any, names: Tensor) -> Any:
+    """The target where class `c` is now called `names[c]`."""
+    if isinstance(target, OfClasses):
+        return target._replace(classes=renamed(target.classes, names))
+    if isinstance(target, Contrast):
+        return target._replace(classes=renamed(target.classes, names), against=renamed(target.against, names))
+    if isinstance(target, list):
+        return [renamed(one, names) for one in target]
+    if callable(target):
+        return lambda y: target(y[names])
+    if isinstance(target, Tensor):
+        return names[target]
+    return int(names[target]) if isinstance(target, int) else target  # None, "all" and top(k) name no class
+
+
+def unit(values: Tensor, axes: int) -> Tensor:
+    """Min-max over the last axes, one map after the other; zeros where there is one value up to rounding."""
+    flat = values.flatten(0, -axes - 1)
+    for i, one in enumerate(flat):
+        low, high = one.min(), one.max()
+        constant = high - low <= 4 * torch.finfo(one.dtype).eps * one.abs().max()
+        flat[i] = torch.zeros_like(one) if constant else (one - low) / (high - low)
+    return flat.reshape(values.shape)
+
+
+# ----------------------------------------------------------------------------------------- the form, and the last steps
+
+
+@law
+def form(variant: Variant, case: Case) -> None:
+    """A map per image (and target) on the layer's grid, or at the size asked for, in [0, 1] with both ends reached, unless
+    it is flat: zeros then. In the dtype of the model."""
+    grid, n = activation(case).shape[2:], len(case.x)
+    outcome = camfn.METHODS[variant.method].run(*case, **variant.options)
+    for size, shape in ((None, grid), ("input", case.x.shape[2:]), ([2] * len(grid), (2,) * len(grid))):
+        found = maps(variant, case, size=size)
+        t = () if found.ndim == 1 + len(grid) else (outcome.scores.shape[1],)
+        assert found.shape == (n, *t, *shape)
+        assert found.dtype == torch.float64
+        low, high = (edge(found.flatten(-len(grid)), -1) for edge in (torch.amin, torch.amax))
+        assert bool(((low == 0) & ((high == 1) | (high == 0))).all()), f"from {low} to {high}"
+    half = case._replace(model=copy.deepcopy(case.model).float(), x=case.x.float())
+    assert maps(variant, half).dtype == torch.float32
+    (alone,) = maps(variant, case._replace(layer=[case.layer]))
+    assert torch.equal(alone, maps(variant, case))
+
+
+@law
+def last_steps(variant: Variant, case: Case) -> None:
+    """ReLU, then resize, then min-max of each map by itself."""
+    axes = case.x.ndim - 2
+    signed = raw(variant, case)
+    for relu in (False, True):
+        mine = signed.clamp(min=0) if relu else signed
+        close(maps(variant, case, relu=relu, normalize=False), mine)
+        close(maps(variant, case, relu=relu), unit(mine.clone(), axes))
+        mine = _linear(mine, case.x.shape[2:])
+        close(maps(variant, case, relu=relu, size="input", normalize=False), mine)
+
+
+def _linear(values: Tensor, size: Any, **options: Any) -> Tensor:
+    axes = len(size)
+    flat = values.reshape(-1, 1, *values.shape[-axes:])
+    mode = ("linear", "bilinear", "trilinear")[axes - 1]
+    return F.interpolate(flat, tuple(size), mode=mode, align_corners=False).reshape(*values.shape[:-axes], *size)
+
+
+@law
+def same_size(variant: Variant, case: Case) -> None:
+    """A map resized to the size that it has is the same, to the bit."""
+    grid = activation(case).shape[2:]
+    assert torch.equal(maps(variant, case, size=grid), maps(variant, case))
+    assert torch.equal(camfn.maps.resize(case.x, case.x.shape[2:]), case.x)
+
+
+@law
+def scale_of_the_map(variant: Variant, case: Case) -> None:
+    """However small or large the values of a map are, it is the same in [0, 1]."""
+    axes = tuple(range(2 - case.x.ndim, 0))
+    signed, normal = raw(variant, case), maps(variant, case, relu=False)
+    for k in (2.0**-40, 2.0**40):  # powers of two: the same to the bit
+        assert torch.equal(camfn.maps.normalize(k * signed, axes), normal)
+
+
+@law
+def flat_map(variant: Variant, case: Case) -> None:
+    """Where no channel varies over positions, the map is flat, and zeros once it is scaled."""
+
+    def level(z: Tensor) -> Tensor:
+        return z.flatten(2).mean(-1).reshape(*z.shape[:2], *[1] * (z.ndim - 2)).expand_as(z)
+
+    flat = retapped(case, level, lambda z: z)
+    signed = raw(variant, flat).flatten(2 - case.x.ndim)
+    close(signed, signed[..., :1].expand_as(signed))
+    assert int(maps(variant, flat, relu=False).count_nonzero()) == 0
+
+
+# ------------------------------------------------------------------------------------------------------- symmetries
+
+
+@law
+def images_permuted(variant: Variant, case: Case) -> None:
+    """The maps of the same images in another order are the same maps in that order."""
+    order = shuffled(len(case.x), case)
+    other = case._replace(x=case.x[order], target=for_images(case.target, order))
+    close(raw(variant, other), raw(variant, case)[order])
+
+
+@law
+def neighbours(variant: Variant, case: Case) -> None:
+    """An image has the map that it has without the others of its batch."""
+    together = raw(variant, case)
+    for i in range(len(case.x)):
+        only = torch.tensor([i])
+        close(raw(variant, case._replace(x=case.x[only], target=for_images(case.target, only))), together[only])
+
+
+@law
+def channels_permuted(variant: Variant, case: Case) -> None:
+    """The order of the layer's channels, and of what reads them, does not matter."""
+    order = shuffled(activation(case).shape[1], case)
+    back = order.argsort()
+    other = rechanneled(variant, case, lambda z: z[:, order], lambda z: z[:, back], lambda w: w[:, order])
+    close(raw(variant, other), raw(variant, case))
+    close(weights_of(variant, other), weights_of(variant, case)[..., order])
+
+
+@law
+def classes_permuted(variant: Variant, case: Case) -> None:
+    """The order of the classes, in the last layer and in the target, does not matter."""
+    order = shuffled(case.model.spec.classes, case)
+    model = copy.deepcopy(case.model)
+    with torch.no_grad():
+        model.fc.weight.copy_(model.fc.weight[order])
+        model.fc.bias.copy_(model.fc.bias[order])
+    before = raw(variant, case)
+    if isinstance(case.target, str):  # "all": the maps come in the order of the classes
+        before = before[:, order]
+    close(raw(variant, case._replace(model=model, target=renamed(case.target, order.argsort()))), before)
+
+
+@law
+def flipped(variant: Variant, case: Case) -> None:
+    """The flipped network's map of the flipped input is the map, flipped; along one axis alone, the first or the last."""
+    axis = 2 if case.model.spec.seed % 2 else case.x.ndim - 1
+    model = copy.deepcopy(case.model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 2:
+                weight.copy_(weight.flip(axis))
+            elif name == "fc.weight" and not model.spec.pooled:
+                placed = weight.unflatten(1, (model.spec.channels, *model.grid))
+                weight.copy_(placed.flip(axis).flatten(1))
+    other = case._replace(model=model, x=case.x.flip(axis))
+    close(raw(variant, other), raw(variant, case).flip(axis - case.x.ndim))
+
+
+# ------------------------------------------------------------------------------- the activation, the masks, the scores
+
+
+@law
+def activation_scaled(variant: Variant, case: Case) -> None:
+    """An activation k times as large, which the next layer divides by k, gives a map k times as large.
+
+    The masks are the same: up to the recipe's eps, which is scaled here too, so that they are the same to rounding.
+    """
+    eps = variant.recipe.eps
+    before = raw(variant, case)
+    for k in (1e-3, 0.3, 50.0):
+        other = retapped(case, lambda z, k=k: z * k, lambda z, k=k: z / k)
+        close(raw(variant.but(recipe=variant.recipe._replace(eps=k * eps)), other), k * before)
+
+
+@law
+def activation_moved(variant: Variant, case: Case) -> None:
+    """A constant b_k added to each channel, flat ones too, and taken off by the next layer, changes no mask: no weight, and
+    the map by `sum_k w_k b_k`."""
+    like = activation(case)
+    b = torch.randn(like.shape[1], generator=dice(case), dtype=torch.float64)
+    other = retapped(case, lambda z: z + per_channel(b, z), lambda z: z - per_channel(b, z))
+    w = weights_of(variant, case)
+    close(weights_of(variant, other), w)
+    before, axes = raw(variant, case), like.ndim - 2
+    moved = (w @ b).reshape(*before.shape[:-axes], *[1] * axes)
+    close(raw(variant, other), before + moved)
+
+
+@law
+def zero_channel(variant: Variant, case: Case) -> None:
+    """One more channel, of zeros, adds nothing to the map, but takes its share of the softmax from the others:
+    `e^S_0 / (e^S_0 + sum_k e^S_k)`, where `S_0` is the score of an input of zeros."""
+
+    def grow(z: Tensor) -> Tensor:
+        return torch.cat([z, torch.zeros_like(z[:, :1])], 1)
+
+    c = activation(case).shape[1]
+    other = rechanneled(variant, case, grow, lambda z: z[:, :c], lambda w: torch.cat([w, torch.ones_like(w[:, :1])], 1))
+    before, axes = raw(variant, case), case.x.ndim - 2
+    if variant.swept and variant.recipe.weights == "softmax":
+        scores = weights_of(variant.but(recipe=variant.recipe._replace(weights="score")), case)
+        zero = score(case.model, case, variant.recipe, torch.zeros_like(case.x))
+        share = torch.softmax(torch.cat([scores, zero[..., None]], -1), -1)[..., -1]
+        before = before * (1 - share).reshape(*before.shape[:-axes], *[1] * axes)
+    close(raw(variant, other), before)
+
+
+@law
+def between_the_channels(variant: Variant, case: Case) -> None:
+    """Weights that are a softmax are positive and sum to one: at no position is the map outside of the channels' values."""
+    seen, signed = activation(case), raw(variant, case)
+    if signed.ndim == seen.ndim:  # several targets
+        seen = seen[:, None]
+    low, high = seen.amin(1 - case.x.ndim), seen.amax(1 - case.x.ndim)
+    room = TOLERANCE * seen.abs().max()
+    assert bool(((low - room <= signed) & (signed <= high + room)).all())
+
+
+@law
+def logits_shifted(variant: Variant, case: Case) -> None:
+    """A constant added to every logit does not change the map."""
+    model = copy.deepcopy(case.model)
+    with torch.no_grad():
+        model.fc.bias += 3
+    close(raw(variant, case._replace(model=model)), raw(variant, case))
+
+
+@law
+def upsampled_layer(variant: Variant, case: Case) -> None:
+    """A layer that is the upsampled activation has the upsampled map: its masks are the same, as they are upsampled first."""
+    size = case.x.shape[2:]
+    model = copy.deepcopy(case.model)
+    parent, _, leaf = case.layer.rpartition(".")
+    owner = model.get_submodule(parent)
+    setattr(owner, leaf, Beside(owner.get_submodule(leaf), lambda z: _linear(z, size)))
+    other = case._replace(model=model, layer=f"{case.layer}.shown")
+    close(raw(variant, other), raw(variant, case, size="input"))
+
+
+class Beside(nn.Module):
+    """A layer, and something made from its output that nothing reads."""
+
+    def __init__(self, own: nn.Module, show: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.own, self.shown = own, Do(show)
+
+    def forward(self, z: Tensor) -> Tensor:
+        out = self.own(z)
+        self.shown(out)
+        return out
+
+
+KIN = {
+    "score_cam": ("ss_cam", {}, {"num_samples": 2, "std": 0.0}),
+    "ss_cam": ("is_cam", {"std": 0.0}, {"num_samples": 1}),
+    "is_cam": ("ss_cam", {"num_samples": 1}, {"num_samples": 2, "std": 0.0}),
+}
+
+
+@law
+def kin(variant: Variant, case: Case) -> None:
+    """Score-CAM is SS-CAM without noise, however many draws, and IS-CAM of one step."""
+    other, still, options = KIN.get(variant.method, ("score_cam", {}, {}))
+    recipe = variant.recipe
+    if variant.options.get("noise") == "activation":  # it goes on the upsampled activation, and the min-max comes after
+        recipe = recipe._replace(masks="upsample_first")
+    close(raw(variant.but(**still), case), raw(Variant(other, {"recipe": recipe, **options}), case))
+
+
+# -------------------------------------------------------------------------------------------------------- execution
+
+
+@law
+def repeated(variant: Variant, case: Case) -> None:
+    """The same call gives the same map to the bit, whatever was drawn in between, and draws nothing from the global state."""
+    first = raw(variant, case)
+    torch.rand(1)
+    state = torch.get_rng_state()
+    assert torch.equal(raw(variant, case), first)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@law
+def chunk_size(variant: Variant, case: Case) -> None:
+    """How many masked inputs go through the model at once does not matter."""
+    default = raw(variant, case)
+    for chunk in (1, 2, 5):
+        close(raw(variant, case, sweep=camfn.Sweep(chunk=chunk)), default)
+
+
+@law
+def folded(variant: Variant, case: Case) -> None:
+    """The model sees a chunk as its batch, or one row at a time: the map is the same."""
+    close(raw(variant, case, sweep=camfn.Sweep(fold=False)), raw(variant, case))
+
+
+@law
+def stacked_states(variant: Variant, case: Case) -> None:
+    """`vmap` over stacked states gives the maps of the models one after the other."""
+    spec = case.model.spec
+    models = [case.model, TinyNet(spec._replace(seed=spec.seed + 1))]
+    names = camfn.state_of(case.model)
+    stacked = {name: torch.stack([camfn.state_of(model)[name] for model in models]) for name in names}
+    together = torch.func.vmap(lambda state: raw(variant, case, state=state))(stacked)
+    for i, model in enumerate(models):
+        close(together[i], raw(variant, case._replace(model=model)))
+
+
+@law
+def many_targets(variant: Variant, case: Case) -> None:
+    """Several targets of one sweep have the maps that each has of a sweep of its own."""
+    n, classes = len(case.x), torch.arange(case.model.spec.classes)
+    rows = torch.stack([classes.roll(i) for i in range(n)])  # every image has its own order
+    together = raw(variant, case._replace(target=rows))
+    for t in range(len(classes)):
+        close(together[:, t], raw(variant, case._replace(target=rows[:, t])))
+
+
+@law
+def several_layers(variant: Variant, case: Case) -> None:
+    """Several layers have the maps that each has of a call of its own."""
+    other = "stem.0" if case.layer != "stem.0" else "features"
+    for layers in ((other, case.layer), (case.layer, other)):
+        together = raw(variant, case._replace(layer=layers))
+        for layer, found in zip(layers, together):
+            close(found, raw(variant, case._replace(layer=layer)))
+
+
+# ------------------------------------------------------------------------------------------------------- exceptions
+
+_NOISE_OF_CHANNEL = "the noise belongs to the number of a channel"
+_NOT_SWEPT = "one forward: nothing is swept"
+_NORMALISED_FIRST = "its masks are scaled before they are upsampled, and upsampling does not reach all extremes"
+
+EXCEPT = {
+    ("flat_map", "score_cam, authors"): "flat channels are left out: without another the call is an error",
+    ("channels_permuted", "ss_cam"): _NOISE_OF_CHANNEL,
+    ("flipped", "ss_cam"): "the noise belongs to a pixel, and is not flipped",
+    ("activation_scaled", "ss_cam, activation"): "noise on the activation is the less, the larger the activation",
+    ("zero_channel", "ss_cam"): _NOISE_OF_CHANNEL + ", counted over the draws: one more channel moves the second draw",
+    ("between_the_channels", "cam"): "its weights are a row of the linear layer, of any sign and sum",
+    ("between_the_channels", "score_cam, authors"): "its weights are the scores themselves, and do not sum to one",
+    ("between_the_channels", "score_cam, scores"): "its weights are the scores themselves, and do not sum to one",
+    ("logits_shifted", "score_cam, scores"): "its weights are the logits themselves, and move with them",
+    ("upsampled_layer", "score_cam"): _NORMALISED_FIRST,
+    ("upsampled_layer", "score_cam, pytorch-grad-cam"): "its masks are upsampled with aligned corners, maps never",
+    ("upsampled_layer", "ss_cam"): _NORMALISED_FIRST,
+    ("upsampled_layer", "is_cam"): _NORMALISED_FIRST,
+    ("kin", "cam"): "no kin: it scores no masked input",
+    ("chunk_size", "cam"): _NOT_SWEPT,
+    ("folded", "cam"): _NOT_SWEPT,
+    ("several_layers", "cam"): "CAM is of the one layer before the pooling: several are an error",
+}
+"""Why a law does not hold for a variant; the row of a bare method that sweeps with noise is of all its variants."""

@@ -1,0 +1,1010 @@
+"""The promise, for every row of `camfn.METHODS`: pure, exact however it is executed, composable, differentiable.
+
+A new method is tested here from the moment it is in the table.
+"""
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import functools
+import itertools
+import random
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support import SmallNet, assert_close, inputs, small_net
+from torch import Tensor, nn
+from torch.func import grad, jvp, vmap
+
+import camfn
+from camfn import _compat
+
+CHEAP = {"cam": {"fc": "fc"}, "ss_cam": {"num_samples": 3}, "is_cam": {"num_samples": 3}}
+"""Options that keep a method's cost, and its warnings, down."""
+
+METHODS = sorted(camfn.METHODS)
+SWEPT = [name for name in METHODS if "masked inputs" in camfn.METHODS[name].needs]
+ROUNDING = 1e-12
+"""Of float64 sums of some hundred terms of order one, in another order."""
+
+every_method = pytest.mark.parametrize("method", METHODS)
+every_sweep = pytest.mark.parametrize("method", SWEPT)
+can_compile = pytest.mark.skipif(bool(_compat.can_compile()), reason=_compat.can_compile() or "-")
+
+
+def run(method: str, net: nn.Module, layer, x, target=None, **options):
+    return camfn.METHODS[method].function(net, layer, x, target, **{**CHEAP.get(method, {}), **options})
+
+
+def in_chunks_of(method: str, chunk: int) -> dict:
+    return {"sweep": camfn.Sweep(chunk=chunk)} if method in SWEPT else {}
+
+
+# ---------------------------------------------------------------------------------------------- what must not change
+
+
+def fingerprint(tensor: Tensor) -> tuple:
+    """Everything that tells one tensor from another, and from itself at another time."""
+    plain = tensor.detach()
+    return (
+        *(id(tensor), type(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.data_ptr()),
+        *(tensor.requires_grad, id(tensor.grad_fn) if tensor.grad_fn is not None else None),
+        None if tensor.is_inference() else tensor._version,
+        plain.float().numpy().tobytes() if tensor.dtype == torch.bfloat16 else plain.numpy().tobytes(),
+        fingerprint(tensor.grad) if tensor.is_leaf and tensor.grad is not None else None,
+    )
+
+
+def picture(value, seen: set[int] | None = None):
+    """A value as nested tuples of plain data: identities, classes, attributes, tensors, in their order."""
+    seen = set() if seen is None else seen
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return value
+    if isinstance(value, Tensor):
+        return fingerprint(value)
+    if id(value) in seen:
+        return id(value)
+    seen.add(id(value))
+    head = id(value), type(value)
+    if isinstance(value, dict):
+        return (*head, *((repr(key), picture(item, seen)) for key, item in value.items()))
+    if isinstance(value, (list, tuple, collections.deque)):
+        return (*head, *(picture(item, seen) for item in value))
+    if isinstance(value, types.FunctionType):
+        return (*head, *(picture(cell.cell_contents, seen) for cell in value.__closure__ or ()))
+    if isinstance(value, types.MethodType):
+        return (type(value), value.__func__, picture(value.__self__, seen))
+    return (*head, picture(vars(value), seen)) if hasattr(value, "__dict__") and not isinstance(value, type) else head
+
+
+def world() -> dict:
+    """What belongs to the process or the thread, and to no argument."""
+    numpy_state = np.random.get_state()
+    cuda, mha = torch.backends.cuda, torch.backends.mha if hasattr(torch.backends, "mha") else None
+    return {
+        "torch rng": torch.get_rng_state().numpy().tobytes(),
+        "numpy rng": (numpy_state[0], numpy_state[1].tobytes(), *numpy_state[2:]),
+        "python rng": random.getstate(),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "autocast": (torch.is_autocast_enabled(), torch.is_autocast_cache_enabled()),
+        "default dtype": torch.get_default_dtype(),
+        "warning filters": (id(warnings.filters), tuple(warnings.filters), warnings.showwarning),
+        "attention": (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
+        "fast path": mha.get_fastpath_enabled() if mha else None,
+        "determinism": (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark),
+        "threads": torch.get_num_threads(),
+        "nn.Module": (nn.Module.__call__, nn.Module.__getattr__, nn.Module.__setattr__, nn.Module.forward),
+        "fx": torch.fx._symbolic_trace._is_fx_tracing_flag,
+        "transforms": torch._C._functorch.peek_interpreter_stack(),
+    }
+
+
+@contextlib.contextmanager
+def unchanged(*values):
+    """Inside, nothing changes of `values`, of what they hold, and of the process; says what did."""
+    before = world(), picture(values)
+    try:
+        yield
+    finally:
+        after = world(), picture(values)
+        assert [key for key in before[0] if before[0][key] != after[0][key]] == [], "the process is not what it was"
+        assert not list(itertools.islice(differences(before[1], after[1]), 5)), "an argument is not what it was"
+
+
+def differences(old, new, path: tuple = ()):
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+        for place, pair in enumerate(zip(old, new)):
+            yield from differences(*pair, (*path, old[0] if place and isinstance(old[0], str) else place))
+    elif old != new:
+        yield path, str(old)[:80], str(new)[:80]
+
+
+def test_the_comparison_sees_every_kind_of_change():
+    def changes_nothing(net):
+        net(inputs())
+
+    def trains(net):
+        net.bn.train()
+
+    def bumps(net):
+        net.bn.num_batches_tracked += 1
+
+    def writes_the_value_that_was_there(net):
+        with torch.no_grad():
+            net.conv.weight.copy_(net.conv.weight.clone())
+
+    def replaces_by_an_equal(net):
+        net.conv.bias = nn.Parameter(net.conv.bias.detach().clone())
+
+    def accumulates(net):
+        net.conv.weight.grad = torch.ones_like(net.conv.weight)
+
+    def hooks(net):
+        net.conv.register_forward_hook(print)
+
+    def freezes(net):
+        net.conv.weight.requires_grad_(False)
+
+    def subclasses(net):
+        net.conv.__class__ = type("Conv2d", (nn.Conv2d,), {})
+
+    def reorders(net):
+        net._parameters.update(weight=None)
+
+    def draws(net):
+        random.random()
+
+    def filters(net):
+        warnings.filters.insert(0, ("ignore", None, UserWarning, None, 12345))
+
+    net = nn.Module()
+    net.conv, net.bn = nn.Conv2d(3, 3, 1).double(), nn.BatchNorm2d(3).double().eval()
+    net.forward = lambda x: net.bn(net.conv(x))
+    with unchanged(net):
+        changes_nothing(net)
+    for change in (trains, bumps, writes_the_value_that_was_there, replaces_by_an_equal, accumulates, hooks, freezes):
+        with pytest.raises(AssertionError, match="argument is not"), unchanged(net):
+            change(net)
+    for change in (subclasses, reorders):
+        with pytest.raises(AssertionError, match="argument is not"), unchanged(net):
+            change(net)
+    with pytest.raises(AssertionError, match="process is not"), warnings.catch_warnings(), unchanged(net):
+        filters(net)
+    with pytest.raises(AssertionError, match="process is not"), unchanged(net):
+        draws(net)
+
+
+# ----------------------------------------------------------------------------------------------------------- purity
+
+
+def batch_norm(seed: int) -> nn.BatchNorm2d:
+    bn = nn.BatchNorm2d(6).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        bn.running_mean.copy_(torch.randn(6, generator=generator) * 0.3)
+        bn.running_var.copy_(torch.rand(6, generator=generator) + 0.5)
+    return bn
+
+
+class Holder:
+    """Not a module, and holds one."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+
+class Everything(nn.Module):
+    """Whatever a forward may write to, and every way by which it may reach a module; in train mode with one part in eval."""
+
+    def __init__(self):
+        super().__init__()
+        inner = small_net(3)
+        self.stem, self.features, self.act, self.fc = inner.stem, inner.features, nn.ReLU(inplace=True), inner.fc
+        self.drop = nn.Dropout(0.5)
+        self.listed, self.held, closed = [batch_norm(1)], Holder(batch_norm(2)), batch_norm(3)
+        self.bound, self.closure = batch_norm(4).forward, lambda h: closed(h)
+        self.partial = functools.partial(Everything.through, batch_norm(5))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("last", torch.zeros(5, dtype=torch.float64), persistent=False)
+        self.plain, self.number, self.log, self.table = torch.zeros(()), 0, [], {"calls": 0, "sum": torch.zeros(())}
+        self.stem[1].eval()
+        self.features.weight.requires_grad_(False)
+        self.fc.weight.grad = torch.ones_like(self.fc.weight)
+        self.act.register_forward_hook(lambda module, args, out: out * 1.5)
+        self.fc.register_forward_pre_hook(lambda module, args: (args[0] + 0.1,))
+        self.fc.register_full_backward_hook(lambda module, gin, gout: None)
+
+    @staticmethod
+    def through(module, h):
+        return module(h)
+
+    def modules_out_of_sight(self):
+        cell = self.closure.__closure__[0].cell_contents
+        return self.listed[0], self.held.module, self.bound.__self__, cell, self.partial.args[0]
+
+    def forward(self, x):
+        self.calls += 1
+        self.plain += 1
+        self.number += 1
+        self.log.append(self.number)
+        self.table["calls"] += 1
+        self.table["sum"] += 1
+        h = self.act(self.features(self.stem(x)))
+        for step in (self.listed[0], self.held.module, self.bound, self.closure, self.partial):
+            h = step(h)
+        y = self.fc(self.drop(h.mean((2, 3))))
+        self.last.copy_(y[0].detach())
+        return y
+
+
+@every_method
+@pytest.mark.parametrize("given", ["own", "state="])
+def test_nothing_is_changed(method, given):
+    net, x, target = Everything(), inputs().requires_grad_(), torch.tensor([1, 2])
+    x.grad = torch.ones_like(x)
+    state = {"state": {name: t + 0.01 for name, t in camfn.state_of(net).items() if t.is_floating_point()}}
+    state["state"]["stem.1.num_batches_tracked"], state["state"]["calls"] = torch.tensor(7), torch.tensor(7)
+    options = state if given == "state=" else {}
+    with unchanged(net, net.modules_out_of_sight(), x, target, state):
+        run(method, net, "features", x, target, **options)
+        run(method, net, ("stem", "features"), x, **options) if method != "cam" else None
+
+
+@every_method
+def test_the_second_call_gives_what_the_first_gave(method):
+    net, x = Everything(), inputs()
+    assert torch.equal(run(method, net, "features", x), run(method, net, "features", x))
+
+
+@every_method
+def test_a_model_in_train_mode_is_explained_in_eval_mode(method):
+    training, evaluated = Everything(), Everything().eval()
+    for module in evaluated.modules_out_of_sight():
+        module.eval()
+    x = inputs()
+    assert torch.equal(run(method, training, "features", x), run(method, evaluated, "features", x))
+    assert torch.equal(camfn.pure(training)(camfn.state_of(training), x), evaluated(x))
+
+
+@every_sweep
+def test_a_model_in_train_mode_has_the_scores_of_eval_mode(method):
+    card = camfn.explain(Everything(), "features", inputs(), "all", method=method, **CHEAP.get(method, {}))
+    evaluated = Everything().eval()
+    for module in evaluated.modules_out_of_sight():
+        module.eval()
+    with torch.no_grad():
+        assert torch.equal(card.scores, evaluated(inputs()))
+
+
+FORWARDS = itertools.count(1)
+
+
+class Stumbles(Everything):
+    """Raises in the forward whose number is `at`, half-way, having written to everything."""
+
+    at = 0
+
+    def forward(self, x):
+        out = super().forward(x)
+        if next(FORWARDS) == self.at:
+            raise RuntimeError("stumbled")
+        return out
+
+
+@every_method
+def test_nothing_is_changed_when_the_model_raises_in_the_fifth_forward(method):
+    global FORWARDS
+    FORWARDS, net, x = itertools.count(1), Stumbles(), inputs()
+    net.at = 5 if method in SWEPT else 1
+    with pytest.raises(RuntimeError, match="stumbled"), unchanged(net, net.modules_out_of_sight(), x):
+        run(method, net, "features", x, **in_chunks_of(method, 1))
+    assert next(FORWARDS) == net.at + 1
+
+
+@every_method
+def test_nothing_is_changed_when_the_call_is_an_error(method):
+    net, x = Everything(), inputs()
+    with pytest.raises(camfn.CamError), unchanged(net, net.modules_out_of_sight(), x):
+        run(method, net, "features", x, target=99)
+    with pytest.raises(camfn.CamError), unchanged(net, net.modules_out_of_sight(), x):
+        run(method, net, "fc", x)
+
+
+@pytest.mark.parametrize("function", ["state_of", "pure", "tap", "head", "explain"])
+def test_the_other_public_functions_change_nothing(function):
+    net, x = Everything(), inputs()
+    state = camfn.state_of(net)
+    value = camfn.tap(net, "features")(state, x).seen
+    calls = {
+        "state_of": lambda: camfn.state_of(net),
+        "pure": lambda: camfn.pure(net)(state, x),
+        "tap": lambda: camfn.tap(net, "features")(state, x, torch.ones_like(value), value * 2),
+        "head": lambda: camfn.head(net, "features", x, value)(state, x, value * 2),
+        "explain": lambda: camfn.explain(net, "features", x),
+    }
+    with unchanged(net, net.modules_out_of_sight(), x, state, value):
+        calls[function]()
+
+
+class Counts(nn.Module):
+    """Keeps its own count in things that are neither tensors nor containers of the usual kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small_net()
+        self.fc = self.inner.fc
+        self.counter = types.SimpleNamespace(calls=0, total=torch.zeros(()))
+        self.recent = collections.deque(maxlen=3)
+        self.names = collections.defaultdict(int)
+
+    def forward(self, x):
+        self.counter.calls += 1
+        self.counter.total += 1
+        self.recent.append(len(x))
+        self.names["calls"] += 1
+        return self.inner(x)
+
+
+@every_method
+def test_a_model_that_counts_its_calls_in_an_object_does_not_count_ours(method):
+    net = Counts()
+    with unchanged(net):
+        run(method, net, "inner.features", inputs())
+
+
+@every_method
+def test_no_process_wide_switch_is_touched_not_even_for_a_moment(method, monkeypatch):
+    def touched(*args, **kwargs):
+        raise AssertionError("a process-wide switch was touched")
+
+    monkeypatch.setattr(warnings, "filterwarnings", touched)
+    monkeypatch.setattr(warnings, "simplefilter", touched)
+    monkeypatch.setattr(warnings.catch_warnings, "__enter__", touched)
+    monkeypatch.setattr(torch.random, "fork_rng", touched)
+    for name in ("manual_seed", "set_rng_state", "seed", "set_default_dtype", "use_deterministic_algorithms"):
+        monkeypatch.setattr(torch, name, touched)
+    for name in ("enable_flash_sdp", "enable_math_sdp", "enable_mem_efficient_sdp"):
+        monkeypatch.setattr(torch.backends.cuda, name, touched)
+    if hasattr(torch.backends, "mha"):
+        monkeypatch.setattr(torch.backends.mha, "set_fastpath_enabled", touched)
+    run(method, small_net(), "features", inputs())
+
+
+def test_tracing_a_head_patches_no_class_of_torch(monkeypatch):
+    """Another thread may be in a forward at the time: what the tracer puts over `nn.Module` would be put over its modules."""
+    seen = []
+
+    class Looks(SmallNet):
+        def forward(self, x):
+            seen.append((nn.Module.__call__, nn.Module.__getattr__, torch.fx._symbolic_trace._is_fx_tracing_flag))
+            return super().forward(x)
+
+    net, x = Looks().double(), inputs()
+    net.eval()(x)
+    camfn.head(net, "features", x, camfn.tap(net, "features")(camfn.state_of(net), x).seen)
+    assert len(seen) >= 3
+    assert set(seen) == {seen[0]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@every_method
+def test_the_default_dtype_does_not_matter(method, dtype):
+    net, x = small_net(), inputs()
+    expected = run(method, net, "features", x, normalize=False)
+    torch.set_default_dtype(dtype)
+    try:
+        found = run(method, net, "features", x, normalize=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("target", [None, 1, [1, 2], "all", "contrast", "callable"])
+@every_method
+def test_the_default_device_does_not_matter(method, target):
+    named = {"contrast": camfn.targets.contrast(1, [2, 3]), "callable": lambda y: y[1] - y[2]}
+    target = named.get(target, target) if isinstance(target, str) else target
+    if method == "cam" and (callable(target) or isinstance(target, tuple)):
+        pytest.skip("cam's target is of classes")
+    net, x = small_net(), inputs()
+    expected = run(method, net, "features", x, target)
+    with torch.device("meta"):
+        found = run(method, net, "features", x, target)
+    assert torch.equal(found, expected)
+
+
+@every_method
+def test_a_generator_or_seed_of_the_caller_is_not_advanced(method):
+    if "seed" not in camfn.METHODS[method].function.__wrapped__.__kwdefaults__:
+        pytest.skip("it draws nothing")
+    net, x, generator = small_net(), inputs(), torch.Generator().manual_seed(5)
+    before = generator.get_state()
+    first = run(method, net, "features", x, seed=generator)
+    assert torch.equal(generator.get_state(), before)
+    assert torch.equal(first, run(method, net, "features", x, seed=5))
+    assert not torch.equal(first, run(method, net, "features", x, seed=6))
+
+
+# ----------------------------------------------------------------------------------------------- independent oracle
+
+
+def loop(net: nn.Module, layer: str, x: Tensor, score) -> Tensor:
+    """Score-CAM as a plain loop, `(n, t, h, w)`; `score(y, i)` is `(t,)`, of the logits of image i under a mask."""
+    net, kept = copy.deepcopy(net).eval(), []
+    handle = net.get_submodule(layer).register_forward_hook(lambda module, args, out: kept.append(out.clone()))
+    with torch.no_grad():
+        net(x)
+        handle.remove()
+        return torch.stack([_loop_one(net, x[i : i + 1], a, functools.partial(score, i=i)) for i, a in enumerate(kept[0])])
+
+
+def _loop_one(net: nn.Module, image: Tensor, activation: Tensor, score) -> Tensor:
+    scores = []
+    for a in activation:
+        mask = (a - a.min()) / (a.max() - a.min() + 1e-8)
+        mask = F.interpolate(mask[None, None], image.shape[2:], mode="bilinear", align_corners=False)
+        scores.append(score(net(image * mask)[0]))
+    weights = torch.stack(scores).softmax(0)
+    maps = torch.relu(torch.einsum("ct,chw->thw", weights, activation))
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return (maps - low) / (high - low)
+
+
+def clean(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return copy.deepcopy(net).eval()(x)
+
+
+NET, X = small_net(), inputs()
+LOGITS = clean(NET, X)
+PREDICTED, BEST = LOGITS.argmax(1), LOGITS.topk(3, 1).indices
+NEAREST = (LOGITS - LOGITS[:, 1:2]).abs().topk(3, 1, largest=False).indices[:, 1:]
+GIVEN = torch.tensor([[0, 3, 3], [4, 2, 1]])
+T = camfn.targets
+TARGETS = {  # a target, and what it means
+    "None": (None, lambda y, i: y[PREDICTED[i]][None]),
+    "int": (3, lambda y, i: y[3:4]),
+    "numpy int": (np.int64(3), lambda y, i: y[3:4]),
+    "list": ([0, 4], lambda y, i: y[[0, 4][i]][None]),
+    "tuple": ((0, 4), lambda y, i: y[[0, 4][i]][None]),
+    "tensor (n,)": (torch.tensor([4, 1]), lambda y, i: y[[4, 1][i]][None]),
+    "tensor ()": (torch.tensor(2), lambda y, i: y[2:3]),
+    "int32": (torch.tensor([4, 1], dtype=torch.int32), lambda y, i: y[[4, 1][i]][None]),
+    "tensor (n, t)": (GIVEN, lambda y, i: y[GIVEN[i]]),
+    "all": ("all", lambda y, i: y),
+    "top": (T.top(3), lambda y, i: y[BEST[i]]),
+    "logit": (T.logit(3), lambda y, i: y[3:4]),
+    "logit of all": (T.logit("all"), lambda y, i: y),
+    "probability": (T.probability(3), lambda y, i: y.softmax(0)[3:4]),
+    "probability predicted": (T.probability(), lambda y, i: y.softmax(0)[PREDICTED[i]][None]),
+    "probability each": (T.probability([2, 0]), lambda y, i: y.softmax(0)[[2, 0][i]][None]),
+    "probability of the top": (T.probability(T.top(3)), lambda y, i: y.softmax(0)[BEST[i]]),
+    "log probability": (T.log_probability([2, 0]), lambda y, i: y.log_softmax(0)[[2, 0][i]][None]),
+    "rest": (T.rest(GIVEN), lambda y, i: (y + y.log_softmax(0))[GIVEN[i]]),
+    "contrast": (T.contrast(1, [0, 4], alpha=0.6), lambda y, i: (y[1] - 0.6 * (y[0] + y[4]) / 2)[None]),
+    "contrast nearest": (T.contrast(1, top=2), lambda y, i: (y[1] - y[NEAREST[i]].mean())[None]),
+    "callable": (lambda y: y[1] * y[2], lambda y, i: (y[1] * y[2])[None]),
+    "callable (t,)": (lambda y: y[:2].cumsum(0), lambda y, i: torch.stack([y[0], y[0] + y[1]])),
+    "callables": ([lambda y: y[1], lambda y: y[2] - y[0]], lambda y, i: (y[1] if i == 0 else y[2] - y[0])[None]),
+}
+SEVERAL = ("tensor (n, t)", "all", "top", "logit of all", "probability of the top", "rest", "callable (t,)")
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_every_kind_of_target_is_what_a_plain_loop_scores(kind):
+    target, score = TARGETS[kind]
+    expected = loop(NET, "features", X, score)
+    found = camfn.score_cam(NET, "features", X, target)
+    assert_close(found, expected if kind in SEVERAL else expected[:, 0], 1e-10, kind)
+
+
+def test_the_reference_tells_targets_apart():
+    maps = torch.stack([loop(NET, "features", X, score)[:, 0] for _, score in (TARGETS[k] for k in ("int", "list", "callable"))])
+    assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(maps, 2))
+
+
+@every_method
+@pytest.mark.parametrize("kind", TARGETS)
+def test_every_kind_of_target_gives_maps_of_its_shape(method, kind):
+    target, score = TARGETS[kind]
+    if method == "cam" and not (isinstance(target, (int, list, tuple, str, Tensor, T.Top)) or target is None):
+        pytest.skip("cam's target is of classes")
+    if method == "cam" and isinstance(target, (T.OfClasses, T.Contrast, list)) and kind not in ("list", "logit", "logit of all"):
+        pytest.skip("cam's target is of classes")
+    found = run(method, NET, "features", X, target)
+    count = len(score(LOGITS[0], 0))
+    assert found.shape == ((2, count, 4, 4) if kind in SEVERAL else (2, 4, 4))
+    assert found.dtype == torch.float64
+    assert torch.equal(found.flatten(-2).amin(-1), torch.zeros(found.shape[:-2], dtype=torch.float64))
+    assert torch.equal(found.flatten(-2).amax(-1), torch.ones(found.shape[:-2], dtype=torch.float64))
+
+
+@every_method
+def test_many_targets_from_one_call_are_the_maps_of_one_call_each(method):
+    every = run(method, NET, "features", X, "all")
+    for c in range(5):
+        assert_close(every[:, c], run(method, NET, "features", X, c), ROUNDING, f"class {c}")
+
+
+# ----------------------------------------------------------------------------------------- inputs and outputs, any kind
+
+
+class TwoInputs(nn.Module):
+    """An image and a gain for each sample; and what else a forward may be given."""
+
+    def __init__(self, wrap=lambda y: y):
+        super().__init__()
+        self.inner = small_net()
+        self.fc, self.wrap = self.inner.fc, wrap
+
+    def forward(self, image, gain, ids=None, note="nothing"):
+        y = self.inner(image) * gain[:, None]
+        return self.wrap(y if ids is None else y + ids.double())
+
+
+GAIN, IDS = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64), torch.arange(15).reshape(3, 5)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        (inputs(3), GAIN),
+        {"image": inputs(3), "gain": GAIN},
+        {"gain": GAIN, "image": inputs(3)},
+        (inputs(3), GAIN, None, "a word"),
+        collections.OrderedDict(gain=GAIN, image=inputs(3)),
+        types.MappingProxyType({"gain": GAIN, "image": inputs(3)}),
+        collections.UserDict({"gain": GAIN, "image": inputs(3)}),
+        collections.namedtuple("Pair", "image gain")(inputs(3), GAIN),
+    ],
+    ids=["tuple", "dict", "dict in another order", "tuple of more", "OrderedDict", "mappingproxy", "UserDict", "namedtuple"],
+)
+@every_method
+def test_each_sample_keeps_its_own_other_inputs(method, x):
+    net = TwoInputs()
+    found = run(method, net, "inner.features", x, 2)
+    for i in range(3):
+        alone = (inputs(3)[i : i + 1], GAIN[i : i + 1])
+        assert_close(found[i : i + 1], run(method, net, "inner.features", alone, 2), ROUNDING, f"image {i}")
+
+
+def test_the_other_inputs_count():
+    scaled, plain = ((inputs(3), gain) for gain in (GAIN, torch.ones_like(GAIN)))
+    a, b = (camfn.score_cam(TwoInputs(), "inner.features", x, 2) for x in (scaled, plain))
+    assert (a[0] - b[0]).abs().max() == 0
+    assert min((a[i] - b[i]).abs().max() for i in (1, 2)) > 1e-3
+
+
+class TwoImages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = small_net(1), small_net(2)
+        self.fc = self.left.fc
+
+    def forward(self, left, right):
+        return self.left(left) + self.right(right)
+
+
+@every_sweep
+def test_masked_says_which_input_is_masked(method):
+    """Where the other image is not masked it only adds a constant to the logits, which the softmax takes out."""
+    net, left, right = TwoImages(), inputs(seed=1), inputs(seed=2)
+    alone = run(method, net.left, "features", left, 1)
+    for x, key in (((left, right), 0), ({"left": left, "right": right}, "left")):
+        assert_close(run(method, net, "left.features", x, 1, masked=key), alone, 1e-10, str(key))
+    other = run(method, net, "left.features", (left, right), 1, masked=1)
+    assert (other - alone).abs().max() > 1e-3
+
+
+@every_method
+def test_integer_inputs_beside_the_image_are_left_alone(method):
+    net = TwoInputs()
+    found = run(method, net, "inner.features", (inputs(3), GAIN, IDS), 2)
+    assert_close(found, run(method, net, "inner.features", (inputs(3), GAIN), 2), 1e-10 if method in SWEPT else 0.0)
+
+
+@dataclasses.dataclass
+class Output:
+    loss: Tensor | None
+    logits: Tensor
+    note: str = "kept"
+
+
+WRAPS = {
+    "tuple": lambda y: (y, y.mean()[None].expand(len(y))),
+    "named tuple": collections.namedtuple("Out", "logits aux")._make,
+    "mapping with logits": lambda y: {"aux": y * 2, "logits": y},
+    "mapping with out": lambda y: collections.OrderedDict(out=y, aux=y * 2),
+    "dataclass": lambda y: Output(None, y),
+    "list per sample": lambda y: list(y),
+    "list of mappings": lambda y: [{"logits": row} for row in y],
+}
+WRAPS["named tuple"] = lambda y, make=WRAPS["named tuple"]: make((y, y * 2))
+
+
+@pytest.mark.parametrize("target", [None, [1, 4, 0], "all", T.probability(2), T.contrast()], ids=str)
+@pytest.mark.parametrize("kind", WRAPS)
+@every_method
+def test_logits_are_found_in_every_kind_of_output(method, kind, target):
+    if method == "cam" and isinstance(target, tuple):
+        pytest.skip("cam's target is of classes")
+    x = (inputs(3), GAIN)
+    found = run(method, TwoInputs(WRAPS[kind]), "inner.features", x, target)
+    assert_close(found, run(method, TwoInputs(), "inner.features", x, target), ROUNDING, kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "read"),
+    [
+        ("tuple", lambda out: out[0][1]),
+        ("named tuple", lambda out: out.logits[1]),
+        ("mapping with logits", lambda out: out["aux"][1] / 2),
+        ("dataclass", lambda out: out.logits[1]),
+        ("list per sample", lambda out: out[1]),
+        ("list of mappings", lambda out: out["logits"][1]),
+    ],
+)
+@every_sweep
+def test_a_callable_target_gets_one_sample_of_every_kind_of_output(method, kind, read):
+    x = (inputs(3), GAIN)
+    found = run(method, TwoInputs(WRAPS[kind]), "inner.features", x, read)
+    assert_close(found, run(method, TwoInputs(), "inner.features", x, 1), ROUNDING, kind)
+
+
+# ---------------------------------------------------------------------------------------- independence of execution
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@every_method
+def test_the_callers_grad_mode_does_not_matter(method, mode):
+    net, x = small_net(), inputs()
+    expected = run(method, net, "features", x)
+    with mode(), unchanged(net, x):
+        found = run(method, net, "features", x)
+    assert torch.equal(found, expected)
+    with mode():  # what is made inside: inference tensors, in the one case
+        assert torch.equal(run(method, small_net(), "features", inputs()), expected)
+    with mode():
+        within = inputs()
+    assert torch.equal(run(method, net, "features", within), expected)
+
+
+@every_method
+def test_frozen_parameters_and_inputs_that_require_gradients_change_nothing(method):
+    net, frozen = small_net(), small_net().requires_grad_(False)
+    expected = run(method, net, "features", inputs())
+    assert torch.equal(run(method, frozen, "features", inputs()), expected)
+    assert torch.equal(run(method, net, "features", inputs().requires_grad_()), expected)
+    assert not expected.requires_grad
+
+
+@every_sweep
+def test_a_plain_call_of_a_sweep_gives_maps_without_a_graph(method):
+    net, x = small_net(), inputs().requires_grad_()
+    state = dict(net.named_parameters()) | dict(net.named_buffers())
+    card = camfn.explain(net, "features", x, method=method, state=state, **CHEAP.get(method, {}))
+    assert not any(t.requires_grad for t in (card.maps, card.scores, *card.weights))
+    assert not run(method, net, "features", x * 1).requires_grad
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
+@every_sweep
+def test_the_size_of_chunks_does_not_matter(method, chunk):
+    net, x = small_net(), inputs(3)
+    expected = run(method, net, "features", x, "all", normalize=False)
+    found = run(method, net, "features", x, "all", normalize=False, sweep=camfn.Sweep(chunk=chunk))
+    assert_close(found, expected, ROUNDING)
+    through = run(method, net, "features", x, "all", normalize=False, sweep=camfn.Sweep(chunk=chunk, fold=False))
+    assert_close(through, expected, ROUNDING, "mapped through the model")
+
+
+@every_method
+def test_batch_neighbours_do_not_matter(method):
+    net, x = small_net(), inputs(3)
+    together = run(method, net, "features", x, [0, 1, 2], normalize=False)
+    order = [2, 0, 1]
+    permuted = run(method, net, "features", x[order], order, normalize=False)
+    assert_close(permuted, together[order], ROUNDING, "permuted")
+    for i in range(3):
+        alone = run(method, net, "features", x[i : i + 1], i, normalize=False)
+        assert_close(alone[0], together[i], ROUNDING, f"image {i} alone")
+
+
+@every_method
+def test_a_tuple_of_layers_gives_the_maps_of_each_layer(method):
+    if method == "cam":
+        pytest.skip("cam has one layer")
+    net, x = small_net(), inputs()
+    layers = ("stem.0", net.features, "act")
+    for layer, found in zip(layers, run(method, net, layers, x)):
+        assert_close(found, run(method, net, layer, x), ROUNDING, str(layer))
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Kernels are compiled with a backend that runs the graph as it is; the graphs are counted."""
+    found = []
+
+    def backend(graph, example_inputs):
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(_compat, "compiled", functools.partial(_compat.compiled, backend=backend))
+    torch._dynamo.reset()
+    yield found
+    torch._dynamo.reset()
+
+
+@can_compile
+@pytest.mark.parametrize("fold", [True, False])
+@every_sweep
+def test_compiled_or_not_does_not_matter(method, fold, graphs):
+    net, x, sweep = Everything(), inputs(), camfn.Sweep(chunk=5, compile=True, fold=fold)
+    expected = run(method, net, "features", x, "all", normalize=False)
+    with unchanged(net, net.modules_out_of_sight(), x):
+        found = run(method, net, "features", x, "all", normalize=False, sweep=sweep)
+    assert_close(found, expected, ROUNDING)
+    assert len(graphs) == 1
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert_close(run(method, net, "features", inputs(), "all", normalize=False, sweep=sweep), expected, ROUNDING)
+    assert len(graphs) == 1
+
+
+@can_compile
+def test_the_real_compiler_gives_the_same_map_and_changes_nothing():
+    net, x = small_net(), inputs()
+    expected = camfn.score_cam(net, "features", x, normalize=False)
+    before = torch.get_rng_state(), random.getstate(), picture((net, x))
+    found = camfn.score_cam(net, "features", x, normalize=False, sweep=camfn.Sweep(chunk=4, compile=True))
+    assert_close(found, expected, ROUNDING)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (random.getstate(), picture((net, x)))
+
+
+# ----------------------------------------------------------------------------------------------------- composition
+
+
+@pytest.mark.parametrize("target", [None, 2, "all", T.top(2), T.contrast(), T.probability(1), lambda y: y[0] * y[1]], ids=str)
+@every_method
+def test_mapping_over_inputs_is_the_batch(method, target):
+    if method == "cam" and (callable(target) or (isinstance(target, tuple) and not isinstance(target, T.Top))):
+        pytest.skip("cam's target is of classes")
+    net, x = small_net(), inputs(3)
+    expected = run(method, net, "features", x, target, normalize=False)
+    with unchanged(net, x):
+        found = vmap(lambda one: run(method, net, "features", one[None], target, normalize=False)[0])(x)
+    assert_close(found, expected, ROUNDING)
+
+
+@every_method
+def test_targets_can_be_mapped_with_their_inputs(method):
+    net, x, classes = small_net(), inputs(3), torch.tensor([4, 0, 2])
+    found = vmap(lambda one, c: run(method, net, "features", one[None], c[None])[0])(x, classes)
+    assert_close(found, run(method, net, "features", x, classes), 1e-10)
+
+
+def stacked(nets):
+    states = [camfn.state_of(net) for net in nets]
+    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+
+
+@every_method
+def test_mapping_over_stacked_states_is_a_loop_over_models(method):
+    nets, x = [small_net(seed) for seed in range(3)], inputs()
+    empty = small_net(9)
+    found = vmap(lambda state: run(method, empty, "features", x, normalize=False, state=state))(stacked(nets))
+    for one, net in zip(found, nets):
+        assert_close(one, run(method, net, "features", x, normalize=False), ROUNDING)
+
+
+@every_method
+def test_states_and_inputs_can_be_mapped_one_inside_the_other(method):
+    nets, x = [small_net(seed) for seed in range(2)], inputs(3)
+
+    def one(state, image):
+        return run(method, nets[0], "features", image[None], 1, state=state)[0]
+
+    found = vmap(vmap(one, in_dims=(None, 0)), in_dims=(0, None))(stacked(nets), x)
+    expected = torch.stack([run(method, net, "features", x, 1) for net in nets])
+    assert_close(found, expected, 1e-10)
+
+
+@can_compile
+@pytest.mark.parametrize("target", [None, [1, 2], "all"], ids=str)
+@every_method
+def test_the_whole_method_can_be_compiled(method, target):
+    net, x = small_net(), inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: run(method, net, "features", x, target, normalize=False), backend="eager")
+    with unchanged(net, x):
+        found = compiled(x)
+    assert_close(found, run(method, net, "features", x, target, normalize=False), ROUNDING)
+    assert_close(compiled(x + 1), run(method, net, "features", x + 1, target, normalize=False), ROUNDING)
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------------- differentiation
+
+
+class Smooth(nn.Module):
+    """No ReLU and no maximum, so that finite differences mean something; one channel of `features` is flat if asked."""
+
+    def __init__(self, flat: bool = False, seed: int = 0):
+        super().__init__()
+        self.stem, self.features, self.fc = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 3, stride=2), nn.Linear(4, 3)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+            if flat:
+                self.features.weight[1] = 0
+        self.double()
+
+    def forward(self, x):
+        h = F.softplus(self.features(torch.tanh(self.stem(x))))
+        return self.fc(torch.tanh(h).mean((2, 3))) * 3
+
+
+def picture_of(seed: int = 4) -> Tensor:
+    return torch.randn(2, 2, 9, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def directions(tensors: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(t.shape, generator=generator, dtype=t.dtype) for name, t in tensors.items()}
+
+
+def slope(function, at: dict[str, Tensor], along: dict[str, Tensor], step: float = 1e-5) -> Tensor:
+    """The derivative along a direction by central differences of the fourth order."""
+
+    def moved(t: float) -> Tensor:
+        return function({name: tensor + t * along[name] for name, tensor in at.items()})
+
+    near, far = (moved(step) - moved(-step)) / (2 * step), (moved(2 * step) - moved(-2 * step)) / (4 * step)
+    return (4 * near - far) / 3
+
+
+ROUGH = 1e-7
+"""Of fourth-order differences with a step of 1e-5: 1e-16 / 1e-5 from rounding, for maps and gradients of order 1 to 100."""
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": False}, {"relu": False, "normalize": False}, {"size": "input"}], ids=str)
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("wrt", ["x", "state="])
+@every_method
+def test_gradients_and_directional_derivatives_agree_with_finite_differences(method, wrt, flat, options):
+    net, x = Smooth(flat), picture_of()
+    weighing = torch.randn(2, *((9, 9) if "size" in options else (3, 3)), generator=torch.Generator().manual_seed(8))
+
+    def maps(at: dict[str, Tensor]) -> Tensor:
+        given = {"state": at} if wrt == "state=" else {}
+        return run(method, net, "features", x if given else at["x"], 1, **given, **options)
+
+    at = camfn.state_of(net) if wrt == "state=" else {"x": x}
+    if flat and wrt == "state=":  # a weight that moves makes the channel one that is not flat: no derivative there
+        along = directions(at, 1) | {"features.weight": directions(at, 1)["features.weight"].index_fill(0, torch.tensor(1), 0)}
+    else:
+        along = directions(at, 1)
+    expected = slope(maps, at, along)
+    assert expected.abs().max() > 1e-3
+    _, found = jvp(maps, (at,), (along,))
+    scale = max(1.0, float(expected.abs().max()))
+    assert_close(found / scale, expected / scale, ROUGH, "jvp")
+    gradient = grad(lambda at: (maps(at) * weighing).sum())(at)
+    slid = sum((gradient[name] * along[name]).sum() for name in at)
+    scale = sum((gradient[name] * along[name]).abs().sum() for name in at)
+    assert_close(slid / scale, (expected * weighing).sum() / scale, ROUGH, "grad")
+
+
+@every_method
+def test_the_gradient_of_every_single_input_value_agrees_with_finite_differences(method):
+    """Not only along a random direction: a value of the input whose gradient is lost would show here."""
+    net, x = Smooth(), picture_of()[:1, :, :5, :5]
+    net.features.stride = (1, 1)
+
+    def total(x: Tensor) -> Tensor:
+        return run(method, net, "stem", x, 1, normalize=False).sum() if method != "cam" else cam_total(x)
+
+    def cam_total(x: Tensor) -> Tensor:
+        return run(method, net, "features", torch.cat([x, x], 3), 1, normalize=False).pow(2).sum()
+
+    found = grad(total)(x)
+    for i in range(x.numel()):
+        one = torch.zeros(x.numel(), dtype=x.dtype).index_fill(0, torch.tensor(i), 1).reshape(x.shape)
+        expected = slope(lambda at: total(at["x"]), {"x": x}, {"x": one})
+        assert_close(found.flatten()[i], expected, ROUGH * max(1.0, float(found.abs().max())), f"value {i}")
+
+
+@every_method
+def test_gradients_of_the_sum_leave_everything_as_it_was(method):
+    net, x = Everything(), inputs()
+    with unchanged(net, net.modules_out_of_sight(), x):
+        gradient = grad(lambda x: run(method, net, "features", x, 1, normalize=False).sum())(x)
+    assert torch.isfinite(gradient).all()
+    assert gradient.abs().max() > 1e-6
+    assert not gradient.requires_grad
+
+
+@every_method
+def test_gradients_do_not_mix_images(method):
+    net, x = Smooth(), picture_of()
+    both = grad(lambda x: run(method, net, "features", x, 1, normalize=False).sum())(x)
+    each = vmap(grad(lambda one: run(method, net, "features", one[None], 1, normalize=False).sum()))(x)
+    assert_close(each, both, ROUNDING)
+
+
+@every_method
+def test_the_gradient_is_the_same_in_chunks(method):
+    net, x = Smooth(), picture_of()
+
+    def gradient(chunk):
+        return grad(lambda x: run(method, net, "features", x, 1, normalize=False, **in_chunks_of(method, chunk)).sum())(x)
+
+    assert_close(gradient(3), gradient(1000), ROUNDING)
+
+
+# ----------------------------------------------------------------------------------------------------- narrow dtypes
+
+
+def narrow_net(dtype: torch.dtype) -> SmallNet:
+    net = small_net(dtype=torch.float32)
+    with torch.no_grad():
+        net.features.weight[2] = 0  # a channel that has its bias everywhere
+        for parameter in net.fc.parameters():
+            parameter.mul_(0.25)
+    return net.to(dtype)
+
+
+def runs_in(dtype: torch.dtype) -> bool:
+    try:
+        narrow_net(dtype).eval()(inputs(dtype=dtype))
+    except RuntimeError:  # older torch has no float16 convolution on the CPU
+        return False
+    return True
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("target", [1, "all"])
+@every_method
+def test_narrow_dtypes_with_a_flat_channel_give_nearly_the_wide_map(method, target, dtype):
+    if not runs_in(dtype):
+        pytest.skip(f"no {dtype} on this CPU with this torch")
+    net, x = narrow_net(dtype), inputs(dtype=dtype)
+    found = run(method, net, "features", x, target)
+    expected = run(method, copy.deepcopy(net).float(), "features", x.float(), target)
+    assert found.dtype == torch.float32
+    assert torch.isfinite(found).all()
+    assert float(found.min()) == 0
+    assert float(found.max()) == 1
+    # Activations, masks and logits are each rounded some times on their way; a map is of their size and scaled to one.
+    assert_close(found, expected, 8 * torch.finfo(dtype).eps, str(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@every_sweep
+def test_maps_scores_and_weights_are_float32_or_wider(method, dtype):
+    if not runs_in(dtype):
+        pytest.skip(f"no {dtype} on this CPU with this torch")
+    card = camfn.explain(narrow_net(dtype), "features", inputs(dtype=dtype), method=method, **CHEAP.get(method, {}))
+    assert {t.dtype for t in (card.maps, card.scores, *card.weights)} == {torch.promote_types(dtype, torch.float32)}
+
+
+# ------------------------------------------------------------------------------------------------------ the one card
+
+
+@every_method
+def test_the_card_holds_the_maps_of_the_method(method):
+    net, x = small_net(), inputs()
+    card = camfn.explain(net, "features", x, T.top(2), method=method, **CHEAP.get(method, {}))
+    assert torch.equal(card.maps, run(method, net, "features", x, T.top(2)))
+    assert card.method == method
+    assert card.layers == ("features",)
+    assert torch.equal(card.classes, LOGITS.topk(2, 1).indices)
+    assert torch.equal(card.scores, LOGITS.topk(2, 1).values)
+    assert card.weights[0].shape == (2, 2, 6)
