@@ -19,6 +19,11 @@ def closest(name: str, known: Iterable[str]) -> str:
     return ", ".join(map(repr, get_close_matches(name, list(known), n=3, cutoff=0.4))) or "none is close"
 
 
+def layer_called(name: str) -> str:
+    """A layer at the start of a sentence; the empty name is the model's own."""
+    return f"layer {name!r}" if name else "the model itself, as a layer,"
+
+
 def warn(message: str) -> None:
     """Warn the caller of camfn, wherever inside it we are."""
     level = 1

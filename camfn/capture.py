@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from camfn import _compat
-from camfn._errors import CamError, closest
+from camfn._errors import CamError, closest, layer_called
 from camfn._types import Inputs, Layer, State
-from camfn.shell import Shell, bare, shell_of
+from camfn.draws import refusing_draws
+from camfn.shell import Shell, shell_of, without_wrappers
 
 
 class Captured(NamedTuple):
@@ -44,16 +45,22 @@ def resolve_state(shell: Shell, state: Mapping[str, Tensor] | None) -> State:
     """`state` with one entry for each tensor of the model, under its first name; the model's own where it is `None`."""
     if state is None:
         return dict(shell.tensors)
+    if not isinstance(state, Mapping):
+        raise CamError(
+            f"state= must be a mapping from names to tensors, found {type(state).__name__}; see camfn.state_of(model)"
+        )
     found: State = {}
     for key, tensor in state.items():
-        name = shell.aliases.get(key) or shell.aliases.get(bare(key))
+        name = next((shell.aliases[known] for known in without_wrappers(key) if known in shell.aliases), None)
         if name is None:
             raise CamError(f"state= has an entry {key!r} that the model does not; closest: {closest(key, shell.aliases)}")
+        if not isinstance(tensor, Tensor):
+            raise CamError(f"state= holds for {key!r} a {type(tensor).__name__}, not a tensor")
         if tuple(tensor.shape) != tuple(shell.tensors[name].shape):
             raise CamError(
                 f"state= holds {key!r} of shape {tuple(tensor.shape)}, the model's is {tuple(shell.tensors[name].shape)}"
             )
-        if name in found and found[name] is not tensor and _storage(found[name]) != _storage(tensor):
+        if name in found and not _is_one(found[name], tensor):
             raise CamError(f"state= holds two different tensors for one: {name!r} and {key!r} are tied; give it once")
         found.setdefault(name, tensor)
     missing = [name for name in shell.tensors if name not in found and name not in shell.optional]
@@ -63,8 +70,9 @@ def resolve_state(shell: Shell, state: Mapping[str, Tensor] | None) -> State:
     return {name: found.get(name, own) for name, own in shell.tensors.items()}
 
 
-def _storage(tensor: Tensor) -> Any:
-    return id(tensor) if _compat.compiling() else _compat.storage_of(tensor)
+def _is_one(a: Tensor, b: Tensor) -> bool:
+    """Are they one tensor, or views of one? While compiling nobody can tell."""
+    return a is b or _compat.compiling() or _compat.storage_of(a) == _compat.storage_of(b)
 
 
 # ------------------------------------------------------------------------------------------------------- the ports
@@ -108,12 +116,12 @@ def _tapped(cls: type[nn.Module]) -> type[nn.Module]:
 def _through(port: _Port, out: Any) -> Any:
     if port.seen is not None:
         raise CamError(
-            f"layer {port.name!r} runs more than once in a forward: its activation is not one thing; "
+            f"{layer_called(port.name)} runs more than once in a forward: its activation is not one thing; "
             "choose a layer that runs once (a container around one of its uses, say)"
         )
     value = out[0] if isinstance(out, (tuple, list)) and len(out) == 1 else out  # `(hidden,)`: one part is no choice
     if not isinstance(value, Tensor):
-        raise CamError(f"layer {port.name!r} returns {_parts(out)}, not one tensor; choose a layer inside it")
+        raise CamError(f"{layer_called(port.name)} returns {_parts(out)}, not one tensor; choose a layer inside it")
     if port.swap is not None:
         value = port.swap
     port.seen = value
@@ -188,7 +196,8 @@ def pure(model: nn.Module) -> Callable[[State, Inputs], Any]:
     inner = pure_from(shell)
 
     def call(state: State, x: Inputs) -> Any:
-        return inner(resolve_state(shell, state), x)
+        with refusing_draws():
+            return inner(resolve_state(shell, state), x)
 
     return call
 
@@ -207,7 +216,7 @@ def tap_from(shell: Shell, names: Sequence[str]) -> Callable[..., Captured]:
         output, seen = _run(run, shell, state, x, nudge or nothing, swap or nothing)
         for port, value in zip(ports, seen):
             if value is None:
-                raise CamError(f"layer {port.name!r} did not run in this forward; choose one that does")
+                raise CamError(f"{layer_called(port.name)} did not run in this forward; choose one that does")
         return Captured(output, seen)
 
     return call
@@ -237,7 +246,8 @@ def tap(model: nn.Module, layer: Layer | Sequence[Layer]) -> Callable[..., Captu
     def call(state: State, x: Inputs, nudge: Any = None, swap: Any = None) -> Captured:
         if not several:
             nudge, swap = (None if port is None else (port,) for port in (nudge, swap))
-        output, seen = inner(resolve_state(shell, state), x, nudge, swap)
+        with refusing_draws():
+            output, seen = inner(resolve_state(shell, state), x, nudge, swap)
         return Captured(output, seen if several else seen[0])
 
     return call
@@ -258,7 +268,7 @@ def resolve_layers(shell: Shell, model: nn.Module, layer: Layer | Sequence[Layer
 def _resolve_layer(shell: Shell, model: nn.Module, layer: Layer, paths: dict[int, str]) -> str:
     if isinstance(layer, str):
         known = [name for name, _ in shell.module.named_modules(remove_duplicate=False)]
-        for name in (layer, bare(layer)):
+        for name in without_wrappers(layer):
             if name in known:
                 return paths[id(shell.module.get_submodule(name))]
         raise CamError(
@@ -291,4 +301,5 @@ def watch(model: nn.Module, state: State, x: Inputs, see: Callable[[str, Any], N
 
     for name, module in list(shell.module.named_modules()):
         _open(module, passes(name))
-    return pure_from(shell)(state, x)
+    with refusing_draws():
+        return pure_from(shell)(state, x)

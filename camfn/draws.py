@@ -1,14 +1,21 @@
 """A model that draws random numbers in eval mode is refused, at the draw, before anything is drawn."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from camfn import _compat
 from camfn._errors import CamError
 
 
-class NoDraws(TorchDispatchMode):
+def refusing_draws() -> AbstractContextManager[Any]:
+    """Inside, a model that draws is refused; a compiler cannot trace that, and lets it pass."""
+    return nullcontext() if _compat.compiling() else _NoDraws()
+
+
+class _NoDraws(TorchDispatchMode):
     """Inside, in this thread only, an operation that draws random numbers raises; nothing has been drawn then."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

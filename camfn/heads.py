@@ -1,18 +1,20 @@
 """What comes after a layer, as a function of its own: traced with the layer's output swapped in, all that is dead dropped."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functionalize
-from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.fx import Graph, GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from camfn._types import Inputs, Layer, State
 from camfn.capture import resolve_layers, resolve_state, tap_from
+from camfn.draws import refusing_draws
 from camfn.keep import kept, structure
 from camfn.shell import Shell, shell_of
 
@@ -55,9 +57,10 @@ def head(model: nn.Module, layer: Layer, x: Inputs, value: Tensor) -> Head:
 
 def _trace(shell: Shell, name: str, x: Inputs, value: Tensor) -> tuple[GraphModule, Callable[[Any], Any]]:
     run = tap_from(shell, [name])
-    spec: Any = None
     leaves, tree = tree_flatten((shell.tensors, x, value))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    recorder = _Recorder()
+    spec: Any = None
 
     def flat(*tensors: Tensor) -> list[Any]:
         nonlocal spec
@@ -68,14 +71,58 @@ def _trace(shell: Shell, name: str, x: Inputs, value: Tensor) -> tuple[GraphModu
         out, spec = tree_flatten(run(state, inputs, None, (swap,)).output)
         return out
 
-    with torch.no_grad():
+    arguments = [leaves[i].detach() for i in places]
+    for argument in arguments:
+        recorder.bind(argument, recorder.graph.placeholder(f"t{len(recorder.nodes)}"))
+    with torch.no_grad(), refusing_draws(), recorder:
         # Mutations only: with views too, a view of a weight becomes a copy of it on every call.
-        graph = make_fx(functionalize(flat, remove="mutations"))(*(leaves[i].detach() for i in places))
-    for node in reversed(graph.graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output"):
-            graph.graph.erase_node(node)
-    graph.recompile()
-    return graph, functools.partial(_unflatten, spec)
+        out = functionalize(flat, remove="mutations")(*arguments)
+    return recorder.finish(out), functools.partial(_unflatten, spec)
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down every operation that this thread runs, as a graph.
+
+    `make_fx` would do, but it patches `nn.Module` for the whole process while it traces, under the feet of other threads.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = Graph()
+        self.nodes: dict[int, Any] = {}  # id of a tensor -> its node
+        self.alive: list[Tensor] = []  # so that no id comes twice
+        self.constants: dict[str, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = tree_map(self.node_of, (tuple(args), kwargs or {}))
+        self.bind(out, self.graph.call_function(func, *given))
+        return out
+
+    def bind(self, out: Any, node: Any) -> None:
+        """From now on `node` stands for `out`."""
+        if isinstance(out, Tensor):
+            self.nodes[id(out)] = node
+            self.alive.append(out)
+        elif isinstance(out, (tuple, list)):
+            for i, part in enumerate(out):
+                self.bind(part, self.graph.call_function(operator.getitem, (node, i)))
+
+    def node_of(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in self.nodes:  # made by no operation that was seen: a constant of the model
+            name = f"constant{len(self.constants)}"
+            self.constants[name] = leaf
+            self.bind(leaf, self.graph.get_attr(name))
+        return self.nodes[id(leaf)]
+
+    def finish(self, out: Any) -> GraphModule:
+        self.graph.output(tree_map(self.node_of, out))
+        for node in reversed(self.graph.nodes):
+            if not node.users and node.op not in ("placeholder", "output"):
+                self.graph.erase_node(node)
+        return GraphModule(self.constants, self.graph)
 
 
 def _unflatten(spec: Any, out: Any) -> Any:

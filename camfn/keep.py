@@ -43,6 +43,11 @@ def slot_of(model: nn.Module, key: Hashable) -> Slot:
         return slot
 
 
+def has_any(model: nn.Module) -> bool:
+    """Is anything kept for the model? Cheap, before a key is computed."""
+    return model in _KEPT
+
+
 def is_made(model: nn.Module, key: Hashable) -> bool:
     """Is there something for `key`?"""
     with _LOCK:

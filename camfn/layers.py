@@ -53,7 +53,10 @@ def find_linear(shell: Shell, model: nn.Module, fc: Layer | None, channels: int,
     classes = logits_of(output).shape[-1]
     modules = dict(shell.module.named_modules())
     if fc is not None:
-        (name,) = resolve_layers(shell, model, fc)
+        try:
+            (name,) = resolve_layers(shell, model, fc)
+        except CamError as error:
+            raise CamError(f"fc={fc!r}: {error}") from None
         _check_linear(name, modules[name], channels, classes)
         return name
     linear = {name: module for name, module in modules.items() if _sides(module) is not None}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from camfn._errors import CamError
+from camfn._errors import CamError, layer_called
 from camfn._types import Activations, Layout
 
 
@@ -33,17 +33,17 @@ def read(activation: Tensor, layout: Layout, spatial: tuple[int, ...] | None, la
     """The activation as `(n, c, p)`. `spatial` is the size of the masked input, if there is one."""
     if layout == "auto":
         layout = "channels_last" if _looks_channels_last(activation, spatial) else "channels_first"
-    if isinstance(layout, str) and layout not in _NAMED:
+    if layout not in _NAMED if isinstance(layout, str) else not callable(layout):
         raise CamError(f'layout must be "auto", "channels_first", "channels_last" or a callable; found {layout!r}')
     moved = (_NAMED[layout] if isinstance(layout, str) else layout)(activation)
     if moved.ndim < 3 or math.prod(moved.shape[2:]) == 0:
         raise CamError(
-            f"layer {layer!r} gives {tuple(activation.shape)}, which has no spatial axes; "
+            f"{layer_called(layer)} gives {tuple(activation.shape)}, which has no spatial axes; "
             "choose a layer before pooling and flattening, or pass layout= to say where they are"
         )
     if moved.shape[0] != batch:
         raise CamError(
-            f"layer {layer!r} gives a batch of {moved.shape[0]} for x with a batch of {batch}: "
+            f"{layer_called(layer)} gives a batch of {moved.shape[0]} for x with a batch of {batch}: "
             "is the batch axis of x missing? (x[None] adds one)"
         )
     return Read(moved.flatten(2), tuple(moved.shape[2:]))

@@ -34,7 +34,7 @@ def recipe_of(recipe: str | Recipe) -> Recipe:
     """A recipe by name, or itself."""
     if isinstance(recipe, Recipe):
         return recipe
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise CamError(f"recipe {recipe!r} is not known; closest: {closest(str(recipe), RECIPES)}; all: {', '.join(RECIPES)}")
     return RECIPES[recipe]
 
@@ -43,12 +43,13 @@ Noise = Literal["mask", "activation", "input"]
 
 
 class Variation(NamedTuple):
-    """How often each mask is scored, and what differs between the times."""
+    """How masks are made, how often each is scored, and what differs between the times."""
 
     scales: tuple[float, ...] = (1.0,)  # the masked input is multiplied by them, in turn
     noise: Noise | None = None
     std: float = 0.0
     seed: int | torch.Generator = 0
+    recipe: Recipe = Recipe()
 
     @property
     def zeros_are_equal(self) -> bool:
@@ -101,7 +102,8 @@ def masked_input(rule: Rule, image: Tensor, channel: Tensor, scale: Tensor, nois
         # SS-CAM's second form. The authors' code passes std/(max - min) squared as the deviation; the paper says deviation.
         span = masked.amax() - masked.amin()
         flat = is_flat(masked.amin(), masked.amax(), image.dtype)
-        masked = masked + torch.where(flat, 0, noise / torch.where(flat, 1, span)).to(image.dtype)
+        # To the image's dtype before the division: a float64 scalar does not make a float32 tensor wider.
+        masked = masked + torch.where(flat, 0, noise.to(image.dtype) / torch.where(flat, 1, span))
     return masked * scale.to(image.dtype)
 
 
@@ -134,15 +136,18 @@ def noise_stream(
         return lambda pairs: None
     on_cpu = device.type == "cpu"
     generator, seed = _generator_for(variation.seed, device)
-    drawn, last = 0, torch.empty(0)
+    drawn, last = 0, torch.empty(0, device=device)
+
+    def fresh() -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32) * variation.std
 
     def piece(draw: int, channel: int) -> Tensor:
         nonlocal drawn, last
         if not on_cpu:
             generator.manual_seed(((seed * 1_000_003 + draw) * 1_000_003 + channel) % (1 << 62))
-            return torch.randn(*shape, generator=generator, device=device) * variation.std
+            return fresh()
         while drawn <= draw * channels + channel:
-            last = torch.randn(*shape, generator=generator) * variation.std
+            last = fresh()
             drawn += 1
         return last
 

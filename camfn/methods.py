@@ -1,7 +1,8 @@
 """The methods, as compositions: look, resolve the target, sweep, weigh, draw the map. No arithmetic here."""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple, ParamSpec
 
@@ -115,7 +116,7 @@ def cam(
     if isinstance(layer, (list, tuple)) and len(layer) > 1:
         raise CamError(f"cam explains one layer, the one before the pooling; found {len(layer)}")
     subject = look(model, layer, x, state, None, masks=False)
-    score = resolve(target, subject.output, subject.n)
+    score = resolve(target, subject.output, subject.n, subject.image.device)
     if score.classes is None or not score.is_logit:
         raise CamError("cam weighs channels by a class's row of the linear layer: its target must be classes")
     (read,) = _reads(subject, layout)
@@ -182,7 +183,8 @@ def score_cam(
     Wang et al., Score-CAM, CVPR workshops 2020 (arXiv 1910.01279). torchcam's `ScoreCAM` by default.
     """
     subject = look(model, layer, x, state, masked, masks=True)
-    return _swept(subject, target, Variation(), recipe, sweep, layout, Drawing(relu, size, normalize))
+    variation = Variation(recipe=recipe_of(recipe))
+    return _swept(subject, target, variation, sweep, layout, Drawing(relu, size, normalize))
 
 
 @_method("activations", "masked inputs")
@@ -228,13 +230,16 @@ def ss_cam(
 
     Wang et al., SS-CAM: Smoothed Score-CAM, 2020 (arXiv 2006.14255). torchcam's `SSCAM` by default.
     """
-    if num_samples < 1 or std < 0:
-        raise CamError(f"ss_cam needs num_samples >= 1 and std >= 0, found {num_samples} and {std}")
+    _check_samples("ss_cam", num_samples)
+    if not (0 <= std < math.inf):
+        raise CamError(f"ss_cam needs a finite std >= 0, found {std!r}")
+    if not isinstance(seed, (int, torch.Generator)):
+        raise CamError(f"seed must be an int or a torch.Generator, found {seed!r}")
     if noise not in ("mask", "activation", "input"):
         raise CamError(f'noise must be "mask", "activation" or "input", found {noise!r}')
     subject = look(model, layer, x, state, masked, masks=True)
-    variation = Variation((1.0,) * num_samples, noise, std, seed)
-    return _swept(subject, target, variation, recipe, sweep, layout, Drawing(relu, size, normalize))
+    variation = Variation((1.0,) * num_samples, noise, std, seed, recipe_of(recipe))
+    return _swept(subject, target, variation, sweep, layout, Drawing(relu, size, normalize))
 
 
 @_method("activations", "masked inputs")
@@ -274,38 +279,32 @@ def is_cam(
 
     Naidu et al., IS-CAM: Integrated Score-CAM, 2020 (arXiv 2010.03023). torchcam's `ISCAM` by default.
     """
-    if num_samples < 1:
-        raise CamError(f"is_cam needs num_samples >= 1, found {num_samples}")
+    _check_samples("is_cam", num_samples)
     subject = look(model, layer, x, state, masked, masks=True)
-    variation = Variation(path_scales(num_samples, path))
-    return _swept(subject, target, variation, recipe, sweep, layout, Drawing(relu, size, normalize))
+    variation = Variation(path_scales(num_samples, path), recipe=recipe_of(recipe))
+    return _swept(subject, target, variation, sweep, layout, Drawing(relu, size, normalize))
 
 
 # ------------------------------------------------------------------------------------------------- what they share
 
 
-def _swept(
-    subject: Subject,
-    target: Target,
-    variation: Variation,
-    recipe: str | Recipe,
-    sweep: Sweep,
-    layout: Layout,
-    drawing: Drawing,
-) -> Outcome:
+def _check_samples(method: str, num_samples: int) -> None:
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise CamError(f"{method} needs a whole num_samples >= 1, found {num_samples!r}")
+
+
+def _swept(subject: Subject, target: Target, variation: Variation, sweep: Sweep, layout: Layout, drawing: Drawing) -> Outcome:
     """Score-CAM and its kin: the weights come from the scores of masked inputs."""
-    knobs = recipe_of(recipe)
-    weigh = weights.softmax if knobs.weights == "softmax" else weights.score
+    recipe = variation.recipe
+    weigh = weights.softmax if recipe.weights == "softmax" else weights.score
     with without_graph():
-        score = resolve(target, subject.output, subject.n, knobs.score)
+        score = resolve(target, subject.output, subject.n, subject.image.device, recipe.score)
         clean = _clean(subject, score)
-        reads = _reads(subject, layout)
-        plans = [plan(read, knobs, variation) for read in reads]
+        plans = [plan(read, variation) for read in _reads(subject, layout)]
         rows = sum(todo.rows_in_all for todo in plans)
         tick = counter(sweep.progress, rows)
-        scores = (run_sweep(subject, score, *pair, knobs, variation, sweep, tick) for pair in zip(reads, plans))
-        found = tuple(weigh(s) for s in scores)
-        return _drawn(subject, score, clean, reads, found, drawing, rows)
+        found = tuple(weigh(run_sweep(subject, score, todo, variation, sweep, tick)) for todo in plans)
+        return _drawn(subject, score, clean, [todo.read for todo in plans], found, drawing, rows)
 
 
 def _reads(subject: Subject, layout: Layout) -> list[Read]:
@@ -337,14 +336,22 @@ def _drawn(
 
 
 def _on_grid(maps: Tensor, subject: Subject, axes: int, drawing: Drawing) -> Tensor:
-    size = subject.size if isinstance(drawing.size, str) and drawing.size == "input" else drawing.size
-    if isinstance(size, str) or (size is None) != (drawing.size is None):
-        raise CamError(f'size must be None, "input" (of an input with spatial axes) or a shape; found {drawing.size!r}')
-    if size is not None:
-        if len(size) != axes:
-            raise CamError(f"size={tuple(size)} has {len(size)} axes, the layer's grid has {axes}")
-        maps = _maps.resize(maps, size)
+    size = _checked_size(drawing.size, subject, axes)
+    maps = maps if size is None else _maps.resize(maps, size)
     return _maps.normalize(maps, tuple(range(-axes, 0))) if drawing.normalize else maps
+
+
+def _checked_size(size: Size, subject: Subject, axes: int) -> tuple[int, ...] | None:
+    if size is None:
+        return None
+    if isinstance(size, str) and size == "input":
+        if subject.size is None:
+            raise CamError(f'size="input" needs spatial axes in the input, and x has shape {tuple(subject.image.shape)}')
+        size = subject.size
+    whole = isinstance(size, Sequence) and all(isinstance(side, int) and side > 0 for side in size)
+    if not whole or len(size) != axes:
+        raise CamError(f'size={size!r} must be None, "input", or {axes} positive ints: the layer\'s grid has {axes} axes')
+    return tuple(int(side) for side in size)
 
 
 def _diagnose(signed: list[Tensor], layers: tuple[str, ...], drawing: Drawing) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ Folded, masking and targets are mapped and the model, which takes batches by nat
 """
 
 import functools
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -19,7 +20,7 @@ from camfn._errors import CamError, warn
 from camfn._types import Inputs, Scores, State, wide
 from camfn.capture import pure_from
 from camfn.layouts import Read
-from camfn.masks import Recipe, Rule, Variation, flat_channels, masked_input, noise_stream
+from camfn.masks import Rule, Variation, flat_channels, masked_input, noise_stream
 from camfn.subject import Key, Subject, first_nonfinite, pick, with_input
 from camfn.targets import Score, score_rows
 
@@ -44,8 +45,9 @@ class Sweep(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Which rows are swept: `(draw, channel, image)` of each, draws outermost, on the CPU."""
+    """Which rows of an activation are swept: `(draw, channel, image)` of each, draws outermost, on the CPU."""
 
+    read: Read
     rows: Tensor  # (r, 3)
     zeros: Tensor  # (m, 3): one row for each image with flat channels, where these share one
     flat: Tensor  # (n, c): which channels are flat
@@ -100,42 +102,41 @@ def mapped(
 # ------------------------------------------------------------------------------------------------------ the sweep
 
 
-def plan(read: Read, recipe: Recipe, variation: Variation) -> Plan:
+def plan(read: Read, variation: Variation) -> Plan:
     """The rows to sweep. Reads which channels are flat, except under a transform, where all are swept."""
     n, c, _ = read.values.shape
+    recipe = variation.recipe
     draws, flat = len(variation.scales), flat_channels(read.values)
-    alive = torch.ones(n, c, dtype=torch.bool) if _compat.transformed() else ~flat.cpu()
+    alive = torch.ones(n, c, dtype=torch.bool, device="cpu") if _compat.transformed() else ~flat.cpu()
     if recipe.flat == "zero" and not variation.zeros_are_equal:
         alive = torch.ones_like(alive)
     rows = alive.T.expand(draws, c, n).nonzero()
     if recipe.flat == "skip":
-        return Plan(rows, rows[:0], flat)
+        return Plan(read, rows, rows[:0], flat)
     first = (~alive).int().argmax(1)  # any flat channel of the image will do: its mask is zero
-    image = torch.arange(n)
+    image = torch.arange(n, device="cpu")
     zeros = torch.stack([torch.zeros_like(image), first, image], 1)[~alive.all(1)]
-    return Plan(rows, zeros, flat)
+    return Plan(read, rows, zeros, flat)
 
 
 def sweep(
     subject: Subject,
     score: Score,
-    read: Read,
     todo: Plan,
-    recipe: Recipe,
     variation: Variation,
     options: Sweep,
     tick: Callable[[int], None],
 ) -> Scores:
     """`S_k`: for every channel of every image, the mean score of its masked inputs."""
     size = tuple(subject.image.shape[2:])
-    rule = Rule(recipe, variation.noise, size, read.values.dtype)
-    kernel = _kernel_for(subject, score, rule, read, options)
+    rule = Rule(variation.recipe, variation.noise, size, todo.read.values.dtype)
+    kernel = _kernel_for(subject, score, rule, todo.read.grid, checked(options))
     index = torch.cat([todo.rows, todo.zeros])
-    found = _in_chunks(kernel, _rows_from(subject, read, variation, size), index, options, tick)
+    found = _in_chunks(kernel, _rows_from(subject, todo.read, variation, size), index, options, tick)
     if not _compat.transformed() and not bool(torch.isfinite(found).all()):
         bad = index[(~torch.isfinite(found)).any(1).nonzero()[0]]
-        _raise_nonfinite(subject, rule, bad, _rows_from(subject, read, variation, size)(bad))
-    return _gather(found, todo, len(variation.scales))
+        _raise_nonfinite(subject, rule, bad, _rows_from(subject, todo.read, variation, size)(bad))
+    return _gather(found, todo, variation)
 
 
 def _raise_nonfinite(subject: Subject, rule: Rule, index: Tensor, rows: Rows) -> NoReturn:
@@ -169,7 +170,7 @@ def _rows_from(subject: Subject, read: Read, variation: Variation, size: tuple[i
 def _in_chunks(
     kernel: "Kernel", rows_of: Callable[[Tensor], Rows], index: Tensor, options: Sweep, tick: Callable[[int], None]
 ) -> Tensor:
-    chunk = options.chunk or CHUNK
+    chunk = CHUNK if options.chunk is None else options.chunk
     if len(index) == 0:
         raise CamError("every channel of the layer is flat, and the recipe leaves flat channels out: there is nothing to sweep")
     found = []
@@ -182,12 +183,14 @@ def _in_chunks(
     return torch.cat(found)
 
 
-def _gather(found: Tensor, todo: Plan, draws: int) -> Scores:
+def _gather(found: Tensor, todo: Plan, variation: Variation) -> Scores:
     """Scores of rows to scores of channels: the mean over draws; flat channels have the score of their image's zeros."""
     (n, c), t = todo.flat.shape, found.shape[1]
     swept, zeros = found.split([len(todo.rows), len(todo.zeros)])
     _, channel, image = todo.rows.to(found.device).unbind(1)
-    scores = found.new_zeros(n * c, t).index_add(0, image * c + channel, swept / draws).reshape(n, c, t)
+    scores = found.new_zeros(n * c, t).index_add(0, image * c + channel, swept / len(variation.scales)).reshape(n, c, t)
+    if variation.recipe.flat == "skip":
+        return torch.where(todo.flat[..., None], 0, scores)  # under a transform they were swept
     if len(todo.zeros):
         shared = found.new_zeros(n, t).index_add(0, todo.zeros[:, 2].to(found.device), zeros)
         scores = torch.where(todo.flat[..., None], shared[:, None], scores)
@@ -204,14 +207,15 @@ class Kernel(NamedTuple):
     compiled: bool
 
 
-def _kernel_for(subject: Subject, score: Score, rule: Rule, read: Read, options: Sweep) -> Kernel:
+def _kernel_for(subject: Subject, score: Score, rule: Rule, grid: tuple[int, ...], options: Sweep) -> Kernel:
     body = folded if options.fold else mapped
     arguments = (pure_from(subject.shell), score.of, rule, subject.key, subject.state, subject.x, score.rows)
     eager = Kernel(functools.partial(body, *arguments), False)
-    if options.compile is False or _compat.transformed():
+    auto = options.compile == "auto"
+    if options.compile is False or _compat.transformed() or (auto and not keep.has_any(subject.model)):
         return eager
-    key = _kernel_key(subject, score, rule, read, options)
-    if options.compile == "auto" and not keep.is_made(subject.model, key):
+    key = _kernel_key(subject, score, rule, grid, options)
+    if auto and not keep.is_made(subject.model, key):
         return eager
     if reason := _compat.can_compile():
         warn(f"the kernel runs without compilation: {reason}")
@@ -219,21 +223,20 @@ def _kernel_for(subject: Subject, score: Score, rule: Rule, read: Read, options:
     return Kernel(functools.partial(_call_compiled, keep.slot_of(subject.model, key), body, arguments), True)
 
 
-def _kernel_key(subject: Subject, score: Score, rule: Rule, read: Read, options: Sweep) -> Any:
+def _kernel_key(subject: Subject, score: Score, rule: Rule, grid: tuple[int, ...], options: Sweep) -> Any:
     leaves, tree = tree_flatten(subject.x)
     shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     state = tuple((t.dtype, t.device) for t in subject.state.values())
-    settings = (
-        rule,
-        subject.key,
-        options.fold,
-        options.chunk or CHUNK,
-        score.of.func,
-        score.of.args,
-        score.rows.shape,
-        read.grid,
-    )
-    return "kernel", settings, shapes, str(tree), state, keep.structure(subject.shell)
+    of = (score.of.func, *map(_weakly, score.of.args), score.rows.shape)
+    settings = (rule, grid, subject.key, options.fold, options.chunk)
+    return "kernel", of, settings, shapes, str(tree), state, keep.structure(subject.shell)
+
+
+def _weakly(value: Any) -> Any:
+    """A caller's callable may lead to the model, which what is kept must not hold on to."""
+    if isinstance(value, tuple):
+        return tuple(map(_weakly, value))
+    return weakref.ref(value) if callable(value) else value
 
 
 def _call_compiled(slot: keep.Slot, body: Any, arguments: tuple[Any, ...], rows: Rows) -> Tensor:
@@ -251,6 +254,15 @@ def _call_compiled(slot: keep.Slot, body: Any, arguments: tuple[Any, ...], rows:
             scores = kernel(*arguments, rows)
             slot.made = kernel
     return scores
+
+
+def checked(options: Sweep) -> Sweep:
+    """`options`, or a sentence about what is wrong with them."""
+    if options.chunk is not None and not (isinstance(options.chunk, int) and options.chunk > 0):
+        raise CamError(f"Sweep(chunk={options.chunk!r}): chunk must be None or a positive int, masked inputs per forward")
+    if options.compile not in ("auto", True, False):
+        raise CamError(f'Sweep(compile={options.compile!r}): compile must be "auto", True or False')
+    return options
 
 
 def counter(progress: bool | Callable[[int, int], None], total: int) -> Callable[[int], None]:

@@ -5,11 +5,13 @@ neither pure nor safe in threads. A *shell* is a copy in eval mode that shares e
 given to one call and to nobody else.
 """
 
+import enum
 import functools
+import sys
 import types
 import weakref
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -46,38 +48,19 @@ _CONTAINERS = frozenset((dict, OrderedDict, list, set))
 
 
 def _copy(value: Any, twins: dict[int, Any]) -> Any:
-    """`value` with every module that it leads to replaced by a copy; itself where it leads to none.
+    """A copy of `value` in which every module that it leads to is a copy.
 
     Bound methods, partials and closures must be pointed to the copies, or the caller's batch norm would run, in train
-    mode, and move. Containers are always copied: a model that appends to a list must not append to the caller's.
+    mode, and move. Containers and plain objects are copied wherever they lead: a model that counts its calls in one must not
+    count ours.
     """
     if type(value) in ATOMS:
         return value
     if id(value) in twins:
         return twins[id(value)]
-    if isinstance(value, nn.Module):
-        return _copy_module(value, twins)
-    if isinstance(value, Tensor):
-        return _copy_tensor(value, twins)
-    if isinstance(value, (list, dict, set)):
-        return _copy_container(value, twins)
-    if isinstance(value, (tuple, frozenset)):
-        if all(type(item) in ATOMS for item in value):
-            return value
-        items = [_copy(item, twins) for item in value]
-        if all(new is old for new, old in zip(items, value)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, weakref.ref):
-        return weakref.ref(_copy(value(), twins)) if isinstance(value(), nn.Module) else value
-    if not _leads_to_module(value, set()):
-        return value
-    if isinstance(value, types.MethodType):
-        return types.MethodType(value.__func__, _copy(value.__self__, twins))
-    if isinstance(value, functools.partial):
-        return functools.partial(*_copy((value.func, *value.args), twins), **_copy(value.keywords, twins))
-    if isinstance(value, types.FunctionType):
-        return _copy_function(value, twins)
+    for kind, copier in _COPIERS:
+        if isinstance(value, kind):
+            return copier(value, twins)
     return _copy_object(value, twins)
 
 
@@ -107,22 +90,56 @@ def _copy_tensor(tensor: Tensor, twins: dict[int, Any]) -> Tensor:
     return twin
 
 
-def _copy_container(value: Any, twins: dict[int, Any]) -> Any:
+def _copy_dict(value: dict[Any, Any], twins: dict[int, Any]) -> dict[Any, Any]:
     twin = twins[id(value)] = value.copy()
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if type(item) not in ATOMS:
-                twin[key] = _copy(item, twins)
-    elif isinstance(value, list):
-        twin[:] = [item if type(item) in ATOMS else _copy(item, twins) for item in value]
-    else:
-        items = [_copy(item, twins) for item in value]
-        twin.clear()
-        twin.update(items)
+    for key, item in value.items():
+        if type(item) not in ATOMS:
+            twin[key] = _copy(item, twins)
     return twin
 
 
+def _copy_list(value: list[Any], twins: dict[int, Any]) -> list[Any]:
+    twin = twins[id(value)] = value.copy()
+    twin[:] = [item if type(item) in ATOMS else _copy(item, twins) for item in value]
+    return twin
+
+
+def _copy_bag(value: Any, twins: dict[int, Any]) -> Any:
+    twin = twins[id(value)] = value.copy()
+    items = [_copy(item, twins) for item in value]
+    twin.clear()
+    (twin.update if isinstance(twin, set) else twin.extend)(items)
+    return twin
+
+
+def _copy_namespace(value: types.SimpleNamespace, twins: dict[int, Any]) -> types.SimpleNamespace:
+    twin = twins[id(value)] = type(value)()
+    vars(twin).update(_copy(vars(value), twins))
+    return twin
+
+
+def _copy_fixed(value: Any, twins: dict[int, Any]) -> Any:
+    items = [item if type(item) in ATOMS else _copy(item, twins) for item in value]
+    if all(new is old for new, old in zip(items, value)):
+        return value
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _copy_weakref(value: "weakref.ref[Any]", twins: dict[int, Any]) -> Any:
+    return weakref.ref(_copy(value(), twins)) if isinstance(value(), nn.Module) else value
+
+
+def _copy_method(value: types.MethodType, twins: dict[int, Any]) -> types.MethodType:
+    return types.MethodType(value.__func__, _copy(value.__self__, twins))
+
+
+def _copy_partial(value: "functools.partial[Any]", twins: dict[int, Any]) -> Any:
+    return functools.partial(*_copy((value.func, *value.args), twins), **_copy(value.keywords, twins))
+
+
 def _copy_function(function: types.FunctionType, twins: dict[int, Any]) -> types.FunctionType:
+    if not (function.__closure__ or function.__defaults__ or function.__kwdefaults__ or vars(function)):
+        return function
     cells = tuple(types.CellType() for _ in function.__closure__ or ())
     code, defaults = function.__code__, _copy(function.__defaults__, twins)
     twin = types.FunctionType(code, function.__globals__, function.__name__, defaults, cells or None)
@@ -136,18 +153,42 @@ def _copy_function(function: types.FunctionType, twins: dict[int, Any]) -> types
 
 
 def _copy_object(value: Any, twins: dict[int, Any]) -> Any:
+    fields = attributes(value)
+    if not fields:  # a sentinel is compared by identity, and anything of torch's or Python's own is left alone
+        return value
     try:
         twin = object.__new__(type(value))
     except TypeError:  # its state is not in Python: a file, a lock
         return value
     twins[id(value)] = twin
-    for name, item in _attributes(value):
+    for name, item in fields:
         object.__setattr__(twin, name, _copy(item, twins))
     return twin
 
 
-def _attributes(value: Any) -> list[tuple[str, Any]]:
-    slots = (name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ()) if isinstance(name, str))
+_COPIERS: tuple[tuple[Any, Callable[[Any, dict[int, Any]], Any]], ...] = (
+    (nn.Module, _copy_module),
+    (Tensor, _copy_tensor),
+    (dict, _copy_dict),
+    (list, _copy_list),
+    ((set, deque), _copy_bag),
+    ((tuple, frozenset), _copy_fixed),
+    (weakref.ref, _copy_weakref),
+    (types.MethodType, _copy_method),
+    (functools.partial, _copy_partial),
+    (types.FunctionType, _copy_function),
+    (types.SimpleNamespace, _copy_namespace),
+)
+
+_NOT_OURS = sys.stdlib_module_names | {"torch", "numpy"}
+
+
+def attributes(value: Any) -> list[tuple[str, Any]]:
+    """What a plain object of the model's own code holds; nothing for objects of torch, NumPy and the standard library."""
+    cls = type(value)
+    if cls.__module__.partition(".")[0] in _NOT_OURS or isinstance(value, (type, enum.Enum)):
+        return []
+    slots = (name for base in cls.__mro__ for name in vars(base).get("__slots__", ()) if isinstance(name, str))
     own = {name: getattr(value, name) for name in slots if name not in ("__dict__", "__weakref__") and hasattr(value, name)}
     return [*own.items(), *getattr(value, "__dict__", {}).items()]
 
@@ -160,17 +201,8 @@ def _filled(cell: types.CellType) -> bool:
     return True
 
 
-def _leads_to_module(value: Any, seen: set[int]) -> bool:
-    if isinstance(value, nn.Module):
-        return True
-    if type(value) in ATOMS or isinstance(value, (Tensor, type)) or id(value) in seen:
-        return False
-    seen.add(id(value))
-    return any(_leads_to_module(item, seen) for item in held(value))
-
-
 def held(value: Any) -> Iterable[Any]:
-    """What a Python object holds, one step deep. torch's own objects hold no module that a forward calls."""
+    """What a Python object holds, one step deep."""
     if isinstance(value, dict):
         return list(value.values())
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -182,9 +214,7 @@ def held(value: Any) -> Iterable[Any]:
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
         return (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values())
-    if type(value).__module__.partition(".")[0] in ("torch", "builtins", "numpy"):
-        return ()
-    return [item for _, item in _attributes(value)]
+    return [item for _, item in attributes(value)]
 
 
 def _inside(module: nn.Module) -> nn.Module:
@@ -224,9 +254,14 @@ def _write_out_attention(twin: nn.Module) -> None:
         twin.enable_nested_tensor = twin.use_nested_tensor = False
 
 
-def bare(name: str) -> str:
-    """A dotted name without what wrappers add to it."""
-    return ".".join(part for part in name.removeprefix("module.").split(".") if part != "_orig_mod")
+def without_wrappers(name: str) -> Iterator[str]:
+    """A dotted name, and what it may be inside wrappers: without `_orig_mod`, without one leading `module` after another."""
+    yield name
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    yield ".".join(parts)
+    while parts[0] == "module" and len(parts) > 1:
+        parts = parts[1:]
+        yield ".".join(parts)
 
 
 @_compat.eager
@@ -239,7 +274,19 @@ def shell_of(model: nn.Module) -> Shell:
         raise CamError(f"model must be a torch.nn.Module, found {kind}{hint}")
     twins: dict[int, Any] = {}
     module = _copy_module(model, twins)
+    _own_hidden(module, twins)
     return _named(Shell(module, twins, {}, {}, {}, set(), set()))
+
+
+def _own_hidden(module: nn.Module, twins: dict[int, Any]) -> None:
+    """Modules that are not registered are out of functional_call's reach: they get tensors of their own here."""
+    registered = {id(m) for m in module.modules()}
+    for twin in [t for t in twins.values() if isinstance(t, nn.Module) and id(t) not in registered]:
+        for kind in ("_parameters", "_buffers"):
+            own = twin.__dict__[kind]
+            for key, tensor in own.items():
+                if tensor is not None:
+                    own[key] = tensor.detach().clone() if kind == "_buffers" else tensor.detach()
 
 
 def _named(shell: Shell) -> Shell:

@@ -1,6 +1,6 @@
 """What is explained: a model on inputs, checked, and captured once at the layers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_flatten
 from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layers, State
-from camfn.capture import is_several, resolve_layers, resolve_state, tap_from, watch
-from camfn.draws import NoDraws
+from camfn.capture import Captured, is_several, resolve_layers, resolve_state, tap_from, watch
+from camfn.draws import refusing_draws
 from camfn.layers import choose
 from camfn.shell import Shell, shell_of
 
@@ -67,19 +67,45 @@ def without_graph() -> AbstractContextManager[Any]:
 
 
 def look(model: nn.Module, layer: Layers, x: Inputs, state: State | None, masked: Key, *, masks: bool) -> Subject:
-    """Check the arguments and run the clean forward. `masks`: the method masks an input."""
+    """Check the arguments and run the clean forward. `masks`: the method masks an input, and its maps have no graph."""
     shell = shell_of(model)
     full = resolve_state(shell, state)
+    x = dict(x) if isinstance(x, Mapping) else x  # pytrees know dicts, not every mapping
     key = _masked_key(x, masked, masks)
-    n = _check_inputs(x, key, shell, full, masks)
+    n = _check_inputs(x, key, full, masks)
     if is_several(layer) and not layer:
         raise CamError("layer is an empty sequence: name one layer at least, or pass None to have one chosen")
     names = _choose(model, full, x, key) if layer is None else resolve_layers(shell, model, layer)
     tap = tap_from(shell_of(model), names)  # a shell of its own: the sweep's has no ports
-    with nullcontext() if _compat.transformed() else NoDraws():
-        output, seen = tap(full, x)
+    with without_graph() if masks else nullcontext(), refusing_draws():
+        output, seen = _run_checked(tap, full, x, key, shell)
     forwards = n if layer is not None else 2 * n
     return Subject(model, shell, full, x, key, n, tuple(names), is_several(layer), output, tuple(seen), forwards)
+
+
+def _run_checked(tap: Callable[..., Captured], state: State, x: Inputs, key: Key, shell: Shell) -> Captured:
+    """The clean forward; a convolution that did not like the number of axes speaks of the batch."""
+    wrong = _wrong_rank(x, key, shell)
+    try:
+        captured = tap(state, x)
+    except (RuntimeError, ValueError) as error:
+        if wrong and not isinstance(error, CamError):
+            raise CamError(wrong) from error
+        raise
+    if wrong and any(value.ndim < pick(x, key).ndim + 1 for value in captured.seen):  # torch took it for one sample
+        raise CamError(wrong)
+    return captured
+
+
+def _wrong_rank(x: Inputs, key: Key, shell: Shell) -> str:
+    """A sentence, where x has not as many axes as a batch for the first convolution. A model may mend that itself."""
+    first = next((m for m in shell.module.modules() if isinstance(m, _ConvNd)), None)
+    if key is not None or first is None or pick(x, key).ndim == len(first.kernel_size) + 2:
+        return ""
+    return (
+        f"x has shape {tuple(pick(x, key).shape)}, and {type(first).__name__} wants {len(first.kernel_size) + 2} axes: "
+        "(n, channels, *size); is the batch axis missing? (x[None] adds one)"
+    )
 
 
 def _choose(model: nn.Module, state: State, x: Inputs, key: Key) -> list[str]:
@@ -95,7 +121,10 @@ def _masked_key(x: Inputs, masked: Key, masks: bool) -> Key:
             raise CamError(f"masked={masked!r} names one of several inputs, and x is a single tensor")
         return None
     if not isinstance(x, (tuple, Mapping)):
-        raise CamError(f"x must be a tensor, a tuple of inputs or a mapping of them; found {type(x).__name__}")
+        raise CamError(
+            f"x must be a tensor, a tuple of inputs or a mapping of them; found {type(x).__name__} "
+            "(the order is model, layer, x)"
+        )
     items: dict[Any, Any] = dict(x) if isinstance(x, Mapping) else dict(enumerate(x))
     if masked is not None:
         if masked not in items or not isinstance(items[masked], Tensor):
@@ -104,15 +133,18 @@ def _masked_key(x: Inputs, masked: Key, masks: bool) -> Key:
     found = [key for key, item in items.items() if isinstance(item, Tensor) and item.is_floating_point() and item.ndim > 2]
     if len(found) == 1:
         return found[0]
-    if masks or not found:
+    if masks:
         raise CamError(
             f"masked= must say which input to mask: of {', '.join(map(repr, items))}, "
             f"{', '.join(map(repr, found)) or 'none'} {'are' if len(found) > 1 else 'is'} floating-point with spatial axes"
         )
-    return found[0]
+    tensors = [key for key, item in items.items() if isinstance(item, Tensor)]
+    if not tensors:
+        raise CamError(f"x holds no tensor: {', '.join(f'{key!r}: {type(item).__name__}' for key, item in items.items())}")
+    return (found or tensors)[0]
 
 
-def _check_inputs(x: Inputs, key: Key, shell: Shell, state: State, masks: bool) -> int:
+def _check_inputs(x: Inputs, key: Key, state: State, masks: bool) -> int:
     image = pick(x, key)
     where = "x" if key is None else f"x[{key!r}]"
     shape = tuple(image.shape)
@@ -121,16 +153,12 @@ def _check_inputs(x: Inputs, key: Key, shell: Shell, state: State, masks: bool) 
             f"{where} is {image.dtype}: a map needs a floating-point input; preprocess it as in training "
             "(a picture: x.float() / 255, then mean and standard deviation)"
         )
-    if image.ndim and image.shape[0] == 0:
+    if image.ndim == 0:
+        raise CamError(f"{where} has shape (): it needs a batch, (n, channels, *size)")
+    if image.shape[0] == 0:
         raise CamError(f"{where} is an empty batch, {shape}: there is nothing to explain")
     if masks and image.ndim < 3:
         raise CamError(f"{where} has shape {shape}: masking needs (n, channels, *size), with one spatial axis at least")
-    first = next((m for m in shell.module.modules() if isinstance(m, _ConvNd)), None)
-    if key is None and first is not None and image.ndim != len(first.kernel_size) + 2:
-        raise CamError(
-            f"{where} has shape {shape}, and {type(first).__name__} wants {len(first.kernel_size) + 2} axes: "
-            "(n, channels, *size); is the batch axis missing? (x[None] adds one)"
-        )
     _check_devices(x, state)
     if not _compat.transformed() and not bool(torch.isfinite(image).all()):
         raise CamError(f"{where} is not finite: it has {int((~torch.isfinite(image)).sum())} NaN or infinite values")
@@ -138,13 +166,13 @@ def _check_inputs(x: Inputs, key: Key, shell: Shell, state: State, masks: bool) 
 
 
 def _check_devices(x: Inputs, state: State) -> None:
-    leaves = [leaf for leaf in tree_flatten(x)[0] if isinstance(leaf, Tensor)]
-    here, there = {leaf.device for leaf in leaves}, {tensor.device for tensor in state.values()}
-    if len(there) == 1 and here != there:
-        raise CamError(
-            f"the model is on {', '.join(map(str, there))} and x is on {', '.join(sorted(map(str, here)))}; "
-            "move one to the other"
-        )
+    here = {leaf.device for leaf in tree_flatten(x)[0] if isinstance(leaf, Tensor)}
+    away = [name for name, tensor in state.items() if tensor.device not in here]
+    if not away or len(here) > 1:
+        return  # a model may well be spread over devices, with inputs for each
+    there = ", ".join(sorted({str(state[name].device) for name in away}))
+    who = "the model is" if len(away) == len(state) else f"{', '.join(map(repr, away[:3]))} of the model's state is"
+    raise CamError(f"{who} on {there} and x is on {', '.join(map(str, here))}; move one to the other")
 
 
 def first_nonfinite(model: nn.Module, state: State, x: Inputs) -> str:

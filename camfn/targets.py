@@ -150,7 +150,7 @@ def _of_contrast(alpha: float, sample: Any, row: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- resolution
 
 
-def resolve(target: Target, output: Any, n: int, scale: Scale = "logit", device: torch.device | None = None) -> Score:
+def resolve(target: Target, output: Any, n: int, device: torch.device, scale: Scale = "logit") -> Score:
     """The score that `target` means for this clean output. `scale` is what a plain class stands for."""
     if isinstance(target, Contrast):
         _only_logits(target, scale)
@@ -170,9 +170,15 @@ def resolve(target: Target, output: Any, n: int, scale: Scale = "logit", device:
 def _only_logits(target: Target, scale: Scale) -> None:
     if scale != "logit":
         raise CamError(
-            f"this recipe weighs channels by probabilities, which a target of {type(target).__name__} has none of; "
+            f"this recipe scores by probabilities, and the target is {_named(target)}, which has none; "
             "pass classes, or another recipe"
         )
+
+
+def _named(target: Target) -> str:
+    if isinstance(target, OfClasses):
+        return f"targets.{target.scale}"
+    return "targets.contrast" if isinstance(target, Contrast) else "a callable" if callable(target) else "a list of callables"
 
 
 def _class_logits(output: Any, n: int) -> Tensor:
@@ -196,7 +202,7 @@ def _resolve_classes(target: Target, y: Tensor, n: int) -> tuple[Tensor, bool]:
     if isinstance(target, str):
         if target != "all":
             raise CamError(f'target {target!r} is not known; the only word is "all", classes are numbers')
-        return torch.arange(count, device=y.device).expand(n, count), False
+        return torch.arange(count, device=y.device).repeat(n, 1), False
     classes = _as_indices(target, n).to(y.device)
     if not _compat.transformed():
         low, high = int(classes.min()), int(classes.max())
@@ -215,8 +221,11 @@ def _as_indices(target: Any, n: int) -> Tensor:
             )
         classes = target.long()
     else:
-        classes = torch.tensor(_as_int(target) if not isinstance(target, Sequence) else [_as_int(c) for c in target])
-    if classes.ndim and (classes.shape[0] != n or classes.numel() == 0):
+        found = [_as_int(c) for c in target] if isinstance(target, Sequence) else _as_int(target)
+        classes = torch.tensor(found, device="cpu")
+    if classes.ndim and classes.numel() == 0 and classes.shape[0] == n:
+        raise CamError(f"target has no class in it: shape {tuple(classes.shape)}")
+    if classes.ndim and classes.shape[0] != n:
         raise CamError(f"target has {classes.shape[0]} entries for a batch of {n}: give one int for all, or one entry each")
     return classes
 
@@ -237,7 +246,7 @@ def _is_callables(target: Target) -> bool:
     return isinstance(target, (list, tuple)) and len(target) > 0 and any(callable(t) for t in target)
 
 
-def _resolve_callables(target: Any, output: Any, n: int, device: torch.device | None) -> Score:
+def _resolve_callables(target: Any, output: Any, n: int, device: torch.device) -> Score:
     functions = (target,) if callable(target) else tuple(target)
     if not all(callable(function) for function in functions):
         raise CamError("target mixes callables with something else; give one callable, or one for each sample")
@@ -257,10 +266,10 @@ def _resolve_callables(target: Any, output: Any, n: int, device: torch.device | 
         score_rows(probe, output, rows)
     except CamError:
         raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except Exception as error:
         raise CamError(
-            f"the target failed on the model's output: {error} (it is called with ONE sample's output, without a batch "
-            "axis, inside vmap: no .item(), no `if` on values)"
+            f"the target failed on the model's output: {type(error).__name__}: {error} (it is called with ONE sample's "
+            "output, without a batch axis, inside vmap: no .item(), no `if` on values)"
         ) from error
     return Score(of, rows, all(shapes), None)
 
@@ -271,6 +280,8 @@ def _resolve_contrast(target: Contrast, y: Tensor) -> Score:
     if not single:
         raise CamError("targets.contrast takes one class, or one per sample")
     if target.against is not None:
+        if not isinstance(target.against, Sequence):
+            raise CamError(f"against={target.against!r} must be a list of classes")
         others = torch.tensor([_as_int(c) for c in target.against], device=y.device)
         if not len(others) or int(others.min()) < 0 or int(others.max()) >= count:
             raise CamError(f"against={list(target.against)!r} must name classes from 0 to {count - 1}")

@@ -84,7 +84,7 @@ def picture(value, seen: set[int] | None = None):
 
 def world() -> dict:
     """What belongs to the process or the thread, and to no argument."""
-    numpy_state = np.random.get_state()
+    numpy_state = np.random.get_state()  # noqa: NPY002 - the one that the process has
     cuda, mha = torch.backends.cuda, torch.backends.mha if hasattr(torch.backends, "mha") else None
     return {
         "torch rng": torch.get_rng_state().numpy().tobytes(),
@@ -107,21 +107,26 @@ def world() -> dict:
 @contextlib.contextmanager
 def unchanged(*values):
     """Inside, nothing changes of `values`, of what they hold, and of the process; says what did."""
+    __tracebackhide__ = True
     before = world(), picture(values)
     try:
         yield
     finally:
         after = world(), picture(values)
-        assert [key for key in before[0] if before[0][key] != after[0][key]] == [], "the process is not what it was"
-        assert not list(itertools.islice(differences(before[1], after[1]), 5)), "an argument is not what it was"
+        process = [key for key in before[0] if before[0][key] != after[0][key]]
+        assert process == [], "the process is not what it was"
+        arguments = list(itertools.islice(differences(before[1], after[1]), 8))
+        assert arguments == [], "an argument is not what it was"
 
 
-def differences(old, new, path: tuple = ()):
+def differences(old, new, path: str = ""):
+    """Where two pictures differ: the names of attributes and keys on the way there."""
     if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
-        for place, pair in enumerate(zip(old, new)):
-            yield from differences(*pair, (*path, old[0] if place and isinstance(old[0], str) else place))
+        named = len(old) == 2 and isinstance(old[0], str)
+        for pair in zip(old, new):
+            yield from differences(*pair, f"{path}.{old[0]}" if named else path)
     elif old != new:
-        yield path, str(old)[:80], str(new)[:80]
+        yield f"{path}: {str(old)[:40]} -> {str(new)[:40]}"
 
 
 def test_the_comparison_sees_every_kind_of_change():
@@ -203,7 +208,7 @@ class Everything(nn.Module):
 
     def __init__(self):
         super().__init__()
-        inner = small_net(3)
+        inner = small_net(1)
         self.stem, self.features, self.act, self.fc = inner.stem, inner.features, nn.ReLU(inplace=True), inner.fc
         self.drop = nn.Dropout(0.5)
         self.listed, self.held, closed = [batch_norm(1)], Holder(batch_norm(2)), batch_norm(3)
@@ -217,7 +222,6 @@ class Everything(nn.Module):
         self.fc.weight.grad = torch.ones_like(self.fc.weight)
         self.act.register_forward_hook(lambda module, args, out: out * 1.5)
         self.fc.register_forward_pre_hook(lambda module, args: (args[0] + 0.1,))
-        self.fc.register_full_backward_hook(lambda module, gin, gout: None)
 
     @staticmethod
     def through(module, h):
@@ -246,6 +250,7 @@ class Everything(nn.Module):
 @pytest.mark.parametrize("given", ["own", "state="])
 def test_nothing_is_changed(method, given):
     net, x, target = Everything(), inputs().requires_grad_(), torch.tensor([1, 2])
+    net.fc.register_full_backward_hook(lambda module, gradient_in, gradient_out: None)
     x.grad = torch.ones_like(x)
     state = {"state": {name: t + 0.01 for name, t in camfn.state_of(net).items() if t.is_floating_point()}}
     state["state"]["stem.1.num_batches_tracked"], state["state"]["calls"] = torch.tensor(7), torch.tensor(7)
@@ -332,7 +337,54 @@ def test_the_other_public_functions_change_nothing(function):
 
 
 class Counts(nn.Module):
-    """Keeps its own count in things that are neither tensors nor containers of the usual kinds."""
+    """Multiplies by its weight, and counts its calls in a buffer and in a plain tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.register_buffer("calls", torch.zeros(()))
+        self.plain = torch.zeros(())
+
+    def forward(self, h):
+        self.calls += 1
+        self.plain += 1
+        return h * self.weight
+
+
+class CountsOutOfSight(nn.Module):
+    """Its counters stand before the layer, reached through a list, an object, a bound method and a closure."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small_net()
+        self.fc = self.inner.fc
+        closed = Counts()
+        self.steps = [Counts()]
+        self.held, self.bound, self.closure = Holder(Counts()), Counts().forward, lambda h: closed(h)
+
+    def counters(self):
+        return self.steps[0], self.held.module, self.bound.__self__, self.closure.__closure__[0].cell_contents
+
+    def forward(self, x):
+        return self.inner(self.closure(self.bound(self.held.module(self.steps[0](x)))))
+
+
+@every_method
+def test_buffers_of_modules_out_of_sight_are_copied_too(method):
+    net = CountsOutOfSight()
+    with unchanged(net, net.counters()):
+        run(method, net, "inner.features", inputs())
+
+
+@every_method
+def test_no_graph_is_kept_by_parameters_of_modules_out_of_sight(method):
+    net, x = CountsOutOfSight(), inputs()
+    assert not run(method, net, "inner.features", x).requires_grad
+    assert not grad(lambda x: run(method, net, "inner.features", x, 1, normalize=False).sum())(x).requires_grad
+
+
+class CountsInObjects(nn.Module):
+    """Keeps its count in things that are neither tensors nor plain containers."""
 
     def __init__(self):
         super().__init__()
@@ -352,7 +404,7 @@ class Counts(nn.Module):
 
 @every_method
 def test_a_model_that_counts_its_calls_in_an_object_does_not_count_ours(method):
-    net = Counts()
+    net = CountsInObjects()
     with unchanged(net):
         run(method, net, "inner.features", inputs())
 
@@ -504,7 +556,9 @@ def test_every_kind_of_target_is_what_a_plain_loop_scores(kind):
 
 
 def test_the_reference_tells_targets_apart():
-    maps = torch.stack([loop(NET, "features", X, score)[:, 0] for _, score in (TARGETS[k] for k in ("int", "list", "callable"))])
+    maps = torch.stack(
+        [loop(NET, "features", X, score)[:, 0] for _, score in (TARGETS[k] for k in ("int", "list", "callable"))]
+    )
     assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(maps, 2))
 
 
@@ -514,7 +568,11 @@ def test_every_kind_of_target_gives_maps_of_its_shape(method, kind):
     target, score = TARGETS[kind]
     if method == "cam" and not (isinstance(target, (int, list, tuple, str, Tensor, T.Top)) or target is None):
         pytest.skip("cam's target is of classes")
-    if method == "cam" and isinstance(target, (T.OfClasses, T.Contrast, list)) and kind not in ("list", "logit", "logit of all"):
+    if (
+        method == "cam"
+        and isinstance(target, (T.OfClasses, T.Contrast, list))
+        and kind not in ("list", "logit", "logit of all")
+    ):
         pytest.skip("cam's target is of classes")
     found = run(method, NET, "features", X, target)
     count = len(score(LOGITS[0], 0))
@@ -744,9 +802,9 @@ def graphs(monkeypatch):
 @pytest.mark.parametrize("fold", [True, False])
 @every_sweep
 def test_compiled_or_not_does_not_matter(method, fold, graphs):
-    net, x, sweep = Everything(), inputs(), camfn.Sweep(chunk=5, compile=True, fold=fold)
+    net, x, sweep = small_net(), inputs(), camfn.Sweep(chunk=5, compile=True, fold=fold)
     expected = run(method, net, "features", x, "all", normalize=False)
-    with unchanged(net, net.modules_out_of_sight(), x):
+    with unchanged(net, x):
         found = run(method, net, "features", x, "all", normalize=False, sweep=sweep)
     assert_close(found, expected, ROUNDING)
     assert len(graphs) == 1
@@ -757,22 +815,40 @@ def test_compiled_or_not_does_not_matter(method, fold, graphs):
 
 
 @can_compile
+def test_a_compiled_kernel_changes_nothing_of_a_model_that_writes_to_everything(graphs):
+    net, x, sweep = Everything(), inputs(), camfn.Sweep(compile=True)
+    expected = camfn.score_cam(net, "features", x, sweep=camfn.Sweep(compile=False))
+    with unchanged(net, net.modules_out_of_sight(), x):
+        found = camfn.score_cam(net, "features", x, sweep=sweep)
+        again = camfn.score_cam(net, "features", x, sweep=sweep)
+    assert len(graphs) == 1
+    assert_close(found, expected, ROUNDING)
+    assert_close(again, expected, ROUNDING)
+
+
+@can_compile
 def test_the_real_compiler_gives_the_same_map_and_changes_nothing():
     net, x = small_net(), inputs()
     expected = camfn.score_cam(net, "features", x, normalize=False)
-    before = torch.get_rng_state(), random.getstate(), picture((net, x))
+    given = (net, x)
+    before = torch.get_rng_state(), random.getstate(), picture(given)
     found = camfn.score_cam(net, "features", x, normalize=False, sweep=camfn.Sweep(chunk=4, compile=True))
     assert_close(found, expected, ROUNDING)
     assert torch.equal(before[0], torch.get_rng_state())
-    assert before[1:] == (random.getstate(), picture((net, x)))
+    assert before[1:] == (random.getstate(), picture(given))
 
 
 # ----------------------------------------------------------------------------------------------------- composition
 
 
-@pytest.mark.parametrize("target", [None, 2, "all", T.top(2), T.contrast(), T.probability(1), lambda y: y[0] * y[1]], ids=str)
+ANY = {"None": None, "int": 2, "all": "all", "top": T.top(2), "contrast": T.contrast(), "probability": T.probability(1)}
+ANY |= {"callable": lambda y: y[0] * y[1]}
+
+
+@pytest.mark.parametrize("kind", ANY)
 @every_method
-def test_mapping_over_inputs_is_the_batch(method, target):
+def test_mapping_over_inputs_is_the_batch(method, kind):
+    target = ANY[kind]
     if method == "cam" and (callable(target) or (isinstance(target, tuple) and not isinstance(target, T.Top))):
         pytest.skip("cam's target is of classes")
     net, x = small_net(), inputs(3)
@@ -816,16 +892,15 @@ def test_states_and_inputs_can_be_mapped_one_inside_the_other(method):
 
 
 @can_compile
-@pytest.mark.parametrize("target", [None, [1, 2], "all"], ids=str)
 @every_method
-def test_the_whole_method_can_be_compiled(method, target):
-    net, x = small_net(), inputs()
+def test_the_whole_method_can_be_compiled(method):
+    net, options = small_net(), {"normalize": False, **({"num_samples": 2} if "num_samples" in CHEAP.get(method, {}) else {})}
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: run(method, net, "features", x, target, normalize=False), backend="eager")
-    with unchanged(net, x):
-        found = compiled(x)
-    assert_close(found, run(method, net, "features", x, target, normalize=False), ROUNDING)
-    assert_close(compiled(x + 1), run(method, net, "features", x + 1, target, normalize=False), ROUNDING)
+    compiled = torch.compile(lambda x, c: run(method, net, "features", x, c, **options), backend="eager")
+    for image, classes in ((inputs(1), torch.tensor([1])), (inputs(1, seed=2), torch.tensor([4]))):
+        with unchanged(net, image, classes):
+            found = compiled(image, classes)
+        assert_close(found, run(method, net, "features", image, classes, **options), ROUNDING)
     torch._dynamo.reset()
 
 
@@ -870,8 +945,8 @@ def slope(function, at: dict[str, Tensor], along: dict[str, Tensor], step: float
     return (4 * near - far) / 3
 
 
-ROUGH = 1e-7
-"""Of fourth-order differences with a step of 1e-5: 1e-16 / 1e-5 from rounding, for maps and gradients of order 1 to 100."""
+ROUGH = 1e-9
+"""Of fourth-order differences with a step of 1e-5: rounding leaves some 1e-16 / 1e-5 of values of order one to ten."""
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize": False}, {"relu": False, "normalize": False}, {"size": "input"}], ids=str)
@@ -928,7 +1003,6 @@ def test_gradients_of_the_sum_leave_everything_as_it_was(method):
         gradient = grad(lambda x: run(method, net, "features", x, 1, normalize=False).sum())(x)
     assert torch.isfinite(gradient).all()
     assert gradient.abs().max() > 1e-6
-    assert not gradient.requires_grad
 
 
 @every_method
@@ -983,7 +1057,7 @@ def test_narrow_dtypes_with_a_flat_channel_give_nearly_the_wide_map(method, targ
     assert float(found.min()) == 0
     assert float(found.max()) == 1
     # Activations, masks and logits are each rounded some times on their way; a map is of their size and scaled to one.
-    assert_close(found, expected, 8 * torch.finfo(dtype).eps, str(dtype))
+    assert_close(found, expected, 4 * torch.finfo(dtype).eps, str(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

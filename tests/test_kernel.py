@@ -1,6 +1,8 @@
 """The scoring kernel: its three forms agree, and compilation makes one graph."""
 
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -161,7 +163,27 @@ def test_inductor_gives_the_same_map():
     model, x = small_net(dtype=torch.float32), inputs(2, dtype=torch.float32)
     call = functools.partial(camfn.score_cam, model, "features", x, 3, normalize=False)
     assert_close(call(sweep=Sweep(compile=True)), call(sweep=Sweep(compile=False)), 1e-5)
+    gone = weakref.ref(model)
+    del model, call
+    gc.collect()
+    assert gone() is None, "the compiled kernel keeps the model alive"
     torch._dynamo.reset()
+
+
+@needs_compiler
+def test_a_target_that_leads_to_the_model_does_not_keep_it_alive(monkeypatch):
+    counting(monkeypatch)
+    model, x = small_net(), inputs(1)
+    gone = weakref.ref(model)
+
+    def target(y, weight=model.fc.weight, net=model):
+        return y[1] * weight.detach().sum()
+
+    for _ in range(2):
+        camfn.score_cam(model, "features", x, target, sweep=Sweep(compile=True))
+    del model, target
+    gc.collect()
+    assert gone() is None
 
 
 def test_an_old_torch_falls_back_to_eager_with_one_warning(monkeypatch):

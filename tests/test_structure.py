@@ -13,8 +13,8 @@ import camfn
 PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
-    *("_errors", "_types", "_compat", "shell", "capture", "keep", "draws", "heads", "maps", "layouts", "targets"),
-    *("layers", "weights", "masks", "subject", "scoring", "methods", "explanation", "testing", "images", "cli", "__main__"),
+    *("_errors", "_types", "_compat", "draws", "shell", "capture", "keep", "heads", "maps", "layouts", "targets"),
+    *("layers", "weights", "masks", "subject", "scoring", "methods", "explanation", "testing", "images", "zoo", "cli", "__main__"),
 )
 """Every file may import from those before it, and from no other."""
 
