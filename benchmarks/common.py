@@ -34,7 +34,7 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, **{name: _version(name) for name in packages}},

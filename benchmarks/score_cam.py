@@ -1,25 +1,25 @@
 """Score-CAM: is camfn as fast as the model itself, and how does it stand beside torchcam and pytorch-grad-cam?
 
-    python benchmarks/score_cam.py                              # ResNet-18, layer4, 224 px: about ten minutes
-    python benchmarks/score_cam.py --size 64 --rounds 1         # a quick look
+    python benchmarks/score_cam.py                                                     # ten minutes
+    python benchmarks/score_cam.py --size 64 --layer layer1 --rounds 1 --no-memory     # a look, in seconds
 
 Contenders, each from the model to the finished map as its documentation has it, all with the same chunk of masked inputs per
 forward, the same class and the same number of threads:
 
-* `plain`: the model alone on a batch of one chunk, eager, under `no_grad`, as often as there are channels to score. No masks, no
-  maps: the ceiling of a library that runs the model eagerly as it is and scores every channel.
-* `torchcam` and `camfn`: `camfn.score_cam(..., recipe="torchcam")`, its default.
-* `grad-cam` and `camfn-as-grad-cam`: pytorch-grad-cam (whose own chunk would be 16), and camfn with
-  `recipe="pytorch-grad-cam", size="input"`.
+* `plain`: the model alone on a batch of one chunk, eager, under `no_grad`, as often as there are channels to score. No masks,
+  no maps: the ceiling of a library that runs the model eagerly, as it is, and scores every channel.
+* `torchcam`, and `camfn`: `camfn.score_cam(..., recipe="torchcam")`, its default.
+* `grad-cam` (pytorch-grad-cam; its own chunk would be 16), and `camfn-as-grad-cam`: camfn with `recipe="pytorch-grad-cam"` and
+  `size="input"`.
 
-The network has seeded random weights, with batch norm statistics of noise and logits of a trained network's spread: as it comes,
-every channel scores nearly the same and the maps could agree whatever the scores are.
+The network has seeded random weights, with batch norm statistics of noise and logits of a trained network's spread: without
+these all channels score nearly the same, and maps would agree whatever the scores are.
 
-First every contender runs once, untimed: the warm-up. In it the rows that reach the model are counted, and camfn's normalised map
-is held against the peer's: a difference above 1e-4 stops the run, and so does a map that equal weights would give as well (within
-100 times that), which would prove nothing. Then the contenders take turns, one call each per round. Times are medians over
-rounds; ratios are taken within a round, and the median of those counts. Peak memory is of one call in a fresh process of its own,
-above what was resident just before it, with imports, model and input in place.
+First every contender runs once, untimed. This is the warm-up, and the check: the rows that reach the model are counted, and
+camfn's normalised maps are held against the peer's. A difference above 1e-4 stops the run. So does a map that equal weights
+would nearly give (within 1e-2), since agreement on it would prove nothing. Then the contenders take turns, one call each per
+round. Times are medians over rounds; ratios are taken within each round, and their median counts. Peak memory is that of one
+call in a fresh process, above what was resident just before it, with imports, model and input in place.
 
 Typical output:
 
@@ -32,6 +32,7 @@ os.environ["TQDM_DISABLE"] = "1"  # pytorch-grad-cam shows a bar; tqdm reads thi
 
 import argparse
 import functools
+import importlib
 import json
 import sys
 import warnings
@@ -46,7 +47,7 @@ from torch import Tensor, nn
 import camfn
 
 TOLERANCE = 1e-4
-PEERS = {"torchcam": {"torchcam": "torchcam"}, "grad-cam": {"pytorch_grad_cam": "grad-cam"}}
+PEERS = {"torchcam": "torchcam", "grad-cam": "pytorch_grad_cam"}  # contender (and distribution) -> module
 
 
 class Job(NamedTuple):
@@ -204,13 +205,13 @@ def _unweighted(job: Job, like: Tensor) -> Tensor:
 
 def measure(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     names = options.methods
-    # First, while this process is idle.
-    memory = {name: common.in_fresh_process(__file__, [*argv, "--memory-of", name]) for name in names}
     job = job_of(options)
     maps, rows = warm_up(job, names)
     agreement = differences(job, maps)
+    fresh = () if options.no_memory else names
+    memory = {name: common.in_fresh_process(__file__, [*argv, "--memory-of", name]) for name in fresh}
     timings = common.interleaved({name: functools.partial(CONTENDERS[name], job) for name in names}, options.rounds)
-    arguments = {key: value for key, value in vars(options).items() if key not in ("out", "memory_of")}
+    arguments = {key: value for key, value in vars(options).items() if key not in ("out", "no_memory", "memory_of")}
     return {
         "question": __doc__.splitlines()[0],
         "environment": common.environment(["torchvision", "numpy", "camfn", "torchcam", "grad-cam"]),
@@ -218,12 +219,19 @@ def measure(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         "channels": job.channels,
         "tolerance": TOLERANCE,
         "share_of_threads": common.share_of_threads(timings.values()),
-        "contenders": {name: _entry(name, timings, rows[name], memory[name], agreement.get(name)) for name in names},
+        "contenders": {name: _entry(name, timings, rows[name], memory.get(name), agreement.get(name)) for name in names},
     }
 
 
+def memory_of(name: str, job: Job) -> dict[str, float]:
+    """In a fresh process: one call, with the contender's own imports done before."""
+    if name in PEERS:
+        importlib.import_module("torchcam.methods" if name == "torchcam" else PEERS[name])
+    return common.peak_above(lambda: CONTENDERS[name](job))
+
+
 def _entry(
-    name: str, timings: dict[str, common.Timing], rows: dict[str, int], memory: dict[str, float], agreement: Any
+    name: str, timings: dict[str, common.Timing], rows: dict[str, int], memory: dict[str, float] | None, agreement: Any
 ) -> dict[str, Any]:
     timing = timings[name]
     return {
@@ -246,11 +254,10 @@ def text(record: dict[str, Any]) -> str:
     columns = ("", "seconds", "masked/s", "masked", "clean", "peak MiB", "difference", "x torchcam", "x plain")
     return "\n".join(
         [
-            f"Score-CAM, {asked['model']} {asked['layer']}, {record['channels']} channels, {asked['images']} x {asked['size']} px, "
-            f"chunks of {asked['chunk']}, {asked['rounds']} rounds",
-            f"{where['processor']} ({where['instructions']}), {where['threads']} threads, of which we got "
-            f"{record['share_of_threads']:.0%}; Python {where['python']}",
-            versions,
+            f"Score-CAM, {asked['model']} {asked['layer']}, {record['channels']} channels; images: {asked['images']}, "
+            f"of {asked['size']} px; chunk {asked['chunk']}; rounds: {asked['rounds']}",
+            f"{where['processor']}, threads: {where['threads']}, busy with us {record['share_of_threads']:.0%} of the time",
+            f"Python {where['python']}, {versions}",
             "",
             common.table(columns, rows),
         ]
@@ -261,12 +268,14 @@ def _line(name: str, entry: dict[str, Any]) -> list[str]:
     times = [f"{entry['time_over'][other]:.3f}" if other in entry["time_over"] else "" for other in ("torchcam", "plain")]
     difference = f"{entry['largest_difference']['from_peer']:.1e}" if entry["largest_difference"] else ""
     rate, rows = f"{entry['masked_per_second']:.1f}", entry["rows"]
-    peak = f"{entry['memory_mib']['above']:.0f}"
+    peak = f"{entry['memory_mib']['above']:.0f}" if entry["memory_mib"] else ""
     return [name, f"{entry['median_seconds']:.2f}", rate, str(rows["masked"]), str(rows["clean"]), peak, difference, *times]
 
 
 def options_of(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("Contenders")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="resnet18", help="a name of torchvision.models")
     parser.add_argument("--layer", default="layer4")
     parser.add_argument("--size", type=common.positive, default=224, help="side of the input in pixels")
@@ -275,6 +284,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--chunk", type=common.positive, default=32, help="masked inputs per forward, for every contender")
     parser.add_argument("--methods", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="contenders to run")
     parser.add_argument("--out", metavar="FILE.json", help="where to write the record")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the fresh processes that measure memory")
     parser.add_argument("--memory-of", choices=CONTENDERS, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -282,22 +292,17 @@ def options_of(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     options = options_of(argv)
     warnings.simplefilter("error", camfn.CamWarning)  # a map that means nothing is no comparison
-    for name in options.methods:
-        common.require(PEERS.get(name, {}))
     if options.memory_of:
-        job, call = job_of(options), CONTENDERS[options.memory_of]
-        _import_of(options.memory_of)
-        print(json.dumps(common.peak_above(lambda: call(job))))
+        print(json.dumps(memory_of(options.memory_of, job_of(options))))
         return
-    record = measure(options, argv)
+    common.require({PEERS[name]: name for name in options.methods if name in PEERS})
+    try:
+        record = measure(options, argv)
+    except (camfn.CamError, camfn.CamWarning) as found:
+        sys.exit(f"{found}; nothing was timed")
     print(text(record))
     if options.out:
         common.write(options.out, record)
-
-
-def _import_of(name: str) -> None:
-    for module in PEERS.get(name, {}):
-        __import__(f"{module}.methods" if module == "torchcam" else module)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,17 @@ def outside_transforms() -> Iterator[None]:
         with guard:
             yield
     else:  # torch 2.0: in force for as long as it lives
-        yield
-        del guard
+        try:
+            yield
+        finally:
+            del guard
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor inside what transforms made of it."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def storage_of(tensor: torch.Tensor) -> tuple[Any, ...]:

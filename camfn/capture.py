@@ -159,7 +159,10 @@ class _Run(nn.Module):
             output = self.model(**x)
         else:
             output = self.model(*x)
-        return output, tuple(port.seen for port in self.ports)
+        seen = tuple(port.seen for port in self.ports)
+        for port in self.ports:  # nothing stays behind in a shell that is kept by its caller
+            port.seen = port.nudge = port.swap = None
+        return output, seen
 
 
 def _run(run: _Run, shell: Shell, state: State, x: Inputs, nudges: Any = (), swaps: Any = ()) -> tuple[Any, Any]:
@@ -240,8 +243,10 @@ def tap(model: nn.Module, layer: Layer | Sequence[Layer]) -> Callable[..., Captu
     True
     """
     shell = shell_of(model)
-    several = is_several(layer)
-    inner = tap_from(shell, resolve_layers(shell, model, layer))
+    several, names = is_several(layer), resolve_layers(shell, model, layer)
+    if len(set(names)) < len(names):
+        raise CamError(f"a layer is named twice: {', '.join(map(repr, names))}; a tap has one port at a layer")
+    inner = tap_from(shell, names)
 
     def call(state: State, x: Inputs, nudge: Any = None, swap: Any = None) -> Captured:
         if not several:

@@ -1,6 +1,8 @@
 """A model that draws random numbers in eval mode is refused, at the draw, before anything is drawn."""
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,9 +12,20 @@ from camfn import _compat
 from camfn._errors import CamError
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""torch makes an operator's Python handle when a mode first meets it, without a lock: two threads that meet it at once can
+crash. So forwards under the mode, one for each call of a method, take turns; sweeps do not."""
+
+
 def refusing_draws() -> AbstractContextManager[Any]:
     """Inside, a model that draws is refused; a compiler cannot trace that, and lets it pass."""
-    return nullcontext() if _compat.compiling() else _NoDraws()
+    return nullcontext() if _compat.compiling() else _refusing()
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    with _ONE_AT_A_TIME, _NoDraws():
+        yield
 
 
 class _NoDraws(TorchDispatchMode):

@@ -44,7 +44,7 @@ def explain(
         raise CamError(f"no method named {method!r}; closest: {closest(method, METHODS)}; all: {', '.join(METHODS)}")
     start = time.perf_counter()
     outcome = METHODS[method].run(model, layer, x, target, **options)
-    notes = outcome.notes + _agnostic(outcome.weights, outcome.layers, method)
+    notes = outcome.notes + _about_weights(outcome.weights, outcome.layers, method)
     seconds = time.perf_counter() - start
     return Explanation(
         outcome.maps, method, outcome.layers, outcome.classes, outcome.scores, outcome.weights, outcome.forwards, seconds, notes
@@ -57,16 +57,20 @@ def effective_channels(weights: Weights) -> Tensor:
     return torch.exp(torch.special.entr(share).sum(-1))
 
 
-def _agnostic(weights: tuple[Weights, ...], layers: tuple[str, ...], method: str) -> tuple[str, ...]:
-    """Nearly equal weights give the mean activation, whatever the class."""
+def _about_weights(weights: tuple[Weights, ...], layers: tuple[str, ...], method: str) -> tuple[str, ...]:
+    """Nearly equal weights give the mean activation, whatever the class; one strong weight gives one channel."""
     notes = []
     for name, w in zip(layers, weights):
         if method == "cam" or w.shape[-1] < 2:
             continue
-        share = float(effective_channels(w).max()) / w.shape[-1]
+        share, strongest = float(effective_channels(w).max()) / w.shape[-1], float((w / w.sum(-1, keepdim=True)).max())
         if share > 0.99:
             notes.append(
                 f"the weights at layer {name!r} are nearly equal ({share:.1%} of the channels count): the map is the mean "
                 "activation and says little about the target"
+            )
+        elif strongest > 0.9:
+            notes.append(
+                f"one channel at layer {name!r} has {strongest:.0%} of the weight: the map is that channel, more or less"
             )
     return tuple(notes)

@@ -19,8 +19,9 @@ from camfn.targets import logits_of
 def choose(model: nn.Module, state: State, x: Inputs, spatial_ndim: int) -> str:
     """The last layer, in the order of execution, whose output still has spatial axes; one forward.
 
-    As torchcam's rule, with two exceptions: the model itself (a segmentation model's output is no layer), and the class maps
-    of a fully convolutional head, which have a channel for each class, where something else is left.
+    As torchcam's rule, with three exceptions: the model itself (a segmentation model's output is no layer), layers that run
+    more than once, and the class maps of a fully convolutional head, which have a channel for each class, where something
+    else is left.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     runs: Counter[str] = Counter()

@@ -113,15 +113,14 @@ def flat_channels(channels: Tensor) -> Tensor:
 
 
 def _generator_for(given: int | torch.Generator, device: torch.device) -> tuple[torch.Generator, int]:
-    """A generator of our own on `device`; the caller's is copied and does not advance."""
+    """A generator of our own on `device`, and a seed; the caller's generator is copied and does not advance."""
     generator = torch.Generator(device)
     if isinstance(given, int):
         return generator.manual_seed(given), given
-    if given.device.type == device.type:
-        generator.set_state(given.get_state())
-    else:
-        generator.manual_seed(given.initial_seed())
-    return generator, given.initial_seed()
+    if given.device.type != device.type:
+        return generator.manual_seed(given.initial_seed()), given.initial_seed()
+    generator.set_state(given.get_state())
+    return generator, 0 if device.type == "cpu" else int(torch.randint(1 << 62, (), generator=generator, device=device))
 
 
 def noise_stream(
@@ -154,7 +153,8 @@ def noise_stream(
     @_compat.eager
     def take(pairs: Tensor) -> Tensor:
         with _compat.outside_transforms():  # vmap forbids drawing inside it; this noise is the same for all that it maps
-            unique, back = torch.unique_consecutive(pairs, dim=0, return_inverse=True)
-            return torch.stack([piece(*pair) for pair in unique.tolist()]).index_select(0, back.to(device))
+            asked = [(draw, channel) for draw, channel in _compat.unwrapped(pairs).tolist()]
+            made = {pair: piece(*pair) for pair in dict.fromkeys(asked)}
+            return torch.stack([made[pair] for pair in asked])
 
     return take

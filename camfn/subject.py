@@ -76,11 +76,13 @@ def look(model: nn.Module, layer: Layers, x: Inputs, state: State | None, masked
     if is_several(layer) and not layer:
         raise CamError("layer is an empty sequence: name one layer at least, or pass None to have one chosen")
     names = _choose(model, full, x, key) if layer is None else resolve_layers(shell, model, layer)
-    tap = tap_from(shell_of(model), names)  # a shell of its own: the sweep's has no ports
+    distinct = list(dict.fromkeys(names))
+    tap = tap_from(shell_of(model), distinct)  # a shell of its own: the sweep's has no ports
     with without_graph() if masks else nullcontext(), refusing_draws():
-        output, seen = _run_checked(tap, full, x, key, shell)
+        output, found = _run_checked(tap, full, x, key, shell)
+    seen = tuple(found[distinct.index(name)] for name in names)
     forwards = n if layer is not None else 2 * n
-    return Subject(model, shell, full, x, key, n, tuple(names), is_several(layer), output, tuple(seen), forwards)
+    return Subject(model, shell, full, x, key, n, tuple(names), is_several(layer), output, seen, forwards)
 
 
 def _run_checked(tap: Callable[..., Captured], state: State, x: Inputs, key: Key, shell: Shell) -> Captured:

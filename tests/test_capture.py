@@ -164,6 +164,12 @@ class Twice(nn.Module):
         return self.body(torch.relu(self.body(x)))
 
 
+def test_a_tap_has_one_port_at_a_layer():
+    model = small_net()
+    with pytest.raises(CamError, match="a layer is named twice: 'features', 'features'"):
+        camfn.tap(model, ("features", model.features))
+
+
 def test_layer_that_runs_twice_or_never():
     model, x = Twice(), torch.randn(2, 3)
     state = camfn.state_of(model)

@@ -409,6 +409,69 @@ def test_a_model_that_counts_its_calls_in_an_object_does_not_count_ours(method):
         run(method, net, "inner.features", inputs())
 
 
+class Settings(dict):
+    """Keys as attributes, as configurations often have them."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+class Stages(list):
+    def last(self):
+        return self[-1]
+
+
+class Names(set):
+    def knows(self, name):
+        return name in self
+
+
+class Pair(tuple):
+    def __new__(cls, first, second):
+        return super().__new__(cls, (first, second))
+
+
+class Holds(nn.Module):
+    """Keeps something beside its modules, and uses it in the forward."""
+
+    def __init__(self, held, use):
+        super().__init__()
+        self.inner, self.held, self.use = small_net(), held, use
+        self.fc = self.inner.fc
+
+    def forward(self, x):
+        return self.inner(x) + self.use(self.held)
+
+
+CONTAINERS = {
+    "dict": (Settings(gain=2, norm=batch_norm(1)), lambda held: held.gain),
+    "list": (Stages([batch_norm(1), 2]), lambda held: held.last()),
+    "set": (Names(["two", 3]), lambda held: 2 * held.knows("two")),
+    "tuple": (Pair(batch_norm(1), 2), lambda held: held[1]),
+    "namedtuple": (collections.namedtuple("Named", "norm gain")(batch_norm(1), 2), lambda held: held.gain),
+    "OrderedDict": (collections.OrderedDict(norm=batch_norm(1), gain=2), lambda held: held["gain"]),
+    "Counter": (collections.Counter(gain=2), lambda held: held["gain"] + held["nothing"]),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_containers_of_a_class_of_their_own_keep_it(kind):
+    net = Holds(*CONTAINERS[kind])
+    with torch.no_grad():
+        expected = net.eval()(inputs())
+    with unchanged(net.train()):
+        assert torch.equal(camfn.pure(net)(camfn.state_of(net), inputs()), expected)
+
+
+@every_method
+def test_modules_in_a_container_of_the_standard_library_do_not_move(method):
+    for container in (collections.UserDict(norm=batch_norm(1)), types.MappingProxyType({"norm": batch_norm(1)})):
+        ones = torch.ones(2, 6, 2, 2, dtype=torch.float64)
+        net = Holds(container, lambda held, ones=ones: held["norm"](ones).mean())
+        with unchanged(net, container["norm"]):
+            run(method, net, "inner.features", inputs())
+
+
 @every_method
 def test_no_process_wide_switch_is_touched_not_even_for_a_moment(method, monkeypatch):
     def touched(*args, **kwargs):
@@ -1003,6 +1066,21 @@ def test_gradients_of_the_sum_leave_everything_as_it_was(method):
         gradient = grad(lambda x: run(method, net, "features", x, 1, normalize=False).sum())(x)
     assert torch.isfinite(gradient).all()
     assert gradient.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("wrt", ["x", "state="])
+@every_method
+def test_the_gradient_of_a_flat_map_is_zero_and_not_nan(method, wrt):
+    net, x = Smooth(), picture_of()
+    with torch.no_grad():
+        net.features.weight.zero_()
+
+    def total(at):
+        given = {"state": at} if wrt == "state=" else {}
+        return run(method, net, "features", x if given else at["x"], 1, **given).sum()
+
+    gradient = grad(total)(camfn.state_of(net) if wrt == "state=" else {"x": x})
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradient.values())
 
 
 @every_method

@@ -113,5 +113,8 @@ def test_effective_channels():
 
     w = torch.tensor([[[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]]])
     assert_close(effective_channels(w), torch.tensor([[4.0, 1.0]]), 1e-6)
-    assert "nearly equal" in camfn.explanation._agnostic((w[:, :1],), ("layer",), "score_cam")[0]
-    assert camfn.explanation._agnostic((w[:, 1:],), ("layer",), "score_cam") == ()
+    about = camfn.explanation._about_weights
+    assert "nearly equal" in about((w[:, :1],), ("layer",), "score_cam")[0]
+    assert "one channel at layer 'layer' has 100% of the weight" in about((w[:, 1:],), ("layer",), "score_cam")[0]
+    assert about((torch.tensor([[[0.6, 0.3, 0.1]]]),), ("layer",), "score_cam") == ()
+    assert about((w,), ("layer",), "cam") == ()

@@ -266,9 +266,13 @@ def test_is_cam_is_the_loop_along_the_path(dims, recipe, path):
     assert_close(found, torch.stack(maps), 1e-12, f"{recipe} {path}")
 
 
-def test_the_authors_coefficients_for_ten_samples():
-    published = [0.1, 0.3, 0.6, 1.0, 1.5, 2.1, 2.8, 3.6, 4.5, 5.5]
-    assert coefficients("cumulative", 10) == pytest.approx(published, abs=1e-12)
+def test_is_cam_by_default_takes_the_ten_coefficients_of_the_authors_code():
+    model, x, published = small_net(), inputs(1), [0.1, 0.3, 0.6, 1.0, 1.5, 2.1, 2.8, 3.6, 4.5, 5.5]
+    channels = activation_of(model, "features", x)[0]
+    masks = [mask_by("torchcam", channel, x.shape[2:]) for channel in channels]
+    scores = [sum(score_by("torchcam", model, a * x[0] * mask, 3) for a in published) / 10 for mask in masks]
+    expected = map_by(weights_by("torchcam", scores), channels)[None]
+    assert_close(camfn.is_cam(model, "features", x, 3, normalize=False), expected, 1e-12)
 
 
 # ------------------------------------------------------------------------------------------------- CAM, and closed forms

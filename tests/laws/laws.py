@@ -1,7 +1,7 @@
 """What must hold of every map, as plain functions of a variant (a method and its options) and a case.
 
-`LAWS` is the table of them, `VARIANTS` what they are tried on, and `EXCEPT` says why one does not hold for another.
-Unless a law is about ReLU or scaling, signed unscaled maps are compared: min-max makes much of the rounding of a map that is nearly flat.
+`LAWS` is the table of them, `VARIANTS` what they are tried on, `EXCEPT` says why one does not hold for another. Unless a law
+is about ReLU or min-max, signed and unscaled maps are compared: min-max makes much of rounding where a map is nearly flat.
 """
 
 import copy
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import camfn
 from camfn.masks import Recipe, recipe_of
-from camfn.targets import Contrast, OfClasses, Top, resolve, score_rows
-from camfn.testing import Case, TinyNet
+from camfn.targets import Contrast, OfClasses, resolve, score_rows
+from camfn.testing import Case, Spec, TinyNet
 
 TOLERANCE = 1e-10
-"""Relative to the largest value compared: rounding of float64 (2e-16), after a softmax of scores and a mask of a small range."""
+"""Of the largest value compared: float64's rounding of 2e-16, after min-max of a channel of small range and a softmax."""
 
 
 class Variant(NamedTuple):
@@ -100,7 +100,7 @@ def score(model: nn.Module, case: Case, recipe: Recipe, x: Tensor) -> Tensor:
     """The target's score `(n, t)` at `x`, the target being the one of the case's own input."""
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
-        found = resolve(case.target, model(case.x), len(case.x), recipe.score)
+        found = resolve(case.target, model(case.x), len(case.x), device=case.x.device, scale=recipe.score)
         return score_rows(found.of, model(x), found.rows)
 
 
@@ -248,7 +248,7 @@ def flat_map(variant: Variant, case: Case) -> None:
     """Where no channel varies over positions, the map is flat, and zeros once it is scaled."""
 
     def level(z: Tensor) -> Tensor:
-        return z.flatten(2).mean(-1).reshape(*z.shape[:2], *[1] * (z.ndim - 2)).expand_as(z)
+        return z.flatten(2).mean(-1).reshape(*z.shape[:2], *[1] * (z.ndim - 2)).expand_as(z).clone()
 
     flat = retapped(case, level, lambda z: z)
     signed = raw(variant, flat).flatten(2 - case.x.ndim)
@@ -388,13 +388,21 @@ def logits_shifted(variant: Variant, case: Case) -> None:
 @law
 def upsampled_layer(variant: Variant, case: Case) -> None:
     """A layer that is the upsampled activation has the upsampled map: its masks are the same, as they are upsampled first."""
-    size = case.x.shape[2:]
+
+    def coarse(z: Tensor) -> Tensor:
+        return z[(..., *(slice(None, None, 2 if side > 2 else 1) for side in z.shape[2:]))].clone()
+
+    fine = beside(case, lambda z: _linear(coarse(z), case.x.shape[2:]))
+    close(raw(variant, fine), raw(variant, beside(case, coarse), size="input"))
+
+
+def beside(case: Case, show: Callable[[Tensor], Tensor]) -> Case:
+    """What `show` makes of the layer's output, tapped; the network does not read it."""
     model = copy.deepcopy(case.model)
     parent, _, leaf = case.layer.rpartition(".")
     owner = model.get_submodule(parent)
-    setattr(owner, leaf, Beside(owner.get_submodule(leaf), lambda z: _linear(z, size)))
-    other = case._replace(model=model, layer=f"{case.layer}.shown")
-    close(raw(variant, other), raw(variant, case, size="input"))
+    setattr(owner, leaf, Beside(owner.get_submodule(leaf), show))
+    return case._replace(model=model, layer=f"{case.layer}.shown")
 
 
 class Beside(nn.Module):
@@ -425,6 +433,30 @@ def kin(variant: Variant, case: Case) -> None:
     if variant.options.get("noise") == "activation":  # it goes on the upsampled activation, and the min-max comes after
         recipe = recipe._replace(masks="upsample_first")
     close(raw(variant.but(**still), case), raw(Variant(other, {"recipe": recipe, **options}), case))
+
+
+class Front(nn.Module):
+    """A network that takes `k` times its input, and a layer that shows the input itself."""
+
+    def __init__(self, model: nn.Module, k: float) -> None:
+        super().__init__()
+        self.model, self.shown, self.k = model, Do(torch.clone), k
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shown(x)
+        return self.model(x * self.k)
+
+
+@law
+def path_of_inputs(variant: Variant, case: Case) -> None:
+    """The scores are the mean of Score-CAM's scores of networks that take 1/N, 2/N, ... N/N times the masked input; of the
+    cumulative path, the sums of these up to each."""
+    steps = torch.arange(1, variant.options.get("num_samples", 1) + 1, dtype=torch.float64)
+    path = steps / len(steps) if variant.options.get("path") == "linear" else steps.cumsum(0) / len(steps)
+    recipe = variant.recipe._replace(weights="score")
+    plain, seen = Variant("score_cam", {"recipe": recipe}), case._replace(layer="shown", target=0)
+    found = [weights_of(plain, seen._replace(model=Front(case.model, float(k)))) for k in path]
+    close(weights_of(variant.but(recipe=recipe), seen._replace(model=Front(case.model, 1.0))), torch.stack(found).mean(0))
 
 
 # -------------------------------------------------------------------------------------------------------- execution
@@ -488,27 +520,58 @@ def several_layers(variant: Variant, case: Case) -> None:
 
 # ------------------------------------------------------------------------------------------------------- exceptions
 
-_NOISE_OF_CHANNEL = "the noise belongs to the number of a channel"
+_NOISY = [name for name, variant in VARIANTS.items() if variant.method == "ss_cam"]
+_CHANNELS_NOISE = "the noise belongs to the number of a channel"
+_CHANNELS_NOISE_AND_DRAWS = "the noise is counted over draws and channels: one channel more moves that of the second draw"
+_PIXELS_NOISE = "the noise belongs to a pixel, and is not flipped"
+_NOISE_NOT_A_PATH = "its scores are of inputs with noise, all of one scale"
 _NOT_SWEPT = "one forward: nothing is swept"
-_NORMALISED_FIRST = "its masks are scaled before they are upsampled, and upsampling does not reach all extremes"
+_NOT_A_SOFTMAX = "its weights are the scores themselves, and do not sum to one"
+_SCALED_FIRST = "its masks are scaled before they are upsampled, and upsampling does not reach all extremes"
 
 EXCEPT = {
-    ("flat_map", "score_cam, authors"): "flat channels are left out: without another the call is an error",
-    ("channels_permuted", "ss_cam"): _NOISE_OF_CHANNEL,
-    ("flipped", "ss_cam"): "the noise belongs to a pixel, and is not flipped",
+    **{("channels_permuted", name): _CHANNELS_NOISE for name in _NOISY},
+    **{("zero_channel", name): _CHANNELS_NOISE_AND_DRAWS for name in _NOISY},
+    **{("flipped", name): _PIXELS_NOISE for name in _NOISY},
     ("activation_scaled", "ss_cam, activation"): "noise on the activation is the less, the larger the activation",
-    ("zero_channel", "ss_cam"): _NOISE_OF_CHANNEL + ", counted over the draws: one more channel moves the second draw",
     ("between_the_channels", "cam"): "its weights are a row of the linear layer, of any sign and sum",
-    ("between_the_channels", "score_cam, authors"): "its weights are the scores themselves, and do not sum to one",
-    ("between_the_channels", "score_cam, scores"): "its weights are the scores themselves, and do not sum to one",
+    ("between_the_channels", "score_cam, authors"): _NOT_A_SOFTMAX,
+    ("between_the_channels", "score_cam, scores"): _NOT_A_SOFTMAX,
     ("logits_shifted", "score_cam, scores"): "its weights are the logits themselves, and move with them",
-    ("upsampled_layer", "score_cam"): _NORMALISED_FIRST,
-    ("upsampled_layer", "score_cam, pytorch-grad-cam"): "its masks are upsampled with aligned corners, maps never",
-    ("upsampled_layer", "ss_cam"): _NORMALISED_FIRST,
-    ("upsampled_layer", "is_cam"): _NORMALISED_FIRST,
+    ("upsampled_layer", "score_cam"): _SCALED_FIRST,
+    ("upsampled_layer", "score_cam, scores"): _SCALED_FIRST,
+    ("upsampled_layer", "ss_cam"): _SCALED_FIRST,
+    ("upsampled_layer", "ss_cam, input"): _SCALED_FIRST,
+    ("upsampled_layer", "is_cam"): _SCALED_FIRST,
+    ("upsampled_layer", "score_cam, pytorch-grad-cam"): "its masks are upsampled with aligned corners, a map never is",
+    ("flat_map", "score_cam, authors"): "flat channels are left out: where there is no other, the call is an error",
     ("kin", "cam"): "no kin: it scores no masked input",
+    ("path_of_inputs", "cam"): "it scores no masked input",
+    **{("path_of_inputs", name): _NOISE_NOT_A_PATH for name in _NOISY},
     ("chunk_size", "cam"): _NOT_SWEPT,
     ("folded", "cam"): _NOT_SWEPT,
     ("several_layers", "cam"): "CAM is of the one layer before the pooling: several are an error",
 }
-"""Why a law does not hold for a variant; the row of a bare method that sweeps with noise is of all its variants."""
+"""Why a law does not hold for a variant. The tests see to it that it indeed does not."""
+
+
+# ------------------------------------------------------------------------------------------------------ fixed cases
+
+
+def fixed_case(spec: Spec, layer: str, target: Any, n: int = 3) -> Case:
+    """A case without a draw."""
+    generator = torch.Generator().manual_seed(100 + spec.seed)
+    x = torch.randn(n, spec.colors, *spec.sides, generator=generator, dtype=torch.float64)
+    return Case(TinyNet(spec), layer, x, target)
+
+
+def fixed_cases() -> list[Case]:
+    """A few cases that every variant takes, with what goes wrong easily: uneven sides, per-image targets, dead channels."""
+    square = Spec(sides=(6, 6), channels=4, classes=4, dead=1, inplace=True, training=True, seed=1)
+    oblong = Spec(sides=(5, 6), block="residual", channels=4, classes=4, inplace=True, seed=2)
+    return [
+        fixed_case(square, "features", [2, 0, 1]),
+        fixed_case(oblong, "features", torch.tensor([[0, 3], [1, 2], [3, 0]])),
+        fixed_case(Spec(sides=(9,), block="dense", channels=3, stride=1, dead=1, seed=3), "features", None),
+        fixed_case(Spec(sides=(4, 3, 5), channels=3, colors=1, seed=4), "features", "all", n=2),
+    ]

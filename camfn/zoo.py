@@ -1,0 +1,168 @@
+"""Models for the command line: the Python file and function that `--model` names."""
+
+import importlib.util
+import inspect
+import itertools
+import re
+import sys
+import traceback
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from camfn._errors import CamError, closest
+from camfn.capture import pure, state_of
+from camfn.targets import logits_of
+
+
+class Loaded(NamedTuple):
+    """What the function of `--model` returned."""
+
+    spec: str
+    file: Path
+    model: nn.Module
+    preprocess: Callable[[Any], Any]
+    names: tuple[str, ...]  # of the classes; empty where none were given
+
+
+def as_it_is(picture: Any) -> Tensor:
+    """The default preprocessing: `(3, h, w)` in [0, 1], neither resized nor normalised."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
+def file_of(spec: str) -> tuple[Path, str]:
+    """The file and the function of `path/to/file.py:function`."""
+    path, colon, name = spec.rpartition(":")
+    if not (colon and path and name):
+        raise CamError(f"--model {spec!r} does not name a function: write path/to/file.py:function")
+    if not Path(path).is_file():
+        raise CamError(f"--model {spec!r}: there is no file {path!r}")
+    return Path(path).resolve(), name
+
+
+def load(spec: str) -> Loaded:
+    """Run the file that `spec` names and call its function."""
+    file, name = file_of(spec)
+    with told(f"--model {spec!r}", file):
+        module = _run(file)
+        function = getattr(module, name, None)
+        if not callable(function):
+            own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            raise CamError(f"--model {spec!r}: the file has no function {name!r}; closest: {closest(name, own)}")
+        _check_bare(function, spec)
+        return _loaded(spec, file, function())
+
+
+def _run(file: Path) -> types.ModuleType:
+    name = "_camfn_model_" + re.sub(r"\W", "_", file.stem)
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise CamError(f"--model: {file.name!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles look for their module there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check_bare(function: Callable[..., Any], spec: str) -> None:
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise CamError(f"--model {spec!r}: the function must take no argument ({error})") from None
+    except ValueError:  # some callables have no signature to look at
+        return
+
+
+def _loaded(spec: str, file: Path, made: Any) -> Loaded:
+    parts = tuple(made) if isinstance(made, (tuple, list)) else (made,)
+    model, preprocess, names = (*parts, None, None, None)[:3]
+    listed = names is None or (isinstance(names, Sequence) and not isinstance(names, str))
+    if len(parts) > 3 or not isinstance(model, nn.Module) or not (preprocess is None or callable(preprocess)) or not listed:
+        found = ", ".join(type(part).__name__ for part in parts) or "nothing"
+        raise CamError(
+            f"--model {spec!r}: the function must return the model, (model, preprocess) or (model, preprocess, class names); "
+            f"found {found}"
+        )
+    return Loaded(spec, file, model, preprocess or as_it_is, tuple(map(str, names or ())))
+
+
+def input_of(loaded: Loaded, picture: Any) -> Tensor:
+    """What preprocess makes of a picture, as a batch of one on the model's device and in its dtype."""
+    with told("preprocess", loaded.file):
+        x = loaded.preprocess(picture)
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim not in (3, 4) or (x.ndim == 4 and len(x) != 1):
+        found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise CamError(f"preprocess must return a tensor of floats, of shape (channels, height, width); found {found}")
+    tensors = itertools.chain(loaded.model.parameters(), loaded.model.buffers())
+    like = next((tensor for tensor in tensors if tensor.is_floating_point()), x)
+    x = x.detach().to(like.device, like.dtype)
+    return x if x.ndim == 4 else x[None]
+
+
+def outputs_of(loaded: Loaded, x: Tensor) -> Tensor:
+    """The model's outputs for one picture, `(classes,)`."""
+    hint = "; without preprocess a picture goes in as it is: return (model, preprocess)"
+    hint = hint if loaded.preprocess is as_it_is else ""
+    with told(f"the model, on an input of shape {tuple(x.shape)},", loaded.file, hint), torch.no_grad():
+        y = logits_of(pure(loaded.model)(state_of(loaded.model), x))
+    if y.ndim != 2 or y.shape[0] != 1:
+        raise CamError(f"a class is explained, and the model's output has shape {tuple(y.shape)}, not (1, classes)")
+    if loaded.names and len(loaded.names) != y.shape[1]:
+        raise CamError(f"--model {loaded.spec!r} gives {len(loaded.names)} class names, and the model has {y.shape[1]} classes")
+    return y[0].double()
+
+
+def class_of(target: str | None, names: Sequence[str]) -> int | None:
+    """The class that `--target` means: a number is an index, anything else a name, in any case of letters."""
+    if target is None:
+        return None
+    if re.fullmatch(r"-?\d+", target.strip()):
+        return int(target)
+    found = [str(index) for index, name in enumerate(names) if name.lower() == target.strip().lower()]
+    if len(found) > 1:
+        raise CamError(f"--target {target!r} is the name of the classes {', '.join(found)}: give the number")
+    if not found:
+        why = f"closest: {closest(target, names)}" if names else "--model gives no class names, so give the number"
+        raise CamError(f"--target {target!r} is not a class; {why}")
+    return int(found[0])
+
+
+@contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """As for a script that is run: modules in the folder can be imported."""
+    entry = str(folder)
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        if entry in sys.path:
+            sys.path.remove(entry)
+
+
+@contextmanager
+def told(what: str, file: Path, hint: str = "") -> Iterator[None]:
+    """An exception in the user's code becomes one sentence, with the line of the user's file."""
+    try:
+        yield
+    except CamError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise CamError(f"{what} failed{_where(error, file)}: {_short(error)}{hint}") from error
+
+
+def _where(error: BaseException, file: Path) -> str:
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return f" at line {error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    return f" at line {frames[-1].lineno} ({frames[-1].line})" if frames else ""
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 500 else text[:500] + ' ...'}"

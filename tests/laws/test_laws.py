@@ -1,0 +1,117 @@
+"""Every law, tried on every method; and every exception, to see that it is one."""
+
+import pytest
+import torch
+from hypothesis import Phase, find, given, settings
+from hypothesis import strategies as st
+
+import camfn
+from camfn.masks import flat_channels
+from camfn.testing import cases, layers_of, models
+from laws.laws import EXCEPT, LAWS, VARIANTS, activation, fixed_cases
+
+# Tiny networks often have maps that are flat or nowhere positive; the laws hold for these too.
+pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps at layer:camfn.CamWarning")
+
+PAIRS = [(law, name) for law in LAWS for name in VARIANTS]
+HOLDING = [pair for pair in PAIRS if pair not in EXCEPT]
+
+
+MAIN = [pair for pair in HOLDING if pair[1] in camfn.METHODS]
+MORE = [pair for pair in HOLDING if pair[1] not in camfn.METHODS]
+
+
+def _holds(law, name, data):
+    variant = VARIANTS[name]
+    LAWS[law](variant, data.draw(cases(variant.method, recipe=variant.recipe), label="case"))
+
+
+@pytest.mark.parametrize(("law", "name"), MAIN)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_law_holds(law, name, data):
+    _holds(law, name, data)
+
+
+@pytest.mark.parametrize(("law", "name"), MORE)
+@settings(max_examples=6)
+@given(data=st.data())
+def test_law_holds_with_options(law, name, data):
+    _holds(law, name, data)
+
+
+@pytest.mark.parametrize(("law", "name"), EXCEPT)
+def test_exception_is_one(law, name):
+    def holds(case):
+        try:
+            LAWS[law](VARIANTS[name], case)
+        except (AssertionError, TypeError, camfn.CamError):  # a wrong map, no such argument, a refusal
+            return False
+        return True
+
+    assert not all(holds(case) for case in fixed_cases()), f"{law} holds for {name} after all; in EXCEPT: {EXCEPT[law, name]}"
+
+
+def test_exceptions_are_of_known_laws_and_variants():
+    assert set(EXCEPT) <= set(PAIRS)
+
+
+# --------------------------------------------------------------------------------------------------- the strategies
+
+
+@settings(max_examples=30)
+@given(cases())
+def test_case_of_no_method_is_valid_for_all(case):
+    for name, method in camfn.METHODS.items():
+        options = {"fc": "fc"} if name == "cam" else {}
+        assert method.function(*case, **options).isfinite().all()
+
+
+@settings(max_examples=60)
+@given(cases("score_cam", varied=True))
+def test_varied_case_has_a_channel_that_is_not_flat_in_every_image(case):
+    assert not flat_channels(activation(case).flatten(2)).all(1).any()
+
+
+@settings(max_examples=30)
+@given(models(), st.data())
+def test_layers_exist_and_have_spatial_axes(model, data):
+    layer = data.draw(layers_of(model))
+    x = torch.zeros(1, model.spec.colors, *model.spec.sides, dtype=torch.float64)
+    grid = activation(camfn.testing.Case(model, layer, x, None)).shape[2:]
+    assert len(grid) == len(model.spec.sides)
+    if layer in ("features", "act"):
+        assert grid == model.grid
+
+
+REACHED = {
+    "one axis": lambda case: len(case.model.spec.sides) == 1,
+    "three axes": lambda case: len(case.model.spec.sides) == 3,
+    "residual, in place": lambda case: case.model.spec.block == "residual" and case.model.spec.inplace,
+    "dense": lambda case: case.model.spec.block == "dense",
+    "tapped inside the block": lambda case: case.layer == "block.conv",
+    "every position read": lambda case: not case.model.spec.pooled,
+    "left in train mode": lambda case: case.model.training,
+    "one position": lambda case: activation(case)[0, 0].numel() == 1,
+    "a flat channel and one that is not": lambda case: len(flat_channels(activation(case).flatten(2))[0].unique()) == 2,
+    "several images with targets of their own": lambda case: isinstance(case.target, list) and len(set(case.target)) > 1,
+    "several targets": lambda case: isinstance(case.target, torch.Tensor) and case.target.ndim == 2,
+    "a function": lambda case: callable(case.target),
+    "a contrast": lambda case: isinstance(case.target, camfn.targets.Contrast),
+}
+
+
+@pytest.mark.parametrize("what", REACHED)
+def test_cases_reach(what):
+    quick = settings(max_examples=500, database=None, phases=[Phase.generate])
+    find(cases("score_cam"), REACHED[what], settings=quick)
+
+
+def test_fields_of_a_model_can_be_fixed_or_drawn():
+    @settings(max_examples=20)
+    @given(models(block="residual", classes=st.integers(7, 9)))
+    def fixed(model):
+        assert model.spec.block == "residual"
+        assert model.fc.out_features in (7, 8, 9)
+
+    fixed()

@@ -1,0 +1,349 @@
+"""The laws, tested: small mistakes put into camfn, each caught by a law, and each law catching one.
+
+A mutation that no law sees is a law that is missing; a law that sees no mutation says nothing.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from camfn import scoring
+from camfn.layouts import Read
+from laws.laws import EXCEPT, LAWS, VARIANTS, fixed_cases
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps at layer:camfn.CamWarning")
+
+
+class Mutation(NamedTuple):
+    place: str  # module:attribute, where the code that runs looks the function up
+    make: Callable[[Any], Any]  # from the function to the mistaken one
+    caught: dict[str, str]  # by these laws, each with the variant that shows it
+
+
+MUTATIONS: dict[str, Mutation] = {}
+
+
+def mutation(place: str, **caught: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    def register(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        MUTATIONS[make.__name__] = Mutation(place, make, caught)
+        return make
+
+    return register
+
+
+# ---------------------------------------------------------------------------------------------- weights and the map
+
+
+@mutation("weights:softmax", neighbours="score_cam", between_the_channels="is_cam", zero_channel="score_cam, paper")
+def softmax_over_the_images(softmax):
+    return lambda scores: torch.softmax(scores, 0).mT
+
+
+@mutation("weights:softmax", many_targets="score_cam", between_the_channels="score_cam")
+def softmax_over_the_targets(softmax):
+    return lambda scores: torch.softmax(scores, 2).mT
+
+
+@mutation("weights:softmax", logits_shifted="ss_cam", between_the_channels="ss_cam", zero_channel="score_cam")
+def scores_in_place_of_their_softmax(softmax):
+    return lambda scores: scores.mT
+
+
+@mutation("maps:combine", activation_moved="cam", between_the_channels="score_cam")
+def relu_before_the_sum(combine):
+    return lambda weights, activations: combine(weights, activations.relu())
+
+
+@mutation("maps:combine", activation_moved="score_cam, authors", between_the_channels="score_cam")
+def mean_over_the_channels_in_place_of_the_sum(combine):
+    return lambda weights, activations: combine(weights, activations) / activations.shape[1]
+
+
+@mutation("maps:normalize", form="cam", last_steps="score_cam")
+def normalised_over_the_batch(normalize):
+    return lambda maps, dim: normalize(maps, tuple(range(maps.ndim)))
+
+
+@mutation("maps:normalize", form="score_cam", scale_of_the_map="cam")
+def epsilon_in_the_last_min_max(normalize):
+    def unit(maps, dim):
+        low, high = maps.amin(dim, keepdim=True), maps.amax(dim, keepdim=True)
+        return (maps - low) / (high - low + 1e-8)
+
+    return unit
+
+
+@mutation("maps:normalize", flat_map="score_cam")
+def flat_map_divided_by_its_range(normalize):
+    def unit(maps, dim):
+        low, high = maps.amin(dim, keepdim=True), maps.amax(dim, keepdim=True)
+        return (maps - low) / (high - low)
+
+    return unit
+
+
+@mutation("maps:resize", last_steps="score_cam", upsampled_layer="cam")
+def map_upsampled_with_aligned_corners(resize):
+    return lambda maps, size, align_corners=False: resize(maps, size, align_corners=True)
+
+
+@mutation("maps:resize", same_size="is_cam")
+def resized_in_single_precision(resize):
+    return lambda maps, size, align_corners=False: resize(maps.float(), size, align_corners=align_corners).double()
+
+
+@mutation("methods:_on_grid", form="ss_cam", last_steps="cam")
+def map_always_at_the_size_of_the_input(on_grid):
+    return lambda maps, subject, axes, drawing: on_grid(maps, subject, axes, drawing._replace(size="input"))
+
+
+@mutation("layouts:read", form="cam", flipped="score_cam")
+def grid_transposed(read):
+    def transposed(*args):
+        found = read(*args)
+        return Read(found.values, found.grid[::-1])
+
+    return transposed
+
+
+# --------------------------------------------------------------------------------------------------------- the masks
+
+
+@mutation("masks:unit", activation_scaled="score_cam", activation_moved="is_cam")
+def mask_not_normalised(unit):
+    return lambda values, eps, dtype: values
+
+
+@mutation("masks:is_flat", activation_scaled="score_cam")
+def flat_by_an_absolute_bound(is_flat):
+    return lambda low, high, dtype: high - low <= 1e-3
+
+
+@mutation("masks:resize", upsampled_layer="score_cam, paper")
+def mask_upsampled_with_aligned_corners(resize):
+    return lambda maps, size, align_corners=False: resize(maps, size, align_corners=True)
+
+
+@mutation("masks:mask_of", flipped="is_cam")
+def mask_shifted_by_a_pixel(mask_of):
+    return lambda *args: mask_of(*args).roll(1, -1)
+
+
+@mutation("scoring:_rows_from", neighbours="score_cam", images_permuted="ss_cam")
+def mask_of_the_neighbouring_image(rows_from):
+    def rolled(subject, read, *args):
+        return rows_from(subject, read._replace(values=read.values.roll(1, 0)), *args)
+
+    return rolled
+
+
+@mutation("scoring:_rows_from", channels_permuted="score_cam", zero_channel="is_cam")
+def mask_of_the_neighbouring_channel(rows_from):
+    def rolled(subject, read, *args):
+        return rows_from(subject, read._replace(values=read.values.roll(1, 1)), *args)
+
+    return rolled
+
+
+# --------------------------------------------------------------------------------------------------------- the noise
+
+
+@mutation("scoring:noise_stream", repeated="ss_cam")
+def noise_from_the_global_generator(noise_stream):
+    return lambda variation, channels, shape, device: lambda pairs: torch.randn(len(pairs), *shape)
+
+
+@mutation("scoring:noise_stream", chunk_size="ss_cam")
+def noise_drawn_by_the_chunk(noise_stream):
+    def stream(variation, channels, shape, device):
+        def take(pairs):
+            generator = torch.Generator().manual_seed(variation.seed)
+            return torch.randn(len(pairs), *shape, generator=generator)
+
+        return take
+
+    return stream
+
+
+@mutation("scoring:noise_stream", neighbours="ss_cam, activation", images_permuted="ss_cam")
+def noise_of_its_own_for_each_image(noise_stream):
+    def stream(variation, channels, shape, device):
+        generator = torch.Generator().manual_seed(variation.seed)
+        return lambda pairs: torch.randn(len(pairs), *shape, generator=generator)
+
+    return stream
+
+
+@mutation("scoring:noise_stream", several_layers="ss_cam")
+def noise_goes_on_at_the_next_layer(noise_stream):
+    begun = []
+
+    def stream(variation, *args):
+        begun.append(variation)
+        return noise_stream(variation._replace(seed=len(begun)), *args)
+
+    return stream
+
+
+# --------------------------------------------------------------------------------------------- the sweep, the target
+
+
+@mutation("scoring:_in_chunks", chunk_size="score_cam")
+def last_incomplete_chunk_dropped(in_chunks):
+    def dropped(kernel, rows_of, index, options, tick):
+        found = in_chunks(kernel, rows_of, index, options, tick)
+        found[len(index) // (options.chunk or scoring.CHUNK) * (options.chunk or scoring.CHUNK) :] = 0
+        return found
+
+    return dropped
+
+
+@mutation("scoring:_gather", zero_channel="score_cam")
+def flat_channel_without_its_share_of_the_softmax(gather):
+    def skipped(found, todo, *args):
+        return gather(found, todo, *args).masked_fill(todo.flat[..., None], -torch.inf)
+
+    return skipped
+
+
+@mutation("scoring:_gather", kin="ss_cam", zero_channel="is_cam")
+def scores_summed_over_the_draws(gather):
+    return lambda found, todo, variation: gather(found, todo, variation) * len(variation.scales)
+
+
+@mutation("scoring:_gather", stacked_states="score_cam, authors")
+def flat_channel_not_left_out_where_it_was_swept(gather):
+    def kept(found, todo, variation):
+        return gather(found, todo, variation._replace(recipe=variation.recipe._replace(flat="zero")))
+
+    return kept
+
+
+@mutation("scoring:_rows_from", path_of_inputs="is_cam")
+def every_step_of_the_path_at_full_scale(rows_from):
+    def unscaled(subject, read, variation, size):
+        return rows_from(subject, read, variation._replace(scales=(1.0,) * len(variation.scales)), size)
+
+    return unscaled
+
+
+@mutation("methods:path_scales", path_of_inputs="is_cam", kin="is_cam, linear")
+def path_that_starts_at_zero(path_scales):
+    return lambda num_samples, path: (0.0, *path_scales(num_samples, path)[:-1])
+
+
+@mutation("scoring:mapped", folded="score_cam")
+def mapped_form_with_the_target_of_the_neighbour(mapped):
+    def neighbour(call, of, rule, key, state, x, targets, rows):
+        return mapped(call, of, rule, key, state, x, targets.roll(1, 0), rows)
+
+    return neighbour
+
+
+@mutation("methods:run_sweep", stacked_states="score_cam")
+def swept_with_the_tensors_of_the_model_whatever_the_state(run_sweep):
+    return lambda subject, *args: run_sweep(subject._replace(state=subject.shell.tensors), *args)
+
+
+@mutation("methods:resolve", neighbours="score_cam", images_permuted="cam")
+def target_of_the_neighbour(resolve):
+    def rolled(*args):
+        score = resolve(*args)
+        return score._replace(rows=score.rows.roll(1, 0), classes=score.classes.roll(1, 0))
+
+    return rolled
+
+
+@mutation("methods:resolve", neighbours="is_cam", images_permuted="score_cam")
+def target_of_the_first_image(resolve):
+    def first(*args):
+        score = resolve(*args)
+        return score._replace(rows=score.rows[:1].expand_as(score.rows))
+
+    return first
+
+
+@mutation("targets:_of_classes", classes_permuted="score_cam")
+def score_of_the_next_class(of_classes):
+    def off_by_one(scale, sample, row):
+        return of_classes(scale, sample, (row + 1) % sample.shape[-1])
+
+    return off_by_one
+
+
+@mutation("methods:_reads", several_layers="score_cam")
+def layers_the_other_way_round(reads):
+    return lambda subject, layout: reads(subject._replace(seen=subject.seen[::-1]), layout)
+
+
+# -------------------------------------------------------------------------------------------------------- the capture
+
+
+@mutation("capture:_through", activation_moved="score_cam")
+def the_tensor_that_was_seen_is_handed_on(through):
+    def spoiled(port, out):
+        through(port, out)
+        return out  # and an in-place ReLU writes to it
+
+    return spoiled
+
+
+@mutation("scoring:pure_from", neighbours="score_cam", chunk_size="is_cam")
+def batch_norm_in_train_mode(pure_from):
+    def training(shell):
+        for module in shell.module.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train()
+        return pure_from(shell)
+
+    return training
+
+
+# --------------------------------------------------------------------------------------------------------- the matrix
+
+
+def _violations(law: str, name: str) -> list[str]:
+    found = []
+    for case in fixed_cases():
+        try:
+            LAWS[law](VARIANTS[name], case)
+        except AssertionError as error:
+            found.append(str(error))
+    return found
+
+
+CAUGHT = sorted({pair for mutated in MUTATIONS.values() for pair in mutated.caught.items()})
+
+
+@pytest.mark.parametrize(("law", "name"), CAUGHT)
+def test_law_holds_for_the_fixed_cases_without_a_mutation(law, name):
+    assert (law, name) not in EXCEPT
+    assert _violations(law, name) == []
+
+
+@pytest.mark.parametrize("what", MUTATIONS)
+def test_mutation_is_caught(what, monkeypatch):
+    place, make, caught = MUTATIONS[what]
+    module, _, attribute = place.partition(":")
+    module = importlib.import_module(f"camfn.{module}")
+    mistaken, calls = make(getattr(module, attribute)), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return mistaken(*args, **kwargs)
+
+    monkeypatch.setattr(module, attribute, counted)
+    for law, name in caught.items():
+        calls.clear()
+        assert _violations(law, name), f"{law} does not see it in {name}"
+        assert calls, f"{place} was never called by {name}"
+
+
+def test_each_mutation_is_caught_by_a_law_and_each_law_catches_one():
+    assert all(mutated.caught for mutated in MUTATIONS.values())
+    seen = {law for mutated in MUTATIONS.values() for law in mutated.caught}
+    assert seen == set(LAWS), f"laws that catch nothing: {set(LAWS) - seen}"
