@@ -124,9 +124,13 @@ def _through(port: _Port, out: Any) -> Any:
         raise CamError(f"{layer_called(port.name)} returns {_parts(out)}, not one tensor; choose a layer inside it")
     if port.swap is not None:
         value = port.swap
-    port.seen = value
-    # Never hand on the tensor that was seen: an in-place ReLU right after the layer would change it.
-    onward = value.clone() if port.nudge is None else value + port.nudge
+    # What was seen is a copy: an in-place ReLU right after the layer would change it. What goes on is the very tensor, which
+    # the model may hold by another name (a layer that returns its input) and write to.
+    port.seen = value.clone()
+    if port.nudge is not None:
+        onward = value + port.nudge
+    else:
+        onward = value if port.swap is None else value.clone()
     return onward if isinstance(out, Tensor) else type(out)((onward,))
 
 

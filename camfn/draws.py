@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from camfn import _compat
 from camfn._errors import CamError
 
-
 _ONE_AT_A_TIME = threading.RLock()
 """torch makes an operator's Python handle when a mode first meets it, without a lock: two threads that meet it at once can
 crash. So forwards under the mode, one for each call of a method, take turns; sweeps do not."""

@@ -61,6 +61,27 @@ def test_value_is_safe_from_in_place_layer_after_it():
     assert (seen < 0).any()
 
 
+class Aliasing(nn.Module):
+    """Its Identity returns the tensor that an in-place ReLU writes to afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.same, self.act, self.fc = nn.Conv2d(3, 4, 3), nn.Identity(), nn.ReLU(inplace=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        z = self.conv(x)
+        same = self.same(z)
+        return self.fc((self.act(z) + same).mean((2, 3)))
+
+
+def test_a_layer_that_returns_its_input_changes_nothing():
+    torch.manual_seed(0)
+    model, x = Aliasing().double(), inputs()
+    output, seen = camfn.tap(model, "same")(camfn.state_of(model), x)
+    assert_close(output, model(x).detach(), 0)
+    assert_close(seen, model.conv(x).detach(), 0)
+
+
 def test_several_layers_at_once():
     model, x = small_net(), inputs()
     f, state = camfn.tap(model, ("stem", "features")), camfn.state_of(model)

@@ -14,7 +14,20 @@ PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
     *("_errors", "_types", "_compat", "draws", "shell", "capture", "keep", "heads", "maps", "layouts", "targets"),
-    *("layers", "weights", "masks", "subject", "scoring", "methods", "explanation", "testing", "images", "zoo", "cli", "__main__"),
+    *(
+        "layers",
+        "weights",
+        "masks",
+        "subject",
+        "scoring",
+        "methods",
+        "explanation",
+        "testing",
+        "images",
+        "zoo",
+        "cli",
+        "__main__",
+    ),
 )
 """Every file may import from those before it, and from no other."""
 

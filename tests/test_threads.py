@@ -364,7 +364,8 @@ def slowly(name):
     return found
 
 torch._C._jit_get_operation = slowly
-model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5))
+nn = torch.nn
+model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
 x, barrier = torch.randn(2, 3, 8, 8), threading.Barrier(8)
 
 def work():

@@ -18,8 +18,9 @@ from camfn.masks import Recipe, recipe_of
 from camfn.targets import Contrast, OfClasses, resolve, score_rows
 from camfn.testing import Case, Spec, TinyNet
 
-TOLERANCE = 1e-10
-"""Of the largest value compared: float64's rounding of 2e-16, after min-max of a channel of small range and a softmax."""
+TOLERANCE = 1e-9
+"""Of the largest value compared: float64's rounding (2e-16), where a map is a difference of large terms. Of nine thousand
+examples the worst was 1e-12, and such cases get ten times as rare where they get ten times as bad."""
 
 
 class Variant(NamedTuple):

@@ -286,8 +286,8 @@ def layers_the_other_way_round(reads):
 @mutation("capture:_through", activation_moved="score_cam")
 def the_tensor_that_was_seen_is_handed_on(through):
     def spoiled(port, out):
-        through(port, out)
-        return out  # and an in-place ReLU writes to it
+        port.seen = through(port, out)
+        return port.seen  # and an in-place ReLU writes to it
 
     return spoiled
 
