@@ -127,10 +127,8 @@ def _through(port: _Port, out: Any) -> Any:
     # What was seen is a copy: an in-place ReLU right after the layer would change it. What goes on is the very tensor, which
     # the model may hold by another name (a layer that returns its input) and write to.
     port.seen = value.clone()
-    if port.nudge is not None:
-        onward = value + port.nudge
-    else:
-        onward = value if port.swap is None else value.clone()
+    passed = value if port.swap is None else value.clone()
+    onward = passed if port.nudge is None else value + port.nudge
     return onward if isinstance(out, Tensor) else type(out)((onward,))
 
 

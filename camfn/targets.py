@@ -56,7 +56,7 @@ class Contrast(NamedTuple):
 
 
 def logit(c: Any = None) -> Target:
-    """The model's raw output for class `c`: what `c` itself means in recipes that score logits. `None` is the predicted class."""
+    """The model's raw output for class `c`, as `c` itself is in recipes of logits. `None` is the predicted class."""
     return OfClasses(c, "logit")
 
 
