@@ -31,6 +31,18 @@ def transformed() -> bool:
     return compiling() or _functorch.peek_interpreter_stack() is not None
 
 
+def modes_break() -> bool:
+    """Inside `jvp` on an old torch, whose decompositions fail under a dispatch mode."""
+    if _version() >= (2, 3):
+        return False
+    level = _functorch.peek_interpreter_stack()
+    return level is not None and level.key() == _functorch.TransformType.Jvp
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
 def eager(function: F) -> F:
     """`function`, run as plain Python when the caller is being compiled."""
 
@@ -78,7 +90,7 @@ def storage_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def can_compile() -> str:
     """Why `torch.compile(fullgraph=True)` cannot take our kernel on this installation; empty if it can."""
-    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 3):
+    if _version() < (2, 3):
         return f"torch {torch.__version__} cannot compile vmap and functional_call into one graph (torch 2.3 can)"
     if not torch._dynamo.is_dynamo_supported():
         return f"torch.compile does not support Python {sys.version.split()[0]} here"

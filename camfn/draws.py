@@ -18,7 +18,7 @@ crash. So forwards under the mode, one for each call of a method, take turns; sw
 
 def refusing_draws() -> AbstractContextManager[Any]:
     """Inside, a model that draws is refused; a compiler cannot trace that, and lets it pass."""
-    return nullcontext() if _compat.compiling() else _refusing()
+    return nullcontext() if _compat.compiling() or _compat.modes_break() else _refusing()
 
 
 @contextmanager

@@ -251,7 +251,13 @@ def _call_compiled(slot: keep.Slot, body: Any, arguments: tuple[Any, ...], rows:
         rows = tree_map(plain, rows)
         with slot.lock if slot.made is None else nullcontext():
             kernel = slot.made or _compat.compiled(body)
-            scores = kernel(*arguments, rows)
+            try:
+                scores = kernel(*arguments, rows)
+            except Exception as error:
+                if not type(error).__module__.startswith("torch._dynamo"):
+                    raise
+                found = str(error).strip().splitlines()[0]
+                raise CamError(f"torch.compile does not take this model as one graph ({found}); use compile=False") from error
             slot.made = kernel
     return scores
 

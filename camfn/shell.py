@@ -5,12 +5,13 @@ neither pure nor safe in threads. A *shell* is a copy in eval mode that shares e
 given to one call and to nobody else.
 """
 
+import copy
 import enum
 import functools
 import sys
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ ATOMS = frozenset(
 )
 """Types whose values can be shared: they hold no module and nobody writes to them."""
 
-_CONTAINERS = frozenset((dict, OrderedDict, list, set))
+_CONTAINERS = frozenset((dict, OrderedDict, list, set, deque))
 
 
 def _copy(value: Any, twins: dict[int, Any]) -> Any:
@@ -77,9 +78,10 @@ def _copy_module(module: nn.Module, twins: dict[int, Any]) -> nn.Module:
             own[name] = value
         elif name in ("_parameters", "_buffers") or (type(value) in _CONTAINERS and not value):
             own[name] = value.copy()  # the tensors are shared: functional_call puts the state in their place
-        elif name != "_compiled_call_impl":  # left by `module.compile()`: it would run the caller's module
+        elif name not in _LEFT_OUT:
             own[name] = _copy(value, twins)
     own["training"] = False
+    own["_backward_hooks"], own["_backward_pre_hooks"] = OrderedDict(), OrderedDict()  # no part of a forward; grad refuses them
     _write_out_attention(twin)
     return twin
 
@@ -90,24 +92,23 @@ def _copy_tensor(tensor: Tensor, twins: dict[int, Any]) -> Tensor:
     return twin
 
 
-def _copy_dict(value: dict[Any, Any], twins: dict[int, Any]) -> dict[Any, Any]:
-    twin = twins[id(value)] = value.copy()
-    for key, item in value.items():
-        if type(item) not in ATOMS:
-            twin[key] = _copy(item, twins)
+def _emptied(value: Any, twins: dict[int, Any]) -> Any:
+    """A container of the same class, with its attributes, and nothing in it yet: it may come to hold itself."""
+    twin = twins[id(value)] = value.copy() if type(value) in _CONTAINERS else copy.copy(value)
+    twin.clear()
     return twin
 
 
-def _copy_list(value: list[Any], twins: dict[int, Any]) -> list[Any]:
-    twin = twins[id(value)] = value.copy()
-    twin[:] = [item if type(item) in ATOMS else _copy(item, twins) for item in value]
+def _copy_dict(value: dict[Any, Any], twins: dict[int, Any]) -> dict[Any, Any]:
+    twin = _emptied(value, twins)
+    for key, item in value.items():
+        twin[key] = item if type(item) in ATOMS else _copy(item, twins)
     return twin
 
 
 def _copy_bag(value: Any, twins: dict[int, Any]) -> Any:
-    twin = twins[id(value)] = value.copy()
-    items = [_copy(item, twins) for item in value]
-    twin.clear()
+    twin = _emptied(value, twins)
+    items = [item if type(item) in ATOMS else _copy(item, twins) for item in value]
     (twin.update if isinstance(twin, set) else twin.extend)(items)
     return twin
 
@@ -122,7 +123,15 @@ def _copy_fixed(value: Any, twins: dict[int, Any]) -> Any:
     items = [item if type(item) in ATOMS else _copy(item, twins) for item in value]
     if all(new is old for new, old in zip(items, value)):
         return value
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    base: Any = tuple if isinstance(value, tuple) else frozenset
+    twin = base.__new__(type(value), items)  # a subclass may want other arguments, and has only these parts
+    if hasattr(value, "__dict__"):
+        vars(twin).update(_copy(vars(value), twins))
+    return twin
+
+
+def _copy_view(value: "types.MappingProxyType[Any, Any]", twins: dict[int, Any]) -> Any:
+    return types.MappingProxyType({key: _copy(item, twins) for key, item in value.items()})
 
 
 def _copy_weakref(value: "weakref.ref[Any]", twins: dict[int, Any]) -> Any:
@@ -170,15 +179,18 @@ _COPIERS: tuple[tuple[Any, Callable[[Any, dict[int, Any]], Any]], ...] = (
     (nn.Module, _copy_module),
     (Tensor, _copy_tensor),
     (dict, _copy_dict),
-    (list, _copy_list),
-    ((set, deque), _copy_bag),
+    ((list, set, deque), _copy_bag),
     ((tuple, frozenset), _copy_fixed),
     (weakref.ref, _copy_weakref),
     (types.MethodType, _copy_method),
     (functools.partial, _copy_partial),
     (types.FunctionType, _copy_function),
     (types.SimpleNamespace, _copy_namespace),
+    (types.MappingProxyType, _copy_view),
 )
+
+_LEFT_OUT = frozenset(("_compiled_call_impl",))
+"""What `module.compile()` left: it would run the caller's module."""
 
 _NOT_OURS = sys.stdlib_module_names | {"torch", "numpy"}
 
@@ -186,7 +198,8 @@ _NOT_OURS = sys.stdlib_module_names | {"torch", "numpy"}
 def attributes(value: Any) -> list[tuple[str, Any]]:
     """What a plain object of the model's own code holds; nothing for objects of torch, NumPy and the standard library."""
     cls = type(value)
-    if cls.__module__.partition(".")[0] in _NOT_OURS or isinstance(value, (type, enum.Enum)):
+    foreign = cls.__module__.partition(".")[0] in _NOT_OURS and not isinstance(value, (UserDict, UserList))
+    if foreign or isinstance(value, (type, enum.Enum)):
         return []
     slots = (name for base in cls.__mro__ for name in vars(base).get("__slots__", ()) if isinstance(name, str))
     own = {name: getattr(value, name) for name in slots if name not in ("__dict__", "__weakref__") and hasattr(value, name)}
@@ -269,7 +282,7 @@ def shell_of(model: nn.Module) -> Shell:
     """A private copy of the model with its names. About 2 ms for a ResNet-50."""
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
-        hint = "; it comes second, after the model" if isinstance(model, str) else ""
+        hint = "; a layer's name comes second, after the model" if isinstance(model, str) else ""
         hint = "; pass the model that was exported" if kind == "ExportedProgram" else hint
         raise CamError(f"model must be a torch.nn.Module, found {kind}{hint}")
     twins: dict[int, Any] = {}

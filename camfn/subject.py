@@ -136,9 +136,10 @@ def _masked_key(x: Inputs, masked: Key, masks: bool) -> Key:
     if len(found) == 1:
         return found[0]
     if masks:
+        names, which = (", ".join(map(repr, keys)) for keys in (items, found))
         raise CamError(
-            f"masked= must say which input to mask: of {', '.join(map(repr, items))}, "
-            f"{', '.join(map(repr, found)) or 'none'} {'are' if len(found) > 1 else 'is'} floating-point with spatial axes"
+            f"masked= must say which input to mask; x has {names or 'nothing in it'}, and "
+            f"{which or 'none'} {'are' if len(found) > 1 else 'is'} floating-point with spatial axes"
         )
     tensors = [key for key, item in items.items() if isinstance(item, Tensor)]
     if not tensors:

@@ -197,7 +197,7 @@ def _resolve_classes(target: Target, y: Tensor, n: int) -> tuple[Tensor, bool]:
         return y.argmax(1, keepdim=True), True
     if isinstance(target, Top):
         if target.k > count:
-            raise CamError(f"targets.top({target.k}) of a model with {count} classes")
+            raise CamError(f"targets.top({target.k}) of a model with {count} classes: at most all of them")
         return y.topk(target.k, 1).indices, False
     if isinstance(target, str):
         if target != "all":
@@ -288,7 +288,7 @@ def _resolve_contrast(target: Contrast, y: Tensor) -> Score:
         others = others.expand(n, -1)
     else:
         if not 1 <= target.top < count:
-            raise CamError(f"targets.contrast with top={target.top} of a model with {count} classes")
+            raise CamError(f"targets.contrast with top={target.top} of a model with {count} classes: 1 to {count - 1} others")
         away = (y - y.gather(1, classes)).abs().scatter(1, classes, torch.inf)
         others = away.topk(target.top, 1, largest=False).indices
     return Score(functools.partial(_of_contrast, target.alpha), torch.cat([classes, others], 1), True, classes)

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from support import assert_close, inputs, small_net
+from support import SmallNet, assert_close, inputs, small_net
 from torch import nn
 
 import camfn
@@ -246,3 +246,30 @@ def test_progress_counts_every_forward_of_the_sweep():
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert all(total == rows for _, total in told)
     assert rows >= 12
+
+
+class CountsInPython(SmallNet):
+    """A Python int that changes at every call is a constant of each graph: the compiler would make a graph for each chunk."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+@needs_compiler
+def test_a_model_that_the_compiler_does_not_take_is_told_so(monkeypatch):
+    counting(monkeypatch)
+    with pytest.raises(camfn.CamError, match=r"torch.compile does not take this model as one graph \(.*; use compile=False"):
+        camfn.score_cam(CountsInPython().double(), "features", inputs(2), 1, sweep=Sweep(compile=True, chunk=1))
+
+
+@needs_compiler
+def test_hooks_for_the_backward_are_no_part_of_a_forward(monkeypatch):
+    counting(monkeypatch)
+    model, x = small_net(), inputs(1)
+    expected = camfn.score_cam(model, "features", x, 1)
+    model.features.register_full_backward_hook(lambda module, into, out: None)
+    assert_close(camfn.score_cam(model, "features", x, 1, sweep=Sweep(compile=True)), expected, 1e-12)
+    assert torch.func.grad(lambda image: camfn.score_cam(model, "features", image, 1, normalize=False).sum())(x).abs().max() > 0
