@@ -5,13 +5,12 @@ neither pure nor safe in threads. A *shell* is a copy in eval mode that shares e
 given to one call and to nobody else.
 """
 
-import copy
 import enum
 import functools
 import sys
 import types
 import weakref
-from collections import OrderedDict, UserDict, UserList, deque
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -45,7 +44,7 @@ ATOMS = frozenset(
 )
 """Types whose values can be shared: they hold no module and nobody writes to them."""
 
-_CONTAINERS = frozenset((dict, OrderedDict, list, set, deque))
+_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
 
 
 def _copy(value: Any, twins: dict[int, Any]) -> Any:
@@ -94,8 +93,17 @@ def _copy_tensor(tensor: Tensor, twins: dict[int, Any]) -> Tensor:
 
 def _emptied(value: Any, twins: dict[int, Any]) -> Any:
     """A container of the same class, with its attributes, and nothing in it yet: it may come to hold itself."""
-    twin = twins[id(value)] = value.copy() if type(value) in _CONTAINERS else copy.copy(value)
-    twin.clear()
+    if type(value) in _CONTAINERS:
+        twin = value.copy()
+        twin.clear()
+    else:  # not by copy.copy: a dict whose attributes are its items may not survive the look for `__getstate__`
+        base: Any = next(cls for cls in type(value).__mro__ if cls.__module__ in ("builtins", "collections"))
+        twin = base.__new__(type(value))
+        if hasattr(twin, "__dict__"):
+            vars(twin).update(vars(value))
+        if isinstance(value, defaultdict):
+            twin.default_factory = value.default_factory
+    twins[id(value)] = twin
     return twin
 
 
