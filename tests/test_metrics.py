@@ -1,0 +1,155 @@
+"""The localisation metrics, against loops over pixels and closed forms."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from camfn import CamError, maps, metrics
+
+TOP_LEFT = torch.zeros(4, 6, dtype=torch.bool)
+TOP_LEFT[:2, :2] = True
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def one(row: int, column: int, shape: tuple[int, int] = (4, 6)) -> torch.Tensor:
+    map = torch.zeros(shape)
+    map[row, column] = 1
+    return map
+
+
+# ---------------------------------------------------------------------------------------------------------- energy
+
+
+def test_energy_is_the_share_inside():
+    map = random(4, 6)
+    inside = sum(float(map[r, c]) for r in range(2) for c in range(2))
+    assert float(metrics.energy_pointing_game(map, TOP_LEFT)) == pytest.approx(inside / float(map.sum()), abs=1e-12)
+
+
+def test_energy_counts_what_is_negative_as_nothing():
+    map = one(0, 0) - one(3, 5) * 7
+    assert metrics.energy_pointing_game(map, TOP_LEFT) == 1
+
+
+def test_energy_of_an_even_map_is_the_objects_share_of_the_picture():
+    assert float(metrics.energy_pointing_game(torch.full((2, 3), 0.3), TOP_LEFT)) == pytest.approx(4 / 24)
+
+
+def test_energy_of_nothing_is_not_a_number():
+    assert math.isnan(metrics.energy_pointing_game(torch.zeros(4, 6), TOP_LEFT))
+    assert math.isnan(metrics.energy_pointing_game(-torch.ones(4, 6), TOP_LEFT))
+
+
+@given(scale=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_energy_does_not_mind_the_scale(scale, seed):
+    map = random(4, 6, seed=seed)
+    a, b = metrics.energy_pointing_game(map, TOP_LEFT), metrics.energy_pointing_game(scale * map, TOP_LEFT)
+    assert float(a) == pytest.approx(float(b), abs=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------------- pointing
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "tolerance", "hit"), [(1, 1, 0, 1), (2, 1, 0, 0), (2, 2, 1, 1), (3, 1, 1, 0), (3, 3, 2, 1)]
+)
+def test_pointing_is_a_hit_in_the_object_or_near_it(row, column, tolerance, hit):
+    assert metrics.pointing_game(one(row, column), TOP_LEFT, tolerance=tolerance) == hit
+
+
+def test_pointing_of_shared_maxima_is_the_share_of_hits():
+    assert metrics.pointing_game(one(0, 0) + one(3, 5) + one(3, 0), TOP_LEFT) == pytest.approx(1 / 3)
+    assert metrics.pointing_game(torch.zeros(4, 6), TOP_LEFT) == pytest.approx(4 / 24)
+
+
+def test_pointing_takes_signed_maps():
+    assert metrics.pointing_game(one(0, 0) - 5, TOP_LEFT) == 1
+
+
+@given(seed=st.integers(0, 999), tolerance=st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_pointing_is_the_loop_over_pixels(seed, tolerance):
+    map, mask = random(5, 7, seed=seed), random(5, 7, seed=seed + 1000) > 0.8
+    y, x = divmod(int(map.argmax()), 7)
+    near = any(mask[r, c] and abs(r - y) <= tolerance and abs(c - x) <= tolerance for r in range(5) for c in range(7))
+    assert metrics.pointing_game(map, mask, tolerance=tolerance) == float(near)
+
+
+# ------------------------------------------------------------------------------------------------------ what both do
+
+BOTH = [metrics.energy_pointing_game, metrics.pointing_game]
+
+
+@pytest.mark.parametrize("metric", BOTH)
+def test_maps_are_resized_to_the_masks(metric):
+    map, mask = random(3, 4), random(12, 20, seed=1) > 0.5
+    assert torch.equal(metric(map, mask), metric(maps.resize(map, (12, 20)), mask))
+    assert float(metrics.energy_pointing_game(map, mask)) == pytest.approx(
+        float(maps.resize(map, (12, 20))[mask].sum() / maps.resize(map, (12, 20)).sum()), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("metric", BOTH)
+def test_a_batch_of_several_targets_is_each_alone(metric):
+    map, mask = random(2, 3, 5, 5), random(2, 3, 10, 10, seed=1) > 0.6
+    found = metric(map, mask)
+    assert found.shape == (2, 3)
+    for i in range(2):
+        for t in range(3):
+            assert found[i, t] == pytest.approx(float(metric(map[i, t], mask[i, t])), abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", BOTH)
+@pytest.mark.parametrize("axes", [1, 3])
+def test_one_and_three_spatial_axes(metric, axes):
+    shape = (4,) * axes
+    map, mask = random(2, *shape), random(2, *shape, seed=1) > 0.5
+    flat = metric(map.reshape(2, 1, -1), mask.reshape(2, 1, -1))
+    assert torch.allclose(metric(map, mask, spatial_ndim=axes), flat)
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_tolerance_in_one_and_three_axes(axes):
+    mask = torch.zeros(5, 5, 5)[(0,) * (3 - axes)] > 0
+    mask[(0,) * axes] = True
+    map = torch.zeros(mask.shape)
+    map[(2,) * axes] = 1
+    assert [float(metrics.pointing_game(map, mask, tolerance=t, spatial_ndim=axes)) for t in (0, 1, 2)] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("metric", BOTH)
+def test_metrics_map_over_a_batch(metric):
+    map, mask = random(4, 6, 6), random(4, 6, 6, seed=1) > 0.5
+    assert torch.equal(torch.func.vmap(metric)(map, mask), metric(map, mask))
+
+
+@pytest.mark.parametrize("metric", BOTH)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_metrics_are_float32_or_wider(metric, dtype):
+    map = one(1, 1).to(dtype) * 3
+    found = metric(map, TOP_LEFT)
+    assert found == 1
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("metric", BOTH)
+def test_what_a_metric_does_not_take(metric):
+    with pytest.raises(CamError, match=r"masks are torch\.float32: an object's mask is of bools"):
+        metric(one(0, 0), TOP_LEFT.float())
+    with pytest.raises(CamError, match=r"maps have shape \(2, 4, 6\) and masks \(4, 6\): all axes but the last 2"):
+        metric(torch.zeros(2, 4, 6), TOP_LEFT)
+    with pytest.raises(CamError, match=r"maps have shape \(4,\) and masks"):
+        metric(torch.zeros(4), TOP_LEFT)
+
+
+@pytest.mark.parametrize("tolerance", [-1, 1.5])
+def test_tolerance_is_a_whole_number_of_pixels(tolerance):
+    with pytest.raises(CamError, match="must be a whole number of pixels"):
+        metrics.pointing_game(one(0, 0), TOP_LEFT, tolerance=tolerance)
