@@ -1,0 +1,119 @@
+"""Pictures of many maps: labelled panels in a grid. Matplotlib is imported where it is used, without its global figures."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from camfn import images
+from camfn._errors import CamError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Panel(NamedTuple):
+    """One picture of a grid, with what is drawn over it."""
+
+    image: Any  # as `camfn.images.overlay` takes it
+    map: Any = None  # laid over the image, a cross at its maximum
+    outline: Any = None  # bools (h, w): a line around an object
+    caption: str = ""
+
+
+def grid(
+    panels: Sequence[Sequence[Panel]],
+    *,
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    title: str = "",
+    note: str = "",
+    alpha: float = 0.5,
+    colormap: str = "turbo",
+) -> "Image":
+    """Panels in rows and columns, with their names, a colour bar for the maps, and a note below: an RGB image.
+
+    `rows` and `columns` are names; `alpha` and `colormap` are those of `camfn.images.overlay`.
+
+    **Raises** `CamError` where rows differ in length, names are too few or too many, or matplotlib is missing.
+
+    >>> import torch
+    >>> picture = torch.rand(3, 8, 8)
+    >>> grid([[Panel(picture), Panel(picture, map=torch.eye(4))]], columns=["picture", "map"]).mode
+    'RGB'
+    """
+    height, width = _checked(panels, rows, columns)
+    figure = _figure()(figsize=(1.5 * width + 1.1, 1.68 * height + 0.75), dpi=120, layout="constrained")
+    axes = figure.subplots(height, width, squeeze=False)
+    for row, line in enumerate(panels):
+        for column, panel in enumerate(line):
+            _draw(axes[row, column], panel, alpha, colormap)
+    for axis, name in zip(axes[:, 0], rows):
+        axis.set_ylabel(name, fontsize=10)
+    for axis, name in zip(axes[0], columns):
+        axis.set_title(name, fontsize=10)
+    figure.suptitle(title, fontsize=12)
+    figure.supxlabel(note, fontsize=8)
+    if any(panel.map is not None for line in panels for panel in line):
+        _colour_bar(figure, axes, alpha, colormap)
+    return _rendered(figure)
+
+
+def _checked(panels: Sequence[Sequence[Panel]], rows: Sequence[str], columns: Sequence[str]) -> tuple[int, int]:
+    lengths = {len(line) for line in panels}
+    if len(lengths) != 1 or 0 in lengths:
+        raise CamError(f"a grid has a row at least, and all rows have as many panels; found {[len(line) for line in panels]}")
+    height, width = len(panels), lengths.pop()
+    for what, names, wanted in (("rows", rows, height), ("columns", columns, width)):
+        if len(names) not in (0, wanted):
+            raise CamError(f"{what} has {len(names)} names, and the grid has {wanted} {what}")
+    return height, width
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CamError("a grid of pictures needs matplotlib: pip install 'camfn[cli]'") from error
+    return Figure
+
+
+def _draw(axis: Any, panel: Panel, alpha: float, colormap: str) -> None:
+    map = torch.zeros(1, 1) if panel.map is None else panel.map
+    picture = images.overlay(panel.image, map, alpha=0 if panel.map is None else alpha, colormap=colormap)
+    axis.imshow(picture, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.set_xlabel(panel.caption, fontsize=8, labelpad=2)
+    if panel.outline is not None:
+        inside = np.asarray(panel.outline, dtype=float)
+        axis.contour(inside, levels=[0.5], colors="black", linewidths=2.2)
+        axis.contour(inside, levels=[0.5], colors="white", linewidths=1.2)
+    if panel.map is not None:
+        _cross(axis, np.asarray(panel.map), picture.size)
+
+
+def _cross(axis: Any, map: np.ndarray, size: tuple[int, int]) -> None:
+    """At the middle of the map's highest cell."""
+    y, x = (np.unravel_index(map.argmax(), map.shape) + np.full(2, 0.5)) / map.shape * size[::-1] - 0.5
+    axis.plot([x], [y], "+", color="black", markersize=9, markeredgewidth=3)
+    axis.plot([x], [y], "+", color="white", markersize=8, markeredgewidth=1.4)
+
+
+def _colour_bar(figure: Any, axes: Any, alpha: float, colormap: str) -> None:
+    """The colours as they look over a grey picture."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap
+
+    colours = (1 - alpha) * 0.5 + alpha * images.colorize(np.linspace(0, 1, 256), colormap)
+    bar = figure.colorbar(ScalarMappable(cmap=ListedColormap(colours)), ax=axes, shrink=0.6, aspect=35, ticks=[0, 1])
+    bar.ax.set_yticklabels(["lowest", "highest"], fontsize=8)
+
+
+def _rendered(figure: Any) -> "Image":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
