@@ -1,0 +1,245 @@
+"""Procedural scenes: shapes of known class and place on a textured ground.
+
+A scene is a function of its seed; the size only samples it. Everything else is drawn before the classes, so colour, texture,
+size, place and turn say nothing about the class. All shapes of one size have one area.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from camfn._errors import CamError, closest
+
+Array = np.ndarray
+SIDE = 96
+"""The side of a scene in pixels, unless another is asked for; the network was trained on it."""
+
+
+class Scene(NamedTuple):
+    """A picture, and what is where in it."""
+
+    image: Float[Tensor, "3 h w"]  # RGB, in [0, 1]
+    masks: Bool[Tensor, "k h w"]  # the visible pixels of each object
+    classes: tuple[int, ...]  # of each object, an index into `CLASSES`; all different
+
+
+# ------------------------------------------------------------------------------------------------------------- shapes
+
+
+def _polygon(corners: int) -> Callable[[Array, Array], Array]:
+    """A regular polygon: inside of all its sides."""
+    normals = [2 * math.pi * side / corners + math.pi / 2 for side in range(corners)]
+    return lambda x, y: np.max([x * math.cos(a) + y * math.sin(a) for a in normals], 0) < 0.5
+
+
+def _star(x: Array, y: Array) -> Array:
+    """Five points: fold the angle into half a point, then one straight side from the tip to the notch."""
+    half, notch = math.pi / 5, 0.5
+    angle = np.abs((np.arctan2(x, -y) + half) % (2 * half) - half)
+    along, across = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
+    return (1 - along) * notch * math.sin(half) > across * (1 - notch * math.cos(half))
+
+
+def _ring(x: Array, y: Array) -> Array:
+    return (np.hypot(x, y) < 1) & (np.hypot(x, y) > 0.55)
+
+
+def _cross(x: Array, y: Array) -> Array:
+    near, far = np.minimum(np.abs(x), np.abs(y)), np.maximum(np.abs(x), np.abs(y))
+    return (near < 0.3) & (far < 0.95)
+
+
+def _crescent(x: Array, y: Array) -> Array:
+    return (np.hypot(x, y) < 1) & (np.hypot(x - 0.5, y) > 0.7)
+
+
+def _heart(x: Array, y: Array) -> Array:
+    x, y = 1.25 * x, 0.15 - 1.25 * y
+    return (x**2 + y**2 - 1) ** 3 < x**2 * y**3
+
+
+_SHAPES: dict[str, Callable[[Array, Array], Array]] = {
+    "disc": lambda x, y: np.hypot(x, y) < 1,
+    "square": _polygon(4),
+    "triangle": _polygon(3),
+    "star": _star,
+    "ring": _ring,
+    "cross": _cross,
+    "crescent": _crescent,
+    "heart": _heart,
+}
+CLASSES = tuple(_SHAPES)
+"""The names of the shapes; a class is an index into them."""
+REACH = 1.7
+"""No shape of size 1 reaches farther from its centre."""
+
+
+@functools.cache
+def _measure(name: str) -> tuple[float, float, float]:
+    """The scale that gives a shape the area of a disc of radius 1, and its centre of mass."""
+    y, x = np.mgrid[-1:1:801j, -1:1:801j]
+    inside = _SHAPES[name](x, y)
+    return math.sqrt(inside.mean() * 4 / math.pi), float(x[inside].mean()), float(y[inside].mean())
+
+
+class Place(NamedTuple):
+    """Where an object is: centre of mass, size and turn, in units of the picture's shorter side."""
+
+    x: float
+    y: float
+    size: float  # the radius of the disc of the same area
+    turn: float  # in radians
+
+
+def _inside(name: str, place: Place, x: Array, y: Array) -> Array:
+    scale, x0, y0 = _measure(name)
+    x, y = (x - place.x) / place.size * scale, (y - place.y) / place.size * scale
+    cos, sin = math.cos(place.turn), math.sin(place.turn)
+    return _SHAPES[name](x * cos + y * sin + x0, y * cos - x * sin + y0)
+
+
+# ----------------------------------------------------------------------------------------------------------- textures
+
+
+def _waves(x: Array, y: Array, random: Array) -> Array:
+    return 0.5 + 0.5 * np.sin(_phase(x, y, random))
+
+
+def _checks(x: Array, y: Array, random: Array) -> Array:
+    return (np.sin(_phase(x, y, random)) * np.sin(_phase(y, -x, random)) > 0).astype(x.dtype)
+
+
+def _dots(x: Array, y: Array, random: Array) -> Array:
+    return (np.cos(_phase(x, y, random)) + np.cos(_phase(y, -x, random)) > 0.6).astype(x.dtype)
+
+
+def _clouds(x: Array, y: Array, random: Array) -> Array:
+    """A few long waves in all directions."""
+    waves = [np.sin(2 * math.pi * (8 * (a - 0.5) * x + 8 * (b - 0.5) * y + c)) for a, b, c in random.reshape(-1, 3)]
+    return 0.5 + 0.5 * np.tanh(np.sum(waves, 0) / math.sqrt(len(waves)))
+
+
+def _phase(x: Array, y: Array, random: Array) -> Array:
+    """Of a wave in a random direction, 9 to 16 to a side of the picture."""
+    turn, per_side = math.pi * random[0], 9 + 7 * random[1]
+    return 2 * math.pi * (per_side * (x * math.cos(turn) + y * math.sin(turn)) + random[2])
+
+
+_TEXTURES = (_waves, _checks, _dots, _clouds)
+
+
+class Paint(NamedTuple):
+    """A texture between two colours."""
+
+    colours: Array  # (2, 3)
+    texture: Callable[[Array, Array, Array], Array]
+    random: Array  # (18,), what the texture makes of it
+
+
+def _paint(random: np.random.Generator, unlike: Array | None = None) -> Paint:
+    """Two colours around a random one that is not near `unlike`."""
+    base = random.random(3)
+    while unlike is not None and np.abs(base - unlike).mean() < 0.35:
+        base = random.random(3)
+    apart = 0.3 * (random.random(3) - 0.5)
+    texture = _TEXTURES[int(random.random() * len(_TEXTURES))]
+    return Paint(np.stack([base - apart, base + apart]), texture, random.random(18))
+
+
+def _painted(paint: Paint, x: Array, y: Array) -> Array:
+    """`(3, h, w)`."""
+    one, other = paint.colours.astype(x.dtype)[..., None, None]
+    return one + (other - one) * paint.texture(x, y, paint.random)
+
+
+# ------------------------------------------------------------------------------------------------------------- scenes
+
+
+def scene(seed: int, objects: int = 1, *, classes: Sequence[str] | None = None, size: int | tuple[int, int] = SIDE) -> Scene:
+    """A scene of 1 to 3 objects, each of another class.
+
+    - `seed`: the same seed, number and classes give the same scene at every size, up to the width of a pixel.
+    - `objects`: how many. `classes`: which, by name, in place of random ones; nothing else of the scene changes.
+    - `size`: pixels, a side or (height, width).
+
+    **Raises** `CamError` where there are no such classes, too many or too few objects, or no pixels.
+
+    >>> from camfn import demo
+    >>> scene = demo.scene(0, classes=["star", "ring"])
+    >>> scene.image.shape, scene.masks.shape, [demo.CLASSES[c] for c in scene.classes]
+    (torch.Size([3, 96, 96]), torch.Size([2, 96, 96]), ['star', 'ring'])
+    """
+    names = None if classes is None else _checked_classes(classes)
+    count = objects if names is None else len(names)
+    height, width = _checked_size(size)
+    if count not in (1, 2, 3):
+        raise CamError(f"a scene has 1 to 3 objects, found {count!r}")
+    random = np.random.default_rng(seed)
+    ground = _paint(random)
+    paints = [_paint(random, unlike=ground.colours.mean(0)) for _ in range(count)]
+    places = _places(random, count, (height / min(height, width), width / min(height, width)))
+    drawn = [CLASSES[i] for i in np.argsort(random.random(len(CLASSES)))[:count]]
+    return _rendered(ground, list(zip(names or drawn, paints, places)), height, width)
+
+
+def _checked_classes(classes: Sequence[str]) -> list[str]:
+    for name in classes:
+        if name not in _SHAPES:
+            raise CamError(f"no shape is called {name!r}; closest: {closest(str(name), CLASSES)}; all: {', '.join(CLASSES)}")
+    if len(set(classes)) < len(classes):
+        raise CamError(f"the objects of a scene are of different classes; found {', '.join(classes)}")
+    return list(classes)
+
+
+def _checked_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise CamError(f"size={size!r}: a scene has a pixel at least on each side")
+    return height, width
+
+
+def _places(random: np.random.Generator, count: int, sides: tuple[float, float]) -> list[Place]:
+    """Places apart from each other; where that does not fit, smaller ones. A far corner may be cut off by the picture's edge:
+    a wider margin would gather the objects in the middle."""
+    sizes = 0.1 + 0.08 * random.random(count)
+    turns = (random.random(count) - 0.5) * math.pi / 3
+    while True:
+        for _ in range(50):
+            margin = 1.2 * sizes[:, None]
+            centres = margin + random.random((count, 2)) * (np.array(sides) - 2 * margin)
+            if all(np.hypot(*(centres[i] - centres[j])) > 1.3 * (sizes[i] + sizes[j]) for i in range(count) for j in range(i)):
+                return [Place(x, y, size, turn) for (y, x), size, turn in zip(centres, sizes, turns)]
+        sizes = 0.9 * sizes
+
+
+_FINE = 2
+"""Samples to a pixel, along each side: edges and textures are averaged over a pixel."""
+
+
+def _rendered(ground: Paint, objects: list[tuple[str, Paint, Place]], height: int, width: int) -> Scene:
+    step = 1 / (_FINE * min(height, width))
+    x, y = ((np.arange(_FINE * side, dtype=np.float32) + 0.5) * step for side in (width, height))
+    image = _painted(ground, x[None], y[:, None])
+    owner = np.zeros(image.shape[1:], dtype=np.int64)  # 0 is the ground
+    for number, (name, paint, place) in enumerate(objects, 1):
+        rows, columns = (
+            slice(*np.searchsorted(at, (c - REACH * place.size, c + REACH * place.size)))
+            for at, c in ((y, place.y), (x, place.x))
+        )
+        near = x[columns][None], y[rows][:, None]
+        inside = _inside(name, place, *near)
+        image[:, rows, columns] = np.where(inside, _painted(paint, *near), image[:, rows, columns])
+        owner[rows, columns][inside] = number
+    masks = _pixels(owner == 1 + np.arange(len(objects))[:, None, None]) > 0.5
+    return Scene(_pixels(image).clamp(0, 1), masks, tuple(CLASSES.index(name) for name, _, _ in objects))
+
+
+def _pixels(fine: Array) -> Tensor:
+    """`(k, h, w)`: the mean of each pixel's samples."""
+    return torch.nn.functional.avg_pool2d(torch.from_numpy(fine.astype(np.float32)), _FINE)
