@@ -1,4 +1,4 @@
-"""Models for the command line: the Python file and function that `--model` names."""
+"""Models for the command line: what `--model` and `--weights` name."""
 
 import importlib.util
 import inspect
@@ -16,19 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from camfn import checkpoints, libraries
 from camfn._errors import CamError, closest
 from camfn.capture import pure, state_of
+from camfn.checkpoints import Checkpoint
 from camfn.targets import logits_of
 
 
 class Loaded(NamedTuple):
-    """What the function of `--model` returned."""
+    """A model, and what there is to know about its input and its classes."""
 
     spec: str
-    file: Path
+    file: Path | None  # the user's Python file, for messages; None where there is none
     model: nn.Module
     preprocess: Callable[[Any], Any]
-    names: tuple[str, ...]  # of the classes; empty where none were given
+    names: tuple[str, ...]  # of the classes; empty where unknown
 
 
 def as_it_is(picture: Any) -> Tensor:
@@ -36,19 +38,76 @@ def as_it_is(picture: Any) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
+FORMS = "demo, torchvision:NAME[:WEIGHTS], timm:NAME, hf:NAME or path/to/file.py:function"
+
+
+def load(spec: str, *, weights: Path | None = None, pretrained: bool = True) -> Loaded:
+    """The model that `spec` names: `demo`, `torchvision:NAME[:WEIGHTS]`, `timm:NAME`, `hf:NAME` or `path/to/file.py:function`.
+
+    Its weights are those of the file `weights`, or else the published ones; if not `pretrained`, random ones, the same in every
+    run. A Python file is run, and its function decides about the weights that no file gives.
+
+    **Raises** `CamError`, in one sentence, whatever goes wrong.
+    """
+    with opened(spec, weights=weights, pretrained=pretrained) as loaded:
+        return loaded
+
+
+@contextmanager
+def opened(spec: str, *, weights: Path | None = None, pretrained: bool = True) -> Iterator[Loaded]:
+    """The same; until the end the folder of the user's file can be imported from, as preprocess and forward may want to."""
+    prefix, _, name = spec.partition(":")
+    if spec == "demo" or (prefix in libraries.LOADERS and name):
+        yield _by_name(spec, weights, pretrained)
+        return
+    file, function = file_of(spec)
+    if not pretrained:
+        raise CamError(f"--no-pretrained has no meaning with --model {spec!r}: its function decides about the weights")
+    checkpoint = weights and checkpoints.read(weights)
+    with importable(file.parent):
+        loaded = _from_file(spec, file, function)
+        if checkpoint:
+            checkpoints.fill(loaded.model, checkpoint)
+        yield loaded
+
+
+def _by_name(spec: str, weights: Path | None, pretrained: bool) -> Loaded:
+    prefix, _, name = spec.partition(":")
+    with told(f"--model {spec!r}", None):
+        checkpoint = checkpoints.read(weights) if weights else None
+        try:
+            parts = libraries.load(prefix, name, checkpoint, pretrained) if name else _demo(checkpoint, pretrained)
+        except CamError as error:
+            raise CamError(f"--model {spec!r}: {error}") from error
+        return Loaded(spec, None, *parts)
+
+
+def _demo(weights: Checkpoint | None, pretrained: bool) -> libraries.Parts:
+    from camfn import demo
+
+    model = demo.network(pretrained=pretrained and weights is None)
+    if weights:
+        checkpoints.fill(model, weights)
+    return libraries.Parts(model, demo.preprocess, tuple(demo.CLASSES))
+
+
+# --------------------------------------------------------------------------------------------------- a Python file
+
+
 def file_of(spec: str) -> tuple[Path, str]:
     """The file and the function of `path/to/file.py:function`."""
-    path, colon, name = spec.rpartition(":")
-    if not (colon and path and name):
+    path, _, name = spec.rpartition(":")
+    if spec.endswith((".py", ".py:")):
         raise CamError(f"--model {spec!r} does not name a function: write path/to/file.py:function")
+    if not name or not (path.endswith(".py") or Path(path).is_file()):
+        raise CamError(f"--model {spec!r} is none of {FORMS}")
     if not Path(path).is_file():
         raise CamError(f"--model {spec!r}: there is no file {path!r}")
     return Path(path).resolve(), name
 
 
-def load(spec: str) -> Loaded:
+def _from_file(spec: str, file: Path, name: str) -> Loaded:
     """Run the file that `spec` names and call its function."""
-    file, name = file_of(spec)
     with told(f"--model {spec!r}", file):
         module = _run(file)
         function = getattr(module, name, None)
@@ -90,6 +149,9 @@ def _loaded(spec: str, file: Path, made: Any) -> Loaded:
             f"found {found}"
         )
     return Loaded(spec, file, model, preprocess or as_it_is, tuple(map(str, names or ())))
+
+
+# ------------------------------------------------------------------------------------------------- what it is asked
 
 
 def input_of(loaded: Loaded, picture: Any) -> Tensor:
@@ -146,7 +208,7 @@ def importable(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def told(what: str, file: Path, hint: str = "") -> Iterator[None]:
+def told(what: str, file: Path | None, hint: str = "") -> Iterator[None]:
     """An exception in the user's code becomes one sentence, with the line of the user's file."""
     try:
         yield
@@ -156,7 +218,7 @@ def told(what: str, file: Path, hint: str = "") -> Iterator[None]:
         raise CamError(f"{what} failed{_where(error, file)}: {_short(error)}{hint}") from error
 
 
-def _where(error: BaseException, file: Path) -> str:
+def _where(error: BaseException, file: Path | None) -> str:
     if isinstance(error, SyntaxError) and error.filename == str(file):
         return f" at line {error.lineno}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]

@@ -1,0 +1,109 @@
+"""Fetching what a library publishes: where that fails one sentence says so, and soon; and nothing else is printed."""
+
+import io
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlparse
+
+import torch
+
+from camfn._errors import CamError
+
+
+def downloaded(url: str) -> Path:
+    """The file in torch's cache. It is read by us, since torchvision unpickles whatever a file holds."""
+    name = Path(urlparse(url).path).name
+    file = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not file.is_file():
+        digits = re.search(r"-([a-f0-9]+)\.", name)
+        with fetching(url, "give --weights FILE, or --no-pretrained"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), digits and digits[1], progress=sys.stderr.isatty())
+    return file
+
+
+@contextmanager
+def hub(name: str, hint: str) -> Iterator[None]:
+    """Where the hub does not answer, ask its cache alone: for each file huggingface_hub would try six times, in 23 seconds."""
+    from huggingface_hub import constants, get_session
+
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # or transformers asks the hub to convert other weights
+    before, silence = constants.HF_HUB_OFFLINE, None
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:
+        constants.HF_HUB_OFFLINE, silence = True, error
+    try:
+        with fetching(name, hint, silence):
+            yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def fetching(what: str, hint: str, silence: Exception | None = None) -> Iterator[None]:
+    """A download that fails becomes one sentence; `silence` is why nobody answers, where that is known."""
+    try:
+        yield
+    except Exception as error:
+        cause = next(filter(_of_network, chain(error)), error if silence and isinstance(error, OSError) else None)
+        if cause is None:
+            raise
+        raise CamError(f"{what} cannot be fetched ({line(silence or cause)}): {hint}") from error
+
+
+def _of_network(error: BaseException) -> bool:
+    library = type(error).__module__.partition(".")[0]
+    clients = ("huggingface_hub", "httpx", "httpx2", "requests")
+    return library in clients or isinstance(error, (URLError, ConnectionError, TimeoutError))
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def line(error: BaseException) -> str:
+    """The kind of the error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+# ---------------------------------------------------------------------------------------------------------- silence
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' advice: what matters is an error here. What torch prints of a download is for a terminal."""
+    loggers = [logging.getLogger(name) for name in ("timm", "transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr if sys.stderr.isatty() else io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)
+
+
+@contextmanager
+def bars(logging: Any, wanted: bool) -> Iterator[None]:
+    """Bars of transformers are for downloads that someone watches."""
+    enabled = logging.is_progress_bar_enabled()
+    if not (wanted and sys.stderr.isatty()):
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
