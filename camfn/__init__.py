@@ -4,7 +4,7 @@ Nothing is hooked, wrapped, switched or remembered, so a CAM composes like any o
 compile it, call it from eight threads on one model.
 """
 
-from camfn import layouts, maps, targets, weights
+from camfn import figures, images, layouts, maps, metrics, targets, weights
 from camfn._errors import CamError, CamWarning
 from camfn.capture import Captured, pure, state_of, tap
 from camfn.explanation import Explanation, explain
@@ -27,10 +27,13 @@ __all__ = [
     "Sweep",
     "cam",
     "explain",
+    "figures",
     "head",
+    "images",
     "is_cam",
     "layouts",
     "maps",
+    "metrics",
     "pure",
     "score_cam",
     "ss_cam",

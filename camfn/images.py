@@ -164,35 +164,62 @@ def _channels_last(values: Tensor) -> Tensor:
 
 
 def _rgb(image: Any, name: str) -> "Image":
-    if image.mode.startswith(("I", "F")):  # Pillow clips these at 255: nearly all of a 16-bit picture would be white
-        raise CamError(f"{name} has pixels of mode {image.mode!r}, wider than 8 bits: scale them to 8 bits first")
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image, name)
     # Pillow warns of a palette with an opacity for each colour unless it goes by RGBA.
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+
+
+def _eight_bits(image: Any, name: str) -> "Image":
+    """A grey picture of 16 bits as one of 8. Pillow's own `convert` clips at 255: nearly all would be white."""
+    values = np.asarray(image)
+    if values.dtype.kind == "f":
+        raise CamError(
+            f"{name} has pixels of mode {image.mode!r}, floats of an unknown range: scale them to 8 or 16 bits first"
+        )
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise CamError(
+            f"{name} has pixels of mode {image.mode!r} with values from {low} to {high}: scale them to 8 or 16 bits first"
+        )
+    return _pillow().Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def read(path: str | os.PathLike[str]) -> "Image":
-    """A picture file as an RGB image, turned as its EXIF tag says; a transparent picture loses its opacity.
+LARGEST = 100_000_000
+"""The pixels of the largest picture that is read."""
 
-    **Raises** `CamError`, in one sentence, where there is no such file or Pillow cannot read it.
+
+def read(path: str | os.PathLike[str]) -> "Image":
+    """A picture file as an RGB image, turned as its EXIF tag says.
+
+    Grey, palette, CMYK and 16-bit pictures become RGB of 8 bits, and a transparent picture loses its opacity. Of several frames
+    the first is read.
+
+    **Raises** `CamError`, in one sentence, where there is no such file, Pillow cannot read all of it, or it has more than 100
+    megapixels, which is seen before a pixel is decoded.
     """
-    pillow = _pillow()
+    pillow, name = _pillow(), repr(os.fspath(path))
     try:
-        with pillow.Image.open(path) as file:
-            image = pillow.ImageOps.exif_transpose(file)
-            return _rgb(image, str(path))
+        # Not by its path: Pillow would map an uncompressed TIFF into memory, and garbles one that its tag turns on its side.
+        with open(path, "rb") as stream, pillow.Image.open(stream) as file:
+            if file.width * file.height > LARGEST:
+                raise pillow.Image.DecompressionBombError
+            return _rgb(pillow.ImageOps.exif_transpose(file), name)
     except FileNotFoundError:
-        raise CamError(f"there is no file {os.fspath(path)!r}") from None
+        raise CamError(f"there is no file {name}") from None
     except IsADirectoryError:
-        raise CamError(f"{os.fspath(path)!r} is a folder, not a picture") from None
+        raise CamError(f"{name} is a folder, not a picture") from None
     except pillow.UnidentifiedImageError:
-        raise CamError(f"{os.fspath(path)!r} is not a picture that Pillow can read") from None
+        raise CamError(f"{name} is not a picture that Pillow can read") from None
+    except pillow.Image.DecompressionBombError:  # Pillow has a limit of its own, further up
+        raise CamError(f"{name} has more than {LARGEST // 10**6} megapixels: make it smaller first") from None
     except CamError:
         raise
-    except (OSError, ValueError, SyntaxError, pillow.Image.DecompressionBombError) as error:
-        raise CamError(f"{os.fspath(path)!r} cannot be read as a picture: {error}") from error
+    except Exception as error:  # decoders raise whatever a damaged file leads them to: struct.error, IndexError, ...
+        raise CamError(f"{name} cannot be read as a picture: {str(error) or type(error).__name__}") from error
 
 
 # ---------------------------------------------------------------------------------------------- what a network sees

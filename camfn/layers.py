@@ -1,8 +1,9 @@
-"""Which layer to explain, where none is named."""
+"""Which layers can be explained, and which one is where none is named."""
 
 import math
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,41 +13,56 @@ from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layer, State
 from camfn.capture import resolve_layers, watch
-from camfn.shell import Shell
+from camfn.shell import Shell, shell_of
 from camfn.targets import logits_of
 
 
-def choose(model: nn.Module, state: State, x: Inputs, spatial_ndim: int) -> str:
-    """The last layer, in the order of execution, whose output still has spatial axes; one forward.
+class Candidate(NamedTuple):
+    """A layer that can be explained: it runs once, and its output has spatial axes."""
 
-    As torchcam's rule, with three exceptions: the model itself (a segmentation model's output is no layer), layers that run
-    more than once, and the class maps of a fully convolutional head, which have a channel for each class, where something
-    else is left.
-    """
+    name: str
+    kind: str  # its class
+    shape: tuple[int, ...]  # of its output, with the batch
+    class_maps: bool  # a channel for each class: what a fully convolutional head ends in
+
+
+def candidates(model: nn.Module, state: State, x: Inputs, spatial_ndim: int) -> list[Candidate]:
+    """The layers that can be explained, in the order of execution; one forward. The model itself is none of its layers."""
     shapes: dict[str, tuple[int, ...]] = {}
     runs: Counter[str] = Counter()
 
     def see(name: str, out: object) -> None:
         runs[name] += 1
         if isinstance(out, Tensor):
-            shapes.pop(name, None)
             shapes[name] = tuple(out.shape)
 
     with torch.no_grad():
-        output = watch(model, state, x, see)
-    spatial = [
-        (name, shape)
+        logits = logits_of(watch(model, state, x, see))
+    classes = logits.shape[1] if logits.ndim == 2 else None
+    kinds = {name: type(module).__name__ for name, module in shell_of(model).module.named_modules()}
+    return [
+        Candidate(name, kinds[name], shape, shape[1] == classes)
         for name, shape in shapes.items()
         if name and runs[name] == 1 and len(shape) == spatial_ndim + 2 and math.prod(shape[2:]) > 1
     ]
-    if not spatial:
+
+
+def last_of(found: Sequence[Candidate], model: nn.Module, spatial_ndim: int) -> str:
+    """The layer that is chosen where none is named: the last, but class maps only where there is nothing else.
+
+    As torchcam's rule, but for the class maps, the model itself, and layers that run more than once.
+    """
+    if not found:
         raise CamError(
             f"no layer of {type(model).__name__} has {spatial_ndim} spatial axes of more than one position; "
             "name one: [name for name, _ in model.named_modules()]"
         )
-    logits = logits_of(output)
-    features = [name for name, shape in spatial if logits.ndim != 2 or shape[1] != logits.shape[1]]
-    return features[-1] if features else spatial[-1][0]
+    return ([layer for layer in found if not layer.class_maps] or found)[-1].name
+
+
+def choose(model: nn.Module, state: State, x: Inputs, spatial_ndim: int) -> str:
+    """The last layer, in the order of execution, whose output still has spatial axes; one forward."""
+    return last_of(candidates(model, state, x, spatial_ndim), model, spatial_ndim)
 
 
 def find_linear(shell: Shell, model: nn.Module, fc: Layer | None, channels: int, output: Any) -> str:

@@ -42,14 +42,15 @@ class Method(NamedTuple):
     function: Callable[..., Maps]
     run: Callable[..., Outcome]  # the same, with how the maps came about
     needs: frozenset[str]  # of "activations", "masked inputs", "linear head"
+    cost: str  # inputs that go through the model for each image and layer, at the defaults: "35 x channels + 1"
 
 
 _TABLE: dict[str, Method] = {}
 METHODS = MappingProxyType(_TABLE)
-"""Every method by name: its function and what it needs."""
+"""Every method by name: its function, what it needs and what it costs."""
 
 
-def _method(*needs: str) -> Callable[[Callable[P, Outcome]], Callable[P, Maps]]:
+def _method(*needs: str, cost: str) -> Callable[[Callable[P, Outcome]], Callable[P, Maps]]:
     """Make the public function, which gives the maps alone, and its row in the table."""
 
     def register(run: Callable[P, Outcome]) -> Callable[P, Maps]:
@@ -61,7 +62,7 @@ def _method(*needs: str) -> Callable[[Callable[P, Outcome]], Callable[P, Maps]]:
             return outcome.maps
 
         function.__annotations__ = {**run.__annotations__, "return": Maps}
-        _TABLE[run.__name__] = Method(function, run, frozenset(needs))
+        _TABLE[run.__name__] = Method(function, run, frozenset(needs), cost)
         return function
 
     return register
@@ -75,7 +76,7 @@ class Drawing(NamedTuple):
     normalize: bool
 
 
-@_method("activations", "linear head")
+@_method("activations", "linear head", cost="1")
 def cam(
     model: nn.Module,
     layer: Layers,
@@ -127,7 +128,7 @@ def cam(
     return _drawn(subject, score, count, [read], found, Drawing(relu, size, normalize), 0)
 
 
-@_method("activations", "masked inputs")
+@_method("activations", "masked inputs", cost="channels + 1")
 def score_cam(
     model: nn.Module,
     layer: Layers,
@@ -187,7 +188,7 @@ def score_cam(
     return _swept(subject, target, variation, sweep, layout, Drawing(relu, size, normalize))
 
 
-@_method("activations", "masked inputs")
+@_method("activations", "masked inputs", cost="35 x channels + 1")
 def ss_cam(
     model: nn.Module,
     layer: Layers,
@@ -242,7 +243,7 @@ def ss_cam(
     return _swept(subject, target, variation, sweep, layout, Drawing(relu, size, normalize))
 
 
-@_method("activations", "masked inputs")
+@_method("activations", "masked inputs", cost="10 x channels + 1")
 def is_cam(
     model: nn.Module,
     layer: Layers,

@@ -1,154 +1,31 @@
-"""The command line: what it prints and writes, each refusal in one sentence, and the example that the README runs."""
+"""`camfn explain`: what it prints and writes, and each refusal in one sentence."""
 
-import io
 import json
-import os
 import re
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
+import cli_support
 import numpy as np
 import pytest
 import support
 import torch
-from click.testing import CliRunner
+from cli_support import RAISES, explain, facts, invoke, picture
 from PIL import Image
 
 import camfn
-from camfn import cli, images, zoo
+from camfn import images, zoo
+from camfn.cli import files, options
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-import shapes  # noqa: E402
-
-MODEL = """
-import dataclasses
-import torch
-from torch import nn
-import beside
-
-NAMES = ["Dark", "light", "light", "Red fox"]
+here = cli_support.here
 
 
-@dataclasses.dataclass
-class Settings:
-    "Dataclasses look for their module in sys.modules."
-    width: "int" = 3
-
-
-def net(classes=4):
-    generator = torch.Generator().manual_seed(beside.SEED)
-    model = nn.Sequential(nn.Conv2d(3, Settings().width, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 5, 3, stride=2), nn.ReLU(),
-                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, classes))
-    for p in model.parameters():
-        p.data.normal_(generator=generator)
-    return model.train()
-
-
-def preprocess(picture):
-    import beside_later
-    return (beside_later.tensor(picture.resize((8, 6))) - 0.5) / 0.25
-
-
-def plain(): return net()
-def pair(): return net(), preprocess
-def triple(): return net(), preprocess, NAMES
-def listed(): return [net(), None, tuple(NAMES)]
-def wrong_count(): return net(), preprocess, NAMES[:3]
-def needs(size): return net()
-def gives_none(): return None
-def gives_four(): return net(), preprocess, NAMES, 0
-def gives_text(): return net(), preprocess, "four"
-def raises():
-    raise RuntimeError("no weights\\nhere")
-def calls():
-    return raises()
-def refuses():
-    from camfn import CamError
-    raise CamError("weights are\\nmissing")
-def exits():
-    raise SystemExit("enough")
-def flat(): return nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
-def maps(): return net()[:4]
-def broken_preprocess(): return net(), lambda picture: 1 / 0
-def bytes_preprocess(): return net(), lambda picture: (preprocess(picture) * 9).byte()
-def batch_preprocess(): return net(), lambda picture: preprocess(picture)[None]
-def two_preprocess(): return net(), lambda picture: torch.stack([preprocess(picture)] * 2)
-def pil_preprocess(): return net(), lambda picture: picture
-def root_preprocess(): return net(), lambda picture: preprocess(picture).clamp(0).sqrt(), NAMES
-def double(): return net().double(), preprocess
-def already(): return nn.Sequential(net(), nn.Softmax(1)), preprocess
-def fails_when_masked():
-    class Fails(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net()
-        def forward(self, x):
-            assert x.shape[0] == 1, "one at a time"
-            return self.net(x)
-    return Fails(), preprocess
-NUMBER = 3
-"""
-RAISES = next(number for number, line in enumerate(MODEL.splitlines(), 1) if line.startswith("    raise RuntimeError"))
-BESIDE = {
-    "beside.py": "SEED = 3\n",
-    "beside_later.py": "import numpy, torch\n"
-    "def tensor(p): return torch.from_numpy(numpy.array(p)).permute(2, 0, 1).float() / 255\n",
-    "syntax.py": "import torch\n\ndef f(:\n",
-    "absent.py": "import torch\n\nimport no_such_module_at_all\n",
-    "nested.py": "import torch\nimport syntax\n",
-    "notes.txt": "def f(): ...\n",
-}
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder with a model file, two pictures, and nothing else."""
-    for name, text in {"net.py": MODEL, **BESIDE}.items():
-        (tmp_path / name).write_text(text)
-    random = np.random.default_rng(5)
-    for name in ("a.png", "b.png"):
-        Image.fromarray(random.integers(0, 256, (11, 9, 3), dtype=np.uint8)).save(tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    for name in ("beside", "beside_later", "syntax"):
-        sys.modules.pop(name, None)
-
-
-def invoke(*arguments: str):
-    try:
-        runner = CliRunner(mix_stderr=False)  # click < 8.2
-    except TypeError:
-        runner = CliRunner()
-    return runner.invoke(cli.app(), ["explain", *map(str, arguments)])
-
-
-def explain(*arguments: str) -> list[str]:
-    """The lines on stdout of a command that must succeed."""
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout.splitlines()
-
-
-def facts(path: Path) -> dict:
-    return json.loads(Path(path).read_text())
-
-
-def picture(path: str | Path) -> Image.Image:
-    with Image.open(path) as file:
-        return file.copy()
-
-
-def library(function: str, path: str, layer: str, target=None, method: str = "score_cam", **options):
+def library(function: str, path: str, layer: str, target=None, method: str = "score_cam", **given):
     """The same by the library: the card, and the network's outputs."""
-    with zoo.importable(Path.cwd()):
-        loaded = zoo.load(f"net.py:{function}")
+    with zoo.opened(f"net.py:{function}") as loaded, torch.no_grad():
         x = loaded.preprocess(images.read(path))[None]
-    with torch.no_grad():
-        return camfn.explain(loaded.model, layer, x, target, method=method, **options), loaded.model.eval()(x)[0]
+        return camfn.explain(loaded.model, layer, x, target, method=method, **given), loaded.model.eval()(x)[0]
 
 
 # ------------------------------------------------------------------------------------------------- what is written
@@ -172,10 +49,10 @@ def test_each_picture_gets_a_line_and_three_files(here):
 
 @pytest.mark.parametrize("method", camfn.METHODS)
 def test_the_npy_is_the_raw_map_of_explain(here, method):
-    options = {"fc": "6"} if method == "cam" else {}
+    given = {"fc": "6"} if method == "cam" else {}
     explain("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "1", "--method", method, "--out", "maps")
     (saved,) = Path("maps").glob("*.npy")
-    raw = library("pair", "a.png", "2", 1, method, normalize=False, **options)[0].maps[0]
+    raw = library("pair", "a.png", "2", 1, method, normalize=False, **given)[0].maps[0]
     assert np.array_equal(np.load(saved), raw.numpy())
     assert raw.abs().max() > 0
     assert not torch.equal(raw, camfn.maps.normalize(raw, (-2, -1)))  # raw and scaled differ here
@@ -199,6 +76,9 @@ def test_the_card_tells_what_was_explained_and_how(here):
     assert found == {
         "image": "a.png",
         "model": "net.py:triple",
+        "weights": None,
+        "pretrained": True,
+        "device": "cpu",
         "input": [3, 6, 8],
         "class": 3,
         "class_name": "Red fox",
@@ -208,7 +88,9 @@ def test_the_card_tells_what_was_explained_and_how(here):
         "predicted_class_name": ["Dark", "light", "light", "Red fox"][int(y.argmax())],
         "layer": "2",
         "method": "score_cam",
+        "seed": None,
         "grid": [2, 3],
+        "size": [2, 3],
         "forwards": card.forwards,
         "notes": list(card.notes),
         "camfn": camfn.__version__,
@@ -220,8 +102,8 @@ def test_without_preprocess_the_picture_goes_in_as_it_is(here):
     explain("a.png", "--model", "net.py:plain", "--layer", "2", "--target", "0", "--out", "maps")
     found = facts("maps/a-2-score_cam-0.json")
     x = torch.from_numpy(np.asarray(picture("a.png")) / 255).permute(2, 0, 1).float()[None]
-    with zoo.importable(here), torch.no_grad():
-        y = zoo.load("net.py:plain").model.eval()(x)[0]
+    with zoo.opened("net.py:plain") as loaded, torch.no_grad():
+        y = loaded.model.eval()(x)[0]
     assert found["input"] == [3, 11, 9]
     assert found["score"] == pytest.approx(float(y[0]), abs=1e-5)
     assert found["class_name"] is None
@@ -275,8 +157,8 @@ def test_no_file_is_ever_overwritten(here):
 
 def test_a_name_that_another_run_takes_at_the_same_moment_is_left_to_it(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text("theirs")
-    monkeypatch.setattr(cli.os.path, "lexists", lambda path: False)  # it was not there yet when we looked
-    assert cli._claim(tmp_path, "a") == tmp_path / "a-2"
+    monkeypatch.setattr(files.os.path, "lexists", lambda path: False)  # it was not there yet when we looked
+    assert files.claim(tmp_path, "a", ("png", "json")) == tmp_path / "a-2"
     assert (tmp_path / "a.json").read_text() == "theirs"
 
 
@@ -299,12 +181,134 @@ def test_the_models_folder_is_importable_only_while_the_command_runs(here):
     assert sys.path == before
 
 
+# --------------------------------------------------------------------------------------------------------- options
+
+
+def best(function: str, path: str, k: int) -> list[int]:
+    return library(function, path, "2")[1].topk(k).indices.tolist()
+
+
+def test_the_best_classes_have_files_of_their_own_best_first(here):
+    found = explain("a.png", "--model", "net.py:triple", "--layer", "2", "--target", "Top3", "--out", "maps")
+    classes = best("triple", "a.png", 3)
+    assert len(list(Path("maps").iterdir())) == 9
+    for line, c in zip(found, classes, strict=True):
+        card, y = library("triple", "a.png", "2", c, normalize=False)
+        assert f"(class {c}), score {float(y[c]):.4g}, " in line
+        assert line.endswith(f"-> {Path('maps')}/a-2-score_cam-{c}.{{png,npy,json}}")
+        assert facts(f"maps/a-2-score_cam-{c}.json")["score"] == pytest.approx(float(y[c]), abs=1e-6)
+        support.assert_close(torch.from_numpy(np.load(f"maps/a-2-score_cam-{c}.npy")), card.maps[0], 1e-6)
+        seen = picture("a.png").resize((8, 6))
+        expected = images.overlay(seen, camfn.maps.normalize(card.maps[0], (-2, -1)))
+        assert np.abs(np.asarray(picture(f"maps/a-2-score_cam-{c}.png")).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def rows(*arguments: str) -> int:
+    """How many inputs went through the network of a command."""
+    Path("seen.txt").unlink(missing_ok=True)
+    explain("a.png", "--model", "net.py:watched", "--layer", "net.2", *arguments)
+    return sum(int(line.split()[1]) for line in Path("seen.txt").read_text().splitlines() if line.startswith("rows"))
+
+
+def test_the_best_classes_come_from_one_sweep(here):
+    assert (
+        rows("--target", "top4") == rows("--target", "0") == 5 + 4
+    )  # five channels; twice the clean input, looked at and tried
+
+
+def test_top_1_is_the_predicted_class(here):
+    explain("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "top1", "--out", "maps")
+    explain("a.png", "--model", "net.py:pair", "--layer", "2", "--out", "again")
+    (one,), (other,) = Path("maps").glob("*.npy"), Path("again").glob("*.npy")
+    assert one.name == other.name
+    assert np.array_equal(np.load(one), np.load(other))
+
+
+def test_a_class_that_is_called_top2_is_had_by_its_index_only(here):
+    explain("a.png", "--model", "net.py:tops", "--layer", "2", "--target", "top2", "--out", "maps")
+    assert len(list(Path("maps").glob("*.npy"))) == 2
+    explain("a.png", "--model", "net.py:tops", "--layer", "2", "--target", "1", "--out", "one")
+    assert facts("one/a-2-score_cam-1.json")["class_name"] == "top2"
+
+
+@pytest.mark.parametrize(("text", "size"), [("grid", None), ("input", "input"), ("5x7", (5, 7)), ("1x1", (1, 1))])
+def test_the_size_is_that_of_the_saved_map_and_of_nothing_else(here, text, size):
+    explain("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "1", "--out", "maps")
+    explain("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "1", "--size", text, "--out", "sized")
+    expected = library("pair", "a.png", "2", 1, size=size, normalize=False)[0].maps[0]
+    assert np.array_equal(np.load("sized/a-2-score_cam-1.npy"), expected.numpy())
+    assert facts("sized/a-2-score_cam-1.json")["size"] == list(expected.shape)
+    assert facts("sized/a-2-score_cam-1.json")["grid"] == [2, 3]
+    assert picture("sized/a-2-score_cam-1.png").tobytes() == picture("maps/a-2-score_cam-1.png").tobytes()
+
+
+def test_the_seed_is_that_of_the_noise(here):
+    command = ("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "1", "--method", "ss_cam")
+    for seed, arguments in ((0, ()), (7, ("--seed", "7"))):
+        explain(*command, *arguments, "--out", f"maps{seed}")
+        raw = library("pair", "a.png", "2", 1, "ss_cam", seed=seed, normalize=False)[0].maps[0]
+        assert np.array_equal(np.load(f"maps{seed}/a-2-ss_cam-1.npy"), raw.numpy())
+        assert facts(f"maps{seed}/a-2-ss_cam-1.json")["seed"] == seed
+    assert not np.array_equal(np.load("maps0/a-2-ss_cam-1.npy"), np.load("maps7/a-2-ss_cam-1.npy"))
+
+
+def test_a_chunk_is_as_many_inputs_as_go_through_the_network_at_once(here):
+    explain("a.png", "--model", "net.py:watched", "--layer", "net.2", "--target", "1", "--chunk", "2", "--out", "maps")
+    assert Path("seen.txt").read_text().splitlines()[-3:] == ["rows 2", "rows 2", "rows 1"]
+    raw = library("pair", "a.png", "2", 1, normalize=False)[0].maps[0]
+    support.assert_close(torch.from_numpy(np.load("maps/a-net.2-score_cam-1.npy")), raw, 1e-5)
+
+
+def test_the_device_is_where_the_model_is_moved_to(here):
+    explain("a.png", "--model", "net.py:watched", "--layer", "net.2", "--device", "cpu", "--out", "maps")
+    assert Path("seen.txt").read_text().startswith("to cpu\n")
+    (card,) = Path("maps").glob("*.json")
+    assert facts(card)["device"] == "cpu"
+
+
+@pytest.mark.parametrize("function", ["pair", "without_tensors"])
+def test_the_input_is_moved_to_the_device_of_the_model_with_tensors_or_without(here, function):
+    away = torch.device("meta")  # a device that every torch has, though nothing can be computed on it
+    with options.opened(f"net.py:{function}", None, False, away) as loaded:
+        assert {tensor.device for tensor in loaded.model.state_dict().values()} <= {away}
+        assert options.input_of(loaded, images.read("a.png"), away).device == away
+
+
+def test_json_is_the_card_and_the_names_of_the_files(here):
+    command = ("a.png", "--model", "net.py:pair", "--layer", "0", "--layer", "2", "--target", "top2", "--json", "--out", "maps")
+    found = [json.loads(line) for line in explain(*command)]
+    classes = best("pair", "a.png", 2)
+    assert [(f["image"], f["layer"], f["class"]) for f in found] == [("a.png", layer, c) for layer in "02" for c in classes]
+    for each in found:
+        written = each.pop("files")
+        assert written == {
+            end: str(Path(f"maps/a-{each['layer']}-score_cam-{each['class']}.{end}")) for end in ("png", "npy", "json")
+        }
+        assert each == facts(written["json"])
+        assert all(Path(path).stat().st_size for path in written.values())
+
+
+def test_with_json_notes_are_in_the_object_and_on_stderr(here):
+    result = invoke("a.png", "--model", "net.py:pair", "--json", "--out", "maps")
+    (found,) = map(json.loads, result.stdout.splitlines())
+    assert found["notes"][0].startswith("layer=None: '3' was chosen")
+    assert result.stderr.splitlines() == [f"note: a.png: {note}" for note in found["notes"]]
+
+
+def test_a_layer_that_is_named_twice_is_explained_once(here):
+    explain("a.png", "--model", "net.py:pair", "--layer", "2", "--layer", "2", "--target", "1", "--out", "maps")
+    assert len(list(Path("maps").iterdir())) == 3
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 REFUSALS = {
-    "a missing picture": (["a.png", "none.png", "--model", "net.py:pair"], r"there is no file 'none\.png'"),
+    "a missing picture": (["none.png", "--model", "net.py:pair"], r"there is no file 'none\.png'"),
     "a file that is no picture": (["net.py", "--model", "net.py:pair"], r"'net\.py' is not a picture that Pillow can read"),
-    "a folder": ([".", "--model", "net.py:pair"], r"'\.' is a folder, not a picture"),
+    "a folder without pictures": (
+        ["a.png", "empty", "--model", "net.py:pair"],
+        r"the folder 'empty' has no pictures in it \(files that end in \.png, .*\)$",
+    ),
     "no colon": (
         ["a.png", "--model", "net.py"],
         r"--model 'net\.py' does not name a function: write path/to/file\.py:function",
@@ -363,6 +367,26 @@ REFUSALS = {
         ["a.png", "--model", "net.py:pair", "--layer", "5"],
         r"^Error: a\.png: layer '5' gives .*no spatial axes",
     ),
+    "a layer without a grid, after one with": (
+        ["a.png", "--model", "net.py:pair", "--layer", "2", "--layer", "5"],
+        r"^Error: a\.png: layer '5' gives .*no spatial axes",
+    ),
+    "tokens": (
+        ["a.png", "--model", "net.py:odd", "--layer", "tokens"],
+        r"^Error: a\.png: layer 'tokens' gives a map of shape \(\d+,\), and a picture needs \(height, width\)$",
+    ),
+    "a layer that runs twice": (
+        ["a.png", "--model", "net.py:odd", "--layer", "last", "--layer", "twice"],
+        r"^Error: a\.png: layer 'twice' runs more than once",
+    ),
+    "no layer with a grid": (
+        ["a.png", "--model", "net.py:headless"],
+        r"^Error: a\.png: no layer of Sequential has 2 spatial axes of more than one position; name one",
+    ),
+    "cam without a linear layer": (
+        ["a.png", "b.png", "--model", "net.py:without_tensors", "--layer", "1", "--method", "cam"],
+        r"^Error: a\.png: cam needs a linear layer .*; found no linear layer at all; name another layer, or another method$",
+    ),
     "an unknown method": (
         ["a.png", "--model", "net.py:pair", "--method", "scorecam"],
         r"--method 'scorecam' is not known; closest: 'score_cam'.*; all: .*score_cam",
@@ -370,6 +394,52 @@ REFUSALS = {
     "a class out of range": (
         ["a.png", "--model", "net.py:pair", "--target", "4"],
         r"^Error: a\.png: target 4 is not a class: the model has classes 0 to 3",
+    ),
+    "a class beyond all integers": (
+        ["a.png", "--model", "net.py:pair", "--target", "9" * 30],
+        r"^Error: a\.png: target 9{30} is not a class: the model has classes 0 to 3$",
+    ),
+    "too many of the best": (
+        ["a.png", "--model", "net.py:pair", "--target", "top5"],
+        r"^Error: a\.png: target top5 is of 5 classes: the model has 4$",
+    ),
+    "none of the best": (["a.png", "--model", "net.py:triple", "--target", "top0"], r"--target 'top0' is not a class; closest"),
+    "a size in words": (
+        ["a.png", "--model", "net.py:pair", "--size", "big"],
+        r"--size 'big' is no size: write grid, input, or HxW, height by width, as in 224x224$",
+    ),
+    "a size of nothing": (["a.png", "--model", "net.py:pair", "--size", "0x5"], r"--size '0x5' is no size: "),
+    "a size that is absurd": (
+        ["a.png", "--model", "net.py:pair", "--size", "10001x10000"],
+        r"--size '10001x10000' is more than 100 megapixels: write a smaller one$",
+    ),
+    "a seed where nothing is drawn": (
+        ["a.png", "--model", "net.py:pair", "--seed", "0"],
+        r"--seed 0: score_cam draws no random numbers; leave it out, or take --method ss_cam$",
+    ),
+    "a seed below 0": (
+        ["a.png", "--model", "net.py:pair", "--method", "ss_cam", "--seed", "-1"],
+        r"--seed -1: a seed is a whole number from 0 to 2\*\*63 - 1$",
+    ),
+    "a seed beyond": (
+        ["a.png", "--model", "net.py:pair", "--method", "ss_cam", "--seed", str(2**63)],
+        r"--seed 9\d*: a seed is a whole number from 0 to 2\*\*63 - 1$",
+    ),
+    "a chunk where nothing is swept": (
+        ["a.png", "--model", "net.py:pair", "--method", "cam", "--chunk", "8"],
+        r"--chunk 8: cam has no sweep to cut up; leave it out, or take --method score_cam or .*--method is_cam$",
+    ),
+    "an unknown device": (
+        ["a.png", "--model", "net.py:pair", "--device", "gpu"],
+        r"--device 'gpu' is no device that torch knows: write cpu, cuda, cuda:1, mps or the like$",
+    ),
+    "a device without numbers": (
+        ["a.png", "--model", "net.py:pair", "--device", "meta"],
+        r"--device 'meta' cannot be used here: .*meta.*; leave it out to run where the model is$",
+    ),
+    "an output folder in a file": (
+        ["a.png", "--model", "net.py:pair", "--out", "b.png/maps"],
+        r"--out 'b\.png/maps' cannot be made: Not a directory$",
     ),
     "a negative class": (["a.png", "--model", "net.py:pair", "--target", "-1"], r"target -1 is not a class"),
     "an unknown name": (
@@ -417,6 +487,18 @@ REFUSALS = {
 }
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused_before_the_model_is_loaded(here):
+    result = invoke("a.png", "--model", "net.py:leaves_a_mark", "--device", "cuda")
+    assert re.fullmatch(
+        r"Error: --device 'cuda' cannot be used here: .*CUDA.*; leave it out to run where .* is\n", result.stderr
+    )
+    assert result.exit_code == 2
+    assert not Path("loaded").exists()
+    explain("a.png", "--model", "net.py:leaves_a_mark", "--layer", "2")
+    assert Path("loaded").exists()
+
+
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_cannot_be_done_is_one_sentence_on_stderr_and_exit_2(here, case):
     arguments, words = REFUSALS[case]
@@ -427,11 +509,12 @@ def test_what_cannot_be_done_is_one_sentence_on_stderr_and_exit_2(here, case):
     assert result.exit_code == 2
     assert isinstance(result.exception, SystemExit)  # click's; not the exception itself
     assert result.stdout == ""
+    assert not list(here.rglob("*.json"))
     assert not list(here.rglob("*.npy"))
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_sweep(here, monkeypatch):
-    monkeypatch.setattr(cli.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
     result = invoke("a.png", "--model", "net.py:pair", "--out", "maps")
     assert (result.exit_code, result.stderr) == (2, "Error: --out 'maps' cannot be written to\n")
 
@@ -440,10 +523,11 @@ def test_a_disk_that_is_full_is_a_sentence_too(here, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cli.np, "save", full)
+    monkeypatch.setattr(files.np, "save", full)
     result = invoke("a.png", "--model", "net.py:pair", "--layer", "2", "--out", "maps")
     assert result.exit_code == 2
     assert result.stderr == "Error: a.png: the files cannot be written to 'maps': No space left on device\n"
+    assert not list(Path("maps").iterdir())  # neither the .png, which was written, nor the .json, which held the name
 
 
 def test_a_picture_that_may_not_be_read_is_a_sentence(here, monkeypatch):
@@ -451,7 +535,7 @@ def test_a_picture_that_may_not_be_read_is_a_sentence(here, monkeypatch):
         raise PermissionError(13, "Permission denied", "a.png")
 
     monkeypatch.setattr(Image, "open", forbidden)
-    monkeypatch.setattr(cli.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
     result = invoke("a.png", "--model", "net.py:pair")
     assert result.exit_code == 2
     assert result.stderr == "Error: 'a.png' cannot be read as a picture: [Errno 13] Permission denied: 'a.png'\n"
@@ -470,115 +554,6 @@ def test_main_says_so_where_click_is_missing():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "Error: the command line needs click: pip install 'camfn[cli]'\n"
-
-
-# ---------------------------------------------------------------------------------------------------------- progress
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_the_bar_shows_forwards_done_and_time_left_on_a_terminal_only(monkeypatch):
-    for stream in (Terminal(), io.StringIO()):
-        monkeypatch.setattr(sys, "stderr", stream)
-        with cli._bar("dog.png") as report:
-            for done in (1, 2):
-                time.sleep(0.15)  # tqdm draws ten times a second at most
-                report(done, 8)
-        shown = stream.getvalue()
-        if stream.isatty():
-            assert "dog.png:  25%" in shown
-            assert "2/8" in shown
-            assert "<00:0" in shown  # the time left
-        else:
-            assert shown == ""
-
-
-def test_the_bar_is_told_of_every_forward_of_the_sweep(here, monkeypatch):
-    told = []
-
-    @contextmanager
-    def bar(label):
-        yield lambda done, total: told.append((label, done, total))
-
-    monkeypatch.setattr(cli, "_bar", bar)
-    explain("a.png", "--model", "net.py:pair", "--layer", "2", "--method", "is_cam", "--out", "maps")
-    assert told == [("a.png 2", 32, 50), ("a.png 2", 50, 50)]  # 5 channels, 10 samples, 32 at a time
-
-
-def test_the_help_says_that_the_file_is_run_and_what_the_defaults_are():
-    text = " ".join(invoke("--help").stdout.split())
-    for words in (
-        "The file is run",
-        "without it the picture goes in as it is, as numbers from 0 to 1, not resized",
-        "The picture under the map is the one that the network saw, resized and cropped by preprocess",
-        "under a name that no file has yet",
-        *camfn.METHODS,
-    ):
-        assert words in text
-
-
-# ---------------------------------------------------------------------------------------------------------- the example
-
-
-def test_the_readmes_two_steps_work_as_processes(tmp_path):
-    example = ROOT / "examples" / "shapes.py"
-    subprocess.run([sys.executable, str(example), "scene.png"], cwd=tmp_path, check=True)
-    command = [sys.executable, "-m", "camfn", "explain", "scene.png", "--model", f"{example}:model", "--out", "maps"]
-    path = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("scene.png: horizontal stripes (class 1), score ")
-    assert result.stderr.startswith("note: scene.png: layer=None: 'features' was chosen")
-    found = facts(tmp_path / "maps" / "scene-features-score_cam-1.json")
-    assert found["class_name"] == found["predicted_class_name"] == "horizontal stripes"
-    assert is_inside(torch.from_numpy(np.load(tmp_path / "maps" / "scene-features-score_cam-1.npy")), "horizontal stripes", 0)
-
-
-def is_inside(map: torch.Tensor, name: str, seed: int) -> bool:
-    """Is the maximum of the map, at the picture's size, on the class's object?"""
-    inside = torch.from_numpy(np.array(shapes.scene(seed)[1][name])) > 0
-    return bool(inside.flatten()[camfn.maps.resize(map, inside.shape).argmax()])
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("method", ["score_cam", "cam"])
-def test_in_the_example_each_classs_map_lies_on_the_classs_object(seed, method):
-    model, preprocess, names = shapes.model()
-    picture, objects = shapes.scene(seed)
-    options = {"fc": "classify"} if method == "cam" else {}
-    maps = getattr(camfn, method)(model, "features", preprocess(picture)[None], "all", relu=True, **options)[0]
-    for name, map in zip(names, camfn.maps.resize(maps, picture.size)):
-        inside = torch.from_numpy(np.array(objects[name])) > 0
-        assert is_inside(map, name, seed), name
-        assert map[inside].sum() > 0.85 * map.sum(), f"{name}: {map[inside].sum() / map.sum():.2f} of the map is on the object"
-
-
-def test_the_examples_filters_are_what_they_say():
-    waves = shapes.gabors()
-    assert waves.shape == (32, 1, 15, 15)
-    assert waves.sum((1, 2, 3)).abs().max() < 1e-6
-    y, x = np.mgrid[-7:8, -7:8]
-    for number, kernel in enumerate(waves[:, 0].double().numpy()):
-        direction, period = np.deg2rad((0, 90, 45, 135)[number // 8]), (7, 11)[number // 4 % 2]
-        wave = np.cos(2 * np.pi * (x * np.cos(direction) + y * np.sin(direction)) / period + number % 4 * np.pi / 2)
-        assert (kernel * wave).sum() == pytest.approx(1, abs=1e-5)
-
-
-def test_the_example_sees_no_class_in_a_plain_picture():
-    model, preprocess, _ = shapes.model()
-    for grey in (0, 90, 255):
-        with torch.no_grad():
-            features = model[:5](preprocess(Image.new("RGB", (224, 224), (grey, grey, grey)))[None])
-        assert features[..., 1:-1, 1:-1].max() == 0  # outside the picture is grey: at its border there is an edge
-
-
-def test_the_scene_is_the_same_for_the_same_seed_only():
-    (first, _), (again, _), (other, _) = shapes.scene(1), shapes.scene(1), shapes.scene(2)
-    assert first.tobytes() == again.tobytes()
-    assert first.tobytes() != other.tobytes()
 
 
 # ------------------------------------------------------------------------------------------------------ a real photo

@@ -13,58 +13,68 @@ import camfn
 PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
-    *("_errors", "_types", "_compat", "draws", "shell", "capture", "keep", "heads", "maps", "layouts", "targets"),
-    *(
-        "layers",
-        "weights",
-        "masks",
-        "subject",
-        "scoring",
-        "methods",
-        "explanation",
-        "testing",
-        "images",
-        "zoo",
-        "cli",
-        "__main__",
-    ),
+    *("_errors", "_types", "_compat", "draws", "shell", "capture", "keep", "heads", "maps", "metrics", "layouts", "targets"),
+    *("layers", "weights", "masks", "subject", "scoring", "methods", "explanation", "testing", "images", "figures"),
+    *("demo.scenes", "demo.network", "demo", "demo.train", "checkpoints", "downloads", "libraries", "zoo"),
+    *("cli.files", "cli.options", "cli.cards", "cli.explain", "cli.tables", "cli.demo", "cli", "__main__"),
 )
-"""Every file may import from those before it, and from no other."""
+"""Every file may import from those before it, and from no other. A folder's own name is its `__init__.py`."""
+
+
+def name_of(path: Path) -> str:
+    """As an import has it, less `camfn.`"""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
 def imported(path: Path) -> set[str]:
     """The files of the package that a file imports from, at the top or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "camfn":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("camfn."):
-            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import, which is not followed here"
+            found |= {_file_of(f"{node.module}.{alias.name}") for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("camfn.")}
-    return found
+            found |= {_file_of(alias.name) for alias in node.names}
+    return found - {None}
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_imports_point_one_way(path):
-    if path.stem == "__init__":
-        return
-    assert path.stem in ORDER, f"{path.name} is new: give it its place"
-    names = imported(path) & set(ORDER)
-    if path.stem in ("cli", "testing", "__main__"):
-        names -= set(ORDER)  # they stand at the top and use the public face
-    later = [name for name in names if ORDER.index(name) >= ORDER.index(path.stem)]
-    assert not later, f"{path.stem} imports {later}, which come after it"
+def _file_of(dotted: str) -> str | None:
+    """`camfn.demo.scenes.scene` is of `demo.scenes`, `camfn.demo.scene` of `demo`; `camfn.explain` is the public face."""
+    package, _, name = dotted.partition(".")
+    while package == "camfn" and name:
+        if name in ORDER:
+            return name
+        name = name.rpartition(".")[0]
+    return None
+
+
+FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE or path.stem != "__init__"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_one_way(name):
+    assert name in ORDER, f"{name} is new: give it its place"
+    later = [other for other in imported(FILES[name]) if ORDER.index(other) >= ORDER.index(name)]
+    assert not later, f"{name} imports {later}, which come after it"
+
+
+def test_the_order_names_files_that_are_there():
+    assert set(ORDER) == set(FILES)
+    assert len(ORDER) == len(FILES)
 
 
 def test_the_arrow_test_sees_imports():
     assert {"shell", "_errors", "_types"} <= imported(PACKAGE / "capture.py")
+    assert {"cli.files", "cli.options", "cli.cards", "images", "targets"} <= imported(PACKAGE / "cli" / "explain.py")
+    assert {"demo", "cli.files"} <= imported(PACKAGE / "cli" / "demo.py")
+    assert "cli" not in imported(PACKAGE / "cli" / "explain.py")
 
 
 def test_public_names():
     visible = {name for name, value in vars(camfn).items() if not name.startswith("_") and not isinstance(value, ModuleType)}
     assert visible <= set(camfn.__all__)
-    assert set(camfn.__all__) - visible == {"layouts", "maps", "targets", "weights"}
+    assert set(camfn.__all__) - visible == {"figures", "images", "layouts", "maps", "metrics", "targets", "weights"}
     assert list(camfn.__all__) == sorted(camfn.__all__, key=lambda name: (not name.isupper(), name.lower() == name, name))
 
 

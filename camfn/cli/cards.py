@@ -1,0 +1,59 @@
+"""What is told of a map: the card that is written beside it, and the lines on stdout."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from camfn._errors import CamError
+from camfn.cli.files import WRITTEN
+from camfn.cli.options import one_line
+
+Facts = dict[str, Any]
+Written = tuple[Facts, Path]
+"""The facts of a map, and the name of its files, less the ending."""
+
+
+def probabilities(outputs: Tensor) -> Tensor:
+    """Softmax, except of outputs that are probabilities already."""
+    already = bool((outputs >= 0).all()) and abs(float(outputs.sum()) - 1) < 1e-4
+    return outputs if already else torch.softmax(outputs, 0)
+
+
+def classes(card: Any, number: int, outputs: Tensor, names: Sequence[str]) -> Facts:
+    """Of the class that the card's map of that number explains, and of the predicted one."""
+    index, best = int(card.classes[0, number]), int(outputs.argmax())
+    name, probability = dict(enumerate(names)).get, float(probabilities(outputs)[index])
+    return {
+        "class": index,
+        "class_name": name(index),
+        "score": float(card.scores[0, number]),
+        "probability": probability if math.isfinite(probability) else None,
+        "predicted_class": best,
+        "predicted_class_name": name(best),
+    }
+
+
+def lines(path: Path, found: Sequence[Written] | CamError, as_json: bool) -> Iterator[str]:
+    """What stdout gets to read of a picture: for each class a line or, as JSON, for each layer and class an object."""
+    if isinstance(found, CamError):
+        if as_json:
+            yield json.dumps({"image": str(path), "error": one_line(found)})
+    elif as_json:
+        for facts, base in found:
+            yield json.dumps({**facts, "files": {ending: f"{base}.{ending}" for ending in WRITTEN}}, allow_nan=False)
+    else:
+        for index in dict.fromkeys(facts["class"] for facts, _ in found):
+            own = [(facts, base) for facts, base in found if facts["class"] == index]
+            files = ", ".join(f"{base}.{{{','.join(WRITTEN)}}}" for _, base in own)
+            yield f"{path}: {_summary(own[0][0])} -> {files}"
+
+
+def _summary(facts: Facts) -> str:
+    name = f"{one_line(facts['class_name'])} (class {facts['class']})" if facts["class_name"] else f"class {facts['class']}"
+    probability = "" if facts["probability"] is None else f", probability {facts['probability']:.3g}"
+    return f"{name}, score {facts['score']:.4g}{probability}"

@@ -1,0 +1,137 @@
+"""`camfn demo`: every method on scenes of which it is known what is where."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import camfn
+from camfn import demo, figures, metrics
+from camfn.cli import files, options
+
+if TYPE_CHECKING:
+    import click
+
+LAYER, LINEAR = "features", "classify"
+CELL = 8  # pixels, of the layer's grid
+SHOWN = ((0, 1), (1, 1), (2, 1), (3, 2), (4, 2))
+"""The scenes, by seed and number of objects: the first that there are, not chosen for their maps, and not trained on."""
+_TITLE = "Where does the network see each shape?"
+_NOTE = "white line: the object that the map is of     +: the map's highest point     %: how much of the map is inside the line"
+
+
+class Shown(NamedTuple):
+    """A method's map of one object."""
+
+    scene: demo.Scene
+    object: int
+    map: Tensor
+    energy: float
+    hit: float
+
+
+class Row(NamedTuple):
+    """A method on all of the scenes."""
+
+    method: str
+    shown: Sequence[Shown]
+    forwards: int
+    seconds: float
+
+
+def rows(report: Callable[[str], None] = lambda method: None) -> Iterator[Row]:
+    """Every method on every object of every scene; `report` hears of each before it starts."""
+    model, scenes = demo.network(), [demo.scene(seed, objects) for seed, objects in SHOWN]
+    for method in camfn.METHODS:
+        report(method)
+        given: dict[str, Any] = {"fc": LINEAR} if options.takes(method, "fc") else {}
+        cards = []
+        for s in scenes:
+            x, classes = demo.preprocess(s.image)[None], torch.tensor([s.classes])
+            cards.append(camfn.explain(model, LAYER, x, classes, method=method, normalize=False, **given))
+        shown = [one for s, card in zip(scenes, cards) for one in _judged(s, card.maps[0])]
+        yield Row(method, shown, sum(card.forwards for card in cards), sum(card.seconds for card in cards))
+
+
+def _judged(scene: demo.Scene, maps: Any) -> list[Shown]:
+    energy, hit = metrics.energy_pointing_game(maps, scene.masks), metrics.pointing_game(maps, scene.masks, tolerance=CELL)
+    return [Shown(scene, i, maps[i], float(energy[i]), float(hit[i])) for i in range(len(scene.classes))]
+
+
+def table(found: Sequence[Row]) -> Iterator[str]:
+    """What is printed: a line for each method, and for comparison one for a map that is the same everywhere."""
+    head = f"{'method':12} {'energy inside':>13} {'hits':>9} {'forwards':>9} {'seconds':>8}"
+    yield head
+    yield "-" * len(head)
+    shown = found[0].shown
+    even = [_judged(one.scene, torch.ones_like(one.scene.masks, dtype=torch.float))[one.object] for one in shown]
+    yield _line("(even map)", even, "")
+    for row in found:
+        yield _line(row.method, row.shown, f" {row.forwards:9} {row.seconds:8.2f}")
+
+
+def _line(name: str, shown: Sequence[Shown], cost: str) -> str:
+    energy, hits = sum(one.energy for one in shown) / len(shown), sum(one.hit for one in shown)
+    return f"{name:12} {energy:13.1%} {f'{hits:.3g} of {len(shown)}':>9}{cost}"
+
+
+def picture(found: Sequence[Row]) -> Any:
+    """The scenes in a row, and below them a row for each method."""
+    objects = found[0].shown
+    names = [demo.CLASSES[one.scene.classes[one.object]] for one in objects]
+    panels = [[figures.Panel(one.scene.image) for one in objects]]
+    for row in found:
+        panels.append([_panel(one) for one in row.shown])
+    return figures.grid(panels, rows=["scene", *(r.method for r in found)], columns=names, title=_TITLE, note=_NOTE)
+
+
+def _panel(one: Shown) -> figures.Panel:
+    """What of the map is positive, which is what its energy counts."""
+    positive = camfn.maps.normalize(one.map.clamp(min=0), (-2, -1))
+    return figures.Panel(one.scene.image.mean(0), positive, one.scene.masks[one.object], f"{one.energy:.0%}")
+
+
+def command() -> "click.Command":
+    """`camfn demo`, for click."""
+    import click
+
+    place = click.Path(readable=False, path_type=Path)
+
+    @click.command("demo")
+    @click.option("--out", default="camfn-demo", show_default=True, metavar="DIR", type=place, help="Where the picture goes.")
+    @options.no_progress
+    def demo_(out: Path, no_progress: bool) -> None:
+        """Map where a small network, which comes with camfn, sees shapes in drawn scenes: by every method.
+
+        \b
+        Example:
+          camfn demo --out maps
+
+        A table is printed, over all objects of all scenes: how much of a map's energy is inside the object's outline, how many
+        maps have their highest point there, how many inputs went through the network, and the time. A picture of the maps
+        is written, under a name that no file has yet.
+        """
+        with options.refusing() as stdout:
+            run(out, no_progress, lambda line: click.echo(line, file=stdout))
+
+    return demo_
+
+
+def run(out: Path, no_progress: bool, say: Callable[[str], None]) -> None:
+    """Explain, draw, write, and say the table."""
+    from tqdm import tqdm
+
+    options.need("PIL", "matplotlib", "tqdm")
+    files.make(out)
+    with tqdm(total=len(camfn.METHODS), unit="method", disable=no_progress or None, leave=False) as bar:
+        found = []
+        for row in rows(bar.set_description):
+            found.append(row)
+            bar.update()
+    target = Path(f"{files.claim(out, 'demo', ('png',))}.png")
+    picture(found).save(target)
+    for line in table(found):
+        say(line)
+    say(f"-> {target}")

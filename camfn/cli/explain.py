@@ -1,0 +1,234 @@
+"""`camfn explain`: the run over pictures."""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import camfn
+from camfn import images, layouts, zoo
+from camfn._errors import CamError, CamWarning
+from camfn._types import Size, Target
+from camfn.capture import state_of, tap
+from camfn.cli import files, options
+from camfn.cli.cards import Facts, Written, classes
+from camfn.layers import choose
+from camfn.targets import Top
+
+
+class Wish(NamedTuple):
+    """What the command line says."""
+
+    images: Sequence[Path]
+    model: str
+    weights: Path | None
+    no_pretrained: bool
+    device: str | None
+    layers: Sequence[str]
+    method: str
+    target: str | None
+    size: str
+    seed: int | None
+    chunk: int | None
+    out: Path
+    no_progress: bool
+
+
+class Job(NamedTuple):
+    """What it means for every picture."""
+
+    wish: Wish
+    loaded: zoo.Loaded
+    layers: tuple[str | None, ...]
+    device: torch.device | None
+    target: Target
+    size: Size
+    options: dict[str, Any]  # of the method
+
+
+def run(wish: Wish, paths: Sequence[Path]) -> Iterator[tuple[Path, list[Written] | CamError]]:
+    """Explain every picture; gives of each what was written, or why nothing was. What is wrong for all is raised before."""
+    given, size = options.method_options(wish.method, wish.seed, wish.chunk), options.size_of(wish.size)
+    device = options.device_of(wish.device)
+    if all(isinstance(_read(path), CamError) for path in paths):  # then no model need be loaded
+        yield from ((path, _read(path)) for path in paths)
+        return
+    with options.opened(wish.model, wish.weights, wish.no_pretrained, device) as loaded:
+        if wish.layers:
+            tap(loaded.model, list(dict.fromkeys(wish.layers)))
+        target = options.target_of(wish.target, loaded.names)
+        job = Job(wish, loaded, tuple(dict.fromkeys(wish.layers)) or (None,), device, target, size, given)
+        _rehearse(job, paths)
+        files.make(wish.out)
+        for path in paths:
+            picture = _read(path)
+            yield path, picture if isinstance(picture, CamError) else _attempt(path, _explain, job, path, picture)
+
+
+def _read(path: Path) -> Any:
+    """The picture, or why there is none."""
+    try:
+        return images.read(path)
+    except CamError as error:
+        return error
+
+
+def _attempt(path: Path, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What the work on a picture returns, or why it cannot be done."""
+    try:
+        return work(*arguments)
+    except CamError as error:
+        return CamError(f"{path}: {error}")
+
+
+# ---------------------------------------------------------------------------------------------------- the rehearsal
+
+
+def _rehearse(job: Job, paths: Sequence[Path]) -> None:
+    """Raise what is wrong for every picture, before any sweep: what the first has, if no other fares better."""
+    errors = []
+    for path in paths:
+        picture = _read(path)
+        if isinstance(picture, CamError):
+            continue
+        found = _attempt(path, _through, job, picture)
+        if not isinstance(found, CamError):
+            x, outputs = found
+            _check_target(path, job.target, len(outputs))
+            found = _attempt(path, _check_layers, job, path, x)
+        if not isinstance(found, CamError):
+            return
+        errors.append(found)
+    raise errors[0]
+
+
+def _check_target(path: Path, target: Target, count: int) -> None:
+    if isinstance(target, Top) and target.k > count:
+        raise CamError(f"{path}: target top{target.k} is of {target.k} classes: the model has {count}")
+    if isinstance(target, int) and not 0 <= target < count:
+        raise CamError(f"{path}: target {target} is not a class: the model has classes 0 to {count - 1}")
+
+
+def _check_layers(job: Job, path: Path, x: Tensor) -> None:
+    """Without its sweep, which takes the time, a method is tried whole."""
+    model = job.loaded.model
+    if "sweep" not in job.options:
+        for layer in job.layers:
+            _map(job, path, x, layer)
+        return
+    with zoo.told("the model", job.loaded.file), torch.no_grad():
+        names = [layer or choose(model, state_of(model), x, 2) for layer in job.layers]
+        seen = tap(model, names)(state_of(model), x).seen
+    for name, activation in zip(names, seen):
+        _check_grid(name, layouts.read(activation, "auto", tuple(x.shape[2:]), name, 1).grid)
+
+
+def _check_grid(layer: str, grid: Sequence[int]) -> None:
+    if len(grid) != 2:
+        raise CamError(f"layer {layer!r} gives a map of shape {tuple(grid)}, and a picture needs (height, width)")
+
+
+# -------------------------------------------------------------------------------------------------------- a picture
+
+
+def _explain(job: Job, path: Path, picture: Any) -> list[Written]:
+    """All maps of a picture, then all its files: a layer that fails leaves none of another's."""
+    x, outputs = _through(job, picture)
+    seen, true_colours = images.as_seen(x[0], job.loaded.preprocess, picture.size)
+    drawn = []
+    for layer in job.layers:
+        card, raw, notes = _map(job, path, x, layer)
+        if not true_colours:
+            notes += ("the overlay's colours are stretched: preprocess does more than scale each channel",)
+        for note in notes:
+            sys.stderr.write(f"note: {path}: {options.one_line(note)}\n")
+        saved = _sized(job, x, raw)
+        for number in range(len(raw)):
+            explained = classes(card, number, outputs, job.loaded.names)
+            facts = {**_about_run(job, path, x), **explained, **_about_map(job, card, raw, saved, notes)}
+            drawn.append((raw[number], saved[number], facts))
+    return [_write(job, path, seen, *each) for each in drawn]
+
+
+def _through(job: Job, picture: Any) -> tuple[Tensor, Tensor]:
+    """The network's input and its outputs."""
+    x = options.input_of(job.loaded, picture, job.device)
+    return x, zoo.outputs_of(job.loaded, x)
+
+
+def _map(job: Job, path: Path, x: Tensor, layer: str | None) -> tuple[Any, Tensor, tuple[str, ...]]:
+    """The card, the raw maps `(t, h, w)`, one for each class, and all that camfn had to say about them."""
+    given, what, label = dict(job.options), "the model", " ".join(filter(None, (path.name, layer)))
+    with warnings.catch_warnings(record=True) as caught, _bar(label, job.wish.no_progress) as report:
+        warnings.simplefilter("always", CamWarning)
+        if "sweep" in given:
+            given["sweep"], what = given["sweep"]._replace(progress=report), "the model, on masked inputs,"
+        with zoo.told(what, job.loaded.file):
+            card = camfn.explain(job.loaded.model, layer, x, job.target, method=job.wish.method, **given)
+    said = []
+    for warning in caught:
+        if issubclass(warning.category, CamWarning):
+            said.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    maps: Any = card.maps
+    raw = (maps[0] if isinstance(job.target, Top) else maps).detach().cpu()
+    _check_grid(card.layers[0], raw.shape[1:])
+    return card, raw, (*said, *card.notes)
+
+
+@contextmanager
+def _bar(label: str, hidden: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar of forwards done and time left, on stderr, if that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(desc=label, unit="forward", file=sys.stderr, disable=hidden or None, leave=False) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
+
+
+def _sized(job: Job, x: Tensor, raw: Tensor) -> Tensor:
+    """The maps as they are saved. The overlay is made of the layer's own grid, whatever is saved."""
+    size = x.shape[2:] if job.size == "input" else job.size
+    return raw if size is None else camfn.maps.resize(raw, size)
+
+
+def _about_run(job: Job, path: Path, x: Tensor) -> Facts:
+    return {
+        "image": str(path),
+        "model": job.loaded.spec,
+        "weights": None if job.wish.weights is None else str(job.wish.weights),
+        "pretrained": not job.wish.no_pretrained,
+        "device": str(x.device),
+        "input": list(x.shape[1:]),
+    }
+
+
+def _about_map(job: Job, card: Any, raw: Tensor, saved: Tensor, notes: Sequence[str]) -> Facts:
+    return {
+        "layer": card.layers[0],
+        "method": card.method,
+        "seed": job.options.get("seed"),
+        "grid": list(raw.shape[1:]),
+        "size": list(saved.shape[1:]),
+        "seconds": card.seconds,
+        "forwards": card.forwards,
+        "notes": list(notes),
+        "camfn": camfn.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _write(job: Job, path: Path, seen: Tensor, raw: Tensor, saved: Tensor, facts: Facts) -> Written:
+    overlay = images.overlay(seen, camfn.maps.normalize(raw, (-2, -1)))
+    name = f"{path.stem}-{facts['layer']}-{facts['method']}-{facts['class']}"
+    return facts, files.write(job.wish.out, name, overlay, saved.numpy(), facts)

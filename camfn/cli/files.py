@@ -1,0 +1,96 @@
+"""Which files are read, and which are written."""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from camfn._errors import CamError
+
+WRITTEN = ("png", "npy", "json")
+
+
+# ----------------------------------------------------------------------------------------------------- the pictures
+
+
+def pictures(paths: Iterable[Path]) -> list[Path]:
+    """The files that are meant: a folder stands for the pictures in it."""
+    found = []
+    for path in paths:
+        found += _inside(path) if os.path.isdir(path) else [path]
+    return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The folder's pictures by name, without hidden files, and not those of folders inside it."""
+    try:
+        files = sorted(path for path in folder.iterdir() if not path.is_dir())
+    except OSError as error:
+        raise CamError(f"the folder {str(folder)!r} cannot be read: {error.strerror}") from None
+    known = _endings()
+    found = [path for path in files if path.suffix.lower() in known and not path.name.startswith(".")]
+    if not found:
+        raise CamError(
+            f"the folder {str(folder)!r} has no pictures in it (files that end in .png, .jpg, .tif, .webp or the like)"
+        )
+    return found
+
+
+def _endings() -> set[str]:
+    """Of what Pillow reads as pictures; it also knows endings of what it only writes, of films, and of other programs."""
+    from PIL import Image, ImageFile
+
+    def is_picture(kind: str) -> bool:
+        opens = Image.OPEN.get(kind, (ImageFile.StubImageFile,))[0]
+        elsewhere = isinstance(opens, type) and issubclass(opens, ImageFile.StubImageFile)
+        return not elsewhere and Image.MIME.get(kind, "image/").startswith("image/")
+
+    return {ending for ending, kind in Image.registered_extensions().items() if is_picture(kind)}
+
+
+# ------------------------------------------------------------------------------------------------------ the results
+
+
+def make(folder: Path) -> None:
+    """The output folder; whether it can be written to is seen before the first sweep."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CamError(f"--out {str(folder)!r} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CamError(f"--out {str(folder)!r} cannot be written to")
+
+
+def write(folder: Path, name: str, overlay: Any, raw: np.ndarray, facts: dict[str, Any]) -> Path:
+    """Write the three files, all or none, under a name that none of them has yet; returns it, less the ending."""
+    try:
+        base = claim(folder, re.sub(r"[^\w.+ -]", "_", name), WRITTEN)
+        try:
+            overlay.save(f"{base}.png")
+            np.save(f"{base}.npy", raw)
+            Path(f"{base}.json").write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        except BaseException:
+            for ending in WRITTEN:
+                Path(f"{base}.{ending}").unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise CamError(f"the files cannot be written to {str(folder)!r}: {error.strerror}") from None
+    return base
+
+
+def claim(folder: Path, name: str, endings: Sequence[str]) -> Path:
+    """A path, less its ending, that no file has: the first of `name`, `name-2`, `name-3`, ... The last ending is taken."""
+    for number in itertools.count(1):
+        base = folder / (name if number == 1 else f"{name}-{number}")
+        if not any(os.path.lexists(f"{base}.{ending}") for ending in endings):
+            try:
+                Path(f"{base}.{endings[-1]}").open("x").close()  # another run may be at the same point
+            except FileExistsError:
+                continue
+            return base
+    raise AssertionError("unreachable")

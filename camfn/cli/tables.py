@@ -1,0 +1,77 @@
+"""`camfn layers` and `camfn methods`: what there is to choose from."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import camfn
+from camfn import images, zoo
+from camfn.capture import state_of
+from camfn.cli import options
+from camfn.layers import candidates, last_of
+
+Row = dict[str, Any]
+
+
+class Table(NamedTuple):
+    """What there is to say, and how it looks on a terminal."""
+
+    rows: list[Row]
+    heads: Sequence[str]
+    cells: Callable[[Row], Sequence[str]]
+
+
+def lines(table: Table, as_json: bool) -> Iterator[str]:
+    """A JSON object for each row, or columns with a line of heads."""
+    if as_json:
+        yield from map(json.dumps, table.rows)
+        return
+    cells = [table.heads, *map(table.cells, table.rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+
+
+def methods() -> Table:
+    """Every method: what it needs, what it costs, and what it is."""
+    rows = [
+        {"method": name, "needs": sorted(row.needs), "cost": row.cost, "summary": _first_line(row.function)}
+        for name, row in camfn.METHODS.items()
+    ]
+    heads = ("method", "needs", "forwards", "what it is")
+    return Table(rows, heads, lambda row: (row["method"], ", ".join(row["needs"]), row["cost"], row["summary"]))
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").strip().partition("\n")[0]
+
+
+def layers(image: Path | None, model: str, weights: Path | None, no_pretrained: bool, device: str | None) -> Table:
+    """Every layer that can be explained, in the order of execution."""
+    place = options.device_of(device)
+    picture = _noise() if image is None else images.read(image)
+    with options.opened(model, weights, no_pretrained, place) as loaded:
+        x = options.input_of(loaded, picture, place)
+        with zoo.told(f"the model, on an input of shape {tuple(x.shape)},", loaded.file):
+            found = candidates(loaded.model, state_of(loaded.model), x, x.ndim - 2)
+            chosen = last_of(found, loaded.model, x.ndim - 2)
+    rows = [
+        {"layer": layer.name, "class": layer.kind, "shape": list(layer.shape[1:]), "chosen": layer.name == chosen}
+        for layer in found
+    ]
+    return Table(rows, ("layer", "class", "output", ""), _layer_cells)
+
+
+def _layer_cells(row: Row) -> Sequence[str]:
+    shape = " x ".join(map(str, row["shape"]))
+    return row["layer"], row["class"], shape, "<- chosen where no layer is named" if row["chosen"] else ""
+
+
+def _noise() -> Any:
+    """The same in every run."""
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8))

@@ -1,0 +1,453 @@
+"""`camfn explain` over many pictures, and as a process: what goes on, what stops, what is on which stream."""
+
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import cli_support
+import numpy as np
+import pytest
+from cli_support import CAMFN, ENVIRONMENT, explain, facts, invoke, picture, process
+from PIL import Image
+
+from camfn.cli import explain as explaining
+
+here = cli_support.here
+PAIR = ("--model", "net.py:pair", "--layer", "2", "--target", "1", "--out", "maps")
+
+
+def stems(folder: str = "maps") -> list[str]:
+    return sorted(path.name.partition("-")[0] for path in Path(folder).glob("*.npy"))
+
+
+def spoil(path: str) -> None:
+    """Leave the first half of a picture."""
+    Path(path).write_bytes(Path("a.png").read_bytes()[: Path("a.png").stat().st_size // 2])
+
+
+# --------------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_folder_stands_for_its_pictures_by_ending_and_name_without_hidden_ones_and_folders(here):
+    Path("pics/inside.png").mkdir(parents=True)
+    for name in ("c.PNG", "b.jpg", "d.tif", "a.webp", "e.bmp", ".hidden.png", "inside.png/f.png"):
+        picture("a.png").save(f"pics/{name}", format=Image.registered_extensions()[Path(name).suffix.lower()])
+    for name in ("notes.txt", "maps.npy", "card.json", "film.mpg", "paper.pdf", "data.h5", "drawing.eps", "png"):
+        Path("pics", name).write_text("no picture")
+    lines = explain("b.png", "pics", *PAIR)
+    assert [line.partition(": ")[0] for line in lines] == [
+        "b.png",
+        *(f"pics/{n}" for n in ("a.webp", "b.jpg", "c.PNG", "d.tif", "e.bmp")),
+    ]
+    assert stems() == ["a", "b", "b", "c", "d", "e"]
+
+
+def test_a_folder_that_may_not_be_read_is_a_sentence(here, monkeypatch):
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    result = invoke("empty", *PAIR)
+    assert (result.exit_code, result.stderr) == (2, "Error: the folder 'empty' cannot be read: Permission denied\n")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unwritable for root")
+def test_a_folder_that_is_read_only_is_a_sentence(here):
+    Path("empty").chmod(0o500)
+    result = invoke("a.png", "--model", "net.py:pair", "--out", "empty")
+    assert (result.exit_code, result.stderr) == (2, "Error: --out 'empty' cannot be written to\n")
+
+
+def test_a_picture_given_twice_is_written_twice(here):
+    explain("a.png", "a.png", *PAIR)
+    assert len(list(Path("maps").iterdir())) == 6
+
+
+# ------------------------------------------------------------------------------------------------------ bad pictures
+
+
+def test_a_run_goes_on_after_a_bad_picture_tells_of_it_at_the_end_and_exits_1(here):
+    Path("pics").mkdir()
+    for name in ("one.png", "three.png"):
+        picture("a.png").save(f"pics/{name}")
+    spoil("pics/two.png")
+    result = process("explain", "pics", "none.jpg", "b.png", *PAIR)
+    assert result.returncode == 1
+    assert [line.partition(": ")[0] for line in result.stdout.splitlines()] == ["pics/one.png", "pics/three.png", "b.png"]
+    assert result.stderr.splitlines() == [
+        "Error: 'pics/two.png' cannot be read as a picture: image file is truncated",
+        "Error: there is no file 'none.jpg'",
+        "Error: 2 of 5 pictures failed: pics/two.png, none.jpg",
+    ]
+    assert stems() == ["b", "one", "three"]
+
+
+def test_one_bad_picture_is_one_line_and_exit_2(here):
+    spoil("cut.png")
+    result = process("explain", "cut.png", *PAIR)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "Error: 'cut.png' cannot be read as a picture: image file is truncated\n"
+
+
+def test_a_folder_of_one_bad_picture_is_one_bad_picture(here):
+    spoil("empty/cut.png")
+    result = invoke("empty", *PAIR)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "Error: 'empty/cut.png' cannot be read as a picture: image file is truncated\n",
+    )
+
+
+def test_where_every_picture_is_bad_no_model_is_loaded(here):
+    result = invoke("none.png", "net.py", "--model", "net.py:leaves_a_mark", "--out", "maps")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        "Error: there is no file 'none.png'",
+        "Error: 'net.py' is not a picture that Pillow can read",
+        "Error: 2 of 2 pictures failed: none.png, net.py",
+    ]
+    assert not Path("loaded").exists()
+    assert not Path("maps").exists()
+
+
+def test_with_json_a_bad_picture_is_an_object_with_its_error(here):
+    result = invoke("none.png", "a.png", *PAIR, "--json")
+    bad, good = map(json.loads, result.stdout.splitlines())
+    assert result.exit_code == 1
+    assert bad == {"image": "none.png", "error": "there is no file 'none.png'"}
+    assert good["image"] == "a.png"
+    result = invoke("none.png", *PAIR, "--json")
+    assert (result.exit_code, json.loads(result.stdout)) == (2, bad)
+
+
+@pytest.mark.parametrize("order", [("a.png", "wide.png"), ("wide.png", "a.png")])
+def test_a_picture_that_the_network_does_not_take_fails_alone(here, order):
+    Image.new("RGB", (20, 10)).save("wide.png")
+    result = invoke(*order, "--model", "net.py:only_9_by_11", "--layer", "0.2", "--target", "1", "--out", "maps")
+    assert result.exit_code == 1
+    first, last = result.stderr.splitlines()
+    assert first.startswith("Error: wide.png: the model, on an input of shape (1, 3, 10, 20), failed: RuntimeError: ")
+    assert last == "Error: 1 of 2 pictures failed: wide.png"
+    assert stems() == ["a"]
+
+
+@pytest.mark.parametrize("order", [("a.png", "dot.png"), ("dot.png", "a.png")])
+def test_a_picture_on_which_the_layer_has_no_grid_fails_alone_and_leaves_no_files_of_other_layers(here, order):
+    Image.new("RGB", (3, 3)).save("dot.png")
+    result = invoke(
+        *order, "--model", "net.py:squeezes", "--layer", "first", "--layer", "last", "--target", "1", "--out", "maps"
+    )
+    assert result.exit_code == 1
+    assert "Error: dot.png: layer 'last' gives (1, 3), which has no spatial axes" in result.stderr
+    assert result.stderr.splitlines()[-1] == "Error: 1 of 2 pictures failed: dot.png"
+    assert stems() == ["a", "a"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "net.py:wrong_count"], "gives 3 class names, and the model has 4 classes"),
+        (["--model", "net.py:flat"], "the model, on an input of shape .* failed: RuntimeError"),
+        (["--model", "net.py:broken_preprocess"], "preprocess failed at line"),
+        (["--model", "net.py:pair", "--layer", "5"], "layer '5' gives .* which has no spatial axes"),
+        (["--model", "net.py:pair", "--layer", "nine"], "no layer named 'nine'"),
+        (["--model", "net.py:pair", "--target", "4"], "target 4 is not a class"),
+        (["--model", "net.py:pair", "--target", "top9"], "target top9 is of 9 classes"),
+        (["--model", "net.py:without_tensors", "--layer", "1", "--method", "cam"], "cam needs a linear layer"),
+        (["--model", "net.py:pair", "--out", "net.py/maps"], "--out 'net.py/maps' cannot be made: Not a directory"),
+    ],
+)
+def test_what_is_wrong_for_all_pictures_is_said_once_before_the_first_sweep(here, arguments, words):
+    result = invoke("none.png", "a.png", "b.png", "--out", "maps", *arguments)
+    (line,) = result.stderr.splitlines()[-1:]
+    assert re.search(words, line), line
+    assert [line for line in result.stderr.splitlines() if not line.startswith("note: ")] == [line]
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert not list(here.rglob("*.npy"))
+
+
+# ---------------------------------------------------------------------------------------------------- kinds of pictures
+
+
+def grey16() -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 65536, (11, 9)).astype(np.uint16)
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+KINDS = {
+    "grey": lambda p: (p.convert("L"), "x.png", {}, np.dstack([np.asarray(p.convert("L"))] * 3)),
+    "alpha": lambda p: (Image.merge("RGBA", (*p.split(), Image.new("L", p.size, 9))), "x.png", {}, np.asarray(p)),
+    "CMYK": lambda p: (
+        Image.fromarray(np.dstack([255 - np.asarray(p), np.zeros((11, 9), np.uint8)]), "CMYK"),
+        "x.tif",
+        {},
+        np.asarray(p),
+    ),
+    "16 bits": lambda p: (Image.fromarray(grey16()), "x.png", {}, np.dstack([np.rint(grey16() / 257).astype(np.uint8)] * 3)),
+    "EXIF": lambda p: (p, "x.png", {"exif": turned()}, np.rot90(np.asarray(p), -1)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_of_any_kind_gives_the_map_of_the_same_picture_in_rgb_made_by_hand(here, kind):
+    image, name, saving, rgb = KINDS[kind](picture("a.png"))
+    image.save(name, **saving)
+    Image.fromarray(np.ascontiguousarray(rgb)).save("hand.png")
+    arguments = ("--model", "net.py:plain", "--layer", "2", "--target", "1", "--out", "maps")
+    explain(name, "hand.png", *arguments)
+    assert np.array_equal(np.load("maps/x-2-score_cam-1.npy"), np.load("maps/hand-2-score_cam-1.npy"))
+    assert picture("maps/x-2-score_cam-1.png").tobytes() == picture("maps/hand-2-score_cam-1.png").tobytes()
+
+
+def header(width: int, height: int) -> bytes:
+    """The first bytes of a PNG of that size, whose pixels are missing."""
+    data = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + data + struct.pack(">I", zlib.crc32(data)) + b"\0\0\1\0IDAT"
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((10_001, 10_000), "'big.png' has more than 100 megapixels: make it smaller first"),
+        ((30_000, 30_000), "'big.png' has more than 100 megapixels: make it smaller first"),
+        (
+            (10_000, 10_000),
+            "'big.png' cannot be read as a picture: image file is truncated",
+        ),  # and Pillow's warning is not shown
+    ],
+)
+def test_a_picture_over_100_megapixels_is_refused_by_its_header(here, size, words):
+    Path("big.png").write_bytes(header(*size))
+    result = process("explain", "big.png", *PAIR)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"Error: {words}")
+    assert result.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- streams
+
+
+def test_a_good_run_is_quiet_on_stderr_where_that_is_no_terminal(here):
+    result = process("explain", "a.png", "b.png", *PAIR)
+    assert (result.returncode, result.stderr, len(result.stdout.splitlines())) == (0, "", 2)
+
+
+def on_a_terminal(*arguments: str) -> str:
+    """What a command shows on a terminal, stderr alone."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # lines and columns; else there is no room
+    running = subprocess.Popen([*CAMFN, *arguments], stderr=theirs, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # the terminal is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(ours)
+    assert running.wait(60) == 0
+    return shown.decode()
+
+
+def test_a_terminal_gets_a_bar_unless_it_is_not_wanted(here):
+    command = (
+        "explain",
+        "a.png",
+        "--model",
+        "net.py:slow",
+        "--layer",
+        "net.2",
+        "--target",
+        "1",
+        "--chunk",
+        "1",
+        "--out",
+        "maps",
+    )
+    assert re.search(r"a\.png net\.2:\s+\d+%.*\d/5 .*forward", on_a_terminal(*command))
+    assert on_a_terminal(*command, "--no-progress") == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_shows_forwards_done_and_time_left_on_a_terminal_only(monkeypatch):
+    for stream, hidden in ((Terminal(), False), (Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with explaining._bar("dog.png", hidden) as report:
+            for done in (1, 2):
+                time.sleep(0.15)  # tqdm draws ten times a second at most
+                report(done, 8)
+        shown = stream.getvalue()
+        if stream.isatty() and not hidden:
+            assert "dog.png:  25%" in shown
+            assert "2/8" in shown
+            assert "<00:0" in shown  # the time left
+        else:
+            assert shown == ""
+
+
+def test_the_bar_is_told_of_every_forward_of_the_sweep(here, monkeypatch):
+    told = []
+
+    @contextmanager
+    def bar(label, hidden):
+        yield lambda done, total: told.append((label, done, total))
+
+    monkeypatch.setattr(explaining, "_bar", bar)
+    explain("a.png", "--model", "net.py:pair", "--layer", "2", "--method", "is_cam", "--out", "maps")
+    assert told == [("a.png 2", 32, 50), ("a.png 2", 50, 50)]  # 5 channels, 10 samples, 32 at a time
+
+
+def test_what_a_model_prints_and_warns_of_is_on_stderr_and_a_warning_is_one_line(here):
+    command = ("--model", "net.py:talks", "--layer", "net.2", "--target", "1", "--out", "maps", "--json")
+    result = process("explain", "a.png", *command)
+    assert result.returncode == 0
+    (line,) = result.stdout.splitlines()
+    assert json.loads(line)["class"] == 1
+    said = result.stderr.splitlines()
+    assert "note: UserWarning: twice as good" in said
+    assert set(said) == {"note: UserWarning: twice as good", "twice", "as good"}
+
+
+def test_a_name_that_the_terminal_has_no_letters_for_is_spelt_out(here):
+    Path("maße.png").write_bytes(Path("a.png").read_bytes())
+    command = ("--model", "net.py:accents", "--layer", "2", "--target", "1", "--out", "maps")
+    result = process("explain", "maße.png", *command, env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("ma\\xdfe.png: F\\xfcchse (class 1), score ")
+    assert facts("maps/maße-2-score_cam-1.json")["class_name"] == "Füchse"
+
+
+def test_a_pipe_that_is_closed_ends_the_run_without_a_word(here):
+    command = [
+        *CAMFN,
+        "explain",
+        *["a.png"] * 9,
+        "--model",
+        "net.py:slow",
+        "--layer",
+        "net.2",
+        "--target",
+        "1",
+        "--out",
+        "maps",
+    ]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert running.stdout.readline().startswith("a.png: class 1")
+    running.stdout.close()
+    with running.stderr:
+        assert running.stderr.read() == ""
+    assert running.wait(60) != 0
+    assert len(list(Path("maps").iterdir())) < 27
+
+
+def test_ctrl_c_is_one_line_and_exit_130_and_leaves_no_half_of_a_picture(here):
+    command = [
+        *CAMFN,
+        "explain",
+        *["a.png"] * 9,
+        "--model",
+        "net.py:slow",
+        "--layer",
+        "net.2",
+        "--target",
+        "1",
+        "--out",
+        "maps",
+    ]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    running.stdout.readline()  # the first picture is done
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert (running.returncode, said) == (130, "Interrupted: what was written is whole\n")
+    written = list(Path("maps").iterdir())
+    assert 0 < len(written) < 27
+    assert len(written) % 3 == 0
+    assert all(path.stat().st_size for path in written)
+
+
+def test_files_that_are_begun_when_a_run_is_stopped_are_taken_away(here, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("camfn.cli.files.np.save", stopped)
+    result = invoke("a.png", *PAIR)
+    assert (result.exit_code, result.stderr) == (130, "Interrupted: what was written is whole\n")
+    assert not list(Path("maps").iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------- extras
+
+BLOCK = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "{module}":
+            raise {error}
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+@pytest.mark.parametrize("error", ["ImportError('there is none')", "ModuleNotFoundError('there is none')"])
+@pytest.mark.parametrize(("module", "package"), [("click", "click"), ("PIL", "Pillow"), ("tqdm", "tqdm")])
+def test_an_extra_that_cannot_be_imported_is_one_line(here, module, package, error):
+    Path("empty/sitecustomize.py").write_text(BLOCK.format(module=module, error=error))
+    path = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join((str(Path("empty").resolve()), ENVIRONMENT["PYTHONPATH"]))}
+    result = process("explain", "a.png", *PAIR, env=path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"Error: the command line needs {package}: pip install 'camfn[cli]'\n"
+
+
+def test_a_torchvision_that_cannot_be_imported_is_one_line(here):
+    found = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True)
+    if found.returncode == 0:
+        pytest.skip("torchvision works")
+    result = process("explain", "a.png", "--model", "torchvision:resnet18", "--no-pretrained", "--out", "maps")
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert re.match(r"Error: .*torchvision", line)
+
+
+# ------------------------------------------------------------------------------------------------------- misspelling
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a.png"], r"Missing option '--model'"),
+        (["--model", "net.py:pair"], r"Missing argument 'IMAGE\|FOLDER\.\.\.'"),
+        (["a.png", "--model", "net.py:pair", "--methid", "cam"], r"No such option:? '?--methid'?"),
+        (["a.png", "--model", "net.py:pair", "--chunk", "0"], r"Invalid value for '--chunk'"),
+        (["a.png", "--model", "net.py:pair", "--seed", "one"], r"Invalid value for '--seed'"),
+    ],
+)
+def test_misuse_is_clicks_own_to_tell(here, arguments, words):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert re.search(words, result.stderr), result.stderr
