@@ -1,0 +1,207 @@
+"""The tables of README.md that are made, not written: the methods, and what works with each.
+
+    python tests/tables.py            # print them
+    python tests/tables.py --write    # put them into README.md
+
+A cell is what came of trying: the checks are those of the contract tests, or stand here.
+"""
+
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import test_contract as contract
+import test_threads
+import torch
+import torch.nn.functional as F
+from support import SmallNet, assert_close, inputs, small_net
+
+import camfn
+from camfn import _compat
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+WORKS, REFUSED, FAILS, UNKNOWN = "✓", "-", "✗", "?"
+COMPILED = "`torch.compile`"
+
+Cells = dict[str, dict[str, str]]
+"""What came of trying: by method, by column."""
+
+# ------------------------------------------------------------------------------------------------------- the checks
+
+
+def dimensions(dims: int) -> Callable[[str], None]:
+    """Maps of the grid's shape in [0, 1]; and a network with one axis more, of length 1, gives the same map."""
+
+    def check(method: str) -> None:
+        found = contract.run(method, small_net(dims=dims), "features", inputs(dims=dims), [3, 1])
+        assert found.shape == (2, *(4,) * dims)
+        assert found.flatten(1).amin(1).tolist() == [0, 0]
+        assert found.flatten(1).amax(1).tolist() == [1, 1]
+        fewer = max(1, dims - 1)
+        thin, x = small_net(dims=fewer), inputs(dims=fewer)
+        expected = contract.run(method, thin, "features", x, [3, 1], normalize=False)
+        thick = contract.run(method, thickened(thin, fewer), "features", x[..., None], [3, 1], normalize=False)
+        assert_close(thick[..., 0], expected, contract.ROUNDING, f"{fewer} and {fewer + 1} axes")
+
+    return check
+
+
+def thickened(net: SmallNet, dims: int) -> SmallNet:
+    """The network with kernels that have one axis more, and are zero off its middle."""
+    thick, state = small_net(dims=dims + 1), net.state_dict()
+    thick.load_state_dict({name: F.pad(t[..., None], (1, 1)) if t.ndim > 2 else t for name, t in state.items()})
+    return thick
+
+
+def several_inputs(method: str) -> None:
+    pair = inputs(3), contract.GAIN
+    for x in (pair, dict(zip(("image", "gain"), pair))):
+        contract.test_each_sample_keeps_its_own_other_inputs(method, x)
+
+
+def several_layers(method: str) -> None:
+    net, x, layers = small_net(), inputs(), ("features", "act")
+    for layer, found in zip(layers, contract.run(method, net, layers, x)):
+        assert_close(found, contract.run(method, net, layer, x), contract.ROUNDING, layer)
+
+
+def function_as_target(method: str) -> None:
+    net, x = small_net(), inputs()
+    assert_close(contract.run(method, net, "features", x, lambda y: y[3]), contract.run(method, net, "features", x, 3), 0)
+
+
+def any_mode(method: str) -> None:
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        contract.test_the_callers_grad_mode_does_not_matter(method, mode)
+
+
+def narrow(dtype: torch.dtype) -> Callable[[str], None]:
+    return lambda method: contract.test_narrow_dtypes_with_a_flat_channel_give_nearly_the_wide_map(method, "all", dtype)
+
+
+def train_mode(method: str) -> None:
+    contract.test_nothing_is_changed(method, "own")
+    contract.test_a_model_in_train_mode_is_explained_in_eval_mode(method)
+
+
+def differentiated(method: str) -> None:
+    for wrt in ("x", "state="):
+        contract.test_gradients_and_directional_derivatives_agree_with_finite_differences(method, wrt, False, {})
+
+
+def compiled(method: str) -> None:
+    if reason := _compat.can_compile():
+        pytest.skip(reason)
+    contract.test_the_whole_method_can_be_compiled(method)
+
+
+COLUMNS: dict[str, Callable[[str], None]] = {
+    "1-D": dimensions(1),
+    "2-D": dimensions(2),
+    "3-D": dimensions(3),
+    "several inputs": several_inputs,
+    "several targets": contract.test_many_targets_from_one_call_are_the_maps_of_one_call_each,
+    "callable target": function_as_target,
+    "several layers": several_layers,
+    "`vmap` over inputs": lambda method: contract.test_mapping_over_inputs_is_the_batch(method, "int"),
+    "`vmap` over models": contract.test_mapping_over_stacked_states_is_a_loop_over_models,
+    "`grad`, `jvp`": differentiated,
+    COMPILED: compiled,
+    "8 threads": test_threads.test_eight_threads_with_different_inputs_states_and_seeds_at_one_layer,
+    "float16": narrow(torch.float16),
+    "bfloat16": narrow(torch.bfloat16),
+    "inference mode": any_mode,
+    "train mode": train_mode,
+}
+
+
+def tried(method: str, column: str) -> str:
+    """What comes of it."""
+    try:
+        COLUMNS[column](method)
+    except camfn.CamError:
+        return REFUSED
+    except pytest.skip.Exception as reason:
+        sys.stderr.write(f"{method}, {column}: cannot be tried here: {reason}\n")
+        return UNKNOWN
+    except Exception as error:
+        sys.stderr.write(f"{method}, {column}: {error!r}\n")
+        return FAILS
+    return WORKS
+
+
+# ------------------------------------------------------------------------------------------------------- the tables
+
+LEGEND = (
+    f"{WORKS} tried by the tests and equal to an oracle: a plain loop or call, finite differences, the same in a wider dtype "
+    f"or in another number of dimensions; {REFUSED} refused, with a sentence that says why."
+)
+
+
+def works(cells: Cells) -> str:
+    """The table of what works, as markdown."""
+    rows = [["", *COLUMNS], ["---", *(":-:" for _ in COLUMNS)]]
+    rows += [[f"`{method}`", *(cells[method][column] for column in COLUMNS)] for method in cells]
+    failing = f" {FAILS} does not work." if any(FAILS in row.values() for row in cells.values()) else ""
+    return _lines(rows) + f"\n{LEGEND}{failing}\n"
+
+
+def cells_of(block: str) -> Cells:
+    """The cells of a table of what works."""
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines() if "|" in line]
+    return {row[0].strip("`"): dict(zip(header[1:], row[1:])) for row in rows}
+
+
+def methods() -> str:
+    """The table of methods, as markdown: names, first sentences, costs and papers are those of the code."""
+    rows = [["method", "what it does", "forwards", "paper"], ["---"] * 4]
+    for name, method in camfn.METHODS.items():
+        doc = method.function.__doc__ or ""
+        rows.append([f"`{name}`", _summary(doc), method.cost, _paper(name, doc)])
+    return _lines(rows)
+
+
+def _summary(doc: str) -> str:
+    """The first line, without the name that it begins with."""
+    return doc.splitlines()[0].partition(": ")[2].rstrip(".")
+
+
+def _paper(name: str, doc: str) -> str:
+    """`Wang et al., Score-CAM, CVPR workshops 2020 (arXiv 1910.01279)` as a link named by authors and year."""
+    found = re.search(r"\n\n *(\w[^,]*),(?:[^()]|\n)* (\d{4}) \(arXiv\s+([\d.]+\d)\)", doc)
+    assert found, f"{name}: no `Authors, Title, Venue YEAR (arXiv NUMBER)` in the docstring"
+    authors, year, number = found.groups()
+    return f"[{authors}, {year}](https://arxiv.org/abs/{number})"
+
+
+def _lines(rows: list[list[str]]) -> str:
+    return "".join("|" + "|".join(f" {cell} " for cell in row) + "|\n" for row in rows)
+
+
+def block_of(text: str, name: str) -> str | None:
+    """What stands between `<!-- name -->` and `<!-- /name -->`, each on a line of its own."""
+    found = re.search(rf"^<!-- {name} -->\n(.*?)^<!-- /{name} -->$", text, re.DOTALL | re.MULTILINE)
+    return found and found[1]
+
+
+def main() -> None:
+    warnings.simplefilter("error", camfn.CamWarning)
+    cells = {method: {column: tried(method, column) for column in COLUMNS} for method in camfn.METHODS}
+    made = {"methods": methods(), "works": works(cells)}
+    sys.stdout.write("".join(f"<!-- {name} -->\n{block}<!-- /{name} -->\n\n" for name, block in made.items()))
+    if "--write" not in sys.argv[1:]:
+        return
+    text = README.read_text(encoding="utf-8")
+    for name, block in made.items():
+        old = block_of(text, name)
+        if old is None or UNKNOWN in block:
+            sys.exit(f"README.md is as it was: it has no block {name!r}, or something could not be tried here")
+        text = text.replace(f"<!-- {name} -->\n{old}<", f"<!-- {name} -->\n{block}<")
+    README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""`camfn layers` and `camfn methods`, the layers and costs that they tell of, and the help with its examples."""
+
+import inspect
+import json
+import re
+import shlex
+
+import cli_support
+import pytest
+import torch
+from cli_support import command, picture
+from torch import nn
+
+import camfn
+from camfn import cli, images, zoo
+from camfn.layers import Candidate, candidates, last_of
+
+here = cli_support.here
+
+
+def listed(*arguments: str) -> list[dict]:
+    result = command(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------------- layers
+
+
+def with_hooks(function: str, path: str) -> list[tuple[str, str, list[int]]]:
+    """Name, class and shape of every module that returns one tensor, in the order in which they return."""
+    found = []
+    with zoo.opened(f"net.py:{function}") as loaded:
+        x = loaded.preprocess(images.read(path))[None]
+        for name, module in loaded.model.named_modules():
+            module.register_forward_hook(
+                lambda module, _, out, name=name: found.append((name, type(module).__name__, list(out.shape[1:])))
+            )
+        loaded.model.eval()(x)
+    return found
+
+
+def test_layers_lists_what_hooks_see_where_there_is_a_grid_in_the_order_of_execution(here):
+    found = listed("layers", "a.png", "--model", "net.py:odd")
+    expected = [(name, kind, shape) for name, kind, shape in with_hooks("odd", "a.png") if name in ("first", "last")]
+    assert (
+        [(row["layer"], row["class"], row["shape"]) for row in found]
+        == expected
+        == [
+            ("first", "Conv2d", [4, 4, 6]),
+            ("last", "Conv2d", [5, 4, 6]),
+        ]
+    )
+
+
+def test_layers_shows_containers_after_their_contents(here):
+    found = [row["layer"] for row in listed("layers", "a.png", "--model", "net.py:already")]
+    assert (
+        found == ["0.0", "0.1", "0.2", "0.3"] == [name for name, _, shape in with_hooks("already", "a.png") if shape[1:2] > [1]]
+    )
+    assert [row["layer"] for row in listed("layers", "--model", "net.py:watched")] == ["net.0", "net.1", "net.2", "net.3"]
+
+
+def test_the_layer_that_is_marked_is_the_one_that_explain_chooses(here):
+    for function in ("pair", "odd", "already", "without_tensors"):
+        (chosen,) = [row["layer"] for row in listed("layers", "a.png", "--model", f"net.py:{function}") if row["chosen"]]
+        (card,) = listed("explain", "a.png", "--model", f"net.py:{function}", "--out", "maps")
+        assert chosen == card["layer"]
+
+
+def test_layers_in_columns_for_a_reader(here):
+    result = command("layers", "a.png", "--model", "net.py:pair")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "layer  class   output",
+        "0      Conv2d  3 x 6 x 8",
+        "1      ReLU    3 x 6 x 8",
+        "2      Conv2d  5 x 2 x 3",
+        "3      ReLU    5 x 2 x 3  <- chosen where no layer is named",
+    ]
+
+
+def test_without_a_picture_the_network_is_shown_noise_of_224(here):
+    shapes = {row["layer"]: row["shape"] for row in listed("layers", "--model", "net.py:plain")}
+    assert shapes["0"] == [3, 224, 224]
+    assert shapes["2"] == [5, 111, 111]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "net.py:headless"], r"no layer of Sequential has 2 spatial axes of more than one position"),
+        (["none.png", "--model", "net.py:pair"], r"there is no file 'none\.png'"),
+        ([".", "--model", "net.py:pair"], r"'\.' is a folder, not a picture"),
+        (["--model", "net.py:flat"], r"the model, on an input of shape \(1, 3, 224, 224\), failed: RuntimeError"),
+        (["--model", "net.py:nothing"], r"the file has no function 'nothing'"),
+        (["--model", "net.py:pair", "--device", "gpu"], r"--device 'gpu' is no device that torch knows"),
+    ],
+)
+def test_what_layers_cannot_do_is_one_sentence(here, arguments, words):
+    result = command("layers", *arguments)
+    (sentence,) = result.stderr.splitlines()
+    assert re.match(f"Error: .*{words}", sentence), sentence
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+class FullyConvolutional(nn.Module):
+    """Ends in a map for each of 3 classes, averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.classes, self.again = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 3, 1), nn.Tanh()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(self.classes(self.again(self.features(x)))).mean((2, 3))
+
+
+def test_class_maps_are_listed_and_chosen_only_where_there_is_nothing_else():
+    model = FullyConvolutional()
+    found = candidates(model, camfn.state_of(model), torch.randn(2, 2, 5, 6), 2)
+    assert found == [
+        Candidate("features", "Conv2d", (2, 4, 5, 6), False),
+        Candidate("classes", "Conv2d", (2, 3, 5, 6), True),
+    ]
+    assert last_of(found, model, 2) == "features"
+    assert last_of(found[1:], model, 2) == "classes"
+    assert candidates(model, camfn.state_of(model), torch.randn(2, 2, 5, 6), 1) == []
+    with pytest.raises(camfn.CamError, match="no layer of FullyConvolutional has 2 spatial axes"):
+        last_of([], model, 2)
+
+
+# --------------------------------------------------------------------------------------------------------- methods
+
+
+PASSED = []
+"""How many inputs went through, forward by forward: a global, since camfn runs a copy of the model and of what its hooks hold."""
+
+
+@pytest.mark.parametrize("method", camfn.METHODS)
+def test_the_cost_that_is_told_is_what_really_goes_through_the_network(method):
+    model = nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 5))
+    model[0].register_forward_pre_hook(lambda module, inputs: PASSED.append(len(inputs[0])))
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    given = {"fc": "3"} if method == "cam" else {}
+    PASSED.clear()
+    card = camfn.explain(model, "0", x, method=method, **given)
+    cost = camfn.METHODS[method].cost
+    assert re.fullmatch(r"(\d+ x )?(channels \+ )?\d+", cost)
+    assert eval(cost.replace("x", "*"), {"channels": 7}) == card.forwards == sum(PASSED)
+
+
+def test_methods_lists_every_method_with_needs_cost_and_first_line():
+    found = listed("methods")
+    assert [row["method"] for row in found] == list(camfn.METHODS)
+    for row, (name, method) in zip(found, camfn.METHODS.items()):
+        assert row["needs"] == sorted(method.needs)
+        assert row["cost"] == method.cost
+        assert getattr(camfn, name).__doc__.startswith(row["summary"] + "\n\n")
+
+
+def test_methods_in_columns_for_a_reader():
+    head, *rows = command("methods").stdout.splitlines()
+    assert head.split() == ["method", "needs", "forwards", "what", "it", "is"]
+    for name, row in zip(camfn.METHODS, rows, strict=True):
+        assert row.startswith(name + " ")
+        needs, cost = row[head.index("needs") : head.index("forwards")], row[head.index("forwards") : head.index("what")]
+        assert needs.strip().split(", ") == sorted(camfn.METHODS[name].needs)
+        assert cost.strip() == camfn.METHODS[name].cost
+
+
+# ------------------------------------------------------------------------------------------------------------ help
+
+COMMANDS = {name: each.help for name, each in {"": cli.app(), **cli.app().commands}.items()}
+
+
+def examples(text: str) -> list[str]:
+    """The command lines of a help text."""
+    return [
+        line.strip() for line in inspect.cleandoc(text).partition("Example:")[2].splitlines() if line.startswith("  camfn ")
+    ]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_has_an_example_that_runs(here, name):
+    shown = command(*filter(None, [name]), "-h")
+    assert shown.exit_code == 0
+    found = examples(COMMANDS[name])
+    assert found, f"camfn {name} -h has no example"
+    for line in found:
+        assert line in shown.stdout  # not wrapped, not folded into a paragraph
+        picture("a.png").resize((96, 96)).save("photo.jpg")
+        _, *arguments = shlex.split(line)
+        result = command(*arguments)
+        assert result.exit_code == 0, result.output
+        assert result.stdout
+
+
+def test_camfn_alone_shows_its_help():
+    alone, asked = command(), command("--help")
+    assert alone.output == asked.output
+    assert [line.split()[0] for line in asked.output.partition("Commands:")[2].splitlines() if line] == sorted(
+        cli.app().commands
+    )
+
+
+def test_the_help_says_that_the_file_is_run_and_what_the_defaults_are():
+    text = " ".join(command("explain", "--help").stdout.split())
+    for words in (
+        "The file is run",
+        "without it the picture goes in as it is, as numbers from 0 to 1, not resized",
+        "The picture under the map is the one that the network saw, resized and cropped by preprocess",
+        "under a name that no file has yet",
+        "a class that is itself called top3: by its index",
+        "demo a small network that comes with camfn torchvision:NAME[:WEIGHTS]",
+        *camfn.METHODS,
+    ):
+        assert words in text
+
+
+def test_the_default_chunk_that_the_help_tells_is_the_sweeps():
+    assert f"Masked inputs per forward. [default: {camfn.scoring.CHUNK}]" in " ".join(command("explain", "-h").stdout.split())
