@@ -83,17 +83,14 @@ def line(error: BaseException) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the libraries' advice: what matters is an error here. What torch prints of a download is for a terminal."""
-    loggers = [logging.getLogger(name) for name in ("timm", "transformers", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
+    before = logging.root.manager.disable
     with warnings.catch_warnings(), redirect_stdout(sys.stderr if sys.stderr.isatty() else io.StringIO()):
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
+        logging.disable()  # of each library's own logger it would not last: its import sets the level
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels):
-                logger.setLevel(level)
+            logging.disable(before)
 
 
 @contextmanager

@@ -123,7 +123,7 @@ class Watched(nn.Module):
         with open("seen.txt", "a") as file:
             print(*words, file=file)
 def watched(): return Watched(), preprocess
-def slow(): return Watched(seconds=0.3), preprocess
+def slow(): return Watched(seconds=0.15), preprocess
 def talks(): return Watched("twice\\nas good"), preprocess
 def without_tensors(): return nn.Sequential(nn.ReLU(), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()), preprocess
 class Odd(nn.Module):

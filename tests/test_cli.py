@@ -274,6 +274,28 @@ def test_the_input_is_moved_to_the_device_of_the_model_with_tensors_or_without(h
         assert options.input_of(loaded, images.read("a.png"), away).device == away
 
 
+def test_weights_are_those_of_the_file(here):
+    with zoo.opened("net.py:pair") as loaded, torch.no_grad():
+        state = {name: 2 * tensor for name, tensor in loaded.model.state_dict().items()}
+        loaded.model.load_state_dict(state)
+        y = loaded.model.eval()(loaded.preprocess(images.read("a.png"))[None])[0]
+    torch.save(state, "doubled.pt")
+    explain("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "1", "--weights", "doubled.pt", "--out", "maps")
+    found = facts("maps/a-2-score_cam-1.json")
+    assert found["score"] == pytest.approx(float(y[1]), rel=1e-6)
+    assert abs(found["score"] - float(library("pair", "a.png", "2")[1][1])) > 1
+    assert (found["weights"], found["pretrained"]) == ("doubled.pt", True)
+
+
+def test_without_pretraining_weights_are_random_and_the_same_in_every_run(here):
+    scores = []
+    for arguments in ((), ("--no-pretrained",), ("--no-pretrained",)):
+        (line,) = explain("a.png", "--model", "demo", "--layer", "features", "--target", "0", "--json", *arguments)
+        assert json.loads(line)["pretrained"] == (not arguments)
+        scores.append(json.loads(line)["score"])
+    assert scores[1] == scores[2] != scores[0]
+
+
 def test_json_is_the_card_and_the_names_of_the_files(here):
     command = ("a.png", "--model", "net.py:pair", "--layer", "0", "--layer", "2", "--target", "top2", "--json", "--out", "maps")
     found = [json.loads(line) for line in explain(*command)]
@@ -480,6 +502,15 @@ REFUSALS = {
         ["a.png", "--model", "net.py:fails_when_masked", "--layer", "net.2"],
         r"^Error: a\.png: the model, on masked inputs, failed at line \d+ \(assert .*\): AssertionError: one at a time",
     ),
+    "weights that are not there": (
+        ["a.png", "--model", "net.py:pair", "--weights", "none.pt"],
+        r"weights file 'none\.pt' is not there$",
+    ),
+    "weights of another model": (["a.png", "--model", "net.py:pair", "--weights", "linear.pt"], r"linear\.pt.*'?weight'?"),
+    "no weights of a function": (
+        ["a.png", "--model", "net.py:pair", "--no-pretrained"],
+        r"--no-pretrained has no meaning with --model 'net\.py:pair'",
+    ),
     "an output folder that is a file": (
         ["a.png", "--model", "net.py:pair", "--out", "b.png"],
         r"--out 'b\.png' cannot be made: File exists",
@@ -502,6 +533,7 @@ def test_a_device_that_is_not_there_is_refused_before_the_model_is_loaded(here):
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_cannot_be_done_is_one_sentence_on_stderr_and_exit_2(here, case):
     arguments, words = REFUSALS[case]
+    torch.save(torch.nn.Linear(2, 3).state_dict(), "linear.pt")
     result = invoke(*arguments)
     (sentence,) = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
     assert sentence.startswith("Error: ")

@@ -107,3 +107,12 @@ def test_a_missing_extra_is_one_line(monkeypatch, tmp_path):
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "Error: the command line needs matplotlib: pip install 'camfn[cli]'\n"
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_the_readmes_picture_is_this_one(ran):
+    """To what its palette, another version's letters, and rounding leave; a map of another scene or method is far off."""
+    pictures = []
+    for path in (Path(__file__).resolve().parents[1] / "docs" / "demo.png", ran[0] / "demo-2.png"):
+        with Image.open(path) as file:
+            pictures.append(np.asarray(file.convert("RGB").resize((174, 137), Image.Resampling.BOX)).astype(float))
+    assert np.abs(pictures[0] - pictures[1]).mean() < 3

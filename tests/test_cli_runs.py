@@ -223,23 +223,20 @@ def header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + data + struct.pack(">I", zlib.crc32(data)) + b"\0\0\1\0IDAT"
 
 
-@pytest.mark.parametrize(
-    ("size", "words"),
-    [
-        ((10_001, 10_000), "'big.png' has more than 100 megapixels: make it smaller first"),
-        ((30_000, 30_000), "'big.png' has more than 100 megapixels: make it smaller first"),
-        (
-            (10_000, 10_000),
-            "'big.png' cannot be read as a picture: image file is truncated",
-        ),  # and Pillow's warning is not shown
-    ],
-)
-def test_a_picture_over_100_megapixels_is_refused_by_its_header(here, size, words):
+@pytest.mark.parametrize("size", [(10_001, 10_000), (30_000, 30_000)])
+def test_a_picture_over_100_megapixels_is_refused_by_its_header(here, size):
     Path("big.png").write_bytes(header(*size))
+    result = invoke("big.png", *PAIR)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "Error: 'big.png' has more than 100 megapixels: make it smaller first\n"
+
+
+def test_a_picture_of_100_megapixels_is_read_and_pillows_warning_of_its_size_is_not_shown(here):
+    Path("big.png").write_bytes(header(10_000, 10_000))
     result = process("explain", "big.png", *PAIR)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"Error: {words}")
-    assert result.stderr.count("\n") == 1
+    (line,) = result.stderr.splitlines()
+    assert re.match(r"Error: 'big\.png' cannot be read as a picture: image file is truncated", line)
+    assert result.returncode == 2
 
 
 # ---------------------------------------------------------------------------------------------------------- streams
@@ -324,12 +321,11 @@ def test_the_bar_is_told_of_every_forward_of_the_sweep(here, monkeypatch):
 
 def test_what_a_model_prints_and_warns_of_is_on_stderr_and_a_warning_is_one_line(here):
     command = ("--model", "net.py:talks", "--layer", "net.2", "--target", "1", "--out", "maps", "--json")
-    result = process("explain", "a.png", *command)
+    result = process("explain", "a.png", "b.png", *command)
     assert result.returncode == 0
-    (line,) = result.stdout.splitlines()
-    assert json.loads(line)["class"] == 1
+    assert [json.loads(line)["class"] for line in result.stdout.splitlines()] == [1, 1]
     said = result.stderr.splitlines()
-    assert "note: UserWarning: twice as good" in said
+    assert said.count("note: UserWarning: twice as good") == 1  # and not once for each picture
     assert set(said) == {"note: UserWarning: twice as good", "twice", "as good"}
 
 
@@ -414,8 +410,14 @@ sys.meta_path.insert(0, Block())
 """
 
 
-@pytest.mark.parametrize("error", ["ImportError('there is none')", "ModuleNotFoundError('there is none')"])
-@pytest.mark.parametrize(("module", "package"), [("click", "click"), ("PIL", "Pillow"), ("tqdm", "tqdm")])
+@pytest.mark.parametrize(
+    ("module", "package", "error"),
+    [
+        ("click", "click", "ModuleNotFoundError('there is none')"),
+        ("PIL", "Pillow", "ImportError('it was built for another Python')"),
+        ("tqdm", "tqdm", "ModuleNotFoundError('there is none')"),
+    ],
+)
 def test_an_extra_that_cannot_be_imported_is_one_line(here, module, package, error):
     Path("empty/sitecustomize.py").write_text(BLOCK.format(module=module, error=error))
     path = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join((str(Path("empty").resolve()), ENVIRONMENT["PYTHONPATH"]))}

@@ -13,6 +13,7 @@ from torch import nn
 
 import camfn
 from camfn import cli, images, zoo
+from camfn.cli import options
 from camfn.layers import Candidate, candidates, last_of
 
 here = cli_support.here
@@ -133,7 +134,7 @@ def test_class_maps_are_listed_and_chosen_only_where_there_is_nothing_else():
 
 
 PASSED = []
-"""How many inputs went through, forward by forward: a global, since camfn runs a copy of the model and of what its hooks hold."""
+"""How many inputs went through, forward by forward. A global: camfn runs a copy of the model and of what its hooks hold."""
 
 
 @pytest.mark.parametrize("method", camfn.METHODS)
@@ -154,6 +155,8 @@ def test_methods_lists_every_method_with_needs_cost_and_first_line():
     assert [row["method"] for row in found] == list(camfn.METHODS)
     for row, (name, method) in zip(found, camfn.METHODS.items()):
         assert row["needs"] == sorted(method.needs)
+        assert ("masked inputs" in row["needs"]) == options.takes(name, "sweep")
+        assert ("linear head" in row["needs"]) == options.takes(name, "fc")
         assert row["cost"] == method.cost
         assert getattr(camfn, name).__doc__.startswith(row["summary"] + "\n\n")
 

@@ -235,6 +235,32 @@ def test_read_turns_a_picture_as_its_exif_tag_says(tmp_path):
     assert np.array_equal(pixels(images.read(tmp_path / "phone.png")), np.rot90(PICTURE, -1))
 
 
+TURNS = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda a: np.rot90(a),
+}
+"""What the EXIF orientation asks for."""
+
+
+@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "RGBA", "CMYK"])
+def test_a_tiff_is_turned_too(tmp_path, mode, turn):
+    """Pillow maps some uncompressed ones into memory, and garbles those that are to be turned by a quarter."""
+    grey = np.arange(35, dtype=np.uint16).reshape(5, 7) * 1800
+    picture = Image.fromarray(grey) if mode == "I;16" else Image.fromarray(PICTURE).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    picture.save(tmp_path / "p.tif", exif=exif)
+    rgb = np.dstack([np.rint(grey / 257).astype(np.uint8)] * 3) if mode == "I;16" else np.asarray(picture.convert("RGB"))
+    assert np.array_equal(pixels(images.read(tmp_path / "p.tif")), TURNS[turn](rgb))
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
 def test_read_gives_rgb_of_whatever_is_8_bits(tmp_path, mode):
     picture = Image.fromarray(PICTURE).convert(mode)

@@ -3,8 +3,10 @@
 import importlib
 import json
 import logging
+import os
 import re
 import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -129,6 +131,7 @@ def test_densenets_old_names_are_torchvisions_to_change(models, monkeypatch):
     published(old, monkeypatch)
     x = models.DenseNet121_Weights.DEFAULT.transforms()(PICTURE)[None]
     assert_same(zoo.load("torchvision:densenet121"), model, x)
+    assert "get_state_dict" not in vars(models.DenseNet121_Weights)  # which is torchvision's again
 
 
 @pytest.mark.parametrize("aux", [True, False])
@@ -652,20 +655,43 @@ def test_what_torch_prints_of_timms_downloads_is_not_on_stdout(timm, no_hub, mon
         zoo.load("timm:gcvit_xxtiny")  # from an address, not from the hub; the fixture sees that nothing is printed
 
 
-def test_the_libraries_may_speak_again_afterwards(hf, timm):
-    bars = hf.utils.logging.is_progress_bar_enabled
+def test_the_libraries_may_speak_again_afterwards(hf):
     hf_folder(hf)
-    for name in ("timm", "transformers", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.INFO)
     hf.utils.logging.enable_progress_bar()
+    logging.disable(logging.DEBUG)
     try:
         zoo.load("hf:saved")
-        assert bars()
-        assert {logging.getLogger(name).level for name in ("timm", "transformers", "huggingface_hub")} == {logging.INFO}
+        assert hf.utils.logging.is_progress_bar_enabled()
+        assert logging.root.manager.disable == logging.DEBUG
     finally:
+        logging.disable(logging.NOTSET)
         hf.utils.logging.disable_progress_bar()
-        for name in ("timm", "transformers", "huggingface_hub"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+FRESH = """
+import support
+support.torchvision_models()
+from camfn import CamError, zoo
+for spec in ("hf:saved", "timm:kept"):
+    zoo.load(spec)
+    try:
+        zoo.load(spec, weights="w.pth")
+    except CamError as error:
+        print(error)
+"""
+
+
+def test_a_fresh_process_prints_nothing_beside_what_it_is_told(hf, timm):
+    hf_folder(hf)
+    timm_folder(timm, folder="kept")
+    torch.save(small().state_dict(), "w.pth")
+    path = [str(folder) for folder in (Path(support.__file__).parent, Path(zoo.__file__).parents[1])]
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join((*path, os.environ.get("PYTHONPATH", "")))}
+    found = subprocess.run([sys.executable, "-c", FRESH], env=paths, capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
+    first, second = found.stdout.splitlines()
+    assert first.startswith("--model 'hf:saved': weights file 'w.pth' does not fit ResNetForImageClassification: 32 missing")
+    assert second.startswith("--model 'timm:kept': weights file 'w.pth' does not fit ResNet: ")
 
 
 # -------------------------------------------------------------------------------- libraries that cannot be imported

@@ -61,8 +61,12 @@ def refusing() -> Iterator[TextIO]:
         exit_code = 2
 
     def note(message: Warning | str, category: type[Warning], *_: Any) -> None:
-        click.echo(f"note: {category.__name__}: {one_line(message)}", err=True)
+        line = f"note: {category.__name__}: {one_line(message)}"
+        if line not in said:  # once, and not for every picture
+            said.add(line)
+            click.echo(line, err=True)
 
+    said: set[str] = set()
     stdout = sys.stdout
     try:
         with warnings.catch_warnings(), redirect_stdout(sys.stderr):
