@@ -86,7 +86,10 @@ def test_wrapped_names_keep_the_versions_of_their_modules(tmp_path):
             super()._load_from_state_dict(tensors, prefix, metadata, *rest)
 
     torch.save(nn.DataParallel(nn.Sequential(Versioned(3, 2))).state_dict(), tmp_path / "w")
-    if not hasattr(torch.load(tmp_path / "w", weights_only=True), "_metadata"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kept = hasattr(torch.load(tmp_path / "w", weights_only=True), "_metadata")
+    if not kept:
         pytest.skip("this torch drops the versions that a file notes")
     checkpoints.fill(nn.Sequential(Versioned(3, 2)), checkpoints.read(tmp_path / "w"))
 
