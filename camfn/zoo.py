@@ -177,7 +177,7 @@ def outputs_of(loaded: Loaded, x: Tensor) -> Tensor:
         raise CamError(f"a class is explained, and the model's output has shape {tuple(y.shape)}, not (1, classes)")
     if loaded.names and len(loaded.names) != y.shape[1]:
         raise CamError(f"--model {loaded.spec!r} gives {len(loaded.names)} class names, and the model has {y.shape[1]} classes")
-    return y[0].double()
+    return y[0].cpu().double()  # not every device has float64
 
 
 def class_of(target: str | None, names: Sequence[str]) -> int | None:

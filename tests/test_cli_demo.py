@@ -101,11 +101,24 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     assert result.stdout == ""
 
 
-def test_a_missing_extra_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "rows", lambda report: iter([command.Row("cam", [], 0, 0.0)]))
+    monkeypatch.setattr(command, "picture", lambda found: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(Image.Image, "save", full)
     result = CliRunner().invoke(cli.app(), ["demo", "--out", str(tmp_path)])
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "Error: the command line needs matplotlib: pip install 'camfn[cli]'\n"
+    assert re.fullmatch(r"Error: the picture cannot be written to '.*': No space left on device\n", result.stderr)
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "tqdm"])
+def test_a_missing_extra_is_one_line(monkeypatch, tmp_path, module):
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    result = CliRunner().invoke(cli.app(), ["demo", "--out", str(tmp_path)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"Error: the command line needs {module}: pip install 'camfn[cli]'\n"
     assert list(Path(tmp_path).iterdir()) == []
 
 

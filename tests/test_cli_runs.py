@@ -14,6 +14,7 @@ import termios
 import time
 import zlib
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import cli_support
@@ -375,7 +376,9 @@ def test_ctrl_c_is_one_line_and_exit_130_and_leaves_no_half_of_a_picture(here):
         "--out",
         "maps",
     ]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a run of the tests in the background may be deaf to it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen(command, **pipes, env=ENVIRONMENT, preexec_fn=heard)
     running.stdout.readline()  # the first picture is done
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)

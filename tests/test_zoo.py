@@ -283,7 +283,7 @@ LABELS = ("hen", "dog", "owl")
 
 def hf_folder(hf, folder: str = "saved", labels=LABELS, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
     """A model and its image processor in transformers' own format."""
-    labels = {"id2label": dict(reversed(list(enumerate(labels)))), "label2id": {}} if labels else {"num_labels": 3}
+    labels = {"id2label": dict(enumerate(labels)), "label2id": {}} if labels else {"num_labels": 3}
     config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **labels)
     model = seeded(lambda: hf.ResNetForImageClassification(config).to(dtype))
     processor = hf.ConvNextImageProcessor(size={"shortest_edge": 64}, image_mean=[0.4, 0.5, 0.6])
@@ -304,6 +304,12 @@ def test_transformers_from_a_folder(hf, tmp_path, name):
     assert_same(loaded, model, x)
     assert x.shape == (1, 3, 64, 64)
     assert loaded.names == LABELS
+
+
+def test_names_are_in_the_order_of_their_numbers(hf):
+    hf_folder(hf)
+    edited("saved/config.json", id2label={"2": "owl", "0": "hen", "1": "dog"})  # files have 10 before 2
+    assert zoo.load("hf:saved").names == LABELS
 
 
 def test_placeholders_are_no_names(hf):

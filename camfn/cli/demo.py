@@ -9,6 +9,7 @@ from torch import Tensor
 
 import camfn
 from camfn import demo, figures, metrics
+from camfn._errors import CamError
 from camfn.cli import files, options
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def command() -> "click.Command":
 
     place = click.Path(readable=False, path_type=Path)
 
-    @click.command("demo")
+    @click.command("demo", short_help="Map shapes in drawn scenes by every method.")
     @click.option("--out", default="camfn-demo", show_default=True, metavar="DIR", type=place, help="Where the picture goes.")
     @options.no_progress
     def demo_(out: Path, no_progress: bool) -> None:
@@ -121,17 +122,21 @@ def command() -> "click.Command":
 
 def run(out: Path, no_progress: bool, say: Callable[[str], None]) -> None:
     """Explain, draw, write, and say the table."""
+    options.need("PIL", "matplotlib", "tqdm")
     from tqdm import tqdm
 
-    options.need("PIL", "matplotlib", "tqdm")
     files.make(out)
     with tqdm(total=len(camfn.METHODS), unit="method", disable=no_progress or None, leave=False) as bar:
         found = []
         for row in rows(bar.set_description):
             found.append(row)
             bar.update()
-    target = Path(f"{files.claim(out, 'demo', ('png',))}.png")
-    picture(found).save(target)
+    drawn = picture(found)
+    try:
+        target = Path(f"{files.claim(out, 'demo', ('png',))}.png")
+        drawn.save(target)
+    except OSError as error:
+        raise CamError(f"the picture cannot be written to {str(out)!r}: {error.strerror}") from None
     for line in table(found):
         say(line)
     say(f"-> {target}")
