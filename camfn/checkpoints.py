@@ -111,9 +111,8 @@ def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
         misshaped = {name: (found, wanted) for name, (found, wanted) in shapes.items() if found != wanted}
         if not isinstance(error, RuntimeError):
             raise CamError(f"{subject} ({type(error).__name__}: {error})") from error
-        missing, unexpected = model.load_state_dict(
-            _copied(tensors, misshaped), strict=False
-        )  # torch forgives old files the names they lack
+        # Which names are missing is torch's to say: it forgives old files those that they lack.
+        missing, unexpected = model.load_state_dict(_copied(tensors, misshaped), strict=False)
         raise CamError(f"{subject}: {misfit(set(missing) - misshaped.keys(), unexpected, misshaped)}") from error
 
 

@@ -86,11 +86,15 @@ def _draw(axis: Any, panel: Panel, alpha: float, colormap: str) -> None:
     axis.set(xticks=[], yticks=[])
     axis.set_xlabel(panel.caption, fontsize=8, labelpad=2)
     if panel.outline is not None:
-        inside = np.asarray(panel.outline, dtype=float)
+        inside = _array(panel.outline).astype(float)
         axis.contour(inside, levels=[0.5], colors="black", linewidths=2.2)
         axis.contour(inside, levels=[0.5], colors="white", linewidths=1.2)
     if panel.map is not None:
-        _cross(axis, np.asarray(panel.map), picture.size)
+        _cross(axis, _array(panel.map), picture.size)
+
+
+def _array(values: Any) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
 def _cross(axis: Any, map: np.ndarray, size: tuple[int, int]) -> None:

@@ -64,13 +64,15 @@ def pointing_game(
     """
     if not isinstance(tolerance, int) or tolerance < 0:
         raise CamError(f"tolerance={tolerance!r} must be a whole number of pixels, 0 or more")
-    values, inside = _on_pixels(maps, _dilated(masks, tolerance, spatial_ndim), spatial_ndim)
+    values, inside = _on_pixels(maps, masks, spatial_ndim, tolerance)
     highest = (values == values.amax(-1, keepdim=True)).to(values.dtype)
     return (highest * inside).sum(-1) / highest.sum(-1)
 
 
-def _on_pixels(maps: Tensor, masks: Tensor, axes: int) -> tuple[Tensor, Tensor]:
-    """Maps and masks as `(..., pixels)` of one size."""
+def _on_pixels(maps: Tensor, masks: Tensor, axes: int, dilation: int = 0) -> tuple[Tensor, Tensor]:
+    """Maps and dilated masks as `(..., pixels)` of one size."""
+    if axes not in _POOL:
+        raise CamError(f"spatial_ndim={axes!r} must be 1, 2 or 3")
     if masks.dtype != torch.bool:
         raise CamError(f"masks are {masks.dtype}: an object's mask is of bools (masks > 0.5)")
     if maps.shape[:-axes] != masks.shape[:-axes] or min(maps.ndim, masks.ndim) < axes:
@@ -78,11 +80,11 @@ def _on_pixels(maps: Tensor, masks: Tensor, axes: int) -> tuple[Tensor, Tensor]:
             f"maps have shape {tuple(maps.shape)} and masks {tuple(masks.shape)}: all axes but the last {axes} must be the same"
         )
     resized = _maps.resize(maps.to(wide(maps.dtype)), masks.shape[-axes:])
-    return resized.flatten(-axes), masks.flatten(-axes)
+    return resized.flatten(-axes), _dilated(masks, dilation, axes).flatten(-axes)
 
 
 def _dilated(masks: Tensor, by: int, axes: int) -> Tensor:
-    if by == 0 or masks.dtype != torch.bool:
+    if by == 0:
         return masks
     flat = masks.reshape(-1, 1, *masks.shape[-axes:]).float()
     return (_POOL[axes](flat, 2 * by + 1, 1, by) > 0).reshape(masks.shape)

@@ -110,7 +110,8 @@ def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(Image.Image, "save", full)
     result = CliRunner().invoke(cli.app(), ["demo", "--out", str(tmp_path)])
     assert (result.exit_code, result.stdout) == (2, "")
-    assert re.fullmatch(r"Error: the picture cannot be written to '.*': No space left on device\n", result.stderr)
+    assert re.fullmatch(r"Error: the files cannot be written to '.*': No space left on device\n", result.stderr)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "tqdm"])

@@ -339,21 +339,12 @@ def test_a_name_that_the_terminal_has_no_letters_for_is_spelt_out(here):
     assert facts("maps/maße-2-score_cam-1.json")["class_name"] == "Füchse"
 
 
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+SLOWLY = [*CAMFN, "explain", *["a.png"] * 9, *["--model", "net.py:slow", "--layer", "net.2", "--target", "1", "--out", "maps"]]
+
+
 def test_a_pipe_that_is_closed_ends_the_run_without_a_word(here):
-    command = [
-        *CAMFN,
-        "explain",
-        *["a.png"] * 9,
-        "--model",
-        "net.py:slow",
-        "--layer",
-        "net.2",
-        "--target",
-        "1",
-        "--out",
-        "maps",
-    ]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    running = subprocess.Popen(SLOWLY, **PIPES, env=ENVIRONMENT)
     assert running.stdout.readline().startswith("a.png: class 1")
     running.stdout.close()
     with running.stderr:
@@ -363,22 +354,8 @@ def test_a_pipe_that_is_closed_ends_the_run_without_a_word(here):
 
 
 def test_ctrl_c_is_one_line_and_exit_130_and_leaves_no_half_of_a_picture(here):
-    command = [
-        *CAMFN,
-        "explain",
-        *["a.png"] * 9,
-        "--model",
-        "net.py:slow",
-        "--layer",
-        "net.2",
-        "--target",
-        "1",
-        "--out",
-        "maps",
-    ]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a run of the tests in the background may be deaf to it
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = subprocess.Popen(command, **pipes, env=ENVIRONMENT, preexec_fn=heard)
+    running = subprocess.Popen(SLOWLY, **PIPES, env=ENVIRONMENT, preexec_fn=heard)
     running.stdout.readline()  # the first picture is done
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)

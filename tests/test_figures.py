@@ -70,6 +70,11 @@ def test_names_captions_title_and_note_are_written():
         assert ink(**words) > 20, words
 
 
+def test_a_map_may_have_a_graph_and_lists_will_do():
+    expected = pixels([[Panel(GREY, MAP, MAP > 0)]])
+    assert np.array_equal(pixels([[Panel(GREY, MAP.clone().requires_grad_(), (MAP > 0).tolist())]]), expected)
+
+
 def test_the_colour_bar_is_there_where_a_map_is():
     def vivid(panel: Panel) -> int:
         found = pixels([[panel]])

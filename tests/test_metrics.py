@@ -149,6 +149,26 @@ def test_what_a_metric_does_not_take(metric):
         metric(torch.zeros(4), TOP_LEFT)
 
 
+@pytest.mark.parametrize("metric", BOTH)
+@pytest.mark.parametrize("axes", [0, 4])
+def test_there_are_one_to_three_spatial_axes(metric, axes):
+    with pytest.raises(CamError, match=f"spatial_ndim={axes} must be 1, 2 or 3"):
+        metric(torch.zeros(1, 1, 1, 4, 6), TOP_LEFT[None, None, None], spatial_ndim=axes)
+
+
+def test_a_tolerance_does_not_hide_what_is_wrong_with_the_masks():
+    with pytest.raises(CamError, match=r"masks are torch\.float32"):
+        metrics.pointing_game(one(0, 0), TOP_LEFT.float(), tolerance=1)
+    with pytest.raises(CamError, match=r"maps have shape \(4, 6\) and masks \(6,\)"):
+        metrics.pointing_game(one(0, 0), TOP_LEFT[0], tolerance=1)
+
+
+def test_metrics_map_over_a_batch_with_a_tolerance():
+    map, mask = random(4, 6, 6), random(4, 6, 6, seed=1) > 0.9
+    found = torch.func.vmap(lambda m, k: metrics.pointing_game(m, k, tolerance=1))(map, mask)
+    assert torch.equal(found, metrics.pointing_game(map, mask, tolerance=1))
+
+
 @pytest.mark.parametrize("tolerance", [-1, 1.5])
 def test_tolerance_is_a_whole_number_of_pixels(tolerance):
     with pytest.raises(CamError, match="must be a whole number of pixels"):

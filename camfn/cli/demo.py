@@ -9,7 +9,6 @@ from torch import Tensor
 
 import camfn
 from camfn import demo, figures, metrics
-from camfn._errors import CamError
 from camfn.cli import files, options
 
 if TYPE_CHECKING:
@@ -132,11 +131,8 @@ def run(out: Path, no_progress: bool, say: Callable[[str], None]) -> None:
             found.append(row)
             bar.update()
     drawn = picture(found)
-    try:
-        target = Path(f"{files.claim(out, 'demo', ('png',))}.png")
-        drawn.save(target)
-    except OSError as error:
-        raise CamError(f"the picture cannot be written to {str(out)!r}: {error.strerror}") from None
+    with files.claimed(out, "demo", ("png",)) as base:
+        drawn.save(f"{base}.png")
     for line in table(found):
         say(line)
-    say(f"-> {target}")
+    say(f"-> {base}.png")

@@ -4,7 +4,8 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,20 +68,27 @@ def make(folder: Path) -> None:
 
 
 def write(folder: Path, name: str, overlay: Any, raw: np.ndarray, facts: dict[str, Any]) -> Path:
-    """Write the three files, all or none, under a name that none of them has yet; returns it, less the ending."""
+    """Write the three files of a map; returns their name, less the ending."""
+    with claimed(folder, re.sub(r"[^\w.+ -]", "_", name), WRITTEN) as base:
+        overlay.save(f"{base}.png")
+        np.save(f"{base}.npy", raw)
+        Path(f"{base}.json").write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return base
+
+
+@contextmanager
+def claimed(folder: Path, name: str, endings: Sequence[str]) -> Iterator[Path]:
+    """A name, less its ending, that no file has yet: all of the files with these endings are written under it, or none."""
     try:
-        base = claim(folder, re.sub(r"[^\w.+ -]", "_", name), WRITTEN)
+        base = claim(folder, name, endings)
         try:
-            overlay.save(f"{base}.png")
-            np.save(f"{base}.npy", raw)
-            Path(f"{base}.json").write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            yield base
         except BaseException:
-            for ending in WRITTEN:
+            for ending in endings:
                 Path(f"{base}.{ending}").unlink(missing_ok=True)
             raise
     except OSError as error:
         raise CamError(f"the files cannot be written to {str(folder)!r}: {error.strerror}") from None
-    return base
 
 
 def claim(folder: Path, name: str, endings: Sequence[str]) -> Path:

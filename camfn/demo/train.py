@@ -4,6 +4,7 @@ An object covers a twentieth of its scene, and the mean over the picture dilutes
 first epochs see windows around single objects, and the others whole scenes of up to three objects, each class with its share.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -79,9 +80,8 @@ def train(settings: Settings = Settings()) -> nn.Sequential:
     model = network(pretrained=False, seed=settings.seed)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch takes it, its overloads do not say so
     single, epochs = int(found.single.sum()), settings.window_epochs + settings.scene_epochs
-    steps = settings.window_epochs * -(-single // settings.batch) + settings.scene_epochs * -(
-        -settings.scenes // settings.batch
-    )
+    phases = (settings.window_epochs, single), (settings.scene_epochs, settings.scenes)
+    steps = sum(times * math.ceil(count / settings.batch) for times, count in phases)
     optimizer = torch.optim.AdamW(model.parameters(), settings.rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, total_steps=steps, pct_start=0.15)
     model.train()
