@@ -14,7 +14,8 @@ from camfn import cli, demo, maps
 from camfn.cli import demo as command
 
 pytest.importorskip("safetensors")
-pytest.importorskip("matplotlib")
+matplotlib = pytest.importorskip("matplotlib")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +125,11 @@ def test_a_missing_extra_is_one_line(monkeypatch, tmp_path, module):
 
 
 def test_the_readmes_picture_is_this_one(ran):
-    """To what its palette, another version's letters, and rounding leave; a map of another scene or method is far off."""
+    """To what its palette and rounding leave; a map of another scene or method is far off."""
+    if f"matplotlib=={matplotlib.__version__}\n" not in (ROOT / "constraints.txt").read_text():
+        pytest.skip("another matplotlib lays the panels out otherwise")
     pictures = []
-    for path in (Path(__file__).resolve().parents[1] / "docs" / "demo.png", ran[0] / "demo-2.png"):
+    for path in (ROOT / "docs" / "demo.png", ran[0] / "demo-2.png"):
         with Image.open(path) as file:
             pictures.append(np.asarray(file.convert("RGB").resize((174, 137), Image.Resampling.BOX)).astype(float))
     assert np.abs(pictures[0] - pictures[1]).mean() < 3
