@@ -7,11 +7,11 @@ compile it, call it from eight threads on one model.
 from camfn import figures, images, layouts, maps, metrics, targets, weights
 from camfn._errors import CamError, CamWarning
 from camfn.capture import Captured, pure, state_of, tap
+from camfn.execution import Sweep
 from camfn.explanation import Explanation, explain
 from camfn.heads import Head, head
 from camfn.masks import RECIPES, Recipe
 from camfn.methods import METHODS, cam, is_cam, score_cam, ss_cam
-from camfn.scoring import Sweep
 
 __version__ = "0.1.0"
 

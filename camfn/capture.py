@@ -89,12 +89,12 @@ class _Port:
         self.nudge: Tensor | None = None
         self.swap: Tensor | None = None
 
-    def __call__(self, out: Any) -> Any:
+    def __call__(self, args: tuple[Any, ...], out: Any) -> Any:
         return _through(self, out)
 
 
-def _open(module: nn.Module, passes: Callable[[Any], Any]) -> None:
-    """From now on, what the layer returns goes through `passes`."""
+def _open(module: nn.Module, passes: Callable[[tuple[Any, ...], Any], Any]) -> None:
+    """From now on, what the layer returns goes through `passes`, which sees its positional arguments too."""
     module.__dict__["_camfn_passes"] = passes
     module.__class__ = _tapped(type(module))
 
@@ -107,7 +107,7 @@ def _tapped(cls: type[nn.Module]) -> type[nn.Module]:
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         # Around `__call__`, not `forward`: the caller's own hooks are part of what the layer returns.
-        return self.__dict__["_camfn_passes"](run(self, *args, **kwargs))
+        return self.__dict__["_camfn_passes"](args, run(self, *args, **kwargs))
 
     body = {"__call__": __call__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(body))
@@ -295,13 +295,13 @@ def _resolve_layer(shell: Shell, model: nn.Module, layer: Layer, paths: dict[int
     return paths[id(twin)]
 
 
-def watch(model: nn.Module, state: State, x: Inputs, see: Callable[[str, Any], None]) -> Any:
-    """Run the model once and show every module's output to `see(name, output)`, innermost first. Returns the output."""
+def watch(model: nn.Module, state: State, x: Inputs, see: Callable[[str, tuple[Any, ...], Any], None]) -> Any:
+    """Run the model once and show every module to `see(name, arguments, output)`, innermost first. Returns the output."""
     shell = shell_of(model)
 
-    def passes(name: str) -> Callable[[Any], Any]:
-        def show(out: Any) -> Any:
-            see(name, out)
+    def passes(name: str) -> Callable[[tuple[Any, ...], Any], Any]:
+        def show(args: tuple[Any, ...], out: Any) -> Any:
+            see(name, args, out)
             return out
 
         return show

@@ -31,7 +31,7 @@ def candidates(model: nn.Module, state: State, x: Inputs, spatial_ndim: int) -> 
     shapes: dict[str, tuple[int, ...]] = {}
     runs: Counter[str] = Counter()
 
-    def see(name: str, out: object) -> None:
+    def see(name: str, args: tuple[Any, ...], out: object) -> None:
         runs[name] += 1
         if isinstance(out, Tensor):
             shapes[name] = tuple(out.shape)

@@ -1,47 +1,25 @@
-"""The sweep: the score of every masked input, in chunks, through one kernel.
+"""The sweep: which masked inputs are scored, in chunks, and what their scores say of the channels."""
 
-By definition the kernel is a function of one row, `(state, x, mask, target) -> score`, mapped over the rows of a chunk.
-Folded, masking and targets are mapped and the model, which takes batches by nature, gets the chunk as its batch.
-"""
-
-import functools
-import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, NoReturn
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.utils._pytree import tree_flatten, tree_map
 
-from camfn import _compat, keep
+from camfn import _compat
 from camfn._errors import CamError, warn
-from camfn._types import Inputs, Scores, State, wide
-from camfn.capture import pure_from
+from camfn._types import Scores, wide
+from camfn.execution import Sweep, pays
+from camfn.kernel import Kernel, Rows, kernel_of, mask_row
 from camfn.layouts import Read
-from camfn.masks import Rule, Variation, flat_channels, masked_input, noise_stream
-from camfn.subject import Key, Subject, first_nonfinite, pick, with_input
-from camfn.targets import Score, score_rows
-
-Rows = dict[str, Tensor]
-CHUNK = 32
-
-
-class Sweep(NamedTuple):
-    """How a sweep is carried out. Nothing here changes the result beyond rounding.
-
-    - `chunk`: masked inputs per forward, 32 by default.
-    - `compile`: `True` compiles the kernel with `torch.compile(fullgraph=True)`, which pays from thousands of forwards on,
-      since the first call takes half a minute; `"auto"` uses a compiled kernel where this model and these shapes have one.
-    - `fold=False` maps through the model, which then sees one row at a time: for models whose samples are not independent.
-    - `progress`: `True` shows a bar (tqdm), a callable gets `(done, total)` forwards.
-    """
-
-    chunk: int | None = None
-    compile: bool | Literal["auto"] = "auto"
-    fold: bool = True
-    progress: bool | Callable[[int, int], None] = False
+from camfn.masks import Rule, Variation, flat_channels, noise_stream
+from camfn.memory import is_exhausted
+from camfn.runner import Runner, rows_of
+from camfn.subject import Subject, first_nonfinite
+from camfn.targets import Score
 
 
 class Plan(NamedTuple):
@@ -56,50 +34,6 @@ class Plan(NamedTuple):
     def rows_in_all(self) -> int:
         """Masked inputs."""
         return len(self.rows) + len(self.zeros)
-
-
-# ----------------------------------------------------------------------------------------------------- the kernel
-
-
-def _of_images(x: Inputs, key: Key, image: Tensor, n: int, masked: Tensor) -> Inputs:
-    """The inputs of a chunk: the masked one, and of the others the rows of the same images."""
-    if key is None:
-        return masked
-
-    def pick(leaf: Any) -> Any:
-        per_image = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == n
-        return leaf.index_select(0, image) if per_image else leaf
-
-    return with_input(tree_map(pick, x), key, masked)
-
-
-def _mask_row(rule: Rule, images: Tensor, row: Rows) -> Tensor:
-    image = images.index_select(0, row["image"].reshape(1))[0]
-    return masked_input(rule, image, row["channel"], row["scale"], row.get("noise"))
-
-
-def folded(
-    call: Callable[[State, Inputs], Any], of: Any, rule: Rule, key: Key, state: State, x: Inputs, targets: Tensor, rows: Rows
-) -> Tensor:
-    """The scores `(b, t)` of a chunk of rows: masking and targets mapped, the chunk a batch of the model."""
-    images = pick(x, key)
-    masked = vmap(functools.partial(_mask_row, rule, images))(rows)
-    output = call(state, _of_images(x, key, rows["image"], images.shape[0], masked))
-    return score_rows(of, output, targets.index_select(0, rows["image"]))
-
-
-def mapped(
-    call: Callable[[State, Inputs], Any], of: Any, rule: Rule, key: Key, state: State, x: Inputs, targets: Tensor, rows: Rows
-) -> Tensor:
-    """The same by the definition: one row, model and all, mapped over the chunk."""
-
-    def one(row: Rows) -> Tensor:
-        return folded(call, of, rule, key, state, x, targets, {name: value[None] for name, value in row.items()})[0]
-
-    return vmap(one)(rows)
-
-
-# ------------------------------------------------------------------------------------------------------ the sweep
 
 
 def plan(read: Read, variation: Variation) -> Plan:
@@ -121,6 +55,7 @@ def plan(read: Read, variation: Variation) -> Plan:
 
 def sweep(
     subject: Subject,
+    runner: Runner,
     score: Score,
     todo: Plan,
     variation: Variation,
@@ -128,20 +63,36 @@ def sweep(
     tick: Callable[[int], None],
 ) -> Scores:
     """`S_k`: for every channel of every image, the mean score of its masked inputs."""
-    size = tuple(subject.image.shape[2:])
-    rule = Rule(variation.recipe, variation.noise, size, todo.read.values.dtype)
-    kernel = _kernel_for(subject, score, rule, todo.read.grid, checked(options))
     index = torch.cat([todo.rows, todo.zeros])
-    found = _in_chunks(kernel, _rows_from(subject, todo.read, variation, size), index, options, tick)
+    if len(index) == 0:
+        raise CamError("every channel of the layer is flat, and the recipe leaves flat channels out: there is nothing to sweep")
+    return _gather(score_index(subject, runner, score, todo.read, variation, options, tick, index), todo, variation)
+
+
+def score_index(
+    subject: Subject,
+    runner: Runner,
+    score: Score,
+    read: Read,
+    variation: Variation,
+    options: Sweep,
+    tick: Callable[[int], None],
+    index: Tensor,
+) -> Tensor:
+    """The scores `(r, t)` of the masked inputs `(draw, channel, image)` of `index`, `(r, 3)`, draws in order."""
+    size = tuple(subject.image.shape[2:])
+    rule = Rule(variation.recipe, variation.noise, size, read.values.dtype)
+    kernel = kernel_of(subject, runner, score, rule, read.grid, options)
+    found = _in_chunks(kernel, _rows_from(subject, read, variation, size), index, runner.chunk, tick)
     if not _compat.transformed() and not bool(torch.isfinite(found).all()):
         bad = index[(~torch.isfinite(found)).any(1).nonzero()[0]]
-        _raise_nonfinite(subject, rule, bad, _rows_from(subject, todo.read, variation, size)(bad))
-    return _gather(found, todo, variation)
+        _raise_nonfinite(subject, rule, bad, _rows_from(subject, read, variation, size)(bad))
+    return found
 
 
 def _raise_nonfinite(subject: Subject, rule: Rule, index: Tensor, rows: Rows) -> NoReturn:
-    masked = vmap(functools.partial(_mask_row, rule, subject.image))(rows)
-    x = _of_images(subject.x, subject.key, rows["image"], subject.n, masked)
+    masked = vmap(partial(mask_row, rule, subject.image))(rows)
+    x = rows_of(subject.x, subject.key, rows["image"], subject.n, masked)
     _, channel, image = index[0].tolist()
     raise CamError(
         f"the score of image {image} masked by channel {channel} is not finite; "
@@ -167,20 +118,59 @@ def _rows_from(subject: Subject, read: Read, variation: Variation, size: tuple[i
     return rows
 
 
+# ----------------------------------------------------------------------------------------------------- in chunks
+
+
 def _in_chunks(
-    kernel: "Kernel", rows_of: Callable[[Tensor], Rows], index: Tensor, options: Sweep, tick: Callable[[int], None]
+    kernel: Kernel, rows_from: Callable[[Tensor], Rows], index: Tensor, chunk: int, tick: Callable[[int], None]
 ) -> Tensor:
-    chunk = CHUNK if options.chunk is None else options.chunk
-    if len(index) == 0:
-        raise CamError("every channel of the layer is flat, and the recipe leaves flat channels out: there is nothing to sweep")
-    found = []
-    for part in index.split(chunk):
-        used = len(part)
-        if kernel.compiled and used < chunk:  # one shape, one graph
-            part = torch.cat([part, part[-1:].expand(chunk - used, 3)])
-        found.append(kernel.call(rows_of(part))[:used])
-        tick(used)
+    found, most = [], chunk
+    while (start := sum(map(len, found))) < len(index):
+        begun = time.perf_counter() if kernel.compiled else 0.0
+        scores, chunk = _scores(kernel, rows_from(index[start : start + chunk]), chunk)
+        found.append(scores)
+        tick(len(scores))
+        if kernel.compiled and len(found) == 2 and pays((len(index) - start - chunk) / chunk * _seconds_since(begun, scores)):
+            kernel = kernel.compiled()
+    if chunk < most:
+        warn(f"memory ran out at {most} masked inputs per forward; {chunk} fitted (Sweep(chunk={chunk}) starts with that)")
     return torch.cat(found)
+
+
+def _seconds_since(begun: float, scores: Tensor) -> float:
+    if scores.device.type == "cuda":
+        torch.cuda.synchronize(scores.device)  # once in a sweep
+    return time.perf_counter() - begun
+
+
+def _scores(kernel: Kernel, rows: Rows, chunk: int) -> tuple[Tensor, int]:
+    """The scores of rows that were made for one chunk, and the chunk that memory sufficed for."""
+    while True:
+        try:
+            return torch.cat([kernel.call(_padded(kernel, part, chunk))[: _count(part)] for part in _split(rows, chunk)]), chunk
+        except RuntimeError as error:
+            if chunk == 1 or _compat.transformed() or not is_exhausted(error):
+                raise
+        chunk = min(chunk, _count(rows)) // 2 or 1
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def _count(rows: Rows) -> int:
+    return len(rows["image"])
+
+
+def _split(rows: Rows, chunk: int) -> Iterator[Rows]:
+    for start in range(0, _count(rows), chunk):
+        yield {name: value[start : start + chunk] for name, value in rows.items()}
+
+
+def _padded(kernel: Kernel, rows: Rows, chunk: int) -> Rows:
+    """One shape, one graph."""
+    missing = chunk - _count(rows)
+    if not kernel.pads or not missing:
+        return rows
+    return {name: torch.cat([value, value[-1:].expand(missing, *value.shape[1:])]) for name, value in rows.items()}
 
 
 def _gather(found: Tensor, todo: Plan, variation: Variation) -> Scores:
@@ -195,106 +185,3 @@ def _gather(found: Tensor, todo: Plan, variation: Variation) -> Scores:
         shared = found.new_zeros(n, t).index_add(0, todo.zeros[:, 2].to(found.device), zeros)
         scores = torch.where(todo.flat[..., None], shared[:, None], scores)
     return scores
-
-
-# ---------------------------------------------------------------------------------------------------- compilation
-
-
-class Kernel(NamedTuple):
-    """The kernel with all but the rows filled in."""
-
-    call: Callable[[Rows], Tensor]
-    compiled: bool
-
-
-def _kernel_for(subject: Subject, score: Score, rule: Rule, grid: tuple[int, ...], options: Sweep) -> Kernel:
-    body = folded if options.fold else mapped
-    arguments = (pure_from(subject.shell), score.of, rule, subject.key, subject.state, subject.x, score.rows)
-    eager = Kernel(functools.partial(body, *arguments), False)
-    auto = options.compile == "auto"
-    if options.compile is False or _compat.transformed() or (auto and not keep.has_any(subject.model)):
-        return eager
-    key = _kernel_key(subject, score, rule, grid, options)
-    if auto and not keep.is_made(subject.model, key):
-        return eager
-    if reason := _compat.can_compile():
-        warn(f"the kernel runs without compilation: {reason}")
-        return eager
-    return Kernel(functools.partial(_call_compiled, keep.slot_of(subject.model, key), body, arguments), True)
-
-
-def _kernel_key(subject: Subject, score: Score, rule: Rule, grid: tuple[int, ...], options: Sweep) -> Any:
-    leaves, tree = tree_flatten(subject.x)
-    shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
-    state = tuple((t.dtype, t.device) for t in subject.state.values())
-    of = (score.of.func, *map(_weakly, score.of.args), score.rows.shape)
-    settings = (rule, grid, subject.key, options.fold, options.chunk)
-    return "kernel", of, settings, shapes, str(tree), state, keep.structure(subject.shell)
-
-
-def _weakly(value: Any) -> Any:
-    """A caller's callable may lead to the model, which what is kept must not hold on to."""
-    if isinstance(value, tuple):
-        return tuple(map(_weakly, value))
-    return weakref.ref(value) if callable(value) else value
-
-
-def _call_compiled(slot: keep.Slot, body: Any, arguments: tuple[Any, ...], rows: Rows) -> Tensor:
-    """Outside grad and inference mode, which would each be one more graph; the first call alone, since it compiles."""
-
-    def plain(leaf: Any) -> Any:
-        return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
-
-    with torch.inference_mode(False), torch.no_grad():
-        call, of, *tensors = arguments
-        arguments = (call, of, *tree_map(plain, tensors))
-        rows = tree_map(plain, rows)
-        with slot.lock if slot.made is None else nullcontext():
-            kernel = slot.made or _compat.compiled(body)
-            try:
-                scores = kernel(*arguments, rows)
-            except Exception as error:
-                if not type(error).__module__.startswith("torch._dynamo"):
-                    raise
-                found = str(error).strip().splitlines()[0]
-                raise CamError(f"torch.compile does not take this model as one graph ({found}); use compile=False") from error
-            slot.made = kernel
-    return scores
-
-
-def checked(options: Sweep) -> Sweep:
-    """`options`, or a sentence about what is wrong with them."""
-    if options.chunk is not None and not (isinstance(options.chunk, int) and options.chunk > 0):
-        raise CamError(f"Sweep(chunk={options.chunk!r}): chunk must be None or a positive int, masked inputs per forward")
-    if options.compile not in ("auto", True, False):
-        raise CamError(f'Sweep(compile={options.compile!r}): compile must be "auto", True or False')
-    return options
-
-
-def counter(progress: bool | Callable[[int, int], None], total: int) -> Callable[[int], None]:
-    """A function that is told of every chunk how many forwards it was, and shows it."""
-    if progress is False:
-        return lambda used: None
-    report, done = _bar(total) if progress is True else progress, 0
-
-    def tick(used: int) -> None:
-        nonlocal done
-        done += used
-        report(done, total)
-
-    return tick
-
-
-def _bar(total: int) -> Callable[[int, int], None]:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise CamError("progress=True needs tqdm (pip install 'camfn[cli]'); or pass a callable (done, total)") from error
-    bar = tqdm(total=total, unit="forward")
-
-    def report(done: int, total: int) -> None:
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-
-    return report

@@ -182,7 +182,7 @@ def first_nonfinite(model: nn.Module, state: State, x: Inputs) -> str:
     """The layer, in the order of execution, whose output is the first that is not finite, for the end of a sentence."""
     found: list[str] = []
 
-    def see(name: str, out: Any) -> None:
+    def see(name: str, args: tuple[Any, ...], out: Any) -> None:
         leaves = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         if not found and not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
             found.append(name)

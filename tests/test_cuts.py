@@ -9,7 +9,7 @@ import camfn
 from tests.support import assert_close
 
 SEEN: list[Tensor] = []  # every input of every forward; a global, since camfn copies all that the model itself holds
-PLAIN = camfn.Sweep(fold=True, compile=False)
+PLAIN = camfn.Sweep(chunk=32, fold=True, compile=False)
 CHANNELS, SIDE, CLASSES = 6, 8, 4
 RECIPES = ("torchcam", "pytorch-grad-cam", "authors", "paper")
 FLATS = {0: (), 1: (3,), 3: (0, 2, 5), 6: (0, 1, 2, 3, 4, 5)}
@@ -173,8 +173,12 @@ def test_chunks_neither_add_rows_nor_drop_any(chunk, recipe):
 
 
 def test_the_default_sweep_of_a_fresh_model_makes_the_same_cuts():
-    x = images(FLATS[3])
-    rows, _ = rows_of(x, lambda: camfn.score_cam(Counted(), "features", x, 1))
+    """But for the forwards that tell how the model may be run, once: two inputs alone, the two together, one watched."""
+    x, net = images(FLATS[3]), Counted()
+    SEEN.clear()
+    camfn.score_cam(net, "features", x, 1)
+    assert sum(map(len, SEEN)) == 1 + 5 + expected_rows([FLATS[3]])
+    rows, _ = rows_of(x, lambda: camfn.score_cam(net, "features", x, 1))
     assert len(rows) == expected_rows([FLATS[3]])
 
 

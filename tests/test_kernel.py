@@ -54,7 +54,10 @@ def test_mapping_through_the_model_shows_it_one_row_at_a_time():
     weights = torch.softmax(loop_scores(model, x, "net.features", 3), 1)
     run = functools.partial(camfn.METHODS["score_cam"].run, model, "net.features", x, 3)
     assert_close(run(sweep=Sweep(fold=False)).weights[0][:, 0], weights, 1e-12)
-    assert (run(sweep=Sweep()).weights[0][:, 0] - weights).abs().max() > 1e-5
+    assert (run(sweep=Sweep(fold=True)).weights[0][:, 0] - weights).abs().max() > 1e-5
+    for _ in range(2):
+        with pytest.warns(camfn.CamWarning, match="depends on the others of its batch: the sweep maps through the model"):
+            assert_close(run().weights[0][:, 0], weights, 1e-12)
 
 
 def counting(monkeypatch) -> "torch._dynamo.testing.CompileCounter":
@@ -138,7 +141,7 @@ def test_auto_uses_a_compiled_kernel_only_where_there_is_one(monkeypatch):
     operations = counter.op_count
     seen = []
     monkeypatch.setattr(
-        camfn.scoring, "_call_compiled", lambda *args, call=camfn.scoring._call_compiled: (seen.append(1), call(*args))[1]
+        camfn.kernel, "_call_compiled", lambda *args, call=camfn.kernel._call_compiled: (seen.append(1), call(*args))[1]
     )
     camfn.score_cam(model, "features", x, 3)
     assert seen
@@ -259,10 +262,15 @@ class CountsInPython(SmallNet):
 
 
 @needs_compiler
-def test_a_model_that_the_compiler_does_not_take_is_told_so(monkeypatch):
+def test_a_model_that_the_compiler_does_not_take_runs_without_it(monkeypatch):
     counting(monkeypatch)
-    with pytest.raises(camfn.CamError, match=r"torch.compile does not take this model as one graph \(.*; use compile=False"):
-        camfn.score_cam(CountsInPython().double(), "features", inputs(2), 1, sweep=Sweep(compile=True, chunk=1))
+    net, x = CountsInPython().double(), inputs(2)
+    expected = camfn.score_cam(net, "features", x, 1, sweep=Sweep(compile=False, chunk=1))
+    for _ in range(2):
+        with pytest.warns(camfn.CamWarning, match="runs without compilation: torch.compile does not take this model") as caught:
+            found = camfn.score_cam(net, "features", x, 1, sweep=Sweep(compile=True, chunk=1))
+        assert len(caught) == 1
+        assert_close(found, expected, 0)
 
 
 @needs_compiler

@@ -211,7 +211,7 @@ def test_noise_of_a_draw_does_not_depend_on_how_many_there_are(side):
 def noise_seen(x: Tensor, draws: int) -> Tensor:
     """The rows that the model saw beside the clean input, one channel after the other, draws outermost."""
     SEEN.clear()
-    scores(x, num_samples=draws, sweep=camfn.Sweep(compile=False))
+    scores(x, num_samples=draws, sweep=camfn.Sweep(chunk=32, fold=True, compile=False))
     return torch.cat(SEEN)[1:]
 
 

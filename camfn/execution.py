@@ -1,0 +1,88 @@
+"""How a sweep is carried out: the options, checked, and the progress that is shown."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from camfn._errors import CamError
+
+CHUNK = 32
+
+
+class Sweep(NamedTuple):
+    """How a sweep is carried out. Nothing here changes the result beyond rounding.
+
+    - `chunk`: masked inputs per forward; 32 by default, fewer where the CPU's free memory would not do.
+    - `memory`: how much the sweep may take, in bytes (an int) or as a share of what is free (a float in (0, 1]): the chunk is
+      what fits, `chunk` being then the most. Where an allocator has no memory left, the chunk is halved, which a warning says.
+    - `compile`: `True` compiles the kernel with `torch.compile(fullgraph=True)`; `"auto"` uses a compiled kernel where this
+      model and these shapes have one, and makes one where the work at hand pays for it (`camfn.execution.pays`).
+    - `fold`: `True` gives the model the chunk as a batch; `False` maps through the model, which then sees one row at a time:
+      for models whose samples are not independent. `"auto"` finds out, once for each model and shape, by three forwards;
+      under a transform it is `True`.
+    - `progress`: `True` shows a bar (tqdm), a callable gets `(done, total)` forwards.
+    """
+
+    chunk: int | None = None
+    memory: int | float | None = None
+    compile: bool | Literal["auto"] = "auto"
+    fold: bool | Literal["auto"] = "auto"
+    progress: bool | Callable[[int, int], None] = False
+
+
+def checked(options: Sweep) -> Sweep:
+    """`options`, or a sentence about what is wrong with them."""
+    chunk, memory = options.chunk, options.memory
+    if chunk is not None and not (_is_whole(chunk) and chunk > 0):
+        raise CamError(f"Sweep(chunk={chunk!r}): chunk must be None or a positive int, masked inputs per forward")
+    share = isinstance(memory, float) and 0 < memory <= 1
+    if memory is not None and not share and not (_is_whole(memory) and memory > 0):
+        raise CamError(f"Sweep(memory={memory!r}): memory must be None, bytes (a positive int), or a share in (0, 1] (a float)")
+    for name in ("compile", "fold"):
+        if getattr(options, name) not in ("auto", True, False):
+            raise CamError(f'Sweep({name}={getattr(options, name)!r}): {name} must be "auto", True or False')
+    return options
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def pays(seconds: float) -> bool:
+    """Is compiling worth it for a sweep that would take so many more seconds without?
+
+    Compiling takes half a minute in a fresh process, and a compiled kernel saves some 5 % of the time of one that has its
+    batch norms merged and its channels last already (`benchmarks/compile.py`). So it pays from a quarter of an hour of work on.
+    """
+    return _SAVES * seconds > _COSTS
+
+
+_SAVES, _COSTS = 0.05, 40.0  # a share, seconds
+
+
+def counter(progress: bool | Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """A function that is told of every chunk how many forwards it was, and shows it."""
+    if progress is False:
+        return lambda used: None
+    report, done = _bar(total) if progress is True else progress, 0
+
+    def tick(used: int) -> None:
+        nonlocal done
+        done += used
+        report(done, total)
+
+    return tick
+
+
+def _bar(total: int) -> Callable[[int, int], None]:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise CamError("progress=True needs tqdm (pip install 'camfn[cli]'); or pass a callable (done, total)") from error
+    bar = tqdm(total=total, unit="forward")
+
+    def report(done: int, total: int) -> None:
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return report

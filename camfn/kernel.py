@@ -1,0 +1,126 @@
+"""The kernel: the scores of a chunk of masked inputs, eager or compiled.
+
+By definition it is a function of one row, `(state, x, mask, target) -> score`, mapped over the rows of a chunk. Folded, masking
+and targets are mapped and the model, which takes batches by nature, gets the chunk as its batch.
+"""
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_flatten, tree_map
+
+from camfn import _compat, keep
+from camfn._errors import warn
+from camfn._types import Inputs, State
+from camfn.execution import Sweep
+from camfn.masks import Rule, masked_input
+from camfn.runner import Runner, rows_of, weakly
+from camfn.subject import Key, Subject, pick
+from camfn.targets import Score, score_rows
+
+Rows = dict[str, Tensor]
+
+
+class Kernel(NamedTuple):
+    """The kernel with all but the rows filled in."""
+
+    call: Callable[[Rows], Tensor]
+    pads: bool  # it wants all chunks in one shape
+    compiled: Callable[[], "Kernel"] | None = None  # the same compiled, where that may come to pay
+
+
+def mask_row(rule: Rule, images: Tensor, row: Rows) -> Tensor:
+    """The masked input of one row."""
+    image = images.index_select(0, row["image"].reshape(1))[0]
+    return masked_input(rule, image, row["channel"], row["scale"], row.get("noise"))
+
+
+def folded(
+    call: Callable[[State, Inputs], Any], of: Any, rule: Rule, key: Key, state: State, x: Inputs, targets: Tensor, rows: Rows
+) -> Tensor:
+    """The scores `(b, t)` of a chunk of rows: masking and targets mapped, the chunk a batch of the model."""
+    images = pick(x, key)
+    masked = vmap(functools.partial(mask_row, rule, images))(rows)
+    output = call(state, rows_of(x, key, rows["image"], images.shape[0], masked))
+    return score_rows(of, output, targets.index_select(0, rows["image"]))
+
+
+def mapped(
+    call: Callable[[State, Inputs], Any], of: Any, rule: Rule, key: Key, state: State, x: Inputs, targets: Tensor, rows: Rows
+) -> Tensor:
+    """The same by the definition: one row, model and all, mapped over the chunk."""
+
+    def one(row: Rows) -> Tensor:
+        return folded(call, of, rule, key, state, x, targets, {name: value[None] for name, value in row.items()})[0]
+
+    return vmap(one)(rows)
+
+
+def kernel_of(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: tuple[int, ...], options: Sweep) -> Kernel:
+    """The kernel for a layer of this grid: compiled if asked for, or if it is there already."""
+    body = folded if runner.folded else mapped
+    arguments = (runner.call(), score.of, rule, subject.key, runner.state, subject.x, score.rows)
+    eager = Kernel(functools.partial(body, *arguments), False)
+    if options.compile is False or _compat.transformed():
+        return eager
+    key = _key(subject, runner, score, rule, grid)
+
+    def compiled() -> Kernel:
+        slot = keep.slot_of(subject.model, key)
+        if reason := slot.made.reason if isinstance(slot.made, _Refused) else _compat.can_compile():
+            _warn_of(reason)
+            return eager
+        return Kernel(functools.partial(_call_compiled, slot, body, arguments), True)
+
+    if options.compile is True or keep.is_made(subject.model, key):
+        return compiled()
+    return eager._replace(compiled=compiled)
+
+
+def _key(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: tuple[int, ...]) -> Any:
+    leaves, tree = tree_flatten(subject.x)
+    shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+    state = tuple((t.dtype, t.device) for t in runner.state.values())
+    of = (score.of.func, *map(weakly, score.of.args), score.rows.shape)
+    settings = (rule, grid, subject.key, runner.folded, runner.channels_last, runner.chunk)
+    return "kernel", of, settings, shapes, str(tree), state, keep.structure(runner.shell)
+
+
+class _Refused(NamedTuple):
+    """Why the compiler does not take a kernel, in the place of the compiled one."""
+
+    reason: str
+
+
+def _warn_of(reason: str) -> None:
+    warn(f"the kernel runs without compilation: {reason}")
+
+
+def _call_compiled(slot: keep.Slot, body: Any, arguments: tuple[Any, ...], rows: Rows) -> Tensor:
+    """Outside grad and inference mode, which would each be one more graph; the first call alone, since it compiles."""
+
+    def plain(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+
+    with torch.inference_mode(False), torch.no_grad():
+        call, of, *tensors = arguments
+        given = (call, of, *tree_map(plain, tensors), tree_map(plain, rows))
+        with slot.lock if slot.made is None else nullcontext():
+            kernel = slot.made or _compat.compiled(body)
+            if not isinstance(kernel, _Refused):
+                try:
+                    scores = kernel(*given)
+                    slot.made = kernel
+                    return scores
+                except Exception as error:
+                    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                        raise
+                    found = str(error).strip().splitlines()[0]
+                    slot.made = _Refused(f"torch.compile does not take this model as one graph ({found})")
+                    _warn_of(slot.made.reason)
+        return body(*given)

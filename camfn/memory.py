@@ -1,0 +1,90 @@
+"""How much memory is free, how much a computation takes, and whether an error means that it was not enough."""
+
+import os
+import re
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What can still be allocated on `device`; `None` where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    found = [amount for amount in (_available(), _left_in_group()) if amount is not None]
+    return min(found, default=None)
+
+
+def _available() -> int | None:
+    try:
+        match = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.M)
+        return int(match[1]) * 1024 if match else None
+    except OSError:
+        names = getattr(os, "sysconf_names", {})
+        known = "SC_AVPHYS_PAGES" in names and "SC_PAGE_SIZE" in names
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
+
+
+def _left_in_group() -> int | None:
+    """Of the container's limit, where there is one; a container is killed at it, however much the machine has."""
+    try:
+        limit, used = ((_CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        cache = re.search(r"^inactive_file (\d+)$", (_CGROUP / "memory.stat").read_text(), re.M)
+    except OSError:
+        return None
+    return None if limit == "max" else int(limit) - int(used) + (int(cache[1]) if cache else 0)
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Is it an allocator that had no memory left? Every other error is somebody's mistake, and is not tried again."""
+    kinds = tuple(kind for kind in (getattr(torch, "OutOfMemoryError", None), torch.cuda.OutOfMemoryError) if kind)
+    cpu = type(error) is RuntimeError and "DefaultCPUAllocator:" in str(error)
+    return isinstance(error, kinds) or cpu
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside and still alive; `peak` is the most there ever were.
+
+    Workspaces within an operator are not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._holders: Counter[int] = Counter()  # storage -> tensors that hold it
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {_storage(leaf) for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)}
+        for leaf in tree_flatten(out)[0]:
+            if isinstance(leaf, Tensor) and (_storage(leaf) not in given or _storage(leaf) in self._holders):
+                self._hold(leaf)
+        return out
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage, size = _storage(tensor), tensor.untyped_storage().nbytes()
+        if not self._holders[storage]:
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+        self._holders[storage] += 1
+        weakref.finalize(tensor, self._release, storage, size).atexit = False
+
+    def _release(self, storage: int, size: int) -> None:
+        self._holders[storage] -= 1
+        if not self._holders[storage]:
+            del self._holders[storage]
+            self.alive -= size
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

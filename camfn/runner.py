@@ -1,0 +1,173 @@
+"""How the model runs in a sweep: what a few forwards tell about it, and the copy that is made for it."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from camfn import _compat
+from camfn._errors import CamError, warn
+from camfn._types import Inputs, State
+from camfn.capture import pure_from
+from camfn.draws import refusing_draws
+from camfn.execution import CHUNK, Sweep
+from camfn.keep import kept, structure
+from camfn.memory import Ledger, free_bytes
+from camfn.rewrite import Fold, channels_last, find_folds, is_close, merge_norms
+from camfn.shell import Shell, shell_of
+from camfn.subject import Key, Subject, with_input
+from camfn.targets import Score, logits_of, score_rows
+
+_WORTH = 64  # rows from which a copy of the weights, and the forward that checks it, pay
+_SHARE = 0.5  # of the CPU's free memory, that a chunk of the default size may take
+
+
+class Runner(NamedTuple):
+    """The model as a sweep runs it."""
+
+    shell: Shell
+    state: State
+    channels_last: bool
+    folded: bool
+    chunk: int  # masked inputs per forward
+
+    def call(self) -> Callable[[State, Inputs], Any]:
+        """A function `(state, x) -> output`."""
+        inner, last = pure_from(self.shell), self.channels_last
+
+        def prepared(leaf: Any) -> Any:
+            spread = last and isinstance(leaf, Tensor) and leaf.ndim == 4
+            return leaf.contiguous(memory_format=torch.channels_last) if spread else leaf
+
+        def call(state: State, x: Inputs) -> Any:
+            return inner(state, tree_map(prepared, x))
+
+        return call
+
+
+def rows_of(x: Inputs, key: Key, image: Tensor, n: int, masked: Tensor) -> Inputs:
+    """The inputs of a chunk: the masked one, and of the others the rows of the same images."""
+    if key is None:
+        return masked
+
+    def pick(leaf: Any) -> Any:
+        per_image = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == n
+        return leaf.index_select(0, image) if per_image else leaf
+
+    return with_input(tree_map(pick, x), key, masked)
+
+
+def runner_of(subject: Subject, score: Score, options: Sweep, rows: int) -> Runner:
+    """The model as it is best run for so many rows: as it is, or as a copy whose function is the same to rounding."""
+    chunk = _chunk(subject, score, options)
+    own = Runner(subject.shell, subject.state, False, options.fold is not False, chunk)
+    if _compat.transformed():
+        return own
+    if options.fold == "auto" and min(rows, chunk) > 1 and not facts_of(subject, score).independent:
+        warn(
+            "the model's output for an input depends on the others of its batch: the sweep maps through the model, one input "
+            "at a time (slower); Sweep(fold=False) says that this is known"
+        )
+        return own._replace(folded=False)
+    return _rewritten(subject, score, own) if own.folded and rows >= _WORTH else own
+
+
+def _rewritten(subject: Subject, score: Score, own: Runner) -> Runner:
+    """Batch norms merged, channels last; less of it where the model does not take that, which one forward tells."""
+    folds = facts_of(subject, score).folds
+    images = any(tensor.ndim == 4 for tensor in own.state.values())
+    x, expected = _first(subject, subject.image[:1]), _read(score, subject.output, subject.n)[:1]
+    for merged, spread in dict.fromkeys(((bool(folds), images), (bool(folds), False), (False, images))):
+        if merged or spread:
+            shell, state = merge_norms(shell_of(subject.model), own.state, folds if merged else ())
+            found = own._replace(shell=shell, state=channels_last(state) if spread else state, channels_last=spread)
+            if _gives(found, score, x, expected):
+                return found
+    return own
+
+
+def _gives(runner: Runner, score: Score, x: Inputs, expected: Tensor) -> bool:
+    """Is the output for one input what is expected, to rounding?"""
+    try:
+        found = _read(score, runner.call()(runner.state, x), 1)
+    except RuntimeError:  # a view of what was contiguous, say
+        return False
+    return is_close(found, expected, 1000)
+
+
+def _first(subject: Subject, images: Tensor) -> Inputs:
+    """Inputs with these images, and with what belongs to the first image beside each."""
+    first = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    return rows_of(subject.x, subject.key, first, subject.n, images)
+
+
+def _read(score: Score, output: Any, count: int) -> Tensor:
+    """What counts of an output for `count` inputs: the logits, or what a callable makes of it. Other parts may depend on what they like."""
+    if score.classes is not None and not isinstance(output, list):
+        return logits_of(output)
+    return score_rows(score.of, output, score.rows[:1].expand(count, *score.rows.shape[1:]))
+
+
+# ---------------------------------------------------------------------------------------------------------- facts
+
+
+class Facts(NamedTuple):
+    """What is true of a model of this structure on inputs of this shape."""
+
+    independent: bool  # the output for a row does not depend on the batch that it is in
+    folds: tuple[Fold, ...]
+    row_bytes: int  # what a forward holds at its peak, for each row
+
+
+def facts_of(subject: Subject, score: Score) -> Facts:
+    """Found by five forwards of one or two inputs, once for a model's structure and the shapes of its inputs."""
+    leaves, tree = tree_flatten(subject.x)
+    shapes = tuple((leaf.shape[1:], leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+    read = None if score.classes is not None else weakly(score.of.args)
+    key = "facts", read, shapes, str(tree), subject.key, structure(subject.shell)
+    return kept(subject.model, key, lambda: _find_facts(subject, score))
+
+
+def weakly(value: Any) -> Any:
+    """A caller's callable may lead to the model, which what is kept must not hold on to."""
+    if isinstance(value, tuple):
+        return tuple(map(weakly, value))
+    return weakref.ref(value) if callable(value) else value
+
+
+def _find_facts(subject: Subject, score: Score) -> Facts:
+    call, image = pure_from(shell_of(subject.model)), subject.image[:1].clone()
+    ramp = torch.linspace(-1, 1, image.numel(), dtype=image.dtype, device=image.device).reshape(image.shape)
+
+    def run(images: Tensor) -> Tensor:
+        return _read(score, call(subject.state, _first(subject, images)), len(images))
+
+    with torch.inference_mode(False), torch.no_grad(), refusing_draws():
+        alone = torch.cat([run(one) for one in (image, ramp)])
+        with Ledger() as ledger:
+            together = run(torch.cat([image, ramp]))
+        folds = find_folds(subject.model, subject.state, _first(subject, image))
+    return Facts(is_close(together, alone, 100), folds, ledger.peak // 2)
+
+
+def _chunk(subject: Subject, score: Score, options: Sweep) -> int:
+    """Masked inputs per forward: what was asked for, or what fits."""
+    device, memory = subject.image.device, options.memory
+    if _compat.transformed() or (memory is None and (options.chunk is not None or device.type != "cpu")):
+        return options.chunk or CHUNK
+    allowed = memory if isinstance(memory, int) else _share(_SHARE if memory is None else memory, device)
+    if allowed is None:
+        if memory is None:
+            return CHUNK
+        raise CamError(f"Sweep(memory={memory}): how much is free on {device} is not known; give bytes")
+    pixels = subject.image[0].numel() * subject.image.element_size()
+    fitting = max(1, allowed // (facts_of(subject, score).row_bytes + 4 * pixels))
+    return min(fitting, options.chunk or (CHUNK if memory is None else 1024))
+
+
+def _share(share: float, device: torch.device) -> int | None:
+    free = free_bytes(device)
+    return None if free is None else int(share * free)
