@@ -88,6 +88,19 @@ def storage_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     return (*levels, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
 
+def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
+    """Does the device compute in this narrow dtype, and not only store it? Where it cannot be told: no."""
+    if device.type == "cuda":
+        return dtype == torch.float16 or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return dtype == torch.float16 and device.type == "mps"
+    names = {
+        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in names.get(dtype, ()))
+
+
 def can_compile() -> str:
     """Why `torch.compile(fullgraph=True)` cannot take our kernel on this installation; empty if it can."""
     if _version() < (2, 3):

@@ -87,7 +87,7 @@ def _key(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: tuple
     shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     state = tuple((t.dtype, t.device) for t in runner.state.values())
     of = (score.of.func, *map(weakly, score.of.args), score.rows.shape)
-    settings = (rule, grid, subject.key, runner.folded, runner.channels_last, runner.chunk)
+    settings = (rule, grid, subject.key, runner.folded, runner.channels_last, runner.chunk, runner.dtype)
     return "kernel", of, settings, shapes, str(tree), state, keep.structure(runner.shell)
 
 

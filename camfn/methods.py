@@ -13,10 +13,11 @@ from camfn import _compat, layouts, weights
 from camfn import maps as _maps
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layer, Layers, Layout, Maps, Size, State, Target, Weights
-from camfn.execution import Sweep, checked, counter
+from camfn.execution import Sweep, checked, counter, usable
 from camfn.layers import find_linear
 from camfn.layouts import Read
 from camfn.masks import Noise, Recipe, Variation, path_scales, recipe_of
+from camfn.precision import sweep_narrow
 from camfn.runner import runner_of
 from camfn.scoring import plan
 from camfn.scoring import sweep as run_sweep
@@ -298,16 +299,20 @@ def _check_samples(method: str, num_samples: int) -> None:
 
 def _swept(subject: Subject, target: Target, variation: Variation, sweep: Sweep, layout: Layout, drawing: Drawing) -> Outcome:
     """Score-CAM and its kin: the weights come from the scores of masked inputs."""
-    recipe, sweep = variation.recipe, checked(sweep)
+    recipe = variation.recipe
     weigh = weights.softmax if recipe.weights == "softmax" else weights.score
     with without_graph():
         score = resolve(target, subject.output, subject.n, subject.image.device, recipe.score)
         clean = _clean(subject, score)
         plans = [plan(read, variation) for read in _reads(subject, layout)]
         rows = sum(todo.rows_in_all for todo in plans)
+        sweep = usable(checked(sweep), subject.image.device, subject.image.dtype)
         runner, tick = runner_of(subject, score, sweep, rows), counter(sweep.progress, rows)
-        found = tuple(weigh(run_sweep(subject, runner, score, todo, variation, sweep, tick)) for todo in plans)
-        return _drawn(subject, score, clean, [todo.read for todo in plans], found, drawing, rows)
+        run = run_sweep if sweep.dtype is None else sweep_narrow
+        swept = [run(subject, runner, score, todo, variation, sweep, tick) for todo in plans]
+        found = tuple(weigh(part.scores) for part in swept)
+        forwards = sum(part.forwards for part in swept)
+        return _drawn(subject, score, clean, [todo.read for todo in plans], found, drawing, forwards)
 
 
 def _reads(subject: Subject, layout: Layout) -> list[Read]:

@@ -33,14 +33,17 @@ class Runner(NamedTuple):
     channels_last: bool
     folded: bool
     chunk: int  # masked inputs per forward
+    dtype: torch.dtype | None = None  # what it runs in, where that is not its own
 
     def call(self) -> Callable[[State, Inputs], Any]:
         """A function `(state, x) -> output`."""
-        inner, last = pure_from(self.shell), self.channels_last
+        inner, last, dtype = pure_from(self.shell), self.channels_last, self.dtype
 
         def prepared(leaf: Any) -> Any:
-            spread = last and isinstance(leaf, Tensor) and leaf.ndim == 4
-            return leaf.contiguous(memory_format=torch.channels_last) if spread else leaf
+            if not isinstance(leaf, Tensor):
+                return leaf
+            leaf = leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf
+            return leaf.contiguous(memory_format=torch.channels_last) if last and leaf.ndim == 4 else leaf
 
         def call(state: State, x: Inputs) -> Any:
             return inner(state, tree_map(prepared, x))
@@ -89,6 +92,18 @@ def _rewritten(subject: Subject, score: Score, own: Runner) -> Runner:
     return own
 
 
+def narrowed(subject: Subject, runner: Runner, dtype: torch.dtype) -> Runner:
+    """The same in a narrow dtype."""
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in runner.state.items()}
+    narrow = runner._replace(state=state, dtype=dtype)
+    try:
+        narrow.call()(state, _first(subject, subject.image[:1]))
+    except RuntimeError as error:
+        found = str(error).strip().splitlines()[0]
+        raise CamError(f"Sweep(dtype={dtype}): the model does not run in it ({found}); leave dtype= out") from error
+    return narrow
+
+
 def _gives(runner: Runner, score: Score, x: Inputs, expected: Tensor) -> bool:
     """Is the output for one input what is expected, to rounding?"""
     try:
@@ -105,7 +120,7 @@ def _first(subject: Subject, images: Tensor) -> Inputs:
 
 
 def _read(score: Score, output: Any, count: int) -> Tensor:
-    """What counts of an output for `count` inputs: the logits, or what a callable makes of it. Other parts may depend on what they like."""
+    """What counts of an output for `count` inputs: the logits, or what a callable makes of it. Other parts do not."""
     if score.classes is not None and not isinstance(output, list):
         return logits_of(output)
     return score_rows(score.of, output, score.rows[:1].expand(count, *score.rows.shape[1:]))

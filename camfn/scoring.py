@@ -22,6 +22,14 @@ from camfn.subject import Subject, first_nonfinite
 from camfn.targets import Score
 
 
+class Swept(NamedTuple):
+    """The scores of a sweep, and what they cost."""
+
+    scores: Scores
+    forwards: int  # masked inputs that went through the model
+    error: Tensor | None = None  # (n, t): how far the normalised map may be off, where something was left out
+
+
 class Plan(NamedTuple):
     """Which rows of an activation are swept: `(draw, channel, image)` of each, draws outermost, on the CPU."""
 
@@ -61,12 +69,13 @@ def sweep(
     variation: Variation,
     options: Sweep,
     tick: Callable[[int], None],
-) -> Scores:
+) -> Swept:
     """`S_k`: for every channel of every image, the mean score of its masked inputs."""
     index = torch.cat([todo.rows, todo.zeros])
     if len(index) == 0:
         raise CamError("every channel of the layer is flat, and the recipe leaves flat channels out: there is nothing to sweep")
-    return _gather(score_index(subject, runner, score, todo.read, variation, options, tick, index), todo, variation)
+    found = score_index(subject, runner, score, todo.read, variation, options, tick, index)
+    return Swept(gather(found, todo, variation), len(index))
 
 
 def score_index(
@@ -173,7 +182,7 @@ def _padded(kernel: Kernel, rows: Rows, chunk: int) -> Rows:
     return {name: torch.cat([value, value[-1:].expand(missing, *value.shape[1:])]) for name, value in rows.items()}
 
 
-def _gather(found: Tensor, todo: Plan, variation: Variation) -> Scores:
+def gather(found: Tensor, todo: Plan, variation: Variation) -> Scores:
     """Scores of rows to scores of channels: the mean over draws; flat channels have the score of their image's zeros."""
     (n, c), t = todo.flat.shape, found.shape[1]
     swept, zeros = found.split([len(todo.rows), len(todo.zeros)])

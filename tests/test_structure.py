@@ -14,7 +14,20 @@ PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
     *("_errors", "_types", "_compat", "draws", "shell", "capture", "keep", "heads", "maps", "metrics", "layouts", "targets"),
-    *("layers", "weights", "masks", "rewrite", "memory", "execution", "subject", "runner", "kernel", "scoring", "methods"),
+    *(
+        "layers",
+        "weights",
+        "masks",
+        "rewrite",
+        "memory",
+        "execution",
+        "subject",
+        "runner",
+        "kernel",
+        "scoring",
+        "precision",
+        "methods",
+    ),
     *("explanation", "testing", "images", "figures"),
     *("demo.scenes", "demo.network", "demo", "demo.train", "checkpoints", "downloads", "libraries", "zoo"),
     *("cli.files", "cli.options", "cli.cards", "cli.explain", "cli.tables", "cli.demo", "cli", "__main__"),
