@@ -123,10 +123,13 @@ def _generator_for(given: int | torch.Generator, device: torch.device) -> tuple[
     return generator, 0 if device.type == "cpu" else int(torch.randint(1 << 62, (), generator=generator, device=device))
 
 
+_EVERY = 16
+
+
 def noise_stream(
     variation: Variation, channels: int, shape: Sequence[int], device: torch.device
 ) -> Callable[[Tensor], Tensor | None]:
-    """A function from `(b, 2)` pairs (draw, channel), in order, to their noise `(b, *shape)`, float32.
+    """A function from `(b, 2)` pairs (draw, channel), at best in order, to their noise `(b, *shape)`, float32.
 
     A pair's noise depends on nothing but the seed and the pair. On the CPU that is one stream with the draws outermost, as
     torchcam draws it, so channels that are left out are drawn and dropped; elsewhere each pair has its own generator.
@@ -136,6 +139,7 @@ def noise_stream(
     on_cpu = device.type == "cpu"
     generator, seed = _generator_for(variation.seed, device)
     drawn, last = 0, torch.empty(0, device=device)
+    marks = [generator.get_state()] if on_cpu else []  # of every `_EVERY`th piece: the way back, for who asks out of order
 
     def fresh() -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32) * variation.std
@@ -145,9 +149,15 @@ def noise_stream(
         if not on_cpu:
             generator.manual_seed(((seed * 1_000_003 + draw) * 1_000_003 + channel) % (1 << 62))
             return fresh()
-        while drawn <= draw * channels + channel:
+        wanted = draw * channels + channel
+        if drawn > wanted + 1:
+            drawn = wanted // _EVERY * _EVERY
+            generator.set_state(marks[drawn // _EVERY])
+        while drawn <= wanted:
             last = fresh()
             drawn += 1
+            if drawn == len(marks) * _EVERY:
+                marks.append(generator.get_state())
         return last
 
     @_compat.eager

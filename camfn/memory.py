@@ -65,9 +65,9 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {_storage(leaf) for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)}
+        given = {_storage(leaf) for leaf in tree_flatten((args, kwargs))[0] if _is_dense(leaf)}
         for leaf in tree_flatten(out)[0]:
-            if isinstance(leaf, Tensor) and (_storage(leaf) not in given or _storage(leaf) in self._holders):
+            if _is_dense(leaf) and (_storage(leaf) not in given or _storage(leaf) in self._holders):
                 self._hold(leaf)
         return out
 
@@ -84,6 +84,10 @@ class Ledger(TorchDispatchMode):
         if not self._holders[storage]:
             del self._holders[storage]
             self.alive -= size
+
+
+def _is_dense(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
 
 
 def _storage(tensor: Tensor) -> int:

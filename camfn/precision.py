@@ -14,7 +14,7 @@ from camfn._types import Activations, Scores
 from camfn.execution import Sweep
 from camfn.masks import Variation
 from camfn.runner import Runner, narrowed
-from camfn.scoring import Plan, Swept, gather, score_index
+from camfn.scoring import Plan, Swept, gather, scorer
 from camfn.subject import Subject
 from camfn.targets import Score
 
@@ -33,21 +33,17 @@ def sweep_narrow(
 ) -> Swept:
     """A sweep in `options.dtype`, refined by `runner`, which is in full precision."""
 
-    def scored(by: Runner, rows: Tensor, tick: Callable[[int], None]) -> Tensor:
-        if not len(rows):
-            return torch.empty(0, score.rows.shape[1], device=subject.image.device)
-        return score_index(subject, by, score, todo.read, variation, options, tick, rows)
-
-    def exact(chosen: Tensor) -> Scores:
-        part = todo._replace(rows=todo.rows[chosen.cpu()[todo.rows[:, 2], todo.rows[:, 1]]], zeros=todo.zeros[:0])
-        return gather(scored(runner, part.rows, lambda used: None), part, variation)
-
     assert options.dtype is not None
     narrow = narrowed(subject, runner, options.dtype)
-    zeros = scored(runner, todo.zeros, tick)  # one row for each image, which stands for many channels
-    rows = scored(narrow, todo.rows, tick)
-    scores = gather(torch.cat([rows, zeros.reshape(len(zeros), rows.shape[1])]), todo, variation)
-    alive = torch.zeros_like(todo.flat).index_put((todo.rows[:, 2], todo.rows[:, 1]), torch.tensor(True))
+    full, fast = (scorer(subject, by, score, todo.read, variation, options) for by in (runner, narrow))
+
+    def exact(chosen: Tensor) -> Scores:
+        part = todo.of(chosen)
+        return gather(full(part.rows, lambda used: None), part, variation)
+
+    zeros = full(todo.zeros, tick)  # one row for each image, which stands for many channels
+    scores = gather(torch.cat([fast(todo.rows, tick), zeros]), todo, variation)
+    alive = todo.swept()
     scores, again, error = refine(scores, todo.read.values, alive, exact, variation.recipe.weights)
     return Swept(scores, todo.rows_in_all + again * len(variation.scales), error)
 

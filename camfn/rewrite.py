@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from camfn._types import Inputs, State, wide
 from camfn.capture import watch
@@ -33,28 +31,25 @@ class _Passed(nn.Module):
 
 
 def find_folds(model: nn.Module, state: State, x: Inputs) -> tuple[Fold, ...]:
-    """The pairs that can be merged, seen in one forward: each runs once, and the merged convolution gives the norm's output.
+    """The pairs that can be merged, seen in one forward: plain layers, each run once, the norm on what the convolution made.
 
-    Whether the convolution's output goes anywhere else shows only in the model's output: check that once more when merged.
+    Whether the convolution's output goes anywhere else shows only in the model's output: check that when merged.
     """
     shell = shell_of(model)
-    modules = dict(shell.module.named_modules())
-    uses = Counter(shell.slots.values())
-    made: dict[int, tuple[str, int, Any, Tensor]] = {}  # id of a convolution's output -> its name, version, inputs, itself
+    modules, uses = dict(shell.module.named_modules()), Counter(shell.slots.values())
+    made: dict[int, tuple[str, int, Tensor]] = {}  # id of a convolution's output -> its name, its version, itself
     found: list[Fold] = []
     runs: Counter[str] = Counter()
 
-    def see(name: str, args: Any, out: Any) -> None:
+    def see(name: str, args: tuple[Any, ...], out: Any) -> None:
         runs[name] += 1
         module = modules[name]
-        if isinstance(module, _ConvNd) and _mergeable(module, ("weight", "bias"), uses, shell, name):
-            made[id(out)] = name, out._version, args, out
-        elif isinstance(module, _BatchNorm) and module.running_var is not None and len(args) == 1 and id(args[0]) in made:
-            conv, version, given, same = made[id(args[0])]
-            if same._version == version and _mergeable(module, (), uses, shell, name):
-                weight, bias = _merged_tensors(shell, state, conv, name)
-                if _agree(functional_call(_with_bias(modules[conv], bias), {"weight": weight, "bias": bias}, given), out):
-                    found.append(Fold(conv, name))
+        if _is_plain(module, _CONVOLUTIONS) and all(uses[t] == 1 for t in _tensors_of(shell, name)):
+            made[id(out)] = name, out._version, out
+        elif _is_plain(module, (_BatchNorm,)) and module.running_var is not None and args and id(args[0]) in made:
+            conv, version, given = made[id(args[0])]
+            if given._version == version:
+                found.append(Fold(conv, name))
 
     # Version counters tell whether a tensor was written to in between; inference mode has none.
     with torch.inference_mode(False), torch.no_grad():
@@ -62,25 +57,29 @@ def find_folds(model: nn.Module, state: State, x: Inputs) -> tuple[Fold, ...]:
     return tuple(fold for fold in found if runs[fold.conv] == runs[fold.norm] == 1)
 
 
-def _mergeable(module: nn.Module, own: tuple[str, ...], uses: Counter[str], shell: Shell, name: str) -> bool:
-    """No hooks, which see or change what passes; nothing but a plain module's parameters, used nowhere else."""
-    if module._forward_hooks or module._forward_pre_hooks or getattr(module, "transposed", False):
-        return False
-    known = [shell.aliases[f"{name}.{part}"] for part in own if f"{name}.{part}" in shell.aliases]
-    plain = not list(module.children()) and (not own or set(module._parameters) == set(own))
-    return plain and all(uses[tensor] == 1 for tensor in known)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _agree(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and is_close(a, b, 100)
+def _is_plain(module: Any, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Does it compute what torch's class does, by its own parameters, with no hook that sees or changes what passes?"""
+    cls = type(module)
+    kind = next((kind for kind in kinds if isinstance(module, kind)), None)
+    names = ("forward", "_conv_forward")
+    own = kind is not None and all(getattr(cls, name, None) is getattr(kind, name, None) for name in names)
+    return own and {"weight", "bias"} == set(module._parameters) and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _tensors_of(shell: Shell, name: str) -> list[str]:
+    return [shell.aliases[full] for full in (f"{name}.weight", f"{name}.bias") if full in shell.aliases]
 
 
 def is_close(a: Tensor, b: Tensor, times: float) -> bool:
-    """Do they differ by at most `times` the dtype's eps, times the size of `b`?"""
-    if not b.numel():
-        return True
-    bound = times * torch.finfo(b.dtype).eps * b.abs().amax()
-    return bool(((a - b).abs() <= bound).all())
+    """Do they differ by at most `times` the dtype's eps, times the size of `b`? What is not finite has to be equal."""
+    if a.shape != b.shape or not b.numel():
+        return a.shape == b.shape
+    size = torch.where(b.isfinite(), b, 0).abs().amax()
+    near = (a - b).abs() <= times * torch.finfo(b.dtype).eps * size
+    return bool((near | (a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _with_bias(conv: nn.Module, bias: Tensor) -> nn.Module:
@@ -118,8 +117,7 @@ def merge_norms(shell: Shell, state: State, folds: tuple[Fold, ...]) -> tuple[Sh
         norm = shell.module.get_submodule(fold.norm)
         for part in (*norm._parameters, *norm._buffers):
             slots.pop(f"{fold.norm}.{part}", None)
-        norm.__class__ = _Passed
-        norm.__dict__["_parameters"], norm.__dict__["_buffers"] = {}, {}
+        norm.__class__ = _Passed  # its tensors stay, for a forward that asks for their dtype or device
     used = set(slots.values())
     return shell._replace(slots=slots), {name: tensor for name, tensor in state.items() if name in used}
 

@@ -2,10 +2,11 @@
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_map
 
 from camfn import _compat
@@ -15,8 +16,8 @@ from camfn.capture import pure_from
 from camfn.draws import refusing_draws
 from camfn.execution import CHUNK, Sweep
 from camfn.keep import kept, structure
-from camfn.memory import Ledger, free_bytes
-from camfn.rewrite import Fold, channels_last, find_folds, is_close, merge_norms
+from camfn.memory import Ledger, free_bytes, is_exhausted
+from camfn.rewrite import channels_last, find_folds, is_close, merge_norms
 from camfn.shell import Shell, shell_of
 from camfn.subject import Key, Subject, with_input
 from camfn.targets import Score, logits_of, score_rows
@@ -65,29 +66,31 @@ def rows_of(x: Inputs, key: Key, image: Tensor, n: int, masked: Tensor) -> Input
 
 def runner_of(subject: Subject, score: Score, options: Sweep, rows: int) -> Runner:
     """The model as it is best run for so many rows: as it is, or as a copy whose function is the same to rounding."""
-    chunk = _chunk(subject, score, options)
+    chunk = _chunk(subject, options)
     own = Runner(subject.shell, subject.state, False, options.fold is not False, chunk)
     if _compat.transformed():
         return own
-    if options.fold == "auto" and min(rows, chunk) > 1 and not facts_of(subject, score).independent:
+    takes = takes_batches(subject, score) if options.fold == "auto" and min(rows, chunk) > 1 else "whole"
+    if takes != "whole":
+        how = "maps through the model" if takes == "mapped" else "runs the model on one input at a time"
         warn(
-            "the model's output for an input depends on the others of its batch: the sweep maps through the model, one input "
-            "at a time (slower); Sweep(fold=False) says that this is known"
+            f"the model's output for an input depends on the others of its batch: the sweep {how} (slower); "
+            f"{'Sweep(fold=False)' if takes == 'mapped' else 'Sweep(chunk=1)'} says that this is known"
         )
-        return own._replace(folded=False)
+        return own._replace(folded=False) if takes == "mapped" else own._replace(chunk=1)
     return _rewritten(subject, score, own) if own.folded and rows >= _WORTH else own
 
 
 def _rewritten(subject: Subject, score: Score, own: Runner) -> Runner:
     """Batch norms merged, channels last; less of it where the model does not take that, which one forward tells."""
-    folds = facts_of(subject, score).folds
+    folds = _once(subject, "folds", lambda: find_folds(subject.model, subject.state, _first(subject, _image(subject))))
     images = any(tensor.ndim == 4 for tensor in own.state.values())
-    x, expected = _first(subject, subject.image[:1]), _read(score, subject.output, subject.n)[:1]
+    expected = [part[:1] for part in _read(score, subject.output, subject.n)]
     for merged, spread in dict.fromkeys(((bool(folds), images), (bool(folds), False), (False, images))):
         if merged or spread:
             shell, state = merge_norms(shell_of(subject.model), own.state, folds if merged else ())
             found = own._replace(shell=shell, state=channels_last(state) if spread else state, channels_last=spread)
-            if _gives(found, score, x, expected):
+            if _gives(found, subject, score, expected):
                 return found
     return own
 
@@ -104,13 +107,20 @@ def narrowed(subject: Subject, runner: Runner, dtype: torch.dtype) -> Runner:
     return narrow
 
 
-def _gives(runner: Runner, score: Score, x: Inputs, expected: Tensor) -> bool:
-    """Is the output for one input what is expected, to rounding?"""
+def _gives(runner: Runner, subject: Subject, score: Score, expected: list[Tensor]) -> bool:
+    """Is the output for the first input what is expected, to rounding?"""
     try:
-        found = _read(score, runner.call()(runner.state, x), 1)
-    except RuntimeError:  # a view of what was contiguous, say
+        found = _read(score, runner.call()(runner.state, _first(subject, _image(subject))), 1)
+    except Exception as error:  # a view of what was contiguous, say
+        if is_exhausted(error):
+            raise
         return False
-    return is_close(found, expected, 1000)
+    return all(is_close(a, b, 1000) for a, b in zip(found, expected))
+
+
+def _image(subject: Subject) -> Tensor:
+    """The first image, to be written to by a model that does."""
+    return subject.image[:1].clone()
 
 
 def _first(subject: Subject, images: Tensor) -> Inputs:
@@ -119,56 +129,92 @@ def _first(subject: Subject, images: Tensor) -> Inputs:
     return rows_of(subject.x, subject.key, first, subject.n, images)
 
 
-def _read(score: Score, output: Any, count: int) -> Tensor:
-    """What counts of an output for `count` inputs: the logits, or what a callable makes of it. Other parts do not."""
+def _read(score: Score, output: Any, count: int) -> list[Tensor]:
+    """What counts of an output for `count` inputs: the logits, or what the callables make of it. Other parts do not."""
     if score.classes is not None and not isinstance(output, list):
-        return logits_of(output)
-    return score_rows(score.of, output, score.rows[:1].expand(count, *score.rows.shape[1:]))
+        return [logits_of(output)]
+    return [score_rows(score.of, output, row.expand(count, *row.shape)) for row in score.rows.unique(dim=0)]
 
 
 # ---------------------------------------------------------------------------------------------------------- facts
 
 
-class Facts(NamedTuple):
-    """What is true of a model of this structure on inputs of this shape."""
-
-    independent: bool  # the output for a row does not depend on the batch that it is in
-    folds: tuple[Fold, ...]
-    row_bytes: int  # what a forward holds at its peak, for each row
-
-
-def facts_of(subject: Subject, score: Score) -> Facts:
-    """Found by five forwards of one or two inputs, once for a model's structure and the shapes of its inputs."""
+def _once(subject: Subject, what: Any, find: Callable[[], Any]) -> Any:
+    """What is true of a model of this structure on inputs of this shape, found once."""
     leaves, tree = tree_flatten(subject.x)
     shapes = tuple((leaf.shape[1:], leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+    key = "fact", what, shapes, str(tree), subject.key, structure(subject.shell)
+
+    def found() -> Any:
+        # Not in inference mode, whose tensors a model may not write to outside of it.
+        with torch.inference_mode(False), torch.no_grad(), refusing_draws():
+            return (find(),)  # in a tuple: a fact may be false
+
+    return kept(subject.model, key, found)[0]
+
+
+def takes_batches(subject: Subject, score: Score) -> Literal["whole", "mapped", "alone"]:
+    """How the model may be shown several inputs: as one batch, mapped, or only one at a time. Found by three forwards."""
     read = None if score.classes is not None else weakly(score.of.args)
-    key = "facts", read, shapes, str(tree), subject.key, structure(subject.shell)
-    return kept(subject.model, key, lambda: _find_facts(subject, score))
+
+    def find() -> Literal["whole", "mapped", "alone"]:
+        call, image = pure_from(shell_of(subject.model)), _image(subject)
+        pair = image, 0.5 * image.flip(tuple(range(2, image.ndim)))  # not made up: a model may have its range of values
+        alone = [_read(score, call(subject.state, _first(subject, one.clone())), 1) for one in pair]
+        expected = [torch.cat(parts) for parts in zip(*alone)]
+
+        def gives(run: Callable[[Tensor], list[Tensor]]) -> bool:
+            try:
+                return all(is_close(a, b, 100) for a, b in zip(run(torch.cat(pair)), expected))
+            except Exception as error:
+                return is_exhausted(error)  # which says nothing about the model; the sweep will see
+
+        def one(image: Tensor) -> list[Tensor]:
+            return [part[0] for part in _read(score, call(subject.state, _first(subject, image[None])), 1)]
+
+        if gives(lambda images: _read(score, call(subject.state, _first(subject, images)), 2)):
+            return "whole"
+        return "mapped" if gives(vmap(one)) else "alone"
+
+    return _once(subject, ("batches", read), find)
+
+
+def _row_bytes(subject: Subject) -> int:
+    """What a forward holds at its peak, for each input."""
+
+    def find() -> int:
+        with Ledger() as ledger:
+            pure_from(shell_of(subject.model))(subject.state, _first(subject, _image(subject)))
+        return ledger.peak
+
+    return _once(subject, "bytes", find)
+
+
+class _Same:
+    """Equal for one and the same object, which it does not keep alive; the object may be without hash or weak references."""
+
+    def __init__(self, value: Any) -> None:
+        self.id = id(value)
+        try:
+            self.ref: Any = weakref.ref(value)
+        except TypeError:
+            self.ref = lambda: value
+
+    def __hash__(self) -> int:
+        return self.id
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.ref() is not None and self.ref() is other.ref()
 
 
 def weakly(value: Any) -> Any:
     """A caller's callable may lead to the model, which what is kept must not hold on to."""
     if isinstance(value, tuple):
         return tuple(map(weakly, value))
-    return weakref.ref(value) if callable(value) else value
+    return _Same(value) if callable(value) else value
 
 
-def _find_facts(subject: Subject, score: Score) -> Facts:
-    call, image = pure_from(shell_of(subject.model)), subject.image[:1].clone()
-    ramp = torch.linspace(-1, 1, image.numel(), dtype=image.dtype, device=image.device).reshape(image.shape)
-
-    def run(images: Tensor) -> Tensor:
-        return _read(score, call(subject.state, _first(subject, images)), len(images))
-
-    with torch.inference_mode(False), torch.no_grad(), refusing_draws():
-        alone = torch.cat([run(one) for one in (image, ramp)])
-        with Ledger() as ledger:
-            together = run(torch.cat([image, ramp]))
-        folds = find_folds(subject.model, subject.state, _first(subject, image))
-    return Facts(is_close(together, alone, 100), folds, ledger.peak // 2)
-
-
-def _chunk(subject: Subject, score: Score, options: Sweep) -> int:
+def _chunk(subject: Subject, options: Sweep) -> int:
     """Masked inputs per forward: what was asked for, or what fits."""
     device, memory = subject.image.device, options.memory
     if _compat.transformed() or (memory is None and (options.chunk is not None or device.type != "cpu")):
@@ -179,7 +225,7 @@ def _chunk(subject: Subject, score: Score, options: Sweep) -> int:
             return CHUNK
         raise CamError(f"Sweep(memory={memory}): how much is free on {device} is not known; give bytes")
     pixels = subject.image[0].numel() * subject.image.element_size()
-    fitting = max(1, allowed // (facts_of(subject, score).row_bytes + 4 * pixels))
+    fitting = max(1, allowed // (_row_bytes(subject) + 4 * pixels))
     return min(fitting, options.chunk or (CHUNK if memory is None else 1024))
 
 

@@ -43,6 +43,16 @@ class Plan(NamedTuple):
         """Masked inputs."""
         return len(self.rows) + len(self.zeros)
 
+    def swept(self) -> Tensor:
+        """The channels that have rows of their own, `(n, c)`."""
+        _, channel, image = self.rows.T
+        return torch.zeros_like(self.flat, device="cpu").index_put((image, channel), torch.tensor(True)).to(self.flat.device)
+
+    def of(self, channels: Tensor) -> "Plan":
+        """The rows of some channels `(n, c)` alone."""
+        _, channel, image = self.rows.T
+        return self._replace(rows=self.rows[channels.cpu()[image, channel]], zeros=self.zeros[:0])
+
 
 def plan(read: Read, variation: Variation) -> Plan:
     """The rows to sweep. Reads which channels are flat, except under a transform, where all are swept."""
@@ -74,29 +84,29 @@ def sweep(
     index = torch.cat([todo.rows, todo.zeros])
     if len(index) == 0:
         raise CamError("every channel of the layer is flat, and the recipe leaves flat channels out: there is nothing to sweep")
-    found = score_index(subject, runner, score, todo.read, variation, options, tick, index)
+    found = scorer(subject, runner, score, todo.read, variation, options)(index, tick)
     return Swept(gather(found, todo, variation), len(index))
 
 
-def score_index(
-    subject: Subject,
-    runner: Runner,
-    score: Score,
-    read: Read,
-    variation: Variation,
-    options: Sweep,
-    tick: Callable[[int], None],
-    index: Tensor,
-) -> Tensor:
-    """The scores `(r, t)` of the masked inputs `(draw, channel, image)` of `index`, `(r, 3)`, draws in order."""
+def scorer(
+    subject: Subject, runner: Runner, score: Score, read: Read, variation: Variation, options: Sweep
+) -> Callable[[Tensor, Callable[[int], None]], Tensor]:
+    """A function of `(r, 3)` masked inputs `(draw, channel, image)`, draws in order: their scores `(r, t)`."""
     size = tuple(subject.image.shape[2:])
     rule = Rule(variation.recipe, variation.noise, size, read.values.dtype)
     kernel = kernel_of(subject, runner, score, rule, read.grid, options)
-    found = _in_chunks(kernel, _rows_from(subject, read, variation, size), index, runner.chunk, tick)
-    if not _compat.transformed() and not bool(torch.isfinite(found).all()):
-        bad = index[(~torch.isfinite(found)).any(1).nonzero()[0]]
-        _raise_nonfinite(subject, rule, bad, _rows_from(subject, read, variation, size)(bad))
-    return found
+    rows_from = _rows_from(subject, read, variation, size)
+
+    def scored(index: Tensor, tick: Callable[[int], None]) -> Tensor:
+        if not len(index):
+            return torch.empty(0, score.rows.shape[1], device=subject.image.device)
+        found = _in_chunks(kernel, rows_from, index, runner.chunk, tick)
+        if not _compat.transformed() and not bool(torch.isfinite(found).all()):
+            bad = index[(~torch.isfinite(found)).any(1).nonzero()[0]]
+            _raise_nonfinite(subject, rule, bad, rows_from(bad))
+        return found
+
+    return scored
 
 
 def _raise_nonfinite(subject: Subject, rule: Rule, index: Tensor, rows: Rows) -> NoReturn:

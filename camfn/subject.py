@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from camfn import _compat
 from camfn._errors import CamError, warn
@@ -79,10 +79,15 @@ def look(model: nn.Module, layer: Layers, x: Inputs, state: State | None, masked
     distinct = list(dict.fromkeys(names))
     tap = tap_from(shell_of(model), distinct)  # a shell of its own: the sweep's has no ports
     with without_graph() if masks else nullcontext(), refusing_draws():
-        output, found = _run_checked(tap, full, x, key, shell)
+        output, found = _run_checked(tap, full, tree_map(_copied, x), key, shell)
     seen = tuple(found[distinct.index(name)] for name in names)
     forwards = n if layer is not None else 2 * n
     return Subject(model, shell, full, x, key, n, tuple(names), is_several(layer), output, seen, forwards)
+
+
+def _copied(leaf: Any) -> Any:
+    """The caller's inputs stay what they are, whatever the model writes to."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _run_checked(tap: Callable[..., Captured], state: State, x: Inputs, key: Key, shell: Shell) -> Captured:

@@ -1,0 +1,220 @@
+"""Score-CAM for less: sweep the channels that matter, believe of the others what their likes have shown, say how far off it is."""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from camfn import _compat, belief
+from camfn._errors import CamError
+from camfn._types import Scores
+from camfn.execution import Sweep
+from camfn.masks import Variation, unit
+from camfn.precision import refine
+from camfn.runner import Runner, narrowed
+from camfn.scoring import Plan, Swept, gather, scorer
+from camfn.subject import Subject
+from camfn.targets import Score
+
+Order = Literal["predicted", "std", "max", "gradient"]
+_ROUND = 32  # a thirty-second of the channels is swept before the belief is renewed, or a quarter of those swept so far
+_TWICE = 2  # rounds in a row whose stated error must be below the tolerance
+
+
+class Limits(NamedTuple):
+    """What may be spent, and how exact the map has to be."""
+
+    budget: float = 1.0
+    tolerance: float | None = None
+    order: Order = "predicted"
+    seed: int = 0
+
+    @property
+    def any(self) -> bool:
+        """Is anything left out?"""
+        return self.budget < 1 or self.tolerance is not None
+
+
+def checked_limits(limits: Limits, weighting: str) -> Limits:
+    """`limits`, or a sentence about what is wrong with them."""
+    budget, tolerance, order, seed = limits
+    if not (isinstance(budget, (int, float)) and 0 < budget <= 1):
+        raise CamError(f"budget={budget!r} must be in (0, 1]: the share of the channels that is swept")
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < 1):
+        raise CamError(f"tolerance={tolerance!r} must be None, or in (0, 1): the error of the normalised map that will do")
+    if order not in ("predicted", "std", "max", "gradient"):
+        raise CamError(f'order={order!r} must be "predicted", "std", "max" or "gradient"')
+    if not isinstance(seed, int):
+        raise CamError(f"seed must be an int, found {seed!r}")
+    if not limits.any:
+        return limits
+    if _compat.transformed():
+        raise CamError("budget= and tolerance= read values, which a transform (vmap, grad, jvp, compile) does not let them")
+    if weighting != "softmax":
+        raise CamError("budget= and tolerance= need a recipe whose weights are a softmax of the scores")
+    if tolerance is not None and order != "predicted":
+        raise CamError(f'tolerance= needs order="predicted": with {order!r} nothing is known of the channels left out')
+    return limits
+
+
+def rows_within(todo: Plan, limits: Limits) -> int:
+    """How many masked inputs may be swept at most."""
+    draws = 1 if not len(todo.rows) else int(todo.rows[:, 0].max()) + 1
+    return min(todo.rows_in_all, draws * sum(_most(todo, limits)) + len(todo.zeros))
+
+
+def _most(todo: Plan, limits: Limits) -> list[int]:
+    """Channels of each image that may be swept; the row that all flat ones share is paid for too."""
+    live, shared = (~todo.flat).sum(1).tolist(), todo.flat.any(1).tolist()
+    return [min(c, max(1, math.floor(limits.budget * c + 1e-9) - paid)) if c else 0 for c, paid in zip(live, shared)]
+
+
+def sweep_some(
+    subject: Subject,
+    runner: Runner,
+    score: Score,
+    todo: Plan,
+    slopes: Tensor,
+    variation: Variation,
+    options: Sweep,
+    limits: Limits,
+    tick: Callable[[int], None],
+) -> Swept:
+    """A sweep of the channels that count most; `slopes (n, t, c, p)` are the scores' gradients at the activation."""
+    full = scorer(subject, runner, score, todo.read, variation, options)
+    fast = full
+    if options.dtype is not None:
+        fast = scorer(subject, narrowed(subject, runner, options.dtype), score, todo.read, variation, options)
+
+    def scores_of(channels: Tensor, by: Callable[[Tensor, Callable[[int], None]], Tensor] = fast) -> Scores:
+        part = todo.of(channels)
+        return gather(by(part.rows, tick), part, variation)
+
+    shared, zero_rows = _shared_scores(todo, full, variation, tick)
+    chosen, scores, error = (_ranked if limits.order != "predicted" else _believed)(todo, slopes, shared, limits, scores_of)
+    draws, again = len(variation.scales), 0
+    if options.dtype is not None:
+        exact = lambda channels: scores_of(channels, full)  # noqa: E731
+        scores, again, rounding = refine(scores, todo.read.values, chosen, exact, "softmax")
+        error = rounding if error is None else error + rounding
+    return Swept(scores, zero_rows + draws * (int(chosen.sum()) + again), error)
+
+
+def _shared_scores(
+    todo: Plan, full: Callable[[Tensor, Callable[[int], None]], Tensor], variation: Variation, tick: Callable[[int], None]
+) -> tuple[Tensor, int]:
+    """The score of each image's flat channels, `(n, t)`, and the masked inputs that it took.
+
+    Where noise makes every mask its own, the first flat channel stands for the others.
+    """
+    n = len(todo.flat)
+    if len(todo.zeros):
+        found = full(todo.zeros, tick)
+        return found.new_zeros(n, found.shape[1]).index_copy(0, todo.zeros[:, 2].to(found.device), found), len(todo.zeros)
+    first = torch.zeros_like(todo.flat).scatter(1, todo.flat.int().argmax(1, keepdim=True), True) & todo.flat & todo.swept()
+    part = todo.of(first)
+    return gather(full(part.rows, tick), part, variation).sum(1), len(part.rows)
+
+
+def _ranked(
+    todo: Plan, slopes: Tensor, shared: Tensor, limits: Limits, scores_of: Callable[[Tensor], Scores]
+) -> tuple[Tensor, Scores, None]:
+    """The first channels in a published order; the others have no weight, as published."""
+    values = todo.read.values
+    rank = {"std": lambda: values.std(-1), "max": lambda: values.amax(-1), "gradient": lambda: slopes.mean(-1).sum(1)}
+    order = torch.where(todo.flat, -torch.inf, rank[limits.order]()).argsort(1, descending=True)
+    place = order.argsort(1)
+    chosen = (place < torch.tensor(_most(todo, limits), device=place.device)[:, None]) & ~todo.flat
+    return chosen, torch.where(chosen[..., None], scores_of(chosen), -torch.inf), None
+
+
+def _believed(
+    todo: Plan, slopes: Tensor, shared: Tensor, limits: Limits, scores_of: Callable[[Tensor], Scores]
+) -> tuple[Tensor, Scores, Tensor]:
+    """In rounds, all images at once: the channels most at stake, until the budget is spent or the error is small enough."""
+    searches = [_Search(todo, slopes, shared, image, most, limits) for image, most in enumerate(_most(todo, limits))]
+    chosen = torch.zeros_like(todo.flat, device="cpu")
+    while True:
+        next_ = torch.stack([search.choose() for search in searches])
+        if not bool(next_.any()):
+            break
+        chosen |= next_
+        found = scores_of(next_).double().cpu()
+        for search, scores, mask in zip(searches, found, next_):
+            search.learn(scores, mask)
+    device, dtype = todo.flat.device, shared.dtype
+    scores = torch.stack([search.scores() for search in searches]).to(device, dtype)
+    error = torch.tensor([search.errors() for search in searches], device=device, dtype=dtype)
+    return chosen.to(device), torch.where(todo.flat[..., None], shared[:, None], scores), error
+
+
+class _Search:
+    """The sweep of one image, for all its targets."""
+
+    def __init__(self, todo: Plan, slopes: Tensor, shared: Tensor, image: int, most: int, limits: Limits) -> None:
+        values, flat = todo.read.values[image].double().cpu(), todo.flat[image].cpu()
+        self.live = (~flat).nonzero()[:, 0]
+        self.most, self.limits, self.channels = most, limits, len(flat)
+        self.generator = torch.Generator().manual_seed(limits.seed)
+        masks = torch.stack([unit(a, 0.0, todo.read.values.dtype) for a in values[self.live]]) if most else values[self.live]
+        zeros = shared[image].double().cpu()
+        self.priors = [
+            belief.prior_of(
+                values[self.live], masks, (slope[self.live] * values[self.live] * masks).sum(1), values[flat].sum(0), zero
+            )
+            for slope, zero in zip(slopes[image].double().cpu(), zeros)
+        ] if most else []  # fmt: skip
+        self.swept, self.below = torch.empty(0, dtype=torch.long), 0
+        self.known = torch.empty(0, len(zeros), dtype=torch.float64)
+        self.surprises = torch.empty(0, dtype=torch.float64)
+        self._believe()
+
+    def _believe(self) -> None:
+        self.beliefs = [belief.believe(prior, self.swept, known) for prior, known in zip(self.priors, self.known.T)]
+
+    def choose(self) -> Tensor:
+        """The channels of the next round, as a mask; none when it is enough.
+
+        With a tolerance every channel is drawn at random, in proportion to its stake (Gumbel, without replacement): how far
+        the belief was off on them is then a fair sample of how far it is off elsewhere, and widens the stated error.
+        """
+        chosen = torch.zeros(self.channels, dtype=torch.bool)
+        size = min(max(1, len(self.live) // _ROUND, len(self.swept) // 4), self.most - len(self.swept))
+        if size <= 0 or self.below == _TWICE:
+            return chosen
+        each = torch.stack([belief.stakes(prior, now) for prior, now in zip(self.priors, self.beliefs)])
+        stake = (each - each.logsumexp(1, keepdim=True)).logsumexp(0)
+        if self.limits.tolerance is not None:
+            uniform = torch.rand(len(stake), generator=self.generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+            stake = stake - torch.log(-torch.log(uniform))
+        stake[self.swept] = -torch.inf
+        chosen[self.live[stake.topk(size).indices]] = True
+        return chosen
+
+    def learn(self, scores: Tensor, mask: Tensor) -> None:
+        """Take the scores `(c, t)` of a round in."""
+        new = mask[self.live].nonzero()[:, 0]
+        if not len(new):
+            return
+        found = scores[self.live[new]]
+        off = [(found[:, t] - now.mean[new]).square() / now.variance[new] for t, now in enumerate(self.beliefs)]
+        self.surprises = torch.cat([self.surprises, torch.stack(off).amax(0).clamp(max=25.0)])
+        self.swept, self.known = torch.cat([self.swept, new]), torch.cat([self.known, found])
+        self._believe()
+        if self.limits.tolerance is not None:
+            self.below = self.below + 1 if max(self.errors()) <= self.limits.tolerance else 0
+
+    def errors(self) -> list[float]:
+        """The stated error for each target."""
+        widen = belief.widening(self.surprises)
+        pairs = zip(self.priors, self.beliefs)
+        return [belief.error_of(prior, now, widen, self.generator) for prior, now in pairs] or [0.0] * self.known.shape[1]
+
+    def scores(self) -> Tensor:
+        """Those swept, and for the others what makes the best map, `(c, t)`."""
+        found = torch.zeros(self.channels, self.known.shape[1], dtype=torch.float64)
+        if self.beliefs:
+            found[self.live] = torch.stack([belief.settled(now) for now in self.beliefs], 1)
+        return found

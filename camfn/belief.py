@@ -1,0 +1,135 @@
+"""What is believed of the scores of channels that were not swept. Tensors only, one image and target at a time, in float64.
+
+A Gaussian process over the channels that are not flat, in units of the spread of the head's prediction `<G, A * m_k>`: the
+prior mean is linear in three features (prediction, log spread of `A_k`, coverage of its mask), the covariance is linear in
+them plus a Matern-3/2 of the distance between masks. After some channels were swept:
+
+    S ~ Student-t(mean, covariance),    w_k = exp(S_k),    L = relu(sum_k w_k A_k), min-max.
+
+`docs/budgeted-scoring.md` has what else was tried, and the figures.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_SLOPE = (1.0, -0.15, 0.4)  # prior mean in the features. These constants are those of the largest marginal likelihood of swept
+_LINEAR = 0.05  # variance of each slope.                 scores; halves of the photos and each network alone agree on them
+_SMOOTH = 2.0  # variance of the Matern part
+_NEAR = 0.9  # weight of the squared distance between masks, in units of its mean
+_APART = 0.06  # weight of the squared distance between features
+_NOISE = 0.015
+_DOF = 6.0
+_BROAD = 1e3  # variance of the constant: the first scores set it
+_SHRINK = 0.25  # of the variance: half of a log-normal's correction; the true half overshoots where the spread is large
+_DRAWS, _QUANTILE = 200, 0.95
+
+
+class Prior(NamedTuple):
+    """What is known of the channels that are not flat before any is swept; of the flat ones, their sum and score."""
+
+    activation: Tensor  # (c, p)
+    mean: Tensor  # (c,), in units of `unit`
+    covariance: Tensor  # (c, c), without noise, in units of `unit` squared
+    unit: Tensor  # (): the spread of the head's prediction
+    flat: Tensor  # (p,)
+    zero: Tensor  # ()
+
+
+class Belief(NamedTuple):
+    """The scores after some channels were swept: exact there, Student-t elsewhere."""
+
+    mean: Tensor  # (c,)
+    covariance: Tensor  # (c, c)
+    dof: float
+    unswept: Tensor  # (u,): which channels
+
+    @property
+    def variance(self) -> Tensor:
+        """Of each channel's score."""
+        return self.covariance.diagonal().clamp(min=0)
+
+
+def prior_of(activation: Tensor, mask: Tensor, prediction: Tensor, flat: Tensor, zero: Tensor) -> Prior:
+    """`activation` and `mask` `(c, p)` of the channels that are not flat, `prediction (c,)` in units of the score."""
+    features = _standard(torch.stack([prediction, activation.std(1).log(), mask.mean(1)], 1))
+    distance = torch.cdist(mask, mask).square()
+    apart = _NEAR * distance / distance.mean().clamp(min=1e-12) + _APART * torch.cdist(features, features).square()
+    root = (3 * apart).sqrt()
+    covariance = _LINEAR * features @ features.T + _SMOOTH * (1 + root) * torch.exp(-root) + _BROAD
+    mean = features @ features.new_tensor(_SLOPE)
+    return Prior(activation, mean, covariance, prediction.std(unbiased=False).clamp(min=1e-9), flat, zero)
+
+
+def _standard(values: Tensor) -> Tensor:
+    return (values - values.mean(0)) / values.std(0, unbiased=False).clamp(min=1e-12)
+
+
+def believe(prior: Prior, swept: Tensor, scores: Tensor) -> Belief:
+    """The posterior given the `scores` of the channels `swept`; its scale is inverse-gamma."""
+    n = len(swept)
+    noise = _NOISE * torch.eye(len(prior.mean), dtype=prior.mean.dtype)
+    residual = scores / prior.unit - prior.mean[swept]
+    centre = residual.mean() if n else residual.sum()
+    factor = torch.linalg.cholesky((prior.covariance + noise)[swept][:, swept])
+    gain = torch.linalg.solve_triangular(factor, prior.covariance[swept], upper=False)
+    white = torch.linalg.solve_triangular(factor, (residual - centre)[:, None], upper=False)[:, 0]
+    scale = (_DOF + white @ white) / (_DOF + n) * prior.unit**2
+    mean = (prior.mean + centre + gain.T @ white) * prior.unit
+    # With nothing swept the constant is unknown, and all that depends on it is a common factor of the weights.
+    covariance = (prior.covariance - (gain.T @ gain if n else _BROAD) + noise) * scale
+    mean[swept], covariance[swept], covariance[:, swept] = scores, 0, 0
+    unswept = torch.ones(len(mean), dtype=torch.bool).index_fill(0, swept, False).nonzero()[:, 0]
+    return Belief(mean, covariance, _DOF + n, unswept)
+
+
+def settled(belief: Belief) -> Tensor:
+    """One score for each channel: what its weight is on average, shrunk."""
+    return belief.mean + _SHRINK * belief.variance.clamp(max=9.0)
+
+
+def drawn(prior: Prior, scores: Tensor) -> Tensor:
+    """Normalised maps `(b, p)` of scores `(b, c)`."""
+    top = torch.maximum(scores.amax(1, keepdim=True), prior.zero)
+    raw = torch.relu(torch.exp(scores - top) @ prior.activation + torch.exp(prior.zero - top) * prior.flat)
+    low, high = raw.amin(1, keepdim=True), raw.amax(1, keepdim=True)
+    return (raw - low) / (high - low).clamp(min=1e-300)
+
+
+def stakes(prior: Prior, belief: Belief) -> Tensor:
+    """Log of how far the map may move with each channel: its expected weight, times what of `A_k` is not the map."""
+    now = drawn(prior, settled(belief)[None])[0]
+    along = (prior.activation @ now) / (now @ now).clamp(min=1e-300)
+    other = (prior.activation - along[:, None] * now).abs().amax(1)
+    return belief.mean + belief.variance.clamp(max=16.0) / 2 + other.clamp(min=1e-12).log()
+
+
+def error_of(prior: Prior, belief: Belief, widen: float, generator: torch.Generator) -> float:
+    """The 95 % quantile, over joint draws of the unswept scores, of the largest difference to the map of `settled`."""
+    u = belief.unswept
+    if not len(u):
+        return 0.0
+    normal = torch.randn(_DRAWS, len(u), generator=generator, dtype=torch.float64)
+    # chi2 by adding squares: torch's own sampler takes no generator
+    chi = torch.randn(_DRAWS, int(belief.dof), generator=generator, dtype=torch.float64).square().mean(1, keepdim=True)
+    scores = belief.mean.repeat(_DRAWS, 1)
+    scores[:, u] += widen * (normal @ _root(belief.covariance[u][:, u]).T) / chi.sqrt()
+    difference = (drawn(prior, scores) - drawn(prior, settled(belief)[None])).abs().amax(1)
+    return difference.quantile(_QUANTILE).item()
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """A factor of a covariance that may have lost its last digits."""
+    size, one = covariance.diagonal().mean(), torch.eye(len(covariance), dtype=covariance.dtype)
+    for jitter in (1e-9, 1e-7, 1e-5, 1e-3):
+        factor, failed = torch.linalg.cholesky_ex(covariance + jitter * size * one)
+        if not failed:
+            return factor
+    return covariance.diagonal().clamp(min=0).sqrt().diag()
+
+
+def widening(surprises: Tensor) -> float:
+    """How much wider than believed, at least 1, the later half of the standardised squared surprises was."""
+    late = surprises[-max(4, len(surprises) // 2) :]
+    return max(1.0, float((8 + late.sum()) / (8 + len(late)))) ** 0.5
