@@ -1,7 +1,8 @@
-"""Score-CAM for less: sweep the channels that matter, believe of the others what their likes have shown, say how far off it is."""
+"""Score-CAM for less: sweep the channels that matter, guess the others from their likes, say how far off the map may be."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,13 +11,9 @@ from torch import Tensor
 from camfn import _compat, belief
 from camfn._errors import CamError
 from camfn._types import Scores
-from camfn.execution import Sweep
 from camfn.masks import Variation, unit
-from camfn.precision import refine
-from camfn.runner import Runner, narrowed
-from camfn.scoring import Plan, Swept, gather, scorer
-from camfn.subject import Subject
-from camfn.targets import Score
+from camfn.precision import in_dtype, refine
+from camfn.scoring import Plan, Scoring, Swept, gather, scorer
 
 Order = Literal["predicted", "std", "max", "gradient"]
 _ROUND = 32  # a thirty-second of the channels is swept before the belief is renewed, or a quarter of those swept so far
@@ -71,51 +68,37 @@ def _most(todo: Plan, limits: Limits) -> list[int]:
     return [min(c, max(1, math.floor(limits.budget * c + 1e-9) - paid)) if c else 0 for c, paid in zip(live, shared)]
 
 
-def sweep_some(
-    subject: Subject,
-    runner: Runner,
-    score: Score,
-    todo: Plan,
-    slopes: Tensor,
-    variation: Variation,
-    options: Sweep,
-    limits: Limits,
-    tick: Callable[[int], None],
-) -> Swept:
+def sweep_some(scoring: Scoring, slopes: Tensor, limits: Limits) -> Swept:
     """A sweep of the channels that count most; `slopes (n, t, c, p)` are the scores' gradients at the activation."""
-    full = scorer(subject, runner, score, todo.read, variation, options)
-    fast = full
-    if options.dtype is not None:
-        fast = scorer(subject, narrowed(subject, runner, options.dtype), score, todo.read, variation, options)
+    todo, variation = scoring.plan, scoring.variation
+    full, fast = scorer(scoring), in_dtype(scoring)
 
-    def scores_of(channels: Tensor, by: Callable[[Tensor, Callable[[int], None]], Tensor] = fast) -> Scores:
+    def scores_by(by: Callable[[Tensor], Tensor], channels: Tensor) -> Scores:
         part = todo.of(channels)
-        return gather(by(part.rows, tick), part, variation)
+        return gather(by(part.rows), part, variation)
 
-    shared, zero_rows = _shared_scores(todo, full, variation, tick)
-    chosen, scores, error = (_ranked if limits.order != "predicted" else _believed)(todo, slopes, shared, limits, scores_of)
-    draws, again = len(variation.scales), 0
-    if options.dtype is not None:
-        exact = lambda channels: scores_of(channels, full)  # noqa: E731
-        scores, again, rounding = refine(scores, todo.read.values, chosen, exact, "softmax")
+    shared, forwards = _shared_scores(todo, full, variation)
+    way = _believed if limits.order == "predicted" else _ranked
+    chosen, scores, error = way(todo, slopes, shared, limits, partial(scores_by, fast))
+    if scoring.options.dtype is not None:
+        scores, again, rounding = refine(scores, todo.read.values, chosen, partial(scores_by, full), "softmax")
         error = rounding if error is None else error + rounding
-    return Swept(scores, zero_rows + draws * (int(chosen.sum()) + again), error)
+        forwards += len(variation.scales) * again
+    return Swept(scores, forwards + len(variation.scales) * int(chosen.sum()), error)
 
 
-def _shared_scores(
-    todo: Plan, full: Callable[[Tensor, Callable[[int], None]], Tensor], variation: Variation, tick: Callable[[int], None]
-) -> tuple[Tensor, int]:
+def _shared_scores(todo: Plan, full: Callable[[Tensor], Tensor], variation: Variation) -> tuple[Tensor, int]:
     """The score of each image's flat channels, `(n, t)`, and the masked inputs that it took.
 
     Where noise makes every mask its own, the first flat channel stands for the others.
     """
     n = len(todo.flat)
     if len(todo.zeros):
-        found = full(todo.zeros, tick)
+        found = full(todo.zeros)
         return found.new_zeros(n, found.shape[1]).index_copy(0, todo.zeros[:, 2].to(found.device), found), len(todo.zeros)
     first = torch.zeros_like(todo.flat).scatter(1, todo.flat.int().argmax(1, keepdim=True), True) & todo.flat & todo.swept()
     part = todo.of(first)
-    return gather(full(part.rows, tick), part, variation).sum(1), len(part.rows)
+    return gather(full(part.rows), part, variation).sum(1), len(part.rows)
 
 
 def _ranked(
@@ -158,14 +141,15 @@ class _Search:
         self.live = (~flat).nonzero()[:, 0]
         self.most, self.limits, self.channels = most, limits, len(flat)
         self.generator = torch.Generator().manual_seed(limits.seed)
-        masks = torch.stack([unit(a, 0.0, todo.read.values.dtype) for a in values[self.live]]) if most else values[self.live]
         zeros = shared[image].double().cpu()
-        self.priors = [
-            belief.prior_of(
-                values[self.live], masks, (slope[self.live] * values[self.live] * masks).sum(1), values[flat].sum(0), zero
-            )
-            for slope, zero in zip(slopes[image].double().cpu(), zeros)
-        ] if most else []  # fmt: skip
+        self.priors = []
+        if most:
+            own = values[self.live]
+            masks = torch.stack([unit(channel, 0.0, todo.read.values.dtype) for channel in own])
+            # The whole activation seen through a channel's mask, and the head linear: `<G, A * m_k>`.
+            predictions = (slopes[image].double().cpu() * values).sum(1) @ masks.T
+            pairs = zip(predictions, zeros)
+            self.priors = [belief.prior_of(own, masks, predicted, values[flat].sum(0), zero) for predicted, zero in pairs]
         self.swept, self.below = torch.empty(0, dtype=torch.long), 0
         self.known = torch.empty(0, len(zeros), dtype=torch.float64)
         self.surprises = torch.empty(0, dtype=torch.float64)

@@ -86,7 +86,7 @@ class _Port:
     def __init__(self, name: str) -> None:
         self.name = name
         self.seen: Tensor | None = None
-        self.nudge: Tensor | None = None
+        self.nudge: Any = None  # a tensor, or a function that makes one like the layer's output
         self.swap: Tensor | None = None
 
     def __call__(self, args: tuple[Any, ...], out: Any) -> Any:
@@ -128,7 +128,8 @@ def _through(port: _Port, out: Any) -> Any:
     # the model may hold by another name (a layer that returns its input) and write to.
     port.seen = value.clone()
     passed = value if port.swap is None else value.clone()
-    onward = passed if port.nudge is None else value + port.nudge
+    nudge: Any = port.nudge(value) if callable(port.nudge) else port.nudge
+    onward = passed if nudge is None else value + nudge
     return onward if isinstance(out, Tensor) else type(out)((onward,))
 
 

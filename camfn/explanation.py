@@ -23,6 +23,7 @@ class Explanation(NamedTuple):
     forwards: int  # inputs that went through the model
     seconds: float
     notes: tuple[str, ...]  # what should be known about the maps
+    errors: tuple[Tensor | None, ...]  # for each layer, (n, t): how far its normalised map may be off, where it is not exact
 
 
 def explain(
@@ -46,9 +47,8 @@ def explain(
     outcome = METHODS[method].run(model, layer, x, target, **options)
     notes = outcome.notes + _about_weights(outcome.weights, outcome.layers, method)
     seconds = time.perf_counter() - start
-    return Explanation(
-        outcome.maps, method, outcome.layers, outcome.classes, outcome.scores, outcome.weights, outcome.forwards, seconds, notes
-    )
+    told: dict[str, Any] = {**outcome._asdict(), "notes": notes}
+    return Explanation(method=method, seconds=seconds, **told)
 
 
 def effective_channels(weights: Weights) -> Tensor:

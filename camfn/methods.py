@@ -13,15 +13,15 @@ from camfn import _compat, layouts, weights
 from camfn import maps as _maps
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layer, Layers, Layout, Maps, Size, State, Target, Weights
+from camfn.anytime import Limits, Order, checked_limits, rows_within, sweep_some
 from camfn.execution import Sweep, checked, counter, usable
 from camfn.layers import find_linear
 from camfn.layouts import Read
 from camfn.masks import Noise, Recipe, Variation, path_scales, recipe_of
 from camfn.precision import sweep_narrow
 from camfn.runner import runner_of
-from camfn.scoring import plan
-from camfn.scoring import sweep as run_sweep
-from camfn.subject import Key, Subject, first_nonfinite, look, without_graph
+from camfn.scoring import Scoring, Swept, plan, sweep_all
+from camfn.subject import Key, Subject, first_nonfinite, look, slopes_of, without_graph
 from camfn.targets import Score, resolve, score_rows
 
 P = ParamSpec("P")
@@ -37,6 +37,7 @@ class Outcome(NamedTuple):
     weights: tuple[Weights, ...]  # a layer's (n, t, c)
     forwards: int  # inputs that went through the model
     notes: tuple[str, ...]  # what is to be said about the maps
+    errors: tuple[Tensor | None, ...] = ()  # for each layer, (n, t): how far a normalised map may be off, where that is not 0
 
 
 class Method(NamedTuple):
@@ -123,7 +124,7 @@ def cam(
     score = resolve(target, subject.output, subject.n, subject.image.device)
     if score.classes is None or not score.is_logit:
         raise CamError("cam weighs channels by a class's row of the linear layer: its target must be classes")
-    (read,) = _reads(subject, layout)
+    read = _read(subject, subject.layers[0], subject.seen[0], layout)
     count = _clean(subject, score)
     name = find_linear(subject.shell, model, fc, read.values.shape[1], subject.output)
     matrix = subject.state[subject.shell.aliases[f"{name}.weight"]]
@@ -140,6 +141,10 @@ def score_cam(
     *,
     masked: Key = None,
     recipe: str | Recipe = "torchcam",
+    budget: float = 1.0,
+    tolerance: float | None = None,
+    order: Order = "predicted",
+    seed: int = 0,
     sweep: Sweep = Sweep(),
     state: State | None = None,
     layout: Layout = "auto",
@@ -186,9 +191,10 @@ def score_cam(
 
     Wang et al., Score-CAM, CVPR workshops 2020 (arXiv 1910.01279). torchcam's `ScoreCAM` by default.
     """
-    subject = look(model, layer, x, state, masked, masks=True)
     variation = Variation(recipe=recipe_of(recipe))
-    return _swept(subject, target, variation, sweep, layout, Drawing(relu, size, normalize))
+    limits = checked_limits(Limits(budget, tolerance, order, seed), variation.recipe.weights)
+    subject = look(model, layer, x, state, masked, masks=True, graph=limits.any)
+    return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize))
 
 
 @_method("activations", "masked inputs", cost="35 x channels + 1")
@@ -204,6 +210,9 @@ def ss_cam(
     seed: int | torch.Generator = 0,
     masked: Key = None,
     recipe: str | Recipe = "torchcam",
+    budget: float = 1.0,
+    tolerance: float | None = None,
+    order: Order = "predicted",
     sweep: Sweep = Sweep(),
     state: State | None = None,
     layout: Layout = "auto",
@@ -241,9 +250,10 @@ def ss_cam(
         raise CamError(f"seed must be an int or a torch.Generator, found {seed!r}")
     if noise not in ("mask", "activation", "input"):
         raise CamError(f'noise must be "mask", "activation" or "input", found {noise!r}')
-    subject = look(model, layer, x, state, masked, masks=True)
     variation = Variation((1.0,) * num_samples, noise, std, seed, recipe_of(recipe))
-    return _swept(subject, target, variation, sweep, layout, Drawing(relu, size, normalize))
+    limits = checked_limits(Limits(budget, tolerance, order, _as_int(seed)), variation.recipe.weights)
+    subject = look(model, layer, x, state, masked, masks=True, graph=limits.any)
+    return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize))
 
 
 @_method("activations", "masked inputs", cost="10 x channels + 1")
@@ -257,6 +267,10 @@ def is_cam(
     path: Literal["cumulative", "linear"] = "cumulative",
     masked: Key = None,
     recipe: str | Recipe = "torchcam",
+    budget: float = 1.0,
+    tolerance: float | None = None,
+    order: Order = "predicted",
+    seed: int = 0,
     sweep: Sweep = Sweep(),
     state: State | None = None,
     layout: Layout = "auto",
@@ -284,9 +298,10 @@ def is_cam(
     Naidu et al., IS-CAM: Integrated Score-CAM, 2020 (arXiv 2010.03023). torchcam's `ISCAM` by default.
     """
     _check_samples("is_cam", num_samples)
-    subject = look(model, layer, x, state, masked, masks=True)
     variation = Variation(path_scales(num_samples, path), recipe=recipe_of(recipe))
-    return _swept(subject, target, variation, sweep, layout, Drawing(relu, size, normalize))
+    limits = checked_limits(Limits(budget, tolerance, order, seed), variation.recipe.weights)
+    subject = look(model, layer, x, state, masked, masks=True, graph=limits.any)
+    return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize))
 
 
 # ------------------------------------------------------------------------------------------------- what they share
@@ -297,27 +312,47 @@ def _check_samples(method: str, num_samples: int) -> None:
         raise CamError(f"{method} needs a whole num_samples >= 1, found {num_samples!r}")
 
 
-def _swept(subject: Subject, target: Target, variation: Variation, sweep: Sweep, layout: Layout, drawing: Drawing) -> Outcome:
+def _as_int(seed: int | torch.Generator) -> int:
+    return seed if isinstance(seed, int) else seed.initial_seed()
+
+
+def _swept(
+    subject: Subject, target: Target, variation: Variation, limits: Limits, sweep: Sweep, layout: Layout, drawing: Drawing
+) -> Outcome:
     """Score-CAM and its kin: the weights come from the scores of masked inputs."""
     recipe = variation.recipe
     weigh = weights.softmax if recipe.weights == "softmax" else weights.score
     with without_graph():
         score = resolve(target, subject.output, subject.n, subject.image.device, recipe.score)
         clean = _clean(subject, score)
-        plans = [plan(read, variation) for read in _reads(subject, layout)]
-        rows = sum(todo.rows_in_all for todo in plans)
+        subject, slopes = _slopes(subject, score, layout) if limits.any else (subject, [None] * len(subject.layers))
+        reads = [_read(subject, name, activation, layout) for name, activation in zip(subject.layers, subject.seen)]
+        plans = [plan(read, variation) for read in reads]
+        rows = sum(rows_within(todo, limits) for todo in plans)
         sweep = usable(checked(sweep), subject.image.device, subject.image.dtype)
         runner, tick = runner_of(subject, score, sweep, rows), counter(sweep.progress, rows)
-        run = run_sweep if sweep.dtype is None else sweep_narrow
-        swept = [run(subject, runner, score, todo, variation, sweep, tick) for todo in plans]
-        found = tuple(weigh(part.scores) for part in swept)
+        all_ = [Scoring(subject, runner, score, todo, variation, sweep, tick) for todo in plans]
+        swept = [_sweep(scoring, slope, limits) for scoring, slope in zip(all_, slopes)]
+        found, errors = tuple(weigh(part.scores) for part in swept), tuple(part.error for part in swept)
         forwards = sum(part.forwards for part in swept)
-        return _drawn(subject, score, clean, [todo.read for todo in plans], found, drawing, forwards)
+        return _drawn(subject, score, clean, reads, found, drawing, forwards)._replace(errors=errors)
 
 
-def _reads(subject: Subject, layout: Layout) -> list[Read]:
-    pairs = zip(subject.layers, subject.seen)
-    return [layouts.read(activation, layout, subject.size, name, subject.n) for name, activation in pairs]
+def _sweep(scoring: Scoring, slopes: Tensor | None, limits: Limits) -> Swept:
+    if slopes is not None:
+        return sweep_some(scoring, slopes, limits)
+    return sweep_all(scoring) if scoring.options.dtype is None else sweep_narrow(scoring)
+
+
+def _slopes(subject: Subject, score: Score, layout: Layout) -> tuple[Subject, list[Tensor]]:
+    """The scores' gradients at each layer, `(n, t, c, p)`, and the subject without the graph they came from."""
+    subject, found = slopes_of(subject, score)
+    pairs = zip(subject.layers, found)
+    return subject, [torch.stack([_read(subject, name, slope, layout).values for slope in of], 1) for name, of in pairs]
+
+
+def _read(subject: Subject, name: str, activation: Tensor, layout: Layout) -> Read:
+    return layouts.read(activation, layout, subject.size, name, subject.n)
 
 
 def _clean(subject: Subject, score: Score) -> Tensor:

@@ -11,41 +11,32 @@ from torch import Tensor
 
 from camfn import maps, weights
 from camfn._types import Activations, Scores
-from camfn.execution import Sweep
-from camfn.masks import Variation
-from camfn.runner import Runner, narrowed
-from camfn.scoring import Plan, Swept, gather, scorer
-from camfn.subject import Subject
-from camfn.targets import Score
+from camfn.runner import narrowed
+from camfn.scoring import Scoring, Swept, gather, scorer
 
 GOAL = 0.01  # two standard errors of the normalised map, beyond which more channels are scored again
 _STEP = 40  # a fortieth of the channels at a time
 
 
-def sweep_narrow(
-    subject: Subject,
-    runner: Runner,
-    score: Score,
-    todo: Plan,
-    variation: Variation,
-    options: Sweep,
-    tick: Callable[[int], None],
-) -> Swept:
-    """A sweep in `options.dtype`, refined by `runner`, which is in full precision."""
-
-    assert options.dtype is not None
-    narrow = narrowed(subject, runner, options.dtype)
-    full, fast = (scorer(subject, by, score, todo.read, variation, options) for by in (runner, narrow))
+def sweep_narrow(scoring: Scoring) -> Swept:
+    """A sweep in `options.dtype`, refined in full precision."""
+    todo, variation = scoring.plan, scoring.variation
+    full, fast = scorer(scoring), in_dtype(scoring)
 
     def exact(chosen: Tensor) -> Scores:
         part = todo.of(chosen)
-        return gather(full(part.rows, lambda used: None), part, variation)
+        return gather(full(part.rows), part, variation)
 
-    zeros = full(todo.zeros, tick)  # one row for each image, which stands for many channels
-    scores = gather(torch.cat([fast(todo.rows, tick), zeros]), todo, variation)
-    alive = todo.swept()
-    scores, again, error = refine(scores, todo.read.values, alive, exact, variation.recipe.weights)
+    zeros = full(todo.zeros)  # one row for each image, which stands for many channels
+    scores = gather(torch.cat([fast(todo.rows), zeros]), todo, variation)
+    scores, again, error = refine(scores, todo.read.values, todo.swept(), exact, variation.recipe.weights)
     return Swept(scores, todo.rows_in_all + again * len(variation.scales), error)
+
+
+def in_dtype(scoring: Scoring) -> Callable[[Tensor], Tensor]:
+    """The scorer in the narrow dtype that is asked for, if one is."""
+    dtype = scoring.options.dtype
+    return scorer(scoring if dtype is None else scoring._replace(runner=narrowed(scoring.subject, scoring.runner, dtype)))
 
 
 def refine(

@@ -71,33 +71,36 @@ def plan(read: Read, variation: Variation) -> Plan:
     return Plan(read, rows, zeros, flat)
 
 
-def sweep(
-    subject: Subject,
-    runner: Runner,
-    score: Score,
-    todo: Plan,
-    variation: Variation,
-    options: Sweep,
-    tick: Callable[[int], None],
-) -> Swept:
+class Scoring(NamedTuple):
+    """Everything that a sweep is made of."""
+
+    subject: Subject
+    runner: Runner
+    score: Score
+    plan: Plan
+    variation: Variation
+    options: Sweep
+    tick: Callable[[int], None]
+
+
+def sweep_all(scoring: Scoring) -> Swept:
     """`S_k`: for every channel of every image, the mean score of its masked inputs."""
+    todo = scoring.plan
     index = torch.cat([todo.rows, todo.zeros])
     if len(index) == 0:
         raise CamError("every channel of the layer is flat, and the recipe leaves flat channels out: there is nothing to sweep")
-    found = scorer(subject, runner, score, todo.read, variation, options)(index, tick)
-    return Swept(gather(found, todo, variation), len(index))
+    return Swept(gather(scorer(scoring)(index), todo, scoring.variation), len(index))
 
 
-def scorer(
-    subject: Subject, runner: Runner, score: Score, read: Read, variation: Variation, options: Sweep
-) -> Callable[[Tensor, Callable[[int], None]], Tensor]:
+def scorer(scoring: Scoring) -> Callable[[Tensor], Tensor]:
     """A function of `(r, 3)` masked inputs `(draw, channel, image)`, draws in order: their scores `(r, t)`."""
+    subject, runner, score, (read, *_), variation, options, tick = scoring
     size = tuple(subject.image.shape[2:])
     rule = Rule(variation.recipe, variation.noise, size, read.values.dtype)
     kernel = kernel_of(subject, runner, score, rule, read.grid, options)
     rows_from = _rows_from(subject, read, variation, size)
 
-    def scored(index: Tensor, tick: Callable[[int], None]) -> Tensor:
+    def scored(index: Tensor) -> Tensor:
         if not len(index):
             return torch.empty(0, score.rows.shape[1], device=subject.image.device)
         found = _in_chunks(kernel, rows_from, index, runner.chunk, tick)

@@ -26,6 +26,8 @@ ORDER = (
         "kernel",
         "scoring",
         "precision",
+        "belief",
+        "anytime",
         "methods",
     ),
     *("explanation", "testing", "images", "figures"),
