@@ -46,8 +46,9 @@ def checked(options: Sweep) -> Sweep:
     if memory is not None and not share and not (_is_whole(memory) and memory > 0):
         raise CamError(f"Sweep(memory={memory!r}): memory must be None, bytes (a positive int), or a share in (0, 1] (a float)")
     for name in ("compile", "fold"):
-        if not any(getattr(options, name) is known for known in ("auto", True, False)):
-            raise CamError(f'Sweep({name}={getattr(options, name)!r}): {name} must be "auto", True or False')
+        value = getattr(options, name)
+        if not (isinstance(value, bool) or (isinstance(value, str) and value == "auto")):
+            raise CamError(f'Sweep({name}={value!r}): {name} must be "auto", True or False')
     if options.dtype not in (None, torch.bfloat16, torch.float16):
         raise CamError(f"Sweep(dtype={options.dtype!r}): dtype must be None, torch.bfloat16 or torch.float16")
     return options

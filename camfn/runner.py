@@ -22,7 +22,7 @@ from camfn.shell import Shell, shell_of
 from camfn.subject import Key, Subject, with_input
 from camfn.targets import Score, logits_of, score_rows
 
-_WORTH = 64  # rows from which a copy of the weights, and the forward that checks it, pay
+_WORTH = 24  # rows from which a copy of the weights, and the forward that checks it, pay
 _SHARE = 0.5  # of the CPU's free memory, that a chunk of the default size may take
 
 
@@ -167,7 +167,9 @@ def takes_batches(subject: Subject, score: Score) -> Literal["whole", "mapped", 
             try:
                 return all(is_close(a, b, 100) for a, b in zip(run(torch.cat(pair)), expected))
             except Exception as error:
-                return is_exhausted(error)  # which says nothing about the model; the sweep will see
+                if is_exhausted(error):
+                    raise
+                return False
 
         def one(image: Tensor) -> list[Tensor]:
             return [part[0] for part in _read(score, call(subject.state, _first(subject, image[None])), 1)]
@@ -176,7 +178,12 @@ def takes_batches(subject: Subject, score: Score) -> Literal["whole", "mapped", 
             return "whole"
         return "mapped" if gives(vmap(one)) else "alone"
 
-    return _once(subject, ("batches", read), find)
+    try:
+        return _once(subject, ("batches", read), find)
+    except RuntimeError as error:
+        if is_exhausted(error):  # which says nothing about the model; the sweep will see
+            return "whole"
+        raise
 
 
 def _row_bytes(subject: Subject) -> int:
