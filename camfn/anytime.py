@@ -12,7 +12,7 @@ from camfn import _compat, belief
 from camfn._errors import CamError
 from camfn._types import Scores
 from camfn.masks import Variation, unit
-from camfn.precision import in_dtype, refine
+from camfn.precision import in_dtype, quietly, refine
 from camfn.scoring import Plan, Scoring, Swept, gather, scorer
 
 Order = Literal["predicted", "std", "max", "gradient"]
@@ -37,14 +37,14 @@ class Limits(NamedTuple):
 def checked_limits(limits: Limits, weighting: str) -> Limits:
     """`limits`, or a sentence about what is wrong with them."""
     budget, tolerance, order, seed = limits
-    if not (isinstance(budget, (int, float)) and 0 < budget <= 1):
+    if isinstance(budget, bool) or not (isinstance(budget, (int, float)) and 0 < budget <= 1):
         raise CamError(f"budget={budget!r} must be in (0, 1]: the share of the channels that is swept")
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < 1):
         raise CamError(f"tolerance={tolerance!r} must be None, or in (0, 1): the error of the normalised map that will do")
     if order not in ("predicted", "std", "max", "gradient"):
         raise CamError(f'order={order!r} must be "predicted", "std", "max" or "gradient"')
-    if not isinstance(seed, int):
-        raise CamError(f"seed must be an int, found {seed!r}")
+    if not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
+        raise CamError(f"seed must be an int of 64 bits, found {seed!r}")
     if not limits.any:
         return limits
     if _compat.transformed():
@@ -58,6 +58,8 @@ def checked_limits(limits: Limits, weighting: str) -> Limits:
 
 def rows_within(todo: Plan, limits: Limits) -> int:
     """How many masked inputs may be swept at most."""
+    if not limits.any:
+        return todo.rows_in_all
     draws = 1 if not len(todo.rows) else int(todo.rows[:, 0].max()) + 1
     return min(todo.rows_in_all, draws * sum(_most(todo, limits)) + len(todo.zeros))
 
@@ -77,12 +79,15 @@ def sweep_some(scoring: Scoring, slopes: Tensor, limits: Limits) -> Swept:
         part = todo.of(channels)
         return gather(by(part.rows), part, variation)
 
+    if variation.noise is not None and limits.order == "predicted":
+        return _by_draws(scoring, limits)
     shared, forwards = _shared_scores(todo, full, variation)
     way = _believed if limits.order == "predicted" else _ranked
     chosen, scores, error = way(todo, slopes, shared, limits, partial(scores_by, fast))
     if scoring.options.dtype is not None:
-        scores, again, rounding = refine(scores, todo.read.values, chosen, partial(scores_by, full), "softmax")
-        error = rounding if error is None else error + rounding
+        exact = partial(scores_by, scorer(quietly(scoring)))
+        scores, again, rounding = refine(scores, todo.read.values, chosen, exact, "softmax")
+        error = None if error is None else error + rounding
         forwards += len(variation.scales) * again
     return Swept(scores, forwards + len(variation.scales) * int(chosen.sum()), error)
 
@@ -101,16 +106,55 @@ def _shared_scores(todo: Plan, full: Callable[[Tensor], Tensor], variation: Vari
     return gather(full(part.rows), part, variation).sum(1), len(part.rows)
 
 
+def _by_draws(scoring: Scoring, limits: Limits) -> Swept:
+    """All channels, and fewer draws of the noise, which is larger than what a channel's likes tell of it.
+
+    The mean over the draws so far, shrunk towards that over channels, is the best guess of the mean over all draws. In full
+    precision: rounding would be one more unknown.
+    """
+    todo, total, score = scoring.plan, len(scoring.variation.scales), scorer(scoring)
+    shared, at_zero = _shared_scores(todo, score, scoring.variation)
+    apart = (todo.swept() & ~todo.flat) if at_zero else todo.swept()
+    paid = at_zero / max(1, int(apart.sum()))
+    most = min(total, max(1, math.floor(limits.budget * total - paid + 1e-9)))
+    index = todo.of(apart).rows
+    scores = error = None
+    drawn, open_, done, forwards = [], torch.ones(len(apart), dtype=torch.bool), 0, at_zero
+    while bool(open_.any()):
+        upto = most if limits.tolerance is None else min(most, max(4, done + done // 2))
+        rows = index[(index[:, 0] >= done) & (index[:, 0] < upto) & open_[index[:, 2]]]
+        drawn.append(_each_draw(score(rows), rows, apart, done, upto))
+        done, forwards = upto, forwards + len(rows)
+        found = belief.shrunk(torch.cat(drawn), apart, todo.read.values, total, limits.seed)
+        now = open_.to(apart.device)
+        scores = found[0] if scores is None else torch.where(now[:, None, None], found[0], scores)
+        error = found[1] if error is None else torch.where(now[:, None], found[1], error)
+        enough = torch.full_like(open_, done == most)
+        if limits.tolerance is not None:
+            enough |= error.amax(1).cpu() <= limits.tolerance
+        open_ &= ~enough
+    assert scores is not None
+    return Swept(torch.where(apart[..., None], scores, shared[:, None]), forwards, error)
+
+
+def _each_draw(found: Tensor, rows: Tensor, channels: Tensor, first: int, end: int) -> Tensor:
+    """Scores of rows as `(draws, n, c, t)`."""
+    (n, c), (draw, channel, image) = channels.shape, rows.T.to(found.device)
+    place = ((draw - first) * n + image) * c + channel
+    return found.new_zeros((end - first) * n * c, found.shape[1]).index_copy(0, place, found).reshape(end - first, n, c, -1)
+
+
 def _ranked(
     todo: Plan, slopes: Tensor, shared: Tensor, limits: Limits, scores_of: Callable[[Tensor], Scores]
 ) -> tuple[Tensor, Scores, None]:
     """The first channels in a published order; the others have no weight, as published."""
     values = todo.read.values
-    rank = {"std": lambda: values.std(-1), "max": lambda: values.amax(-1), "gradient": lambda: slopes.mean(-1).sum(1)}
-    order = torch.where(todo.flat, -torch.inf, rank[limits.order]()).argsort(1, descending=True)
+    rank = {"std": values.std(-1, unbiased=False), "max": values.amax(-1), "gradient": slopes.mean(-1).sum(1)}
+    order = torch.where(todo.flat, -torch.inf, rank[limits.order]).argsort(1, descending=True)
     place = order.argsort(1)
     chosen = (place < torch.tensor(_most(todo, limits), device=place.device)[:, None]) & ~todo.flat
-    return chosen, torch.where(chosen[..., None], scores_of(chosen), -torch.inf), None
+    left_out = torch.where(chosen.any(1), -torch.inf, 0.0)[:, None, None]  # an image of flat channels has equal weights
+    return chosen, torch.where(chosen[..., None], scores_of(chosen), left_out), None
 
 
 def _believed(
@@ -127,10 +171,9 @@ def _believed(
         found = scores_of(next_).double().cpu()
         for search, scores, mask in zip(searches, found, next_):
             search.learn(scores, mask)
-    device, dtype = todo.flat.device, shared.dtype
-    scores = torch.stack([search.scores() for search in searches]).to(device, dtype)
-    error = torch.tensor([search.errors() for search in searches], device=device, dtype=dtype)
-    return chosen.to(device), torch.where(todo.flat[..., None], shared[:, None], scores), error
+    ends = [search.end() for search in searches]
+    scores, error = (torch.stack(part).to(shared) for part in zip(*ends))
+    return chosen.to(todo.flat.device), torch.where(todo.flat[..., None], shared[:, None], scores), error
 
 
 class _Search:
@@ -141,7 +184,7 @@ class _Search:
         self.live = (~flat).nonzero()[:, 0]
         self.most, self.limits, self.channels = most, limits, len(flat)
         self.generator = torch.Generator().manual_seed(limits.seed)
-        zeros = shared[image].double().cpu()
+        zeros = shared[image].double().cpu() if bool(flat.any()) else torch.full((slopes.shape[1],), -torch.inf).double()
         self.priors = []
         if most:
             own = values[self.live]
@@ -149,7 +192,7 @@ class _Search:
             # The whole activation seen through a channel's mask, and the head linear: `<G, A * m_k>`.
             predictions = (slopes[image].double().cpu() * values).sum(1) @ masks.T
             pairs = zip(predictions, zeros)
-            self.priors = [belief.prior_of(own, masks, predicted, values[flat].sum(0), zero) for predicted, zero in pairs]
+            self.priors = [belief.prior_of(own, masks, predicted, values[flat], zero) for predicted, zero in pairs]
         self.swept, self.below = torch.empty(0, dtype=torch.long), 0
         self.known = torch.empty(0, len(zeros), dtype=torch.float64)
         self.surprises = torch.empty(0, dtype=torch.float64)
@@ -188,17 +231,12 @@ class _Search:
         self.swept, self.known = torch.cat([self.swept, new]), torch.cat([self.known, found])
         self._believe()
         if self.limits.tolerance is not None:
-            self.below = self.below + 1 if max(self.errors()) <= self.limits.tolerance else 0
+            self.below = self.below + 1 if float(self.end()[1].amax()) <= self.limits.tolerance else 0
 
-    def errors(self) -> list[float]:
-        """The stated error for each target."""
-        widen = belief.widening(self.surprises)
-        pairs = zip(self.priors, self.beliefs)
-        return [belief.error_of(prior, now, widen, self.generator) for prior, now in pairs] or [0.0] * self.known.shape[1]
-
-    def scores(self) -> Tensor:
-        """Those swept, and for the others what makes the best map, `(c, t)`."""
-        found = torch.zeros(self.channels, self.known.shape[1], dtype=torch.float64)
-        if self.beliefs:
-            found[self.live] = torch.stack([belief.settled(now) for now in self.beliefs], 1)
-        return found
+    def end(self) -> tuple[Tensor, Tensor]:
+        """The scores swept, and for the others what makes the best map, `(c, t)`; the stated error `(t,)`."""
+        found, error = torch.zeros(self.channels, self.known.shape[1], dtype=torch.float64), torch.zeros(self.known.shape[1])
+        widen, fair = belief.widening(self.surprises), self.limits.tolerance is not None
+        for t, (prior, now) in enumerate(zip(self.priors, self.beliefs)):
+            found[self.live, t], error[t] = belief.settled(prior, now, widen, fair, self.generator)
+        return found, error

@@ -6,6 +6,9 @@ them plus a Matern-3/2 of the distance between masks. After some channels were s
 
     S ~ Student-t(mean, covariance),    w_k = exp(S_k),    L = relu(sum_k w_k A_k), min-max.
 
+Joint draws of the unswept scores give the rest: the weights are the mean of their softmaxes, and the error of the map is the
+95 % quantile of the largest difference between the draws' maps and it.
+
 `docs/budgeted-scoring.md` has what else was tried, and the figures.
 """
 
@@ -13,6 +16,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from camfn import maps
+from camfn._types import Activations, Scores
 
 _SLOPE = (1.0, -0.15, 0.4)  # prior mean in the features. These constants are those of the largest marginal likelihood of swept
 _LINEAR = 0.05  # variance of each slope.                 scores; halves of the photos and each network alone agree on them
@@ -22,19 +28,18 @@ _APART = 0.06  # weight of the squared distance between features
 _NOISE = 0.015
 _DOF = 6.0
 _BROAD = 1e3  # variance of the constant: the first scores set it
-_SHRINK = 0.25  # of the variance: half of a log-normal's correction; the true half overshoots where the spread is large
 _DRAWS, _QUANTILE = 200, 0.95
 
 
 class Prior(NamedTuple):
-    """What is known of the channels that are not flat before any is swept; of the flat ones, their sum and score."""
+    """What is known of the channels that are not flat before any is swept; and the flat ones with their score."""
 
     activation: Tensor  # (c, p)
     mean: Tensor  # (c,), in units of `unit`
     covariance: Tensor  # (c, c), without noise, in units of `unit` squared
     unit: Tensor  # (): the spread of the head's prediction
-    flat: Tensor  # (p,)
-    zero: Tensor  # ()
+    flat: Tensor  # (m, p)
+    zero: Tensor  # (): minus infinity where no channel is flat
 
 
 class Belief(NamedTuple):
@@ -84,39 +89,46 @@ def believe(prior: Prior, swept: Tensor, scores: Tensor) -> Belief:
     return Belief(mean, covariance, _DOF + n, unswept)
 
 
-def settled(belief: Belief) -> Tensor:
-    """One score for each channel: what its weight is on average, shrunk."""
-    return belief.mean + _SHRINK * belief.variance.clamp(max=9.0)
-
-
 def drawn(prior: Prior, scores: Tensor) -> Tensor:
     """Normalised maps `(b, p)` of scores `(b, c)`."""
     top = torch.maximum(scores.amax(1, keepdim=True), prior.zero)
-    raw = torch.relu(torch.exp(scores - top) @ prior.activation + torch.exp(prior.zero - top) * prior.flat)
+    raw = torch.relu(torch.exp(scores - top) @ prior.activation + torch.exp(prior.zero - top) * prior.flat.sum(0))
     low, high = raw.amin(1, keepdim=True), raw.amax(1, keepdim=True)
     return (raw - low) / (high - low).clamp(min=1e-300)
 
 
 def stakes(prior: Prior, belief: Belief) -> Tensor:
     """Log of how far the map may move with each channel: its expected weight, times what of `A_k` is not the map."""
-    now = drawn(prior, settled(belief)[None])[0]
+    now = drawn(prior, (belief.mean + belief.variance.clamp(max=9.0) / 4)[None])[0]
     along = (prior.activation @ now) / (now @ now).clamp(min=1e-300)
     other = (prior.activation - along[:, None] * now).abs().amax(1)
     return belief.mean + belief.variance.clamp(max=16.0) / 2 + other.clamp(min=1e-12).log()
 
 
-def error_of(prior: Prior, belief: Belief, widen: float, generator: torch.Generator) -> float:
-    """The 95 % quantile, over joint draws of the unswept scores, of the largest difference to the map of `settled`."""
+def settled(prior: Prior, belief: Belief, widen: float, fair: bool, generator: torch.Generator) -> tuple[Tensor, float]:
+    """One score for each channel, whose softmax is the mean of joint draws' softmaxes, and the error of its map.
+
+    The error is the 95 % quantile of the largest difference to the maps of draws that are `widen` times wider, and Student-t.
+    So are the weights where what was swept is a `fair` (random) sample; after a greedy sweep, which saw the largest scores
+    only, the weights trust the belief and just the error doubts it.
+    """
     u = belief.unswept
     if not len(u):
-        return 0.0
-    normal = torch.randn(_DRAWS, len(u), generator=generator, dtype=torch.float64)
-    # chi2 by adding squares: torch's own sampler takes no generator
+        return belief.mean, 0.0
+    normal = torch.randn(_DRAWS, len(u), generator=generator, dtype=torch.float64) @ _root(belief.covariance[u][:, u]).T
+    # Chi-squared by adding squares: torch's own sampler takes no generator.
     chi = torch.randn(_DRAWS, int(belief.dof), generator=generator, dtype=torch.float64).square().mean(1, keepdim=True)
-    scores = belief.mean.repeat(_DRAWS, 1)
-    scores[:, u] += widen * (normal @ _root(belief.covariance[u][:, u]).T) / chi.sqrt()
-    difference = (drawn(prior, scores) - drawn(prior, settled(belief)[None])).abs().amax(1)
-    return difference.quantile(_QUANTILE).item()
+    close, wide = (belief.mean.repeat(_DRAWS, 1).index_add(1, u, part) for part in (normal, widen * normal / chi.sqrt()))
+    of_all = torch.cat([wide if fair else close, prior.zero.expand(_DRAWS, len(prior.flat))], 1)
+    scores = torch.softmax(of_all, 1).mean(0)[: len(belief.mean)].clamp(min=1e-300).log()
+    swept = torch.ones(len(scores), dtype=torch.bool).index_fill(0, u, False)
+    # All draws have the same score there, so one constant, which cancels in the softmax, makes it exact again.
+    if bool(swept.any()):
+        top = torch.where(swept, belief.mean, -torch.inf).argmax()
+        scores = scores + belief.mean[top] - scores[top]
+    scores[swept] = belief.mean[swept]
+    difference = (drawn(prior, wide) - drawn(prior, scores[None])).abs().amax(1)
+    return scores, difference.quantile(_QUANTILE).item()
 
 
 def _root(covariance: Tensor) -> Tensor:
@@ -133,3 +145,42 @@ def widening(surprises: Tensor) -> float:
     """How much wider than believed, at least 1, the later half of the standardised squared surprises was."""
     late = surprises[-max(4, len(surprises) // 2) :]
     return max(1.0, float((8 + late.sum()) / (8 + len(late)))) ** 0.5
+
+
+def shrunk(drawn: Tensor, swept: Tensor, values: Activations, total: int, seed: int) -> tuple[Scores, Tensor]:
+    """From scores of some draws of noise `(d, n, c, t)`, the expected means over `total` draws, and the map's error `(n, t)`.
+
+    With a variance s2 between draws and v between channels, `E = m + (v + s2 / total) / (v + s2 / d) (mean - m)`, m the mean
+    over channels; v and s2 are estimated over the channels of `swept (n, c)`. The error is the 95 % quantile of the
+    largest difference to maps of scores drawn from what is left of the variance, times 1.6: channels that are alike are off
+    together, which independent draws are not.
+    """
+    count, done = swept.sum(1).clamp(min=1)[:, None, None], len(drawn)
+    mean = drawn.mean(0)
+
+    def average(of: Tensor) -> Tensor:
+        return torch.where(swept[..., None], of, 0).sum(1, keepdim=True) / count
+
+    centre = average(mean)
+    between = average((mean - centre).square())
+    noise = average(drawn.var(0)) if done > 1 else between  # one draw does not tell: all of it may be noise
+    signal = (between - noise / done).clamp(min=0)
+    wanted, seen = signal + noise / total, signal + noise / done
+    factor = torch.where(seen > 0, wanted / seen, 1)
+    scores = centre + factor * (mean - centre)
+    left = (wanted * (1 - factor)).clamp(min=0).sqrt() * swept[..., None]
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(_DRAWS, mean.shape[1], generator=generator, dtype=torch.float64).to(mean)
+    error = torch.stack([_spread_of(s, d, a, normal) for s, d, a in zip(scores, left, values.to(mean.dtype))])
+    return scores, (1.6 * error).clamp(max=1)
+
+
+def _spread_of(scores: Tensor, deviation: Tensor, values: Tensor, normal: Tensor) -> Tensor:
+    """For one image and each target: how far maps of scores with this deviation `(c, t)` are from that of `scores`."""
+
+    def normalised(of: Tensor) -> Tensor:
+        return maps.normalize(torch.relu(torch.softmax(of, -1) @ values))
+
+    pairs = zip(scores.T, deviation.T)
+    found = [(normalised(s + d * normal) - normalised(s)).abs().amax(1).quantile(_QUANTILE) for s, d in pairs]
+    return torch.stack(found)

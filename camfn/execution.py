@@ -80,15 +80,17 @@ def pays(seconds: float) -> bool:
 _SAVES, _COSTS = 0.05, 40.0  # a share, seconds
 
 
-def counter(progress: bool | Callable[[int, int], None], total: int) -> Callable[[int], None]:
-    """A function that is told of every chunk how many forwards it was, and shows it."""
+def counter(progress: bool | Callable[[int, int], None], total: int) -> Callable[[int | None], None]:
+    """A function that is told of every chunk how many forwards it was, and shows it; told `None`, it is at its end."""
     if progress is False:
         return lambda used: None
     report, done = _bar(total) if progress is True else progress, 0
 
-    def tick(used: int) -> None:
+    def tick(used: int | None) -> None:
         nonlocal done
-        done += used
+        if used is None and done == total:
+            return
+        done = total if used is None else done + used
         report(done, total)
 
     return tick

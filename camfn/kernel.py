@@ -19,6 +19,7 @@ from camfn._errors import warn
 from camfn._types import Inputs, State
 from camfn.execution import Sweep
 from camfn.masks import Rule, masked_input
+from camfn.memory import is_exhausted
 from camfn.runner import Runner, rows_of, weakly
 from camfn.subject import Key, Subject, pick
 from camfn.targets import Score, score_rows
@@ -87,7 +88,7 @@ def _key(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: tuple
     shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     state = tuple((t.dtype, t.device) for t in runner.state.values())
     of = (score.of.func, *map(weakly, score.of.args), score.rows.shape)
-    settings = (rule, grid, subject.key, runner.folded, runner.channels_last, runner.chunk, runner.dtype)
+    settings = (rule, grid, subject.key, runner.folded, runner.channels_last, runner.room.asked, runner.dtype)
     return "kernel", of, settings, shapes, str(tree), state, keep.structure(runner.shell)
 
 
@@ -118,6 +119,8 @@ def _call_compiled(slot: keep.Slot, body: Any, arguments: tuple[Any, ...], rows:
                     slot.made = kernel
                     return scores
                 except Exception as error:
+                    if is_exhausted(error):
+                        slot.made = kernel  # it was compiled, and did not fit
                     if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                         raise
                     found = str(error).strip().splitlines()[0]

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
-from typing import Literal, NamedTuple, ParamSpec
+from typing import Any, Literal, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ def score_cam(
     budget: float = 1.0,
     tolerance: float | None = None,
     order: Order = "predicted",
-    seed: int = 0,
+    seed: int | torch.Generator = 0,
     sweep: Sweep = Sweep(),
     state: State | None = None,
     layout: Layout = "auto",
@@ -192,7 +192,7 @@ def score_cam(
     Wang et al., Score-CAM, CVPR workshops 2020 (arXiv 1910.01279). torchcam's `ScoreCAM` by default.
     """
     variation = Variation(recipe=recipe_of(recipe))
-    limits = checked_limits(Limits(budget, tolerance, order, seed), variation.recipe.weights)
+    limits = checked_limits(Limits(budget, tolerance, order, _as_int(seed)), variation.recipe.weights)
     subject = look(model, layer, x, state, masked, masks=True, graph=limits.any)
     return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize))
 
@@ -270,7 +270,7 @@ def is_cam(
     budget: float = 1.0,
     tolerance: float | None = None,
     order: Order = "predicted",
-    seed: int = 0,
+    seed: int | torch.Generator = 0,
     sweep: Sweep = Sweep(),
     state: State | None = None,
     layout: Layout = "auto",
@@ -299,7 +299,7 @@ def is_cam(
     """
     _check_samples("is_cam", num_samples)
     variation = Variation(path_scales(num_samples, path), recipe=recipe_of(recipe))
-    limits = checked_limits(Limits(budget, tolerance, order, seed), variation.recipe.weights)
+    limits = checked_limits(Limits(budget, tolerance, order, _as_int(seed)), variation.recipe.weights)
     subject = look(model, layer, x, state, masked, masks=True, graph=limits.any)
     return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize))
 
@@ -312,8 +312,8 @@ def _check_samples(method: str, num_samples: int) -> None:
         raise CamError(f"{method} needs a whole num_samples >= 1, found {num_samples!r}")
 
 
-def _as_int(seed: int | torch.Generator) -> int:
-    return seed if isinstance(seed, int) else seed.initial_seed()
+def _as_int(seed: Any) -> Any:
+    return seed.initial_seed() % (1 << 63) if isinstance(seed, torch.Generator) else seed
 
 
 def _swept(
@@ -333,6 +333,8 @@ def _swept(
         runner, tick = runner_of(subject, score, sweep, rows), counter(sweep.progress, rows)
         all_ = [Scoring(subject, runner, score, todo, variation, sweep, tick) for todo in plans]
         swept = [_sweep(scoring, slope, limits) for scoring, slope in zip(all_, slopes)]
+        tick(None)
+        runner.room.tell()
         found, errors = tuple(weigh(part.scores) for part in swept), tuple(part.error for part in swept)
         forwards = sum(part.forwards for part in swept)
         return _drawn(subject, score, clean, reads, found, drawing, forwards)._replace(errors=errors)

@@ -21,16 +21,21 @@ _STEP = 40  # a fortieth of the channels at a time
 def sweep_narrow(scoring: Scoring) -> Swept:
     """A sweep in `options.dtype`, refined in full precision."""
     todo, variation = scoring.plan, scoring.variation
-    full, fast = scorer(scoring), in_dtype(scoring)
+    fast, again_ = in_dtype(scoring), scorer(quietly(scoring))
 
     def exact(chosen: Tensor) -> Scores:
         part = todo.of(chosen)
-        return gather(full(part.rows), part, variation)
+        return gather(again_(part.rows), part, variation)
 
-    zeros = full(todo.zeros)  # one row for each image, which stands for many channels
+    zeros = scorer(scoring)(todo.zeros)  # one row for each image, which stands for many channels
     scores = gather(torch.cat([fast(todo.rows), zeros]), todo, variation)
     scores, again, error = refine(scores, todo.read.values, todo.swept(), exact, variation.recipe.weights)
     return Swept(scores, todo.rows_in_all + again * len(variation.scales), error)
+
+
+def quietly(scoring: Scoring) -> Scoring:
+    """What is scored again is no progress."""
+    return scoring._replace(tick=lambda used: None)
 
 
 def in_dtype(scoring: Scoring) -> Callable[[Tensor], Tensor]:

@@ -26,6 +26,25 @@ _WORTH = 24  # rows from which a copy of the weights, and the forward that check
 _SHARE = 0.5  # of the CPU's free memory, that a chunk of the default size may take
 
 
+class Room:
+    """How many masked inputs per forward memory has room for: fewer, once it ran out. Shared by all that one call sweeps."""
+
+    def __init__(self, chunk: int) -> None:
+        self.asked = self.chunk = chunk
+
+    def halve(self, used: int) -> None:
+        """`used` were too many."""
+        self.chunk = max(1, min(self.chunk, used) // 2)
+
+    def tell(self) -> None:
+        """Warn if memory ran out."""
+        if self.chunk < self.asked:
+            warn(
+                f"memory ran out at {self.asked} masked inputs per forward; {self.chunk} fitted "
+                f"(Sweep(chunk={self.chunk}) starts with that)"
+            )
+
+
 class Runner(NamedTuple):
     """The model as a sweep runs it."""
 
@@ -33,7 +52,7 @@ class Runner(NamedTuple):
     state: State
     channels_last: bool
     folded: bool
-    chunk: int  # masked inputs per forward
+    room: Room
     dtype: torch.dtype | None = None  # what it runs in, where that is not its own
 
     def call(self) -> Callable[[State, Inputs], Any]:
@@ -67,7 +86,7 @@ def rows_of(x: Inputs, key: Key, image: Tensor, n: int, masked: Tensor) -> Input
 def runner_of(subject: Subject, score: Score, options: Sweep, rows: int) -> Runner:
     """The model as it is best run for so many rows: as it is, or as a copy whose function is the same to rounding."""
     chunk = _chunk(subject, options)
-    own = Runner(subject.shell, subject.state, False, options.fold is not False, chunk)
+    own = Runner(subject.shell, subject.state, False, options.fold is not False, Room(chunk))
     if _compat.transformed():
         return own
     takes = takes_batches(subject, score) if options.fold == "auto" and min(rows, chunk) > 1 else "whole"
@@ -77,7 +96,7 @@ def runner_of(subject: Subject, score: Score, options: Sweep, rows: int) -> Runn
             f"the model's output for an input depends on the others of its batch: the sweep {how} (slower); "
             f"{'Sweep(fold=False)' if takes == 'mapped' else 'Sweep(chunk=1)'} says that this is known"
         )
-        return own._replace(folded=False) if takes == "mapped" else own._replace(chunk=1)
+        return own._replace(folded=False) if takes == "mapped" else own._replace(room=Room(1))
     return _rewritten(subject, score, own) if own.folded and rows >= _WORTH else own
 
 
@@ -101,8 +120,10 @@ def narrowed(subject: Subject, runner: Runner, dtype: torch.dtype) -> Runner:
     narrow = runner._replace(state=state, dtype=dtype)
     try:
         narrow.call()(state, _first(subject, subject.image[:1]))
-    except RuntimeError as error:
-        found = str(error).strip().splitlines()[0]
+    except Exception as error:
+        if is_exhausted(error):
+            raise
+        found = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CamError(f"Sweep(dtype={dtype}): the model does not run in it ({found}); leave dtype= out") from error
     return narrow
 

@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.func import vmap
 
 from camfn import _compat
-from camfn._errors import CamError, warn
+from camfn._errors import CamError
 from camfn._types import Scores, wide
 from camfn.execution import Sweep, pays
 from camfn.kernel import Kernel, Rows, kernel_of, mask_row
 from camfn.layouts import Read
 from camfn.masks import Rule, Variation, flat_channels, noise_stream
 from camfn.memory import is_exhausted
-from camfn.runner import Runner, rows_of
+from camfn.runner import Room, Runner, rows_of
 from camfn.subject import Subject, first_nonfinite
-from camfn.targets import Score
+from camfn.targets import Score, score_rows
 
 
 class Swept(NamedTuple):
@@ -64,6 +64,8 @@ def plan(read: Read, variation: Variation) -> Plan:
         alive = torch.ones_like(alive)
     rows = alive.T.expand(draws, c, n).nonzero()
     if recipe.flat == "skip":
+        if not len(rows):
+            raise CamError("every channel of the layer is flat, and the recipe leaves flat channels out: nothing to sweep")
         return Plan(read, rows, rows[:0], flat)
     first = (~alive).int().argmax(1)  # any flat channel of the image will do: its mask is zero
     image = torch.arange(n, device="cpu")
@@ -80,15 +82,13 @@ class Scoring(NamedTuple):
     plan: Plan
     variation: Variation
     options: Sweep
-    tick: Callable[[int], None]
+    tick: Callable[[int | None], None]
 
 
 def sweep_all(scoring: Scoring) -> Swept:
     """`S_k`: for every channel of every image, the mean score of its masked inputs."""
     todo = scoring.plan
     index = torch.cat([todo.rows, todo.zeros])
-    if len(index) == 0:
-        raise CamError("every channel of the layer is flat, and the recipe leaves flat channels out: there is nothing to sweep")
     return Swept(gather(scorer(scoring)(index), todo, scoring.variation), len(index))
 
 
@@ -102,24 +102,24 @@ def scorer(scoring: Scoring) -> Callable[[Tensor], Tensor]:
 
     def scored(index: Tensor) -> Tensor:
         if not len(index):
-            return torch.empty(0, score.rows.shape[1], device=subject.image.device)
-        found = _in_chunks(kernel, rows_from, index, runner.chunk, tick)
+            return score_rows(score.of, subject.output, score.rows)[:0]
+        found = _in_chunks(kernel, rows_from, index, runner.room, tick)
         if not _compat.transformed() and not bool(torch.isfinite(found).all()):
             bad = index[(~torch.isfinite(found)).any(1).nonzero()[0]]
-            _raise_nonfinite(subject, rule, bad, rows_from(bad))
+            _raise_nonfinite(subject, runner, rule, bad, rows_from(bad))
         return found
 
     return scored
 
 
-def _raise_nonfinite(subject: Subject, rule: Rule, index: Tensor, rows: Rows) -> NoReturn:
+def _raise_nonfinite(subject: Subject, runner: Runner, rule: Rule, index: Tensor, rows: Rows) -> NoReturn:
     masked = vmap(partial(mask_row, rule, subject.image))(rows)
     x = rows_of(subject.x, subject.key, rows["image"], subject.n, masked)
     _, channel, image = index[0].tolist()
-    raise CamError(
-        f"the score of image {image} masked by channel {channel} is not finite; "
-        f"{first_nonfinite(subject.model, subject.state, x)}"
-    )
+    where = first_nonfinite(subject.model, subject.state, x)
+    if runner.dtype is not None:
+        where = f"the sweep runs in {runner.dtype}, which may be too narrow for this model: leave Sweep(dtype=) out"
+    raise CamError(f"the score of image {image} masked by channel {channel} is not finite; {where}")
 
 
 def _rows_from(subject: Subject, read: Read, variation: Variation, size: tuple[int, ...]) -> Callable[[Tensor], Rows]:
@@ -144,18 +144,17 @@ def _rows_from(subject: Subject, read: Read, variation: Variation, size: tuple[i
 
 
 def _in_chunks(
-    kernel: Kernel, rows_from: Callable[[Tensor], Rows], index: Tensor, chunk: int, tick: Callable[[int], None]
+    kernel: Kernel, rows_from: Callable[[Tensor], Rows], index: Tensor, room: Room, tick: Callable[[int | None], None]
 ) -> Tensor:
-    found, most = [], chunk
+    found = []
     while (start := sum(map(len, found))) < len(index):
         begun = time.perf_counter() if kernel.compiled else 0.0
-        scores, chunk = _scores(kernel, rows_from(index[start : start + chunk]), chunk)
+        scores = _scores(kernel, rows_from(index[start : start + room.chunk]), room)
         found.append(scores)
         tick(len(scores))
-        if kernel.compiled and len(found) == 2 and pays((len(index) - start - chunk) / chunk * _seconds_since(begun, scores)):
+        left = (len(index) - start - len(scores)) / len(scores)
+        if kernel.compiled and len(found) == 2 and pays(left * _seconds_since(begun, scores)):
             kernel = kernel.compiled()
-    if chunk < most:
-        warn(f"memory ran out at {most} masked inputs per forward; {chunk} fitted (Sweep(chunk={chunk}) starts with that)")
     return torch.cat(found)
 
 
@@ -165,15 +164,16 @@ def _seconds_since(begun: float, scores: Tensor) -> float:
     return time.perf_counter() - begun
 
 
-def _scores(kernel: Kernel, rows: Rows, chunk: int) -> tuple[Tensor, int]:
-    """The scores of rows that were made for one chunk, and the chunk that memory sufficed for."""
+def _scores(kernel: Kernel, rows: Rows, room: Room) -> Tensor:
+    """The scores of rows that were made for one chunk, in halves where memory runs out."""
     while True:
+        chunk = room.chunk
         try:
-            return torch.cat([kernel.call(_padded(kernel, part, chunk))[: _count(part)] for part in _split(rows, chunk)]), chunk
+            return torch.cat([kernel.call(_padded(kernel, part, chunk))[: _count(part)] for part in _split(rows, chunk)])
         except RuntimeError as error:
             if chunk == 1 or _compat.transformed() or not is_exhausted(error):
                 raise
-        chunk = min(chunk, _count(rows)) // 2 or 1
+        room.halve(_count(rows))
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 

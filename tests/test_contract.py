@@ -542,7 +542,8 @@ def test_a_generator_or_seed_of_the_caller_is_not_advanced(method):
     first = run(method, net, "features", x, seed=generator)
     assert torch.equal(generator.get_state(), before)
     assert torch.equal(first, run(method, net, "features", x, seed=5))
-    assert not torch.equal(first, run(method, net, "features", x, seed=6))
+    noisy = "std" in camfn.METHODS[method].function.__wrapped__.__kwdefaults__  # the others draw for budgets alone
+    assert torch.equal(first, run(method, net, "features", x, seed=6)) != noisy
 
 
 # ----------------------------------------------------------------------------------------------- independent oracle
