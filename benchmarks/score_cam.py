@@ -40,10 +40,14 @@ import os
 os.environ["TQDM_DISABLE"] = "1"  # pytorch-grad-cam shows a bar; tqdm reads this when it is imported
 
 import argparse
+import copy
 import functools
 import importlib
 import json
+import math
+import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,11 +78,64 @@ class Job(NamedTuple):
 
 
 def plain(job: Job) -> None:
-    batch = torch.randn(job.chunk, *job.x.shape[1:], generator=torch.Generator().manual_seed(1))
-    rows = job.channels * len(job.x)
+    batch, rows = _noise(job, job.chunk), job.channels * len(job.x)
     with torch.no_grad():
         for start in range(0, rows, job.chunk):
             job.model(batch[: rows - start])
+    _wait(job)
+
+
+def _noise(job: Job, rows: int) -> Tensor:
+    return torch.randn(rows, *job.x.shape[1:], generator=torch.Generator().manual_seed(1)).to(job.x.device)
+
+
+def limit(job: Job) -> None:
+    """`torch.compile` of the forward, weights as inputs, channels last, at the batch that is best here; whole batches only."""
+    run, batch = _limit_of(job)
+    with torch.no_grad():
+        for _ in range(_limit_rows(job) // len(batch)):
+            run(batch)
+    _wait(job)
+
+
+def _limit_rows(job: Job) -> int:
+    batch = len(_limit_of(job)[1])
+    return math.ceil(job.channels * len(job.x) / batch) * batch
+
+
+_LIMITS: dict[int, tuple[Callable[[Tensor], Any], Tensor]] = {}
+
+
+def _limit_of(job: Job) -> tuple[Callable[[Tensor], Any], Tensor]:
+    if id(job.model) not in _LIMITS:
+        last = copy.deepcopy(job.model).eval().to(memory_format=torch.channels_last)
+        state = {name: t.detach() for name, t in (*last.named_parameters(), *last.named_buffers())}
+        forward = torch.compile(lambda state, x: torch.func.functional_call(last, state, (x,)), dynamic=False)
+        runs = {rows: _noise(job, rows).contiguous(memory_format=torch.channels_last) for rows in (16, 32, 64)}
+
+        def run(batch: Tensor) -> Any:
+            return forward(state, batch)
+
+        best = min(runs.values(), key=lambda batch: _seconds_a_row(job, run, batch))
+        common.say(f"limit: the best batch is {len(best)}")
+        _LIMITS[id(job.model)] = run, best
+    return _LIMITS[id(job.model)]
+
+
+def _seconds_a_row(job: Job, run: Callable[[Tensor], Any], batch: Tensor) -> float:
+    seconds = []
+    with torch.no_grad():
+        for _ in range(5):  # of which the first compiles
+            start = time.perf_counter()
+            run(batch)
+            _wait(job)
+            seconds.append((time.perf_counter() - start) / len(batch))
+    return statistics.median(seconds[1:])
+
+
+def _wait(job: Job) -> None:
+    if job.x.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def torchcam(job: Job) -> Tensor:
@@ -99,19 +156,32 @@ def grad_cam(job: Job) -> Tensor:
         return torch.from_numpy(extractor(job.x, [ClassifierOutputTarget(c) for c in job.classes]))
 
 
-def as_camfn(job: Job, recipe: str, size: Any) -> Tensor:
-    sweep = camfn.Sweep(chunk=job.chunk)
-    return camfn.score_cam(job.model, job.layer, job.x, job.classes, recipe=recipe, size=size, sweep=sweep)
+def as_camfn(
+    job: Job, recipe: str = "torchcam", size: Any = None, target: Any = None, budget: float = 1.0, **sweep: Any
+) -> Tensor:
+    options = {"recipe": recipe, "size": size, "budget": budget, "sweep": camfn.Sweep(chunk=job.chunk, **sweep)}
+    maps = camfn.score_cam(job.model, job.layer, job.x, job.classes if target is None else target, **options)
+    _wait(job)
+    return maps
 
 
 CONTENDERS: dict[str, Callable[[Job], Any]] = {
     "plain": plain,
     "torchcam": torchcam,
-    "camfn": functools.partial(as_camfn, recipe="torchcam", size=None),
+    "camfn": functools.partial(as_camfn, compile=False),
     "grad-cam": grad_cam,
-    "camfn-as-grad-cam": functools.partial(as_camfn, recipe="pytorch-grad-cam", size="input"),
+    "camfn-as-grad-cam": functools.partial(as_camfn, recipe="pytorch-grad-cam", size="input", compile=False),
+    "limit": limit,
+    "camfn-compiled": functools.partial(as_camfn, compile=True),
+    "camfn-bfloat16": functools.partial(as_camfn, compile=False, dtype=torch.bfloat16),
+    "camfn-budget": functools.partial(as_camfn, compile=False, budget=0.1),
+    "camfn-budget-bfloat16": functools.partial(as_camfn, compile=False, budget=0.1, dtype=torch.bfloat16),
+    "camfn-top5": functools.partial(as_camfn, compile=False, target=camfn.targets.top(5)),
+    "camfn-all": functools.partial(as_camfn, compile=False, target="all"),
 }
-PAIRS = {"camfn": "torchcam", "camfn-as-grad-cam": "grad-cam"}
+PAIRS = {"camfn": "torchcam", "camfn-as-grad-cam": "grad-cam", "camfn-compiled": "torchcam"}
+COMPILED = ("limit", "camfn-compiled")
+APPROXIMATE = dict.fromkeys(("camfn-bfloat16", "camfn-budget", "camfn-budget-bfloat16"), "torchcam")
 
 
 # ------------------------------------------------------------------------------------------------------- the job
@@ -126,7 +196,8 @@ def job_of(options: argparse.Namespace) -> Job:
     x = torch.randn(options.images, 3, options.size, options.size)
     logits = _settle(model, x)
     seen = camfn.tap(model, options.layer)(camfn.state_of(model), x).seen
-    return Job(model, options.layer, x, logits.argmax(1).tolist(), seen.shape[1], options.chunk)
+    job = Job(model, options.layer, x, logits.argmax(1).tolist(), seen.shape[1], options.chunk)
+    return job._replace(model=model.to(options.device), x=x.to(options.device))
 
 
 @torch.no_grad()
@@ -171,6 +242,12 @@ def warm_up(job: Job, names: list[str]) -> tuple[dict[str, Any], dict[str, dict[
     maps, rows = {}, {}
     for name in names:
         common.say(f"warm-up: {name}")
+        if name in COMPILED:  # a patched forward would be compiled in
+            maps[name] = CONTENDERS[name](job)
+            rows[name] = {"clean": 0, "masked": _limit_rows(job)} if name == "limit" else {**rows["camfn"]}
+            continue
+        if name.startswith("camfn"):
+            CONTENDERS[name](job)  # the first call of all finds out how the model may be run
         with counted(job) as rows[name]:
             maps[name] = CONTENDERS[name](job)
     return maps, rows
@@ -179,14 +256,14 @@ def warm_up(job: Job, names: list[str]) -> tuple[dict[str, Any], dict[str, dict[
 def differences(job: Job, maps: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     """camfn's maps against the peers', and, as a yardstick, against the maps of equal weights. Stops where they disagree."""
     found = {}
-    for ours, theirs in PAIRS.items():
+    for ours, theirs in {**PAIRS, **APPROXIMATE}.items():
         if ours not in maps or theirs not in maps:
             continue
         pair = {
             "from_peer": _largest(maps[ours], maps[theirs]),
             "from_equal_weights": _largest(maps[ours], _unweighted(job, maps[ours])),
         }
-        if not pair["from_peer"] <= TOLERANCE:
+        if ours in PAIRS and not pair["from_peer"] <= TOLERANCE:
             sys.exit(f"{ours} and {theirs} differ by {pair['from_peer']:.3g}, more than {TOLERANCE:g}: nothing was timed")
         if not pair["from_equal_weights"] > 100 * TOLERANCE:
             sys.exit(
@@ -228,7 +305,7 @@ def measure(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         "channels": job.channels,
         "tolerance": TOLERANCE,
         "share_of_threads": common.share_of_threads(timings.values()),
-        "contenders": {name: _entry(name, timings, rows[name], memory.get(name), agreement.get(name)) for name in names},
+        "contenders": {name: _entry(name, timings, rows, memory.get(name), agreement.get(name)) for name in names},
     }
 
 
@@ -240,9 +317,9 @@ def memory_of(name: str, job: Job) -> dict[str, float]:
 
 
 def _entry(
-    name: str, timings: dict[str, common.Timing], rows: dict[str, int], memory: dict[str, float] | None, agreement: Any
+    name: str, timings: dict[str, common.Timing], all_rows: dict[str, Any], memory: dict[str, float] | None, agreement: Any
 ) -> dict[str, Any]:
-    timing = timings[name]
+    timing, rows = timings[name], all_rows[name]
     return {
         "seconds": timing.seconds,
         "cpu_seconds": timing.cpu_seconds,
@@ -251,16 +328,27 @@ def _entry(
         "rows": rows,
         "memory_mib": memory,
         "largest_difference": agreement,
-        "compared_with": PAIRS.get(name) if agreement else None,
-        "time_over": {other: common.ratio(timing, timings[other]) for other in ("torchcam", "plain") if other in timings},
+        "compared_with": {**PAIRS, **APPROXIMATE}.get(name) if agreement else None,
+        "share_of_limit": _share_of_limit(name, timings, all_rows),
+        "time_over": {
+            other: common.ratio(timing, timings[other]) for other in ("torchcam", "plain", "limit") if other in timings
+        },
     }
+
+
+def _share_of_limit(name: str, timings: dict[str, common.Timing], rows: dict[str, Any]) -> float | None:
+    """Rows per second over those of the limit, within each round; of who does all the work, and in float32."""
+    if "limit" not in timings or name in APPROXIMATE:
+        return None
+    pairs = zip(timings[name].seconds, timings["limit"].seconds)
+    return statistics.median(rows[name]["masked"] / mine * its / rows["limit"]["masked"] for mine, its in pairs)
 
 
 def text(record: dict[str, Any]) -> str:
     where, asked = record["environment"], record["arguments"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
     rows = [_line(name, entry) for name, entry in record["contenders"].items()]
-    columns = ("", "seconds", "masked/s", "masked", "clean", "peak MiB", "difference", "x torchcam", "x plain")
+    columns = ("", "seconds", "masked/s", "masked", "clean", "peak MiB", "difference", "x torchcam", "x plain", "of limit")
     return "\n".join(
         [
             f"Score-CAM, {asked['model']} {asked['layer']}, {record['channels']} channels; images: {asked['images']}, "
@@ -274,11 +362,23 @@ def text(record: dict[str, Any]) -> str:
 
 
 def _line(name: str, entry: dict[str, Any]) -> list[str]:
-    times = [f"{entry['time_over'][other]:.3f}" if other in entry["time_over"] else "" for other in ("torchcam", "plain")]
+    over = entry["time_over"]
+    times = [f"{1 / over[other]:.2f}" if other in over else "" for other in ("torchcam", "plain")]
+    share = entry["share_of_limit"]
     difference = f"{entry['largest_difference']['from_peer']:.1e}" if entry["largest_difference"] else ""
     rate, rows = f"{entry['masked_per_second']:.1f}", entry["rows"]
     peak = f"{entry['memory_mib']['above']:.0f}" if entry["memory_mib"] else ""
-    return [name, f"{entry['median_seconds']:.2f}", rate, str(rows["masked"]), str(rows["clean"]), peak, difference, *times]
+    return [
+        name,
+        f"{entry['median_seconds']:.2f}",
+        rate,
+        str(rows["masked"]),
+        str(rows["clean"]),
+        peak,
+        difference,
+        *times,
+        f"{share:.2f}" if share else "",
+    ]
 
 
 def options_of(argv: list[str]) -> argparse.Namespace:
@@ -289,9 +389,16 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layer", default="layer4")
     parser.add_argument("--size", type=common.positive, default=224, help="side of the input in pixels")
     parser.add_argument("--images", type=common.positive, default=1, help="batch of the input")
+    parser.add_argument("--device", default="cpu", help='where model and input are: "cpu", "cuda"')
     parser.add_argument("--rounds", type=common.positive, default=3)
     parser.add_argument("--chunk", type=common.positive, default=32, help="masked inputs per forward, for every contender")
-    parser.add_argument("--methods", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="contenders to run")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=CONTENDERS,
+        default=list(CONTENDERS)[:5],
+        help="contenders to run; the first five if none is named",
+    )
     parser.add_argument("--out", metavar="FILE.json", help="where to write the record")
     parser.add_argument("--no-memory", action="store_true", help="leave out the fresh processes that measure memory")
     parser.add_argument("--memory-of", choices=CONTENDERS, help=argparse.SUPPRESS)

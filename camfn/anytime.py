@@ -56,18 +56,45 @@ def checked_limits(limits: Limits, weighting: str) -> Limits:
     return limits
 
 
-def rows_within(todo: Plan, limits: Limits) -> int:
-    """How many masked inputs may be swept at most."""
+def rows_within(todo: Plan, variation: Variation, limits: Limits) -> int:
+    """How many masked inputs are swept at most."""
     if not limits.any:
         return todo.rows_in_all
-    draws = 1 if not len(todo.rows) else int(todo.rows[:, 0].max()) + 1
-    return min(todo.rows_in_all, draws * sum(_most(todo, limits)) + len(todo.zeros))
+    draws = len(variation.scales)
+    shared = len(todo.zeros) or draws * int(_stand_ins(todo).sum())
+    if _stops_draws(variation, limits):
+        return shared + _draws_within(todo, draws, limits) * int(_apart(todo).sum())
+    return shared + draws * sum(_most(todo, limits))
+
+
+def _stops_draws(variation: Variation, limits: Limits) -> bool:
+    """With noise the draws are what is saved on: it is larger than what a channel's likes tell of it."""
+    return variation.noise is not None and limits.order == "predicted"
 
 
 def _most(todo: Plan, limits: Limits) -> list[int]:
     """Channels of each image that may be swept; the row that all flat ones share is paid for too."""
     live, shared = (~todo.flat).sum(1).tolist(), todo.flat.any(1).tolist()
+    if limits.budget == 1:
+        return live
     return [min(c, max(1, math.floor(limits.budget * c + 1e-9) - paid)) if c else 0 for c, paid in zip(live, shared)]
+
+
+def _draws_within(todo: Plan, total: int, limits: Limits) -> int:
+    """Draws of every channel that may be swept; the rows of flat channels, which have all draws, are paid for too."""
+    paid = (len(todo.zeros) or total * int(_stand_ins(todo).sum())) / max(1, int(_apart(todo).sum()))
+    return total if limits.budget == 1 else min(total, max(1, math.floor(limits.budget * total - paid + 1e-9)))
+
+
+def _apart(todo: Plan) -> Tensor:
+    """The channels that are swept each for itself."""
+    return todo.swept() & ~todo.flat
+
+
+def _stand_ins(todo: Plan) -> Tensor:
+    """Where noise makes every mask its own: the first flat channel of each image, which stands for its others."""
+    first = torch.zeros_like(todo.flat).scatter(1, todo.flat.int().argmax(1, keepdim=True), True)
+    return first & todo.flat & todo.swept()
 
 
 def sweep_some(scoring: Scoring, slopes: Tensor, limits: Limits) -> Swept:
@@ -79,7 +106,7 @@ def sweep_some(scoring: Scoring, slopes: Tensor, limits: Limits) -> Swept:
         part = todo.of(channels)
         return gather(by(part.rows), part, variation)
 
-    if variation.noise is not None and limits.order == "predicted":
+    if _stops_draws(variation, limits):
         return _by_draws(scoring, limits)
     shared, forwards = _shared_scores(todo, full, variation)
     way = _believed if limits.order == "predicted" else _ranked
@@ -93,30 +120,24 @@ def sweep_some(scoring: Scoring, slopes: Tensor, limits: Limits) -> Swept:
 
 
 def _shared_scores(todo: Plan, full: Callable[[Tensor], Tensor], variation: Variation) -> tuple[Tensor, int]:
-    """The score of each image's flat channels, `(n, t)`, and the masked inputs that it took.
-
-    Where noise makes every mask its own, the first flat channel stands for the others.
-    """
+    """The score of each image's flat channels, `(n, t)`, and the masked inputs that it took."""
     n = len(todo.flat)
     if len(todo.zeros):
         found = full(todo.zeros)
         return found.new_zeros(n, found.shape[1]).index_copy(0, todo.zeros[:, 2].to(found.device), found), len(todo.zeros)
-    first = torch.zeros_like(todo.flat).scatter(1, todo.flat.int().argmax(1, keepdim=True), True) & todo.flat & todo.swept()
-    part = todo.of(first)
+    part = todo.of(_stand_ins(todo))
     return gather(full(part.rows), part, variation).sum(1), len(part.rows)
 
 
 def _by_draws(scoring: Scoring, limits: Limits) -> Swept:
-    """All channels, and fewer draws of the noise, which is larger than what a channel's likes tell of it.
+    """All channels, and fewer draws of the noise.
 
     The mean over the draws so far, shrunk towards that over channels, is the best guess of the mean over all draws. In full
     precision: rounding would be one more unknown.
     """
     todo, total, score = scoring.plan, len(scoring.variation.scales), scorer(scoring)
     shared, at_zero = _shared_scores(todo, score, scoring.variation)
-    apart = (todo.swept() & ~todo.flat) if at_zero else todo.swept()
-    paid = at_zero / max(1, int(apart.sum()))
-    most = min(total, max(1, math.floor(limits.budget * total - paid + 1e-9)))
+    apart, most = _apart(todo), _draws_within(todo, total, limits)
     index = todo.of(apart).rows
     scores = error = None
     drawn, open_, done, forwards = [], torch.ones(len(apart), dtype=torch.bool), 0, at_zero

@@ -27,6 +27,7 @@ _NEAR = 0.9  # weight of the squared distance between masks, in units of its mea
 _APART = 0.06  # weight of the squared distance between features
 _NOISE = 0.015
 _DOF = 6.0
+_LEAST = 0.5  # the least unit: where the head foresees nothing, scores may well differ by what a softmax can tell
 _BROAD = 1e3  # variance of the constant: the first scores set it
 _DRAWS, _QUANTILE = 200, 0.95
 
@@ -64,7 +65,7 @@ def prior_of(activation: Tensor, mask: Tensor, prediction: Tensor, flat: Tensor,
     root = (3 * apart).sqrt()
     covariance = _LINEAR * features @ features.T + _SMOOTH * (1 + root) * torch.exp(-root) + _BROAD
     mean = features @ features.new_tensor(_SLOPE)
-    return Prior(activation, mean, covariance, prediction.std(unbiased=False).clamp(min=1e-9), flat, zero)
+    return Prior(activation, mean, covariance, prediction.std(unbiased=False).clamp(min=_LEAST), flat, zero)
 
 
 def _standard(values: Tensor) -> Tensor:

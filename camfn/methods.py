@@ -328,7 +328,7 @@ def _swept(
         subject, slopes = _slopes(subject, score, layout) if limits.any else (subject, [None] * len(subject.layers))
         reads = [_read(subject, name, activation, layout) for name, activation in zip(subject.layers, subject.seen)]
         plans = [plan(read, variation) for read in reads]
-        rows = sum(rows_within(todo, limits) for todo in plans)
+        rows = sum(rows_within(todo, variation, limits) for todo in plans)
         sweep = usable(checked(sweep), subject.image.device, subject.image.dtype)
         runner, tick = runner_of(subject, score, sweep, rows), counter(sweep.progress, rows)
         all_ = [Scoring(subject, runner, score, todo, variation, sweep, tick) for todo in plans]

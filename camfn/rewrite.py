@@ -4,6 +4,7 @@ Both leave the model's function as it is, to rounding, and make it faster. The s
 state are only read.
 """
 
+import math
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -23,6 +24,13 @@ class Fold(NamedTuple):
     norm: str
 
 
+class Found(NamedTuple):
+    """What one forward tells."""
+
+    folds: tuple[Fold, ...]
+    reuse: float  # for how many positions a convolution's weight is used, on average over weights: what a copy is good for
+
+
 class _Passed(nn.Module):
     """What a merged batch norm becomes: nothing."""
 
@@ -30,7 +38,7 @@ class _Passed(nn.Module):
         return x
 
 
-def find_folds(model: nn.Module, state: State, x: Inputs) -> tuple[Fold, ...]:
+def find_folds(model: nn.Module, state: State, x: Inputs) -> Found:
     """The pairs that can be merged, seen in one forward: plain layers, each run once, the norm on what the convolution made.
 
     Whether the convolution's output goes anywhere else shows only in the model's output: check that when merged.
@@ -40,10 +48,15 @@ def find_folds(model: nn.Module, state: State, x: Inputs) -> tuple[Fold, ...]:
     made: dict[int, tuple[str, int, Tensor]] = {}  # id of a convolution's output -> its name, its version, itself
     found: list[Fold] = []
     runs: Counter[str] = Counter()
+    weights, used = 0, 0
 
     def see(name: str, args: tuple[Any, ...], out: Any) -> None:
         runs[name] += 1
+        nonlocal weights, used
         module = modules[name]
+        if isinstance(module, _CONVOLUTIONS) and isinstance(out, Tensor):
+            weights += module.weight.numel()
+            used += module.weight.numel() * math.prod(out.shape[2:])
         if _is_plain(module, _CONVOLUTIONS) and all(uses[t] == 1 for t in _tensors_of(shell, name)):
             made[id(out)] = name, out._version, out
         elif _is_plain(module, (_BatchNorm,)) and module.running_var is not None and args and id(args[0]) in made:
@@ -54,7 +67,8 @@ def find_folds(model: nn.Module, state: State, x: Inputs) -> tuple[Fold, ...]:
     # Version counters tell whether a tensor was written to in between; inference mode has none.
     with torch.inference_mode(False), torch.no_grad():
         watch(model, state, x, see)
-    return tuple(fold for fold in found if runs[fold.conv] == runs[fold.norm] == 1)
+    once = tuple(fold for fold in found if runs[fold.conv] == runs[fold.norm] == 1)
+    return Found(once, used / max(1, weights))
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -22,7 +22,8 @@ from camfn.shell import Shell, shell_of
 from camfn.subject import Key, Subject, with_input
 from camfn.targets import Score, logits_of, score_rows
 
-_WORTH = 24  # rows from which a copy of the weights, and the forward that checks it, pay
+_WORTH = 24  # rows from which the forward that checks a rewritten model pays
+_REUSED = 1500  # how often a weight has to be used in a sweep for a copy of it to pay
 _SHARE = 0.5  # of the CPU's free memory, that a chunk of the default size may take
 
 
@@ -97,12 +98,14 @@ def runner_of(subject: Subject, score: Score, options: Sweep, rows: int) -> Runn
             f"{'Sweep(fold=False)' if takes == 'mapped' else 'Sweep(chunk=1)'} says that this is known"
         )
         return own._replace(folded=False) if takes == "mapped" else own._replace(room=Room(1))
-    return _rewritten(subject, score, own) if own.folded and rows >= _WORTH else own
+    return _rewritten(subject, score, own, rows) if own.folded and rows >= _WORTH else own
 
 
-def _rewritten(subject: Subject, score: Score, own: Runner) -> Runner:
+def _rewritten(subject: Subject, score: Score, own: Runner, rows: int) -> Runner:
     """Batch norms merged, channels last; less of it where the model does not take that, which one forward tells."""
-    folds = _once(subject, "folds", lambda: find_folds(subject.model, subject.state, _first(subject, _image(subject))))
+    folds, reuse = _once(subject, "folds", lambda: find_folds(subject.model, subject.state, _first(subject, _image(subject))))
+    if rows * reuse < _REUSED:
+        return own
     images = any(tensor.ndim == 4 for tensor in own.state.values())
     expected = [part[:1] for part in _read(score, subject.output, subject.n)]
     for merged, spread in dict.fromkeys(((bool(folds), images), (bool(folds), False), (False, images))):

@@ -52,7 +52,7 @@ def in_eval(model: nn.Module, x: Any) -> Any:
 def merged(model: nn.Module, x: Tensor, state: State | None = None) -> tuple[tuple[Fold, ...], Callable, State]:
     """What was found in one image, the rewritten model as a function of `(state, x)`, and its state."""
     state = camfn.state_of(model) if state is None else state
-    folds = find_folds(model, state, x[:1])
+    folds = find_folds(model, state, x[:1]).folds
     shell, new = merge_norms(shell_of(model), state, folds)
     return folds, pure_from(shell), new
 
