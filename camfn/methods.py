@@ -169,7 +169,14 @@ def score_cam(
       a name of `camfn.targets`, a callable from ONE sample's output to a scalar or `(t,)`, or n callables. An integer means
       the model's raw output for that class.
     - `recipe`: a name of `camfn.RECIPES`, or a `camfn.Recipe`: where papers and libraries differ.
-    - `sweep`: a `camfn.Sweep`: chunk, compilation, progress.
+    - `budget`: the share in (0, 1] of the channels that are not flat that is swept; 1.0 is the exact map. What the others
+      would score is predicted from the head's gradient and from channels with masks like theirs.
+    - `tolerance`: sweep until the error that is estimated for the normalised map, its largest absolute difference from the
+      exact one, is below this; with a `budget`, whichever is reached first. `camfn.explain` tells the estimate.
+    - `order`: `"predicted"`; or `"std"`, `"max"`, `"gradient"` for a published order of channels, in which those beyond the
+      budget are dropped and no error is known.
+    - `seed`: of the random draws that a tolerance is judged by: an int or a `torch.Generator`.
+    - `sweep`: a `camfn.Sweep`: chunk, memory, compilation, dtype, progress.
     - `state`: run the model on these tensors in place of its own (`camfn.state_of` gives them).
     - `layout`: `"auto"`, `"channels_first"`, `"channels_last"`, or a callable that brings the activation to `(n, c, *grid)`.
     - `size`: `None` (the layer's grid), `"input"`, or a shape.
@@ -179,7 +186,8 @@ def score_cam(
     `normalize=False`. A plain call gives maps without a graph, even if `x.requires_grad`; under `torch.func.grad` and
     `jvp` they are differentiable in `x` and `state`.
 
-    **Raises** `CamError`, whose message says what was found and what to do; **warns** where a map means nothing.
+    **Raises** `CamError`, whose message says what was found and what to do; **warns** where a map means nothing. `budget`
+    and `tolerance` read values, and are refused under a transform.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -231,7 +239,7 @@ def ss_cam(
     `seed` is an int, or a `torch.Generator`, which is copied and not advanced. The noise of a draw and channel depends on
     nothing else; all images of a batch share it, and every layer starts anew. On the CPU it is the noise that torchcam draws
     for one image after `torch.manual_seed(seed)`, wherever the mask has a multiple of 16 pixels. `num_samples` forwards for
-    each channel.
+    each channel; a `budget` or `tolerance` takes fewer draws of all channels, and shrinks their means towards each other.
     The other arguments, and what is returned and raised, are those of `camfn.score_cam`.
 
     >>> import camfn, torch
@@ -286,7 +294,7 @@ def is_cam(
       extrapolation more than an integral;
     - `path="linear"`: `c_i = i/N`.
 
-    N forwards for each channel. The other arguments, and what is returned and raised, are those of `camfn.score_cam`.
+    N forwards for each channel, and a `budget` or `tolerance` takes fewer channels. The other arguments, and what is returned and raised, are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn

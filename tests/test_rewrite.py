@@ -22,6 +22,12 @@ NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 EXACT = 1e-12
 
 
+@pytest.fixture(autouse=True)
+def _worth_it(monkeypatch):
+    """The networks here are too small for a copy of their weights to pay."""
+    monkeypatch.setattr(camfn.runner, "_REUSED", 0)
+
+
 def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
     """The model in float64, with statistics and gains far from the trivial ones (negative gains too); in train mode."""
     generator = torch.Generator().manual_seed(seed)

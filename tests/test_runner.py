@@ -24,8 +24,19 @@ SEEN: list[tuple[int, bool]] = []
 
 
 @pytest.fixture(autouse=True)
-def _nothing_seen():
+def _nothing_seen(monkeypatch):
     SEEN.clear()
+    monkeypatch.setattr(camfn.runner, "_REUSED", 0)  # the networks here are too small for a copy to pay
+
+
+def test_a_copy_of_weights_that_a_sweep_uses_seldom_is_not_made(monkeypatch):
+    """The 3 x 3 positions of a channel's masked image use each weight 9 times: 70 rows do so 630 times."""
+    model, x = seeded(Watched(nn.Sequential(nn.Conv2d(4, 70, 3), nn.BatchNorm2d(70)))), images(1, side=5)
+    for enough, rewritten in ((630, True), (631, False)):
+        SEEN.clear()
+        monkeypatch.setattr(camfn.runner, "_REUSED", enough)
+        camfn.score_cam(model, LAYER, x, 1)
+        assert any(last for rows, last in SEEN if rows > 2) == rewritten
 
 
 def note(x: Tensor) -> None:
