@@ -30,9 +30,9 @@ def _nothing_seen(monkeypatch):
 
 
 def test_a_copy_of_weights_that_a_sweep_uses_seldom_is_not_made(monkeypatch):
-    """The 3 x 3 positions of a channel's masked image use each weight 9 times: 70 rows do so 630 times."""
-    model, x = seeded(Watched(nn.Sequential(nn.Conv2d(4, 70, 3), nn.BatchNorm2d(70)))), images(1, side=5)
-    for enough, rewritten in ((630, True), (631, False)):
+    """Each of 4 x 16 masked images uses each weight at 5 x 5 positions."""
+    model, x = seeded(Watched()), images(side=5)
+    for enough, rewritten in ((1600, True), (1601, False)):
         SEEN.clear()
         monkeypatch.setattr(camfn.runner, "_REUSED", enough)
         camfn.score_cam(model, LAYER, x, 1)
