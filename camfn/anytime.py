@@ -63,7 +63,8 @@ def rows_within(todo: Plan, variation: Variation, limits: Limits) -> int:
     draws = len(variation.scales)
     shared = len(todo.zeros) or draws * int(_stand_ins(todo).sum())
     if _stops_draws(variation, limits):
-        return shared + _draws_within(todo, draws, limits) * int(_apart(todo).sum())
+        each = zip(_draws_within(todo, draws, limits), _apart(todo).sum(1).tolist())
+        return shared + sum(most * channels for most, channels in each)
     return shared + draws * sum(_most(todo, limits))
 
 
@@ -80,21 +81,29 @@ def _most(todo: Plan, limits: Limits) -> list[int]:
     return [min(c, max(1, math.floor(limits.budget * c + 1e-9) - paid)) if c else 0 for c, paid in zip(live, shared)]
 
 
-def _draws_within(todo: Plan, total: int, limits: Limits) -> int:
-    """Draws of every channel that may be swept; the rows of flat channels, which have all draws, are paid for too."""
-    paid = (len(todo.zeros) or total * int(_stand_ins(todo).sum())) / max(1, int(_apart(todo).sum()))
-    return total if limits.budget == 1 else min(total, max(1, math.floor(limits.budget * total - paid + 1e-9)))
+def _draws_within(todo: Plan, total: int, limits: Limits) -> list[int]:
+    """Draws of each image's channels that may be swept; what the dead ones share, with all its draws, is paid for too."""
+    shared = total * _stand_ins(todo).sum(1) + torch.bincount(todo.zeros[:, 2], minlength=len(todo.flat)).to(todo.flat.device)
+    paid = (shared / _apart(todo).sum(1).clamp(min=1)).tolist()
+    if limits.budget == 1:
+        return [total] * len(paid)
+    return [min(total, max(1, math.floor(limits.budget * total - share + 1e-9))) for share in paid]
 
 
 def _apart(todo: Plan) -> Tensor:
     """The channels that are swept each for itself."""
-    return todo.swept() & ~todo.flat
+    return todo.swept() & ~_dead(todo)
+
+
+def _dead(todo: Plan) -> Tensor:
+    """Channels that are zero throughout, which no weight brings into the map."""
+    return (todo.read.values == 0).all(-1)
 
 
 def _stand_ins(todo: Plan) -> Tensor:
-    """Where noise makes every mask its own: the first flat channel of each image, which stands for its others."""
-    first = torch.zeros_like(todo.flat).scatter(1, todo.flat.int().argmax(1, keepdim=True), True)
-    return first & todo.flat & todo.swept()
+    """Where noise makes every mask its own: the first dead channel of each image, which stands for its others."""
+    dead = _dead(todo)
+    return torch.zeros_like(dead).scatter(1, dead.int().argmax(1, keepdim=True), True) & dead & todo.swept()
 
 
 def sweep_some(scoring: Scoring, slopes: Tensor, limits: Limits) -> Swept:
@@ -137,12 +146,13 @@ def _by_draws(scoring: Scoring, limits: Limits) -> Swept:
     """
     todo, total, score = scoring.plan, len(scoring.variation.scales), scorer(scoring)
     shared, at_zero = _shared_scores(todo, score, scoring.variation)
-    apart, most = _apart(todo), _draws_within(todo, total, limits)
+    apart, most = _apart(todo), torch.tensor(_draws_within(todo, total, limits))
     index = todo.of(apart).rows
     scores = error = None
     drawn, open_, done, forwards = [], torch.ones(len(apart), dtype=torch.bool), 0, at_zero
     while bool(open_.any()):
-        upto = most if limits.tolerance is None else min(most, max(4, done + done // 2))
+        upto = int(most[open_].min())
+        upto = upto if limits.tolerance is None else min(upto, max(4, done + done // 2))
         rows = index[(index[:, 0] >= done) & (index[:, 0] < upto) & open_[index[:, 2]]]
         drawn.append(_each_draw(score(rows), rows, apart, done, upto))
         done, forwards = upto, forwards + len(rows)
@@ -150,7 +160,7 @@ def _by_draws(scoring: Scoring, limits: Limits) -> Swept:
         now = open_.to(apart.device)
         scores = found[0] if scores is None else torch.where(now[:, None, None], found[0], scores)
         error = found[1] if error is None else torch.where(now[:, None], found[1], error)
-        enough = torch.full_like(open_, done == most)
+        enough = done >= most
         if limits.tolerance is not None:
             enough |= error.amax(1).cpu() <= limits.tolerance
         open_ &= ~enough

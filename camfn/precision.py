@@ -14,7 +14,7 @@ from camfn._types import Activations, Scores
 from camfn.runner import narrowed
 from camfn.scoring import Scoring, Swept, gather, scorer
 
-GOAL = 0.01  # two standard errors of the normalised map, beyond which more channels are scored again
+GOAL = 0.015  # three standard errors of the normalised map, beyond which more channels are scored again
 _STEP = 40  # a fortieth of the channels at a time
 
 
@@ -51,9 +51,9 @@ def refine(
 
     `alive (n, c)` are the channels that were swept, one by one; `exact(chosen)` scores those of a mask `(n, c)` in full. Their
     differences from `scores` have a mean, which is taken off the others, and a deviation sigma, by which the map may be off:
-    `sigma sqrt(sum_k (dL / dS_k)^2)` over the others.
+    `sigma sqrt(sum_k (dL / dS_k)^2 + (sum_k dL / dS_k)^2 / m)` over the others, m being how many were scored again.
 
-    Returns the scores, how many channels were scored again, and two standard errors `(n, t)` of the normalised map, at the
+    Returns the scores, how many channels were scored again, and three standard errors `(n, t)` of the normalised map, at the
     position where they are largest.
     """
     narrow, done = scores, torch.zeros_like(alive)
@@ -90,12 +90,14 @@ def _uncertainty(
     # dL / dS_k is w_k (A_k - L) under a softmax, and A_k where the score itself is the weight.
     gain, level = (weights.softmax(scores), level) if soft else (torch.ones_like(scores.mT), torch.zeros_like(level))
     influence = (gain / span[..., None]).amax(1) * (values.amax(-1) - values.amin(-1))
-    square = torch.where(others[:, None], gain, 0).square()
-    # sum_k g_k^2 (A_k - L)^2, without a tensor of channels, positions and targets
-    spread = square @ values.square() - 2 * level * (square @ values) + level.square() * square.sum(-1, keepdim=True)
-    spread = spread.clamp(min=0).amax(-1).sqrt()
+    gain = torch.where(others[:, None], gain, 0)
+    square, total = gain.square(), gain.sum(-1, keepdim=True)
+    # sum_k g_k^2 (A_k - L)^2, without a tensor of channels, positions and targets; and the mean's own error, which moves all
+    apart = square @ values.square() - 2 * level * (square @ values) + level.square() * square.sum(-1, keepdim=True)
+    together = (gain @ values - level * total).square() / done.sum(1).clamp(min=1)[:, None, None]
+    spread = (apart.clamp(min=0) + together).amax(-1).sqrt()
     _, sigma = _moments(scores - narrow, done)
-    return influence, torch.where(spread > 0, 2 * sigma * spread / span, 0)
+    return influence, torch.where(spread > 0, 3 * sigma * spread / span, 0)
 
 
 def _most(influence: Tensor, among: Tensor, step: int) -> Tensor:

@@ -9,7 +9,7 @@ from numpy.random import default_rng
 
 from camfn import belief
 
-NAMES = ("slope", "linear", "smooth", "near", "apart", "noise", "dof", "broad")
+NAMES = ("slope", "linear", "smooth", "near", "apart", "noise", "dof", "broad", "least")
 CONSTANTS = {name: getattr(belief, f"_{name.upper()}") for name in NAMES}
 
 
@@ -25,7 +25,7 @@ class World:
         self.mask = (self.activation - low) / (high - low)
         self.prediction = rng.normal(size=c) * 2 + 5
         self.scores = self.prediction + rng.normal(size=c) + 1
-        self.flat, self.zero = (np.zeros(p) if zero == -math.inf else np.full(p, 0.7)), zero
+        self.flat, self.zero = np.full((0 if zero == -math.inf else 3, p), 0.7), zero
 
     def prior(self, order=slice(None), times: float = 1.0, more: float = 0.0) -> belief.Prior:
         """With the channels in another order, the activation `times` larger, and the scores of flat channels `more`."""
@@ -49,11 +49,13 @@ def covariance_of(world: World, linear, smooth, near, apart, **_) -> tuple[np.nd
     return features, linear * features @ features.T + smooth * np.array(matern)
 
 
-def regression(world: World, swept: list[int], slope, noise, dof, broad, **constants) -> tuple[np.ndarray, np.ndarray, float]:
+def regression(
+    world: World, swept: list[int], slope, noise, dof, broad, least, **constants
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Gaussian-process regression with an unknown constant and an inverse-gamma scale (Rasmussen and Williams, 2.25 to 2.26;
     Shah et al., 2014): mean, covariance of the scores as they would be observed, and scale, of all channels."""
     features, kernel = covariance_of(world, **constants)
-    unit, c = world.prediction.std(), len(features)
+    unit, c = max(least, world.prediction.std()), len(features)
     mean, rest = features @ np.array(slope), [k for k in range(c) if k not in swept]
     residual = world.scores[swept] / unit - mean[swept]
     centre = residual.mean()
@@ -90,6 +92,15 @@ def test_the_predictions_alone_are_believed_before_the_first_score():
     expected = unit**2 * (kernel + CONSTANTS["noise"] * np.eye(14))  # the unknown constant cancels in the weights
     np.testing.assert_allclose(now.covariance.numpy(), expected, atol=1e-9)
     assert now.unswept.tolist() == list(range(14))
+
+
+def test_a_prediction_that_tells_nothing_does_not_make_the_belief_narrow():
+    """A target without a slope: all predictions are 0, and the scores may differ all the same."""
+    world = World(1)
+    world.prediction[:] = 0
+    world.scores[:] = 7.0
+    for swept in ([], [3], [3, 5]):
+        assert (world.believe(swept)[1].variance[[1, 2]] > 0.2**2).all()
 
 
 @pytest.mark.parametrize("swept", [[4], [1, 8, 3], list(range(14))])
@@ -178,7 +189,7 @@ def map_of(world: World, scores: np.ndarray) -> np.ndarray:
     top = max([*scores, world.zero])
     raw = []
     for p in range(world.activation.shape[1]):
-        total = math.exp(world.zero - top) * world.flat[p]
+        total = sum(math.exp(world.zero - top) * value for value in world.flat[:, p])
         for k, score in enumerate(scores):
             total += math.exp(score - top) * world.activation[k, p]
         raw.append(max(total, 0.0))
@@ -192,7 +203,7 @@ def test_maps_are_drawn_as_defined(zero, away):
     world = World(8, zero=zero if zero == -math.inf else zero + away)
     rng = default_rng(1)
     world.activation -= 0.5  # so that the ReLU has work
-    world.flat[0] -= 2
+    world.flat[:, 0] -= 1  # no rounding would leave it flat, but which position is which then shows
     scores = rng.normal(size=(5, 14)) * [[0.0], [1.0], [3.0], [30.0], [300.0]] + away
     found = belief.drawn(world.prior(), torch.from_numpy(scores)).numpy()
     for ours, theirs in zip(found, (map_of(world, row) for row in scores)):
@@ -253,7 +264,7 @@ def test_scores_are_settled_at_the_mean_of_the_softmaxes(zero, fair):
     world.scores, world.prediction = world.scores / 2, world.prediction / 2
     prior, now = world.believe(swept)
     sampled = np.exp(draws(now, 2.0, 40000, student=fair))
-    share = (sampled / (sampled.sum(1, keepdims=True) + math.exp(zero))).mean(0)
+    share = (sampled / (sampled.sum(1, keepdims=True) + len(world.flat) * math.exp(zero))).mean(0)
     found = torch.stack([belief.settled(prior, now, 2.0, fair, torch.Generator().manual_seed(s))[0] for s in range(60)])
     relative = found - found[:, swept[:1]]
     expected = np.log(share / share[swept[0]])

@@ -137,9 +137,11 @@ def refine_by_hand(narrow, full, values, alive, weighting: str):
             weights, _, span = map_of(scores[:, j], values, weighting)
             gain = weights if weighting == "softmax" else np.ones(c)
             influence = np.maximum(influence, gain / span * np.ptp(values, axis=1))
-            spread = np.sqrt((slopes(scores[:, j], values, weighting)[others] ** 2).sum(0)).max() if others else 0.0
+            moved = slopes(scores[:, j], values, weighting)[others]
+            # Each of the others is off by its own rounding, and all of them by what is not known of the offset.
+            spread = np.sqrt((moved**2).sum(0) + moved.sum(0) ** 2 / max(1, len(done))).max() if others else 0.0
             sigma = np.std([full[k, j] - narrow[k, j] for k in done], ddof=1) if len(done) > 1 else math.inf
-            error[j] = 2 * sigma * spread / span if spread > 0 else 0.0
+            error[j] = 3 * sigma * spread / span if spread > 0 else 0.0
         if not others or error.max() <= precision.GOAL:
             return scores, order, error
         first = sorted(others, key=lambda k: -influence[k])[: max(8, c // 40)]
