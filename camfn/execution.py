@@ -74,10 +74,10 @@ def pays(seconds: float) -> bool:
     Compiling takes half a minute in a fresh process, and a compiled kernel saves some 5 % of the time of one that has its
     batch norms merged and its channels last already (`benchmarks/compile.py`). So it pays from a quarter of an hour of work on.
     """
-    return _SAVES * seconds > _COSTS
+    return SAVES * seconds > COSTS
 
 
-_SAVES, _COSTS = 0.05, 40.0  # a share, seconds
+SAVES, COSTS = 0.05, 40.0  # a share, seconds
 
 
 def counter(progress: bool | Callable[[int, int], None], total: int) -> Callable[[int | None], None]:

@@ -21,7 +21,7 @@ from camfn.execution import Sweep
 from camfn.masks import Rule, masked_input
 from camfn.memory import is_exhausted
 from camfn.runner import Runner, rows_of, weakly
-from camfn.subject import Key, Subject, pick
+from camfn.subject import Key, Subject, pick, with_input
 from camfn.targets import Score, score_rows
 
 Rows = dict[str, Tensor]
@@ -37,7 +37,8 @@ class Kernel(NamedTuple):
 
 def mask_row(rule: Rule, images: Tensor, row: Rows) -> Tensor:
     """The masked input of one row."""
-    image = images.index_select(0, row["image"].reshape(1))[0]
+    # Of a single image no row needs a copy.
+    image = images[0] if images.shape[0] == 1 else images.index_select(0, row["image"].reshape(1))[0]
     return masked_input(rule, image, row["channel"], row["scale"], row.get("noise"))
 
 
@@ -65,7 +66,10 @@ def mapped(
 def kernel_of(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: tuple[int, ...], options: Sweep) -> Kernel:
     """The kernel for a layer of this grid: compiled if asked for, or if it is there already."""
     body = folded if runner.folded else mapped
-    arguments = (runner.call(), score.of, rule, subject.key, runner.state, subject.x, score.rows)
+    # Images with the channels last give masked inputs that have them last: nothing is left to be moved.
+    image = subject.image.contiguous(memory_format=torch.channels_last) if runner.channels_last else subject.image
+    x = with_input(subject.x, subject.key, image)
+    arguments = (runner.call(), score.of, rule, subject.key, runner.state, x, score.rows)
     eager = Kernel(functools.partial(body, *arguments), False)
     if options.compile is False or _compat.transformed():
         return eager

@@ -97,14 +97,16 @@ def mask_of(rule: Rule, channel: Tensor, noise: Any) -> Tensor:
 
 def masked_input(rule: Rule, image: Tensor, channel: Tensor, scale: Tensor, noise: Any) -> Tensor:
     """`scale * image * mask`, for one image `(k, *size)` and one channel of its activation `(*grid)`."""
-    masked = image * mask_of(rule, channel, noise).to(image.dtype)
-    if rule.noise == "input":
-        # SS-CAM's second form. The authors' code passes std/(max - min) squared as the deviation; the paper says deviation.
-        span = masked.amax() - masked.amin()
-        flat = is_flat(masked.amin(), masked.amax(), image.dtype)
-        # To the image's dtype before the division: a float64 scalar does not make a float32 tensor wider.
-        masked = masked + torch.where(flat, 0, noise.to(image.dtype) / torch.where(flat, 1, span))
-    return masked * scale.to(image.dtype)
+    mask = mask_of(rule, channel, noise).to(image.dtype)
+    scale = scale.to(image.dtype)
+    if rule.noise != "input":
+        return image * (mask * scale)  # a mask has fewer values than an image
+    masked = image * mask
+    # SS-CAM's second form. The authors' code passes std/(max - min) squared as the deviation; the paper says deviation.
+    span = masked.amax() - masked.amin()
+    flat = is_flat(masked.amin(), masked.amax(), image.dtype)
+    # To the image's dtype before the division: a float64 scalar does not make a float32 tensor wider.
+    return (masked + torch.where(flat, 0, noise.to(image.dtype) / torch.where(flat, 1, span))) * scale
 
 
 def flat_channels(channels: Tensor) -> Tensor:
