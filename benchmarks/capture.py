@@ -1,19 +1,24 @@
-"""What does a tap cost? A shell, a tap, and a tapped forward, beside `copy.deepcopy` and the plain forward.
+"""What does a tap cost, with and without a gradient, and what does Score-CAM cost beside its forwards?
 
-Medians of interleaved rounds, in milliseconds. A shell is made anew in every call of camfn; its bound is 5 ms for a
-ResNet-50.
+Medians of interleaved rounds, in milliseconds. A shell is made anew in every call of camfn; its bound is 5 ms for a ResNet-50.
+`head backward` is the plain forward with a graph that begins at the layer, and its backward, by a hook in plain torch. The last
+figure is of a network so small that its forwards take nothing: `score_cam`, less as many forwards of as many rows.
 
     python benchmarks/capture.py --out benchmarks/results/capture.json
 """
 
 import argparse
 import copy
+from typing import Any
 
 import common
 import torch
+from torch import nn
 
 import camfn
 from camfn.shell import shell_of
+from camfn.subject import look, slopes_of
+from camfn.targets import resolve
 
 MODELS = {
     "resnet18": "layer4",
@@ -33,11 +38,50 @@ def measure(name: str, layer: str, rounds: int) -> dict[str, float]:
         "deepcopy": lambda: copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}),
         "forward": lambda: model(x),
         "tap and forward": lambda: camfn.tap(model, layer)(state, x),
+        "forward and head backward": lambda: by_hand(model, layer, x),
+        "capture with gradient": lambda: captured(model, layer, x),
     }
     with torch.no_grad():
         for call in calls.values():
             call()
-        return {call: 1e3 * timing.median for call, timing in common.interleaved(calls, rounds).items()}
+        found = common.interleaved(calls, rounds)
+    times: dict[str, float] = {call: 1e3 * timing.median for call, timing in found.items()}
+    times["gradient, ratio"] = common.ratio(found["capture with gradient"], found["forward and head backward"])
+    return times
+
+
+def by_hand(model: nn.Module, layer: str, x: torch.Tensor) -> torch.Tensor:
+    """In plain torch: parameters without gradients, and the layer's output the first that has one."""
+    leaves = []
+
+    def leaf(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        leaves.append(out.detach().requires_grad_())
+        return leaves[-1].clone()
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    handle = model.get_submodule(layer).register_forward_hook(leaf)
+    with torch.enable_grad():
+        model(x)[0, 1].backward()
+    handle.remove()
+    return leaves[0].grad
+
+
+def captured(model: nn.Module, layer: str, x: torch.Tensor) -> torch.Tensor:
+    subject = look(model, layer, x, None, None, masks=True, graph=True)
+    return slopes_of(subject, resolve(1, subject.output, 1, x.device))[1][0][0]
+
+
+def overhead(rounds: int) -> float:
+    """Milliseconds of `score_cam` on a tiny network, less its forwards."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    x, rows = torch.randn(1, 3, 16, 16), torch.randn(8, 3, 16, 16)
+    calls = {"score_cam": lambda: camfn.score_cam(model, "1", x, 1), "forwards": lambda: (model(x), model(rows))}
+    with torch.no_grad():
+        for call in calls.values():
+            call()
+        found = common.interleaved(calls, 10 * rounds)
+    return 1e3 * (found["score_cam"].median - found["forwards"].median)
 
 
 def main() -> None:
@@ -46,11 +90,14 @@ def main() -> None:
     parser.add_argument("--out", help="write the figures to this file")
     options = parser.parse_args()
     results = {name: measure(name, layer, options.rounds) for name, layer in MODELS.items()}
+    tiny = overhead(options.rounds)
     columns = ["milliseconds", *next(iter(results.values()))]
     print(common.table(columns, [[name, *(f"{ms:.2f}" for ms in row.values())] for name, row in results.items()]))
+    print(f"score_cam on a tiny network, over its forwards: {tiny:.2f}")
     if options.out:
         where = common.environment(["camfn", "torchvision"])
-        common.write(options.out, {"question": "What does a tap cost?", "milliseconds": results, "environment": where})
+        record = {"question": __doc__.splitlines()[0], "milliseconds": results, "overhead": tiny, "environment": where}
+        common.write(options.out, record)
 
 
 if __name__ == "__main__":

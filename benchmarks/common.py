@@ -4,6 +4,8 @@ A record has no date, host name or path in it: two runs on one machine with the 
 """
 
 import argparse
+import ctypes
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -21,6 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+
+import camfn
 
 MIB = 1 << 20
 
@@ -122,10 +127,18 @@ def share_of_threads(timings: Iterable[Timing]) -> float:
 def peak_above(call: Callable[[], Any]) -> dict[str, float]:
     """MiB resident before the call, and how much higher it rose during it. Meant for a fresh process."""
     gc.collect()
+    _give_back()
     before, linux = _resident("VmRSS"), _forget_peak()
     call()
     peak = _resident("VmHWM") if linux else _max_resident()
     return {"before": before, "above": peak - before}
+
+
+def _give_back() -> None:
+    """What was freed and the allocator keeps would be used again without a rise. glibc gives it back."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _forget_peak() -> bool:
@@ -147,12 +160,47 @@ def _max_resident() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MIB if sys.platform == "darwin" else 1024)
 
 
-def in_fresh_process(script: str, arguments: Sequence[str]) -> Any:
+def in_fresh_process(script: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Any:
     """Run the script with other arguments in a process of its own; it prints one JSON value as its last line."""
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+    env = {**os.environ, **(environment or {})}
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         sys.exit(f"the fresh process with {' '.join(arguments)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------------ a call to measure
+
+
+class Case(NamedTuple):
+    """A call of a method, by the numbers that its cost may depend on."""
+
+    method: str = "score_cam"
+    model: str = "resnet18"  # of torchvision, with seeded random weights: neither time nor memory asks for their values
+    layer: str = "layer4"
+    size: int = 224  # side of the input in pixels
+    chunk: int = 32  # masked inputs per forward
+    channels: int | None = None  # the first so many of the layer are swept, or all
+    samples: int = 1  # of ss_cam and is_cam
+    images: int = 1
+    targets: int = 1  # the classes with the highest logits
+
+
+def model_and_input(case: Case) -> tuple[nn.Module, Tensor]:
+    """The same ones every time."""
+    torch.manual_seed(0)
+    model = getattr(torchvision_models(), case.model)(weights=None).eval()
+    return model, torch.randn(case.images, 3, case.size, case.size)
+
+
+def call_of(case: Case, model: nn.Module, x: Tensor) -> Callable[[], camfn.Explanation]:
+    """The call, eager."""
+    options: dict[str, Any] = {"layout": lambda activation: activation[:, : case.channels]}
+    if case.method != "score_cam":
+        options["num_samples"] = case.samples
+    sweep = camfn.Sweep(chunk=case.chunk, compile=False)
+    target = camfn.targets.top(case.targets)
+    return functools.partial(camfn.explain, model, case.layer, x, target, method=case.method, sweep=sweep, **options)
 
 
 # --------------------------------------------------------------------------------------------------------- saying

@@ -1,11 +1,12 @@
-"""The tables of README.md that are made, not written: the methods, and what works with each.
+"""The tables of the pages that are made, not written: the methods, what works with each, how fast, how near.
 
     python tests/tables.py            # print them
-    python tests/tables.py --write    # put them into README.md
+    python tests/tables.py --write    # put them into README.md and docs/budgeted-scoring.md
 
 A cell is what came of trying: the checks are those of the contract tests, or stand here.
 """
 
+import json
 import re
 import sys
 import warnings
@@ -22,7 +23,9 @@ from support import SmallNet, assert_close, inputs, small_net
 import camfn
 from camfn import _compat
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README, BUDGETS = ROOT / "README.md", ROOT / "docs" / "budgeted-scoring.md"
+RESULTS = ROOT / "benchmarks" / "results"
 WORKS, REFUSED, FAILS, UNKNOWN = "✓", "-", "✗", "?"
 COMPILED = "`torch.compile`"
 
@@ -177,6 +180,69 @@ def _paper(name: str, doc: str) -> str:
     return f"[{authors}, {year}](https://arxiv.org/abs/{number})"
 
 
+SPEED = {
+    "camfn": "as it is, float32",
+    "camfn-compiled": "compiled",
+    "camfn-bfloat16": "`dtype=torch.bfloat16`",
+    "camfn-budget": "`budget=0.1`",
+    "camfn-budget-bfloat16": "`budget=0.1`, bfloat16",
+    "camfn-top5": "five classes at once",
+    "camfn-all": "all classes at once",
+    "grad-cam": "pytorch-grad-cam",
+}
+
+
+def speed() -> str:
+    """How many times as fast as torchcam, and the share of the limit, from the records of `benchmarks/score_cam.py`."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("score_cam*.json"))]
+    records.sort(key=lambda record: record["arguments"]["model"] != "resnet18")
+    heads = [f"{r['arguments']['model']}, `{r['arguments']['layer']}`, {r['channels']} channels" for r in records]
+    rows = [["Score-CAM, times torchcam's speed", *heads], ["---", *["--:"] * len(records)]]
+    for name, said in SPEED.items():
+        cells = [_speed_of(record["contenders"].get(name)) for record in records]
+        if any(cells):
+            rows.append([said, *cells])
+    return _lines(rows)
+
+
+def budgets() -> str:
+    """How near maps of a budget are, from the record of `benchmarks/budget.py`."""
+    made = json.loads((RESULTS / "budget.json").read_text(encoding="utf-8"))["summary"]
+    near, kept = made["near"], made["tolerance"]
+    rows = [["Pearson, mean (worst)", *(f"{name}, {budget:.0%}" for name in near for budget in (0.1, 0.2))]]
+    rows.append(["---", *["--:"] * (len(rows[0]) - 1)])
+    for order in ("predicted", "std", "max", "gradient", "bound"):
+        cells = [near[name].get(f"{order} {budget:g}") for name in near for budget in (0.1, 0.2)]
+        said = "true scores, the rest dropped" if order == "bound" else f'`order="{order}"`'
+        rows.append([said, *(f"{c['mean pearson']:.3f} ({c['worst pearson']:.3f})" if c else "" for c in cells)])
+    head = [
+        "tolerance",
+        "stated error true",
+        "error within the tolerance",
+        "median stated",
+        "median true",
+        "median share of the forwards",
+    ]
+    lines = [head, ["---", *["--:"] * 5]]
+    for name, levels in kept.items():
+        for level, row in levels.items():
+            lines.append([f"{name}, {level}", *_kept(row)])
+    return f"{_lines(rows)}\n{_lines(lines)}"
+
+
+def _kept(row: dict) -> list[str]:
+    shares, errors = ("honest", "within", "median share"), ("median stated", "median true")
+    share, error = ({key: f"{row[key]:.0%}" for key in shares}, {key: f"{row[key]:.3f}" for key in errors})
+    return [share["honest"], share["within"], error["median stated"], error["median true"], share["median share"]]
+
+
+def _speed_of(entry: dict | None) -> str:
+    if not entry or "torchcam" not in entry["time_over"]:
+        return ""
+    share = entry.get("share_of_limit")
+    return f"{1 / entry['time_over']['torchcam']:.2f}" + (f" ({share:.2f})" if share else "")
+
+
 def _lines(rows: list[list[str]]) -> str:
     return "".join("|" + "|".join(f" {cell} " for cell in row) + "|\n" for row in rows)
 
@@ -190,17 +256,22 @@ def block_of(text: str, name: str) -> str | None:
 def main() -> None:
     warnings.simplefilter("error", camfn.CamWarning)
     cells = {method: {column: tried(method, column) for column in COLUMNS} for method in camfn.METHODS}
-    made = {"methods": methods(), "works": works(cells)}
-    sys.stdout.write("".join(f"<!-- {name} -->\n{block}<!-- /{name} -->\n\n" for name, block in made.items()))
-    if "--write" not in sys.argv[1:]:
-        return
-    text = README.read_text(encoding="utf-8")
-    for name, block in made.items():
+    made = {README: {"methods": methods(), "works": works(cells), "speed": speed()}, BUDGETS: {"budget": budgets()}}
+    for blocks in made.values():
+        sys.stdout.write("".join(f"<!-- {name} -->\n{block}<!-- /{name} -->\n\n" for name, block in blocks.items()))
+    if "--write" in sys.argv[1:]:
+        for page, blocks in made.items():
+            _write(page, blocks)
+
+
+def _write(page: Path, blocks: dict[str, str]) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name, block in blocks.items():
         old = block_of(text, name)
         if old is None or UNKNOWN in block:
-            sys.exit(f"README.md is as it was: it has no block {name!r}, or something could not be tried here")
+            sys.exit(f"{page.name} is as it was: it has no block {name!r}, or something could not be tried here")
         text = text.replace(f"<!-- {name} -->\n{old}<", f"<!-- {name} -->\n{block}<")
-    README.write_text(text, encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

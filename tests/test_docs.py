@@ -207,16 +207,21 @@ def test_links_and_names_that_are_not_there_are_found(apart):
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def made(name: str) -> str:
-    block = tables.block_of((ROOT / "README.md").read_text(encoding="utf-8"), name)
+def made(name: str, page: Path = ROOT / "README.md") -> str:
+    block = tables.block_of(page.read_text(encoding="utf-8"), name)
     assert block is not None, (
-        f"README.md has no lines <!-- {name} --> and <!-- /{name} -->: python tests/tables.py prints what goes there"
+        f"{page.name} has no lines <!-- {name} --> and <!-- /{name} -->: python tests/tables.py prints what goes there"
     )
     return block
 
 
 def test_the_table_of_methods_is_that_of_the_code():
     assert made("methods") == tables.methods(), "python tests/tables.py --write"
+
+
+def test_the_tables_of_speed_and_budgets_are_those_of_the_records():
+    assert made("speed") == tables.speed(), "python tests/tables.py --write"
+    assert made("budget", tables.BUDGETS) == tables.budgets(), "python tests/tables.py --write"
 
 
 def test_the_table_of_what_works_has_every_method_and_use():
@@ -261,10 +266,8 @@ def test_a_cell_is_what_came_of_trying(monkeypatch, capsys):
 SCORE_CAM = "score_cam.json"
 FIGURES = {  # a sentence, with {} where its figure stands: the record, and the keys to the value
     "README.md": {
-        "{} of the plain forward's time": (SCORE_CAM, "contenders/camfn/time_over/plain"),
-        "and {} of torchcam's": (SCORE_CAM, "contenders/camfn/time_over/torchcam"),
-        "at {} px on": (SCORE_CAM, "arguments/size"),
-        "maps equal to {} ": (SCORE_CAM, "contenders/camfn/largest_difference/from_peer"),
+        "images of {} px": (SCORE_CAM, "arguments/size"),
+        "their maps are torchcam's to {} ": (SCORE_CAM, "contenders/camfn-compiled/largest_difference/from_peer"),
         "give or take a cell, in {} %": ("demo.json", "maps/score_cam/hits"),
         "with random weights in {} %": ("demo.json", "maps/score_cam, untrained network/hits"),
         "the middle of the picture in {} %": ("demo.json", "maps/middle of the picture/hits"),
