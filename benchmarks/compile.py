@@ -1,7 +1,7 @@
 """When does compiling a sweep pay? What `Sweep(compile="auto")` goes by.
 
 In a fresh process: the first compiled call, a second one, and the same sweep uncompiled (batch norms merged, channels last), by
-turns. Then once more in another process, which finds the compiler's artefacts on disk. What compiling costs is the first call less
+turns. Then once more in another process, which finds the compiler's artefacts on disk. Compiling costs the first call less
 a later one; what it saves is a share of the uncompiled time; it pays from cost / share seconds of uncompiled work on.
 
     python benchmarks/compile.py --out benchmarks/results/compile.json        # five minutes

@@ -294,7 +294,8 @@ def is_cam(
       extrapolation more than an integral;
     - `path="linear"`: `c_i = i/N`.
 
-    N forwards for each channel, and a `budget` or `tolerance` takes fewer channels. The other arguments, and what is returned and raised, are those of `camfn.score_cam`.
+    N forwards for each channel, and a `budget` or `tolerance` takes fewer channels. The other arguments, and what is returned
+    and raised, are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn

@@ -138,11 +138,14 @@ PASSED = []
 
 
 @pytest.mark.parametrize("method", camfn.METHODS)
-def test_the_cost_that_is_told_is_what_really_goes_through_the_network(method):
+def test_the_cost_that_is_told_is_what_really_goes_through_the_network(method, monkeypatch):
+    """Beside the forwards that tell how the model may be run: in the first call, and one where it is rewritten."""
+    monkeypatch.setattr(camfn.runner, "_WORTH", 10**6)
     model = nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 5))
     model[0].register_forward_pre_hook(lambda module, inputs: PASSED.append(len(inputs[0])))
     x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     given = {"fc": "3"} if method == "cam" else {}
+    camfn.explain(model, "0", x, method=method, **given)
     PASSED.clear()
     card = camfn.explain(model, "0", x, method=method, **given)
     cost = camfn.METHODS[method].cost

@@ -3,6 +3,7 @@
 import random
 import re
 import textwrap
+from pathlib import Path
 
 import documents
 import numpy as np

@@ -168,10 +168,10 @@ def method_options(method: str, seed: int | None, chunk: int | None) -> dict[str
     given: dict[str, Any] = {"normalize": False}
     if seed is not None and not 0 <= seed < 2**63:
         raise CamError(f"--seed {seed}: a seed is a whole number from 0 to 2**63 - 1")
-    if takes(method, "seed"):
+    if takes(method, "noise"):
         given["seed"] = _parameters(method)["seed"].default if seed is None else seed
     elif seed is not None:
-        raise CamError(f"--seed {seed}: {method} draws no random numbers; leave it out, or take {_that_take('seed')}")
+        raise CamError(f"--seed {seed}: {method} draws no random numbers; leave it out, or take {_that_take('noise')}")
     if takes(method, "sweep"):
         given["sweep"] = camfn.Sweep(chunk=chunk)
     elif chunk is not None:

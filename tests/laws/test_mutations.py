@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
 
-from camfn import scoring
 from camfn.layouts import Read
 from laws.laws import EXCEPT, LAWS, VARIANTS, fixed_cases
 
@@ -194,15 +192,15 @@ def noise_goes_on_at_the_next_layer(noise_stream):
 
 @mutation("scoring:_in_chunks", chunk_size="score_cam")
 def last_incomplete_chunk_dropped(in_chunks):
-    def dropped(kernel, rows_of, index, options, tick):
-        found = in_chunks(kernel, rows_of, index, options, tick)
-        found[len(index) // (options.chunk or scoring.CHUNK) * (options.chunk or scoring.CHUNK) :] = 0
+    def dropped(kernel, rows_of, index, room, tick):
+        found = in_chunks(kernel, rows_of, index, room, tick)
+        found[len(index) // room.chunk * room.chunk :] = 0
         return found
 
     return dropped
 
 
-@mutation("scoring:_gather", zero_channel="score_cam")
+@mutation("scoring:gather", zero_channel="score_cam")
 def flat_channel_without_its_share_of_the_softmax(gather):
     def skipped(found, todo, *args):
         return gather(found, todo, *args).masked_fill(todo.flat[..., None], -torch.inf)
@@ -210,12 +208,12 @@ def flat_channel_without_its_share_of_the_softmax(gather):
     return skipped
 
 
-@mutation("scoring:_gather", kin="ss_cam", zero_channel="is_cam")
+@mutation("scoring:gather", kin="ss_cam", zero_channel="is_cam")
 def scores_summed_over_the_draws(gather):
     return lambda found, todo, variation: gather(found, todo, variation) * len(variation.scales)
 
 
-@mutation("scoring:_gather", stacked_states="score_cam, authors")
+@mutation("scoring:gather", stacked_states="score_cam, authors")
 def flat_channel_not_left_out_where_it_was_swept(gather):
     def kept(found, todo, variation):
         return gather(found, todo, variation._replace(recipe=variation.recipe._replace(flat="zero")))
@@ -236,7 +234,7 @@ def path_that_starts_at_zero(path_scales):
     return lambda num_samples, path: (0.0, *path_scales(num_samples, path)[:-1])
 
 
-@mutation("scoring:mapped", folded="score_cam")
+@mutation("kernel:mapped", folded="score_cam")
 def mapped_form_with_the_target_of_the_neighbour(mapped):
     def neighbour(call, of, rule, key, state, x, targets, rows):
         return mapped(call, of, rule, key, state, x, targets.roll(1, 0), rows)
@@ -244,9 +242,12 @@ def mapped_form_with_the_target_of_the_neighbour(mapped):
     return neighbour
 
 
-@mutation("methods:run_sweep", stacked_states="score_cam")
-def swept_with_the_tensors_of_the_model_whatever_the_state(run_sweep):
-    return lambda subject, *args: run_sweep(subject._replace(state=subject.shell.tensors), *args)
+@mutation("methods:sweep_all", stacked_states="score_cam")
+def swept_with_the_tensors_of_the_model_whatever_the_state(sweep_all):
+    def swept(scoring):
+        return sweep_all(scoring._replace(runner=scoring.runner._replace(state=scoring.subject.shell.tensors)))
+
+    return swept
 
 
 @mutation("methods:resolve", neighbours="score_cam", images_permuted="cam")
@@ -275,9 +276,12 @@ def score_of_the_next_class(of_classes):
     return off_by_one
 
 
-@mutation("methods:_reads", several_layers="score_cam")
-def layers_the_other_way_round(reads):
-    return lambda subject, layout: reads(subject._replace(seen=subject.seen[::-1]), layout)
+@mutation("methods:_read", several_layers="score_cam")
+def layers_the_other_way_round(read):
+    def other(subject, name, activation, layout):
+        return read(subject, name, subject.seen[::-1][subject.layers.index(name)], layout)
+
+    return other
 
 
 # -------------------------------------------------------------------------------------------------------- the capture
@@ -290,17 +294,6 @@ def the_tensor_that_was_seen_is_handed_on(through):
         return port.seen  # and an in-place ReLU writes to it
 
     return spoiled
-
-
-@mutation("scoring:pure_from", neighbours="score_cam", chunk_size="is_cam")
-def batch_norm_in_train_mode(pure_from):
-    def training(shell):
-        for module in shell.module.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train()
-        return pure_from(shell)
-
-    return training
 
 
 # --------------------------------------------------------------------------------------------------------- the matrix
