@@ -125,7 +125,7 @@ def _generator_for(given: int | torch.Generator, device: torch.device) -> tuple[
     return generator, 0 if device.type == "cpu" else int(torch.randint(1 << 62, (), generator=generator, device=device))
 
 
-_EVERY = 16
+_EVERY = 256  # 5 kB each: who goes back draws up to so many pieces again
 
 
 def noise_stream(
