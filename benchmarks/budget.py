@@ -94,18 +94,9 @@ def trained(name: str, count: int) -> tuple[nn.Module, list[Tensor]]:
 @contextmanager
 def counted(model: nn.Module) -> Iterator[list[int]]:
     """Rows of each forward, counted by the model's class: camfn runs a copy."""
-    rows, kind = [], type(model)
-    forward = kind.forward
-
-    def counting(self: nn.Module, x: Tensor) -> Any:
-        rows.append(len(x))
-        return forward(self, x)
-
-    kind.forward = counting
-    try:
+    rows: list[int] = []
+    with common.watched(model, lambda x: rows.append(len(x))):
         yield rows
-    finally:
-        kind.forward = forward
 
 
 # ------------------------------------------------------------------------------------------------------------ one map

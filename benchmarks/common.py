@@ -18,7 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,6 +171,23 @@ def in_fresh_process(script: str, arguments: Sequence[str], environment: Mapping
 
 
 # ------------------------------------------------------------------------------------------------ a call to measure
+
+
+@contextmanager
+def watched(model: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Show what each forward gets, by the model's class: camfn runs a copy."""
+    kind = type(model)
+    forward = kind.forward
+
+    def seen(self: nn.Module, x: Tensor) -> Any:
+        see(x)
+        return forward(self, x)
+
+    kind.forward = seen
+    try:
+        yield
+    finally:
+        kind.forward = forward
 
 
 class Case(NamedTuple):

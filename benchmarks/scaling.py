@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py --out benchmarks/results/scaling.json              # the record, and scaling.png beside it
     python benchmarks/scaling.py --plot benchmarks/results/scaling.json             # the picture again, from the record
-    python benchmarks/scaling.py --out /tmp/look.json --rounds 1 --points 2         # a look
+    python benchmarks/scaling.py --out look.json --rounds 1 --points 2         # a look
 
 Eager calls of camfn on a MobileNetV2's `features.18`, in chunks of 32, that differ in one number each: channels swept, images
 in a batch, draws of SS-CAM and IS-CAM, side of the input, classes explained; the channels also with one thread. None is so

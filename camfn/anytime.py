@@ -13,7 +13,7 @@ from camfn._errors import CamError
 from camfn._types import Scores
 from camfn.masks import Variation, unit
 from camfn.precision import in_dtype, quietly, refine
-from camfn.scoring import Plan, Scoring, Swept, gather, scorer
+from camfn.scoring import Plan, Scoring, Swept, scorer, scores_of
 
 Order = Literal["predicted", "std", "max", "gradient"]
 _ROUND = 32  # a thirty-second of the channels is swept before the belief is renewed, or a quarter of those swept so far
@@ -109,19 +109,15 @@ def _stand_ins(todo: Plan) -> Tensor:
 def sweep_some(scoring: Scoring, slopes: Tensor, limits: Limits) -> Swept:
     """A sweep of the channels that count most; `slopes (n, t, c, p)` are the scores' gradients at the activation."""
     todo, variation = scoring.plan, scoring.variation
-    full, fast = scorer(scoring), in_dtype(scoring)
-
-    def scores_by(by: Callable[[Tensor], Tensor], channels: Tensor) -> Scores:
-        part = todo.of(channels)
-        return gather(by(part.rows), part, variation)
-
     if _stops_draws(variation, limits):
         return _by_draws(scoring, limits)
+    full = scorer(scoring)
+    fast = full if scoring.options.dtype is None else in_dtype(scoring)
     shared, forwards = _shared_scores(todo, full, variation)
     way = _believed if limits.order == "predicted" else _ranked
-    chosen, scores, error = way(todo, slopes, shared, limits, partial(scores_by, fast))
+    chosen, scores, error = way(todo, slopes, shared, limits, partial(scores_of, fast, todo, variation))
     if scoring.options.dtype is not None:
-        exact = partial(scores_by, scorer(quietly(scoring)))
+        exact = partial(scores_of, scorer(quietly(scoring)), todo, variation)
         scores, again, rounding = refine(scores, todo.read.values, chosen, exact, "softmax")
         error = None if error is None else error + rounding
         forwards += len(variation.scales) * again
@@ -134,8 +130,8 @@ def _shared_scores(todo: Plan, full: Callable[[Tensor], Tensor], variation: Vari
     if len(todo.zeros):
         found = full(todo.zeros)
         return found.new_zeros(n, found.shape[1]).index_copy(0, todo.zeros[:, 2].to(found.device), found), len(todo.zeros)
-    part = todo.of(_stand_ins(todo))
-    return gather(full(part.rows), part, variation).sum(1), len(part.rows)
+    first = _stand_ins(todo)
+    return scores_of(full, todo, variation, first).sum(1), len(variation.scales) * int(first.sum())
 
 
 def _by_draws(scoring: Scoring, limits: Limits) -> Swept:
@@ -176,7 +172,7 @@ def _each_draw(found: Tensor, rows: Tensor, channels: Tensor, first: int, end: i
 
 
 def _ranked(
-    todo: Plan, slopes: Tensor, shared: Tensor, limits: Limits, scores_of: Callable[[Tensor], Scores]
+    todo: Plan, slopes: Tensor, shared: Tensor, limits: Limits, score: Callable[[Tensor], Scores]
 ) -> tuple[Tensor, Scores, None]:
     """The first channels in a published order; the others have no weight, as published."""
     values = todo.read.values
@@ -185,11 +181,11 @@ def _ranked(
     place = order.argsort(1)
     chosen = (place < torch.tensor(_most(todo, limits), device=place.device)[:, None]) & ~todo.flat
     left_out = torch.where(chosen.any(1), -torch.inf, 0.0)[:, None, None]  # an image of flat channels has equal weights
-    return chosen, torch.where(chosen[..., None], scores_of(chosen), left_out), None
+    return chosen, torch.where(chosen[..., None], score(chosen), left_out), None
 
 
 def _believed(
-    todo: Plan, slopes: Tensor, shared: Tensor, limits: Limits, scores_of: Callable[[Tensor], Scores]
+    todo: Plan, slopes: Tensor, shared: Tensor, limits: Limits, score: Callable[[Tensor], Scores]
 ) -> tuple[Tensor, Scores, Tensor]:
     """In rounds, all images at once: the channels most at stake, until the budget is spent or the error is small enough."""
     searches = [_Search(todo, slopes, shared, image, most, limits) for image, most in enumerate(_most(todo, limits))]
@@ -199,7 +195,7 @@ def _believed(
         if not bool(next_.any()):
             break
         chosen |= next_
-        found = scores_of(next_).double().cpu()
+        found = score(next_).double().cpu()
         for search, scores, mask in zip(searches, found, next_):
             search.learn(scores, mask)
     ends = [search.end() for search in searches]

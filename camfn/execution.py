@@ -22,10 +22,10 @@ class Sweep(NamedTuple):
     - `fold`: `True` gives the model the chunk as a batch; `False` maps through the model, which then sees one row at a time:
       for models whose samples are not independent. `"auto"` finds out, once for each model and shape, by three forwards;
       under a transform it is `True`.
-    - `dtype`: `torch.bfloat16` or `torch.float16` runs the sweep in it, two to four times as fast where the processor has
-      instructions for it; elsewhere a warning says so, and it is left out, as it is under a transform. The channels that carry
-      the map are then scored again in full precision, until what the others' rounding can move is about 0.01 of the
-      normalised map.
+    - `dtype`: `torch.bfloat16` or `torch.float16` runs the sweep in it, faster where the processor has instructions for it
+      and few channels carry the map; without instructions a warning says so, and it is left out, as it is under a transform.
+      The channels that carry the map are scored again in full precision, until three standard errors of what the others'
+      rounding can move are below 0.015 of the normalised map.
     - `progress`: `True` shows a bar (tqdm), a callable gets `(done, total)` forwards.
     """
 
@@ -71,8 +71,8 @@ def _is_whole(value: object) -> bool:
 def pays(seconds: float) -> bool:
     """Is compiling worth it for a sweep that would take so many more seconds without?
 
-    Compiling takes half a minute in a fresh process, and a compiled kernel saves some 5 % of the time of one that has its
-    batch norms merged and its channels last already (`benchmarks/compile.py`). So it pays from a quarter of an hour of work on.
+    A compiled kernel saves some 5 % of the time of one that has its batch norms merged and its channels last already
+    (`benchmarks/results/score_cam.json`), and compiling is taken to cost `COSTS` seconds (`benchmarks/compile.py` measures it).
     """
     return SAVES * seconds > COSTS
 

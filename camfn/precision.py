@@ -5,6 +5,7 @@ multiplies that. But the map hangs on few channels: those are scored again, and 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from camfn import maps, weights
 from camfn._types import Activations, Scores
 from camfn.runner import narrowed
-from camfn.scoring import Scoring, Swept, gather, scorer
+from camfn.scoring import Scoring, Swept, gather, scorer, scores_of
 
 GOAL = 0.015  # three standard errors of the normalised map, beyond which more channels are scored again
 _STEP = 40  # a fortieth of the channels at a time
@@ -21,14 +22,9 @@ _STEP = 40  # a fortieth of the channels at a time
 def sweep_narrow(scoring: Scoring) -> Swept:
     """A sweep in `options.dtype`, refined in full precision."""
     todo, variation = scoring.plan, scoring.variation
-    fast, again_ = in_dtype(scoring), scorer(quietly(scoring))
-
-    def exact(chosen: Tensor) -> Scores:
-        part = todo.of(chosen)
-        return gather(again_(part.rows), part, variation)
-
+    exact = partial(scores_of, scorer(quietly(scoring)), todo, variation)
     zeros = scorer(scoring)(todo.zeros)  # one row for each image, which stands for many channels
-    scores = gather(torch.cat([fast(todo.rows), zeros]), todo, variation)
+    scores = gather(torch.cat([in_dtype(scoring)(todo.rows), zeros]), todo, variation)
     scores, again, error = refine(scores, todo.read.values, todo.swept(), exact, variation.recipe.weights)
     return Swept(scores, todo.rows_in_all + again * len(variation.scales), error)
 
@@ -39,9 +35,9 @@ def quietly(scoring: Scoring) -> Scoring:
 
 
 def in_dtype(scoring: Scoring) -> Callable[[Tensor], Tensor]:
-    """The scorer in the narrow dtype that is asked for, if one is."""
-    dtype = scoring.options.dtype
-    return scorer(scoring if dtype is None else scoring._replace(runner=narrowed(scoring.subject, scoring.runner, dtype)))
+    """The scorer in the narrow dtype that is asked for."""
+    assert scoring.options.dtype is not None
+    return scorer(scoring._replace(runner=narrowed(scoring.subject, scoring.runner, scoring.options.dtype)))
 
 
 def refine(

@@ -96,12 +96,6 @@ def is_close(a: Tensor, b: Tensor, times: float) -> bool:
     return bool((near | (a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _with_bias(conv: nn.Module, bias: Tensor) -> nn.Module:
-    if conv._parameters["bias"] is None:
-        conv._parameters["bias"] = nn.Parameter(torch.empty_like(bias), requires_grad=False)
-    return conv
-
-
 def _merged_tensors(shell: Shell, state: State, conv: str, norm: str) -> tuple[Tensor, Tensor]:
     """`W' = W g / sqrt(v + eps)` and `b' = (b - m) g / sqrt(v + eps) + beta`, computed in float32 or wider."""
 
@@ -126,7 +120,8 @@ def merge_norms(shell: Shell, state: State, folds: tuple[Fold, ...]) -> tuple[Sh
         conv: Any = shell.module.get_submodule(fold.conv)
         name = shell.aliases.get(f"{fold.conv}.bias", f"{fold.conv}.bias")
         state[shell.aliases[f"{fold.conv}.weight"]], state[name] = weight, bias
-        _with_bias(conv, bias)
+        if conv.bias is None:
+            conv.bias = nn.Parameter(torch.empty_like(bias), requires_grad=False)
         slots[f"{fold.conv}.bias"] = name
         norm = shell.module.get_submodule(fold.norm)
         for part in (*norm._parameters, *norm._buffers):

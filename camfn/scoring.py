@@ -112,6 +112,12 @@ def scorer(scoring: Scoring) -> Callable[[Tensor], Tensor]:
     return scored
 
 
+def scores_of(score: Callable[[Tensor], Tensor], todo: Plan, variation: Variation, channels: Tensor) -> Scores:
+    """The scores of some channels `(n, c)` of a plan alone, by a scorer; zeros for the others."""
+    part = todo.of(channels)
+    return gather(score(part.rows), part, variation)
+
+
 def _raise_nonfinite(subject: Subject, runner: Runner, rule: Rule, index: Tensor, rows: Rows) -> NoReturn:
     masked = vmap(partial(mask_row, rule, subject.image))(rows)
     x = rows_of(subject.x, subject.key, rows["image"], subject.n, masked)

@@ -115,9 +115,8 @@ def _with_graph(subject: Subject, tap: Callable[..., Captured], distinct: list[s
 def slopes_of(subject: Subject, score: Score) -> tuple[Subject, list[list[Tensor]]]:
     """The gradient of each target's score at each layer, shaped as the layer's output; and the subject without its graph."""
     with torch.inference_mode(False), torch.enable_grad():
-        scores = score_rows(
-            score.of, subject.output, score.rows.clone()
-        )  # no inference tensor, of whatever mode it was made in
+        rows = score.rows.clone()  # which is no inference tensor, whatever mode it was made in
+        scores = score_rows(score.of, subject.output, rows)
         found = [_gradients(scores[:, t].sum(), subject.zeros) for t in range(scores.shape[1])]
     output = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, subject.output)
     return subject._replace(output=output, zeros=()), [list(of_layer) for of_layer in zip(*found)]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import nn
 
 from camfn.layouts import Read
 from laws.laws import EXCEPT, LAWS, VARIANTS, fixed_cases
@@ -294,6 +295,17 @@ def the_tensor_that_was_seen_is_handed_on(through):
         return port.seen  # and an in-place ReLU writes to it
 
     return spoiled
+
+
+@mutation("scoring:kernel_of", neighbours="score_cam", chunk_size="is_cam")
+def batch_norm_in_train_mode(kernel_of):
+    def training(subject, runner, *args):
+        for module in runner.shell.module.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train()
+        return kernel_of(subject, runner, *args)
+
+    return training
 
 
 # --------------------------------------------------------------------------------------------------------- the matrix
