@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 import camfn
+from camfn.gradients import slopes_of
 from camfn.shell import shell_of
-from camfn.subject import look, slopes_of
+from camfn.subject import look
 from camfn.targets import resolve
 
 MODELS = {
@@ -69,7 +70,7 @@ def by_hand(model: nn.Module, layer: str, x: torch.Tensor) -> torch.Tensor:
 
 def captured(model: nn.Module, layer: str, x: torch.Tensor) -> torch.Tensor:
     subject = look(model, layer, x, None, None, masks=True, graph=True)
-    return slopes_of(subject, resolve(1, subject.output, 1, x.device))[1][0][0]
+    return slopes_of(subject.pull, subject.output, resolve(1, subject.output, 1, x.device))[0][layer]
 
 
 def overhead(rounds: int) -> float:

@@ -70,7 +70,7 @@ from common import Case
 from torch import Tensor, nn
 
 import camfn
-from camfn import methods
+from camfn.methods import masked
 from camfn.runner import Runner, runner_of
 from camfn.subject import look
 from camfn.targets import resolve
@@ -106,11 +106,11 @@ def noting_copies(model: nn.Module) -> Iterator[list[float]]:
         sizes.append(size_of(runner, model))
         return runner
 
-    methods.runner_of = noting
+    masked.runner_of = noting
     try:
         yield sizes
     finally:
-        methods.runner_of = runner_of
+        masked.runner_of = runner_of
 
 
 def size_of(copy: Runner, model: nn.Module) -> float:

@@ -11,7 +11,7 @@ from camfn.execution import Sweep
 from camfn.explanation import Explanation, explain
 from camfn.heads import Head, head
 from camfn.masks import RECIPES, Recipe
-from camfn.methods import METHODS, cam, is_cam, score_cam, ss_cam
+from camfn.methods import METHODS, cam, grad_cam, is_cam, score_cam, ss_cam
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "cam",
     "explain",
     "figures",
+    "grad_cam",
     "head",
     "images",
     "is_cam",

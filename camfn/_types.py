@@ -23,6 +23,7 @@ Layers: TypeAlias = Layer | Sequence[Layer] | None
 Activations: TypeAlias = Float[Tensor, "n c p"]
 Scores: TypeAlias = Float[Tensor, "n c t"]
 Weights: TypeAlias = Float[Tensor, "n t c"]
+Gradients: TypeAlias = Float[Tensor, "n t c p"]
 FlatMaps: TypeAlias = Float[Tensor, "n t p"]
 Classes: TypeAlias = Int[Tensor, "n t"]
 

@@ -21,6 +21,7 @@ class Explanation(NamedTuple):
     scores: Tensor  # (n, t): the target on the clean input
     weights: tuple[Weights, ...]  # for each layer, (n, t, c)
     forwards: int  # inputs that went through the model
+    backwards: int  # gradients of an input's score that were taken
     seconds: float
     notes: tuple[str, ...]  # what should be known about the maps
     errors: tuple[Tensor | None, ...]  # for each layer, (n, t): how far its normalised map may be off, where it is not exact

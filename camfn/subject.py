@@ -1,6 +1,5 @@
 """What is explained: a model on inputs, checked, and captured once at the layers."""
 
-import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -15,9 +14,9 @@ from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layers, State
 from camfn.capture import Captured, is_several, resolve_layers, resolve_state, tap_from, watch
 from camfn.draws import refusing_draws
+from camfn.gradients import Pull, copied, with_pull
 from camfn.layers import choose
 from camfn.shell import Shell, shell_of
-from camfn.targets import Score, score_rows
 
 Key = str | int | None
 
@@ -36,7 +35,7 @@ class Subject(NamedTuple):
     output: Any
     seen: tuple[Tensor, ...]
     forwards: int
-    zeros: tuple[Tensor, ...] = ()  # what was added at the layers, where the output has a graph: see `slopes`
+    pull: Pull | None = None  # where it was looked at with `graph=True`
 
     @property
     def image(self) -> Tensor:
@@ -74,7 +73,7 @@ def look(
 ) -> Subject:
     """Check the arguments and run the clean forward.
 
-    `masks`: the method masks an input, and its maps have no graph. `graph`: the output has one, from the layers on.
+    `masks`: the method masks an input, and its maps have no graph. `graph`: there is to be a `pull`, for gradients.
     """
     shell = shell_of(model)
     full = resolve_state(shell, state)
@@ -85,63 +84,26 @@ def look(
         raise CamError("layer is an empty sequence: name one layer at least, or pass None to have one chosen")
     names = _choose(model, full, x, key) if layer is None else resolve_layers(shell, model, layer)
     distinct = list(dict.fromkeys(names))
-    tap = tap_from(shell_of(model), distinct)  # a shell of its own: the sweep's has no ports
+
+    def run(state: State, x: Inputs, nudge: Any = None) -> Captured:
+        # A shell of its own: the sweep's has no ports, and a transform wants what a model writes to to be made inside it.
+        return _run_checked(tap_from(shell_of(model), distinct), key, shell, state, x, nudge)
+
     forwards = n if layer is not None else 2 * n
-    subject = Subject(model, shell, full, x, key, n, tuple(names), is_several(layer), None, (), forwards)
     if graph:
-        return _with_graph(subject, tap, distinct)
-    with without_graph() if masks else nullcontext(), refusing_draws():
-        output, found = _run_checked(tap, full, tree_map(_copied, x), key, shell)
-    return subject._replace(output=output, seen=tuple(found[distinct.index(name)] for name in names))
+        captured, pull = with_pull(run, full, x, distinct)
+    else:
+        with without_graph() if masks else nullcontext(), refusing_draws():
+            captured, pull = run(full, tree_map(copied, x)), None
+    seen = tuple(captured.seen[distinct.index(name)] for name in names)
+    return Subject(model, shell, full, x, key, n, tuple(names), is_several(layer), captured.output, seen, forwards, pull)
 
 
-def _with_graph(subject: Subject, tap: Callable[..., Captured], distinct: list[str]) -> Subject:
-    """The clean forward with zeros added at the layers, and a graph that begins there: state and inputs have none."""
-    zeros: dict[str, Tensor] = {}
-
-    def zero(name: str, value: Tensor) -> Tensor:
-        zeros[name] = torch.zeros_like(value, requires_grad=True)
-        return zeros[name]
-
-    with torch.inference_mode(False), torch.enable_grad(), refusing_draws():
-        state = {name: t.clone() if t.is_inference() else t.detach() for name, t in subject.state.items()}
-        x = tree_map(functools.partial(_copied, alone=True), subject.x)
-        tap = functools.partial(tap, nudge=tuple(functools.partial(zero, name) for name in distinct))
-        output, found = _run_checked(tap, state, x, subject.key, subject.shell)
-    seen = tuple(found[distinct.index(name)].detach() for name in subject.layers)
-    return subject._replace(output=output, seen=seen, zeros=tuple(zeros[name] for name in subject.layers))
-
-
-def slopes_of(subject: Subject, score: Score) -> tuple[Subject, list[list[Tensor]]]:
-    """The gradient of each target's score at each layer, shaped as the layer's output; and the subject without its graph."""
-    with torch.inference_mode(False), torch.enable_grad():
-        rows = score.rows.clone()  # which is no inference tensor, whatever mode it was made in
-        scores = score_rows(score.of, subject.output, rows)
-        found = [_gradients(scores[:, t].sum(), subject.zeros) for t in range(scores.shape[1])]
-    output = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, subject.output)
-    return subject._replace(output=output, zeros=()), [list(of_layer) for of_layer in zip(*found)]
-
-
-def _gradients(total: Tensor, zeros: tuple[Tensor, ...]) -> list[Tensor]:
-    """Zeros where the score has no slope at all, as a count has none."""
-    if not total.requires_grad:
-        return [torch.zeros_like(zero) for zero in zeros]
-    found = torch.autograd.grad(total, zeros, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(zero) if slope is None else slope for slope, zero in zip(found, zeros)]
-
-
-def _copied(leaf: Any, alone: bool = False) -> Any:
-    """The caller's inputs stay what they are, whatever the model writes to. `alone`: it comes without its graph."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.detach().clone() if alone else leaf.clone()
-
-
-def _run_checked(tap: Callable[..., Captured], state: State, x: Inputs, key: Key, shell: Shell) -> Captured:
+def _run_checked(tap: Callable[..., Captured], key: Key, shell: Shell, state: State, x: Inputs, nudge: Any = None) -> Captured:
     """The clean forward; a convolution that did not like the number of axes speaks of the batch."""
     wrong = _wrong_rank(x, key, shell)
     try:
-        captured = tap(state, x)
+        captured = tap(state, x, nudge)
     except (RuntimeError, ValueError) as error:
         if wrong and not isinstance(error, CamError):
             raise CamError(wrong) from error

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camfn._types import Classes, Scores, Weights
+from camfn._types import Classes, Gradients, Scores, Weights
 
 
 def softmax(scores: Scores) -> Weights:
@@ -25,3 +25,8 @@ def score(scores: Scores) -> Weights:
 def class_rows(matrix: Float[Tensor, "k c"], classes: Classes) -> Weights:
     """`w_k = W_ck`: CAM (Zhou et al., 2016); W is the linear layer behind global average pooling."""
     return matrix[classes]
+
+
+def grad_cam(gradients: Gradients) -> Weights:
+    """`w_k = mean_p G_kp`: Grad-CAM (Selvaraju et al., 2017)."""
+    return gradients.mean(-1)

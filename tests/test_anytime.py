@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import Sweep, masks
-from camfn.subject import look, slopes_of
+from camfn.gradients import slopes_of
+from camfn.subject import look
 from camfn.targets import resolve
 
 T = camfn.targets
@@ -301,7 +302,8 @@ LAYERS = ("second", "side", "first", "act")
 def slopes(net, layers, x, target):
     subject = look(net, layers, x, None, None, masks=True, graph=True)
     with torch.no_grad():
-        return slopes_of(subject, resolve(target, subject.output, subject.n, x.device))[1]
+        found = slopes_of(subject.pull, subject.output, resolve(target, subject.output, subject.n, x.device))
+    return [[of[name] for of in found] for name in layers]
 
 
 @pytest.mark.parametrize("layers", [LAYERS, LAYERS[::-1], ("first", "first"), ("side",)])

@@ -95,7 +95,7 @@ def resized_in_single_precision(resize):
     return lambda maps, size, align_corners=False: resize(maps.float(), size, align_corners=align_corners).double()
 
 
-@mutation("methods:_on_grid", form="ss_cam", last_steps="cam")
+@mutation("methods.table:_on_grid", form="ss_cam", last_steps="cam")
 def map_always_at_the_size_of_the_input(on_grid):
     return lambda maps, subject, axes, drawing: on_grid(maps, subject, axes, drawing._replace(size="input"))
 
@@ -230,7 +230,7 @@ def every_step_of_the_path_at_full_scale(rows_from):
     return unscaled
 
 
-@mutation("methods:path_scales", path_of_inputs="is_cam", kin="is_cam, linear")
+@mutation("methods.masked:path_scales", path_of_inputs="is_cam", kin="is_cam, linear")
 def path_that_starts_at_zero(path_scales):
     return lambda num_samples, path: (0.0, *path_scales(num_samples, path)[:-1])
 
@@ -243,7 +243,7 @@ def mapped_form_with_the_target_of_the_neighbour(mapped):
     return neighbour
 
 
-@mutation("methods:sweep_all", stacked_states="score_cam")
+@mutation("methods.masked:sweep_all", stacked_states="score_cam")
 def swept_with_the_tensors_of_the_model_whatever_the_state(sweep_all):
     def swept(scoring):
         return sweep_all(scoring._replace(runner=scoring.runner._replace(state=scoring.subject.shell.tensors)))
@@ -251,7 +251,7 @@ def swept_with_the_tensors_of_the_model_whatever_the_state(sweep_all):
     return swept
 
 
-@mutation("methods:resolve", neighbours="score_cam", images_permuted="cam")
+@mutation("methods.activation:resolve", images_permuted="cam")
 def target_of_the_neighbour(resolve):
     def rolled(*args):
         score = resolve(*args)
@@ -260,7 +260,7 @@ def target_of_the_neighbour(resolve):
     return rolled
 
 
-@mutation("methods:resolve", neighbours="is_cam", images_permuted="score_cam")
+@mutation("methods.masked:resolve", neighbours="is_cam", images_permuted="score_cam")
 def target_of_the_first_image(resolve):
     def first(*args):
         score = resolve(*args)
@@ -277,7 +277,7 @@ def score_of_the_next_class(of_classes):
     return off_by_one
 
 
-@mutation("methods:_read", several_layers="score_cam")
+@mutation("methods.masked:read", several_layers="score_cam")
 def layers_the_other_way_round(read):
     def other(subject, name, activation, layout):
         return read(subject, name, subject.seen[::-1][subject.layers.index(name)], layout)

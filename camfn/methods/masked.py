@@ -1,138 +1,26 @@
-"""The methods, as compositions: look, resolve the target, sweep, weigh, draw the map. No arithmetic here."""
+"""Methods that score masked inputs: Score-CAM and its kin."""
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, ParamSpec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from camfn import _compat, layouts, weights
-from camfn import maps as _maps
-from camfn._errors import CamError, warn
-from camfn._types import Inputs, Layer, Layers, Layout, Maps, Size, State, Target, Weights
+from camfn import weights
+from camfn._errors import CamError
+from camfn._types import Inputs, Layers, Layout, Size, State, Target
 from camfn.anytime import Limits, Order, checked_limits, rows_within, sweep_some
 from camfn.execution import Sweep, checked, counter, usable
-from camfn.layers import find_linear
-from camfn.layouts import Read
 from camfn.masks import Noise, Recipe, Variation, path_scales, recipe_of
+from camfn.methods.table import Drawing, Outcome, clean_scores, combined, drawn, method, read, slopes_at
 from camfn.precision import sweep_narrow
 from camfn.runner import runner_of
 from camfn.scoring import Scoring, Swept, plan, sweep_all
-from camfn.subject import Key, Subject, first_nonfinite, look, slopes_of, without_graph
-from camfn.targets import Score, resolve, score_rows
-
-P = ParamSpec("P")
+from camfn.subject import Key, Subject, look, without_graph
+from camfn.targets import resolve
 
 
-class Outcome(NamedTuple):
-    """A method's maps and how they came about."""
-
-    maps: Maps
-    layers: tuple[str, ...]
-    classes: Tensor | None  # (n, t), where the target is of classes
-    scores: Tensor  # (n, t), of the clean input
-    weights: tuple[Weights, ...]  # a layer's (n, t, c)
-    forwards: int  # inputs that went through the model
-    notes: tuple[str, ...]  # what is to be said about the maps
-    errors: tuple[Tensor | None, ...] = ()  # for each layer, (n, t): how far a normalised map may be off, where that is not 0
-
-
-class Method(NamedTuple):
-    """A row of `camfn.METHODS`."""
-
-    function: Callable[..., Maps]
-    run: Callable[..., Outcome]  # the same, with how the maps came about
-    needs: frozenset[str]  # of "activations", "masked inputs", "linear head"
-    cost: str  # inputs that go through the model for each image and layer, at the defaults: "35 x channels + 1"
-
-
-_TABLE: dict[str, Method] = {}
-METHODS = MappingProxyType(_TABLE)
-"""Every method by name: its function, what it needs and what it costs."""
-
-
-def _method(*needs: str, cost: str) -> Callable[[Callable[P, Outcome]], Callable[P, Maps]]:
-    """Make the public function, which gives the maps alone, and its row in the table."""
-
-    def register(run: Callable[P, Outcome]) -> Callable[P, Maps]:
-        @functools.wraps(run)
-        def function(*args: P.args, **kwargs: P.kwargs) -> Maps:
-            outcome = run(*args, **kwargs)
-            for note in outcome.notes:
-                warn(note)
-            return outcome.maps
-
-        function.__annotations__ = {**run.__annotations__, "return": Maps}
-        _TABLE[run.__name__] = Method(function, run, frozenset(needs), cost)
-        return function
-
-    return register
-
-
-class Drawing(NamedTuple):
-    """How a map is drawn from weights: the options that every method has."""
-
-    relu: bool
-    size: Size
-    normalize: bool
-
-
-@_method("activations", "linear head", cost="1")
-def cam(
-    model: nn.Module,
-    layer: Layers,
-    x: Inputs,
-    target: Target = None,
-    *,
-    fc: Layer | None = None,
-    state: State | None = None,
-    layout: Layout = "auto",
-    size: Size = None,
-    relu: bool = False,
-    normalize: bool = True,
-) -> Outcome:
-    """Class activation maps: the activation weighted by the class's row of the linear layer behind the pooling.
-
-    `L_c = sum_k W_ck A_k`, for models that end in global average pooling and one linear layer (or a 1x1 convolution). One
-    forward, no ReLU. On such a head the mean of the map is the logit less its bias.
-
-    **Arguments**, beside those that all methods share (`camfn.score_cam` tells them): `layer`, one layer; `fc`, the linear
-    layer by name or as a module, found by its shape if `None`, which a warning says; `target`, classes only.
-
-    **Returns** `(n, *grid)`, or `(n, t, *grid)` for several classes; `(min, max)` scaled to `(0, 1)` unless `normalize=False`.
-
-    **Raises** `CamError` where several layers are given, the target is not of classes, or there is no linear layer of the
-    layer's channels and the model's classes, or more than one.
-
-    >>> import camfn, torch
-    >>> from torch import nn
-    >>> _ = torch.manual_seed(0)
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
-    >>> x = torch.randn(2, 3, 8, 8)
-    >>> raw = camfn.cam(model, "0", x, 3, fc="3", normalize=False)
-    >>> torch.allclose(raw.mean((1, 2)) + model[3].bias[3], model(x)[:, 3], atol=1e-6)
-    True
-
-    Zhou et al., Learning Deep Features for Discriminative Localization, CVPR 2016 (arXiv 1512.04150). torchcam's `CAM`.
-    """
-    if isinstance(layer, (list, tuple)) and len(layer) > 1:
-        raise CamError(f"cam explains one layer, the one before the pooling; found {len(layer)}")
-    subject = look(model, layer, x, state, None, masks=False)
-    score = resolve(target, subject.output, subject.n, subject.image.device)
-    if score.classes is None or not score.is_logit:
-        raise CamError("cam weighs channels by a class's row of the linear layer: its target must be classes")
-    read = _read(subject, subject.layers[0], subject.seen[0], layout)
-    count = _clean(subject, score)
-    name = find_linear(subject.shell, model, fc, read.values.shape[1], subject.output)
-    matrix = subject.state[subject.shell.aliases[f"{name}.weight"]]
-    found = (weights.class_rows(matrix.flatten(1), score.classes),)
-    return _drawn(subject, score, count, [read], found, Drawing(relu, size, normalize), 0)
-
-
-@_method("activations", "masked inputs", cost="channels + 1")
+@method("activations", "masked inputs", cost="channels + 1")
 def score_cam(
     model: nn.Module,
     layer: Layers,
@@ -205,7 +93,7 @@ def score_cam(
     return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize))
 
 
-@_method("activations", "masked inputs", cost="35 x channels + 1")
+@method("activations", "masked inputs", cost="35 x channels + 1")
 def ss_cam(
     model: nn.Module,
     layer: Layers,
@@ -264,7 +152,7 @@ def ss_cam(
     return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize))
 
 
-@_method("activations", "masked inputs", cost="10 x channels + 1")
+@method("activations", "masked inputs", cost="10 x channels + 1")
 def is_cam(
     model: nn.Module,
     layer: Layers,
@@ -333,9 +221,10 @@ def _swept(
     weigh = weights.softmax if recipe.weights == "softmax" else weights.score
     with without_graph():
         score = resolve(target, subject.output, subject.n, subject.image.device, recipe.score)
-        clean = _clean(subject, score)
-        subject, slopes = _slopes(subject, score, layout) if limits.any else (subject, [None] * len(subject.layers))
-        reads = [_read(subject, name, activation, layout) for name, activation in zip(subject.layers, subject.seen)]
+        clean = clean_scores(subject, score)
+        slopes = slopes_at(subject, score, layout) if limits.any else [None] * len(subject.layers)
+        subject = subject._replace(pull=None)  # and with it the graph
+        reads = [read(subject, name, activation, layout) for name, activation in zip(subject.layers, subject.seen)]
         plans = [plan(read, variation) for read in reads]
         rows = sum(rows_within(todo, variation, limits) for todo in plans)
         sweep = usable(checked(sweep), subject.image.device, subject.image.dtype)
@@ -345,82 +234,13 @@ def _swept(
         tick(None)
         runner.room.tell()
         found, errors = tuple(weigh(part.scores) for part in swept), tuple(part.error for part in swept)
-        forwards = sum(part.forwards for part in swept)
-        return _drawn(subject, score, clean, reads, found, drawing, forwards)._replace(errors=errors)
+        outcome = drawn(subject, score, clean, combined(found, reads), [part.grid for part in reads], drawing)
+        forwards = outcome.forwards + sum(part.forwards for part in swept)
+        backwards = clean.numel() if limits.any else 0
+        return outcome._replace(weights=found, errors=errors, forwards=forwards, backwards=backwards)
 
 
 def _sweep(scoring: Scoring, slopes: Tensor | None, limits: Limits) -> Swept:
     if slopes is not None:
         return sweep_some(scoring, slopes, limits)
     return sweep_all(scoring) if scoring.options.dtype is None else sweep_narrow(scoring)
-
-
-def _slopes(subject: Subject, score: Score, layout: Layout) -> tuple[Subject, list[Tensor]]:
-    """The scores' gradients at each layer, `(n, t, c, p)`, and the subject without the graph they came from."""
-    subject, found = slopes_of(subject, score)
-    pairs = zip(subject.layers, found)
-    return subject, [torch.stack([_read(subject, name, slope, layout).values for slope in of], 1) for name, of in pairs]
-
-
-def _read(subject: Subject, name: str, activation: Tensor, layout: Layout) -> Read:
-    return layouts.read(activation, layout, subject.size, name, subject.n)
-
-
-def _clean(subject: Subject, score: Score) -> Tensor:
-    """The scores of the clean input, from the forward that was run anyway."""
-    scores = score_rows(score.of, subject.output, score.rows)
-    if not _compat.transformed() and not bool(torch.isfinite(scores).all()):
-        raise CamError(f"the score is not finite; {first_nonfinite(subject.model, subject.state, subject.x)}")
-    return scores
-
-
-def _drawn(
-    subject: Subject, score: Score, clean: Tensor, reads: list[Read], found: tuple[Weights, ...], drawing: Drawing, rows: int
-) -> Outcome:
-    """Combine, ReLU, resize, normalise: in this order."""
-    signed = [_maps.combine(w, read.values) for w, read in zip(found, reads)]
-    drawn = []
-    for flat, read in zip(signed, reads):
-        rectified = torch.relu(flat) if drawing.relu else flat
-        drawn.append(_on_grid(rectified.unflatten(-1, read.grid), subject, len(read.grid), drawing))
-    maps = [m[:, 0] for m in drawn] if score.single else drawn
-    notes = () if _compat.transformed() else _diagnose(signed, subject.layers, drawing)
-    result = tuple(maps) if subject.several else maps[0]
-    return Outcome(result, subject.layers, score.classes, clean, found, subject.forwards + rows, notes)
-
-
-def _on_grid(maps: Tensor, subject: Subject, axes: int, drawing: Drawing) -> Tensor:
-    size = _checked_size(drawing.size, subject, axes)
-    maps = maps if size is None else _maps.resize(maps, size)
-    return _maps.normalize(maps, tuple(range(-axes, 0))) if drawing.normalize else maps
-
-
-def _checked_size(size: Size, subject: Subject, axes: int) -> tuple[int, ...] | None:
-    if size is None:
-        return None
-    if isinstance(size, str) and size == "input":
-        if subject.size is None:
-            raise CamError(f'size="input" needs spatial axes in the input, and x has shape {tuple(subject.image.shape)}')
-        size = subject.size
-    whole = isinstance(size, Sequence) and all(isinstance(side, int) and side > 0 for side in size)
-    if not whole or len(size) != axes:
-        raise CamError(f'size={size!r} must be None, "input", or {axes} positive ints: the layer\'s grid has {axes} axes')
-    return tuple(int(side) for side in size)
-
-
-def _diagnose(signed: list[Tensor], layers: tuple[str, ...], drawing: Drawing) -> tuple[str, ...]:
-    """Sentences about maps that mean nothing; the values are read once."""
-    facts = torch.stack([torch.stack([_maps.is_flat(m.amin(-1), m.amax(-1), m.dtype), m.amax(-1) <= 0]) for m in signed])
-    notes = []
-    for name, (flat, negative) in zip(layers, facts.cpu()):
-        if flat.any():
-            notes.append(
-                f"{int(flat.sum())} of {flat.numel()} maps at layer {name!r} are flat: every position has the same value, "
-                "so there is nothing to see (a layer whose activation does not vary over positions?)"
-            )
-        if drawing.relu and (negative & ~flat).any():
-            notes.append(
-                f"{int((negative & ~flat).sum())} of {flat.numel()} maps at layer {name!r} are nowhere positive: the ReLU "
-                "leaves zeros; relu=False gives the signed map"
-            )
-    return tuple(notes)

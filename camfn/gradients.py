@@ -1,0 +1,105 @@
+"""The gradient of a score at the layers: by a graph that begins there, or, under a transform, by `torch.func.vjp`."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, vjp
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from camfn import _compat
+from camfn._types import Inputs, State
+from camfn.capture import Captured
+from camfn.draws import refusing_draws
+from camfn.targets import Score, score_rows
+
+Pull = Callable[[Callable[[Any], Tensor]], dict[str, Tensor]]
+"""From a function of the model's output to one number, to its gradient at each layer, shaped as the layer's output."""
+
+Run = Callable[..., Captured]
+"""`(state, x, nudge)`: the tapped model; a nudge is a tensor for each layer, or a function of the layer's output to one."""
+
+
+def with_pull(run: Run, state: State, x: Inputs, names: Sequence[str]) -> tuple[Captured, Pull]:
+    """The clean forward, without a graph, and the way back from its output to the layers."""
+    return (_by_vjp if _compat.transformed() else _by_graph)(run, state, x, names)
+
+
+def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str]) -> tuple[Captured, Pull]:
+    """State and inputs have no graph, and what comes before the layers records none."""
+    zeros: dict[str, Tensor] = {}
+
+    def zero(name: str, value: Tensor) -> Tensor:
+        zeros[name] = torch.zeros_like(value, requires_grad=True)
+        return zeros[name]
+
+    with torch.inference_mode(False), torch.enable_grad(), refusing_draws():
+        state = {name: t.clone() if t.is_inference() else t.detach() for name, t in state.items()}
+        x = tree_map(functools.partial(copied, alone=True), x)
+        output, seen = run(state, x, tuple(functools.partial(zero, name) for name in names))
+
+    def pull(of: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        with torch.inference_mode(False), torch.enable_grad():
+            return _gradients(of(output), zeros)
+
+    detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
+    return Captured(detached, tuple(value.detach() for value in seen)), pull
+
+
+def _gradients(total: Tensor, zeros: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros where the score has no slope at all, as a count has none."""
+    found: Any = (None,) * len(zeros)
+    if total.requires_grad:
+        found = torch.autograd.grad(total, tuple(zeros.values()), retain_graph=True, allow_unused=True)
+    return {name: torch.zeros_like(zeros[name]) if slope is None else slope for name, slope in zip(zeros, found)}
+
+
+def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str]) -> tuple[Captured, Pull]:
+    """The gradient can be differentiated, and mapped over. One forward more, which tells the layers' shapes."""
+    x = tree_map(copied, x)
+    with refusing_draws():
+        shapes = run(state, x, None).seen
+    fixed: list[Any] = []  # the leaves of the output that are no tensors, and whether a leaf is one, and has a slope
+    spec: Any = None
+
+    def forward(*nudges: Tensor) -> tuple[list[Tensor], tuple[Any, Any]]:
+        nonlocal fixed, spec
+        output, seen = run(state, x, nudges)
+        leaves, spec = tree_flatten(output)
+        fixed = [(None if isinstance(leaf, Tensor) else leaf, isinstance(leaf, Tensor), _has_slope(leaf)) for leaf in leaves]
+        return [leaf for leaf in leaves if _has_slope(leaf)], ([leaf for leaf in leaves if isinstance(leaf, Tensor)], seen)
+
+    pulled: Any = vjp(forward, *map(torch.zeros_like, shapes), has_aux=True)
+    floats, back, (tensors, seen) = pulled
+    rest = iter(tensors)
+    leaves = [next(rest) if is_tensor else leaf for leaf, is_tensor, _ in fixed]
+
+    def pull(of: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        def of_floats(given: list[Tensor]) -> Tensor:
+            those = iter(given)
+            return of(tree_unflatten([next(those) if slope else leaf for leaf, (*_, slope) in zip(leaves, fixed)], spec))
+
+        return dict(zip(names, back(grad(of_floats)(floats))))
+
+    return Captured(tree_unflatten(leaves, spec), seen), pull
+
+
+def _has_slope(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def slopes_of(pull: Pull, output: Any, score: Score) -> list[dict[str, Tensor]]:
+    """The gradient of each target's score at the layers."""
+    with torch.inference_mode(False):
+        rows = score.rows.clone()  # which is no inference tensor, whatever mode it was made in
+    targets = score_rows(score.of, output, rows).shape[1]
+    return [pull(lambda output, t=t: score_rows(score.of, output, rows)[:, t].sum()) for t in range(targets)]
+
+
+def copied(leaf: Any, alone: bool = False) -> Any:
+    """The caller's inputs stay what they are, whatever the model writes to. `alone`: it comes without its graph."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().clone() if alone else leaf.clone()

@@ -1,0 +1,155 @@
+"""The table of methods, and what they share: look and resolve at the beginning, draw at the end. No arithmetic here."""
+
+import functools
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+from typing import NamedTuple, ParamSpec
+
+import torch
+from torch import Tensor
+
+from camfn import _compat, layouts
+from camfn import maps as _maps
+from camfn._errors import CamError, warn
+from camfn._types import FlatMaps, Layout, Maps, Size, Weights
+from camfn.gradients import slopes_of
+from camfn.layouts import Read
+from camfn.subject import Subject, first_nonfinite
+from camfn.targets import Score, score_rows
+
+P = ParamSpec("P")
+
+
+class Outcome(NamedTuple):
+    """A method's maps and how they came about."""
+
+    maps: Maps
+    layers: tuple[str, ...]
+    classes: Tensor | None  # (n, t), where the target is of classes
+    scores: Tensor  # (n, t), of the clean input
+    weights: tuple[Weights, ...]  # a layer's (n, t, c), of the methods that have one for each channel
+    forwards: int  # inputs that went through the model
+    backwards: int  # gradients of an input's score that were taken back through what comes after the layers
+    notes: tuple[str, ...]  # what is to be said about the maps
+    errors: tuple[Tensor | None, ...] = ()  # for each layer, (n, t): how far a normalised map may be off, where that is not 0
+
+
+class Method(NamedTuple):
+    """A row of `camfn.METHODS`."""
+
+    function: Callable[..., Maps]
+    run: Callable[..., Outcome]  # the same, with how the maps came about
+    needs: frozenset[str]  # of "activations", "gradients", "masked inputs", "head", "linear head", "attention"
+    cost: str  # inputs that go through the model for each image and layer, at the defaults: "35 x channels + 1"
+
+
+_TABLE: dict[str, Method] = {}
+METHODS = MappingProxyType(_TABLE)
+"""Every method by name: its function, what it needs and what it costs."""
+
+
+def method(*needs: str, cost: str) -> Callable[[Callable[P, Outcome]], Callable[P, Maps]]:
+    """Make the public function, which gives the maps alone, and its row in the table."""
+
+    def register(run: Callable[P, Outcome]) -> Callable[P, Maps]:
+        @functools.wraps(run)
+        def function(*args: P.args, **kwargs: P.kwargs) -> Maps:
+            outcome = run(*args, **kwargs)
+            for note in outcome.notes:
+                warn(note)
+            return outcome.maps
+
+        function.__annotations__ = {**run.__annotations__, "return": Maps}
+        _TABLE[run.__name__] = Method(function, run, frozenset(needs), cost)
+        return function
+
+    return register
+
+
+class Drawing(NamedTuple):
+    """How a map is drawn: the options that every method has."""
+
+    relu: bool
+    size: Size
+    normalize: bool
+
+
+def read(subject: Subject, name: str, activation: Tensor, layout: Layout) -> Read:
+    """A layer's activation, or its gradient, as `(n, c, p)`."""
+    return layouts.read(activation, layout, subject.size, name, subject.n)
+
+
+def clean_scores(subject: Subject, score: Score) -> Tensor:
+    """The scores of the clean input, from the forward that was run anyway."""
+    scores = score_rows(score.of, subject.output, score.rows)
+    if not _compat.transformed() and not bool(torch.isfinite(scores).all()):
+        raise CamError(f"the score is not finite; {first_nonfinite(subject.model, subject.state, subject.x)}")
+    return scores
+
+
+def slopes_at(subject: Subject, score: Score, layout: Layout) -> list[Tensor]:
+    """The gradient of each target's score at each layer, `(n, t, c, p)`, of a subject that was captured with a `pull`."""
+    assert subject.pull is not None
+    found = slopes_of(subject.pull, subject.output, score)
+    return [torch.stack([read(subject, name, of[name], layout).values for of in found], 1) for name in subject.layers]
+
+
+def combined(found: Sequence[Tensor], reads: Sequence[Read]) -> list[FlatMaps]:
+    """`sum_k w_k A_k` at each layer, for weights `(n, t, c)` or `(n, t, c, p)`."""
+    return [_maps.combine(weights, read.values) for weights, read in zip(found, reads)]
+
+
+def drawn(
+    subject: Subject,
+    score: Score,
+    clean: Tensor,
+    signed: Sequence[FlatMaps],
+    grids: Sequence[tuple[int, ...]],
+    drawing: Drawing,
+) -> Outcome:
+    """ReLU, resize, normalise: in this order. What a method knows besides its maps it puts in by `_replace`."""
+    shaped = []
+    for flat, grid in zip(signed, grids):
+        rectified = torch.relu(flat) if drawing.relu else flat
+        shaped.append(_on_grid(rectified.unflatten(-1, grid), subject, len(grid), drawing))
+    maps = tuple(m[:, 0] for m in shaped) if score.single else tuple(shaped)
+    notes = () if _compat.transformed() else _diagnose(signed, subject.layers, drawing)
+    result = maps if subject.several else maps[0]
+    return Outcome(result, subject.layers, score.classes, clean, (), subject.forwards, 0, notes)
+
+
+def _on_grid(maps: Tensor, subject: Subject, axes: int, drawing: Drawing) -> Tensor:
+    size = _checked_size(drawing.size, subject, axes)
+    maps = maps if size is None else _maps.resize(maps, size)
+    return _maps.normalize(maps, tuple(range(-axes, 0))) if drawing.normalize else maps
+
+
+def _checked_size(size: Size, subject: Subject, axes: int) -> tuple[int, ...] | None:
+    if size is None:
+        return None
+    if isinstance(size, str) and size == "input":
+        if subject.size is None:
+            raise CamError(f'size="input" needs spatial axes in the input, and x has shape {tuple(subject.image.shape)}')
+        size = subject.size
+    whole = isinstance(size, Sequence) and all(isinstance(side, int) and side > 0 for side in size)
+    if not whole or len(size) != axes:
+        raise CamError(f'size={size!r} must be None, "input", or {axes} positive ints: the layer\'s grid has {axes} axes')
+    return tuple(int(side) for side in size)
+
+
+def _diagnose(signed: Sequence[Tensor], layers: tuple[str, ...], drawing: Drawing) -> tuple[str, ...]:
+    """Sentences about maps that mean nothing; the values are read once."""
+    facts = torch.stack([torch.stack([_maps.is_flat(m.amin(-1), m.amax(-1), m.dtype), m.amax(-1) <= 0]) for m in signed])
+    notes = []
+    for name, (flat, negative) in zip(layers, facts.cpu()):
+        if flat.any():
+            notes.append(
+                f"{int(flat.sum())} of {flat.numel()} maps at layer {name!r} are flat: every position has the same value, "
+                "so there is nothing to see (a layer whose activation does not vary over positions?)"
+            )
+        if drawing.relu and (negative & ~flat).any():
+            notes.append(
+                f"{int((negative & ~flat).sum())} of {flat.numel()} maps at layer {name!r} are nowhere positive: the ReLU "
+                "leaves zeros; relu=False gives the signed map"
+            )
+    return tuple(notes)
