@@ -22,6 +22,7 @@ class Explanation(NamedTuple):
     weights: tuple[Weights, ...]  # for each layer, (n, t, c)
     forwards: int  # inputs that went through the model
     backwards: int  # gradients of an input's score that were taken
+    heads: int  # activations that went through what comes after the layer, and nothing else
     seconds: float
     notes: tuple[str, ...]  # what should be known about the maps
     errors: tuple[Tensor | None, ...]  # for each layer, (n, t): how far its normalised map may be off, where it is not exact

@@ -22,6 +22,7 @@ Run = Callable[..., Captured]
 """`(state, x, nudge)`: the tapped model; a nudge is a tensor for each layer, or a function of the layer's output to one."""
 
 
+@_compat.eager
 def with_pull(run: Run, state: State, x: Inputs, names: Sequence[str]) -> tuple[Captured, Pull]:
     """The clean forward, without a graph, and the way back from its output to the layers."""
     return (_by_vjp if _compat.transformed() else _by_graph)(run, state, x, names)
@@ -90,6 +91,7 @@ def _has_slope(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
+@_compat.eager
 def slopes_of(pull: Pull, output: Any, score: Score) -> list[dict[str, Tensor]]:
     """The gradient of each target's score at the layers."""
     with torch.inference_mode(False):

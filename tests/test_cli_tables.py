@@ -148,9 +148,16 @@ def test_the_cost_that_is_told_is_what_really_goes_through_the_network(method, m
     camfn.explain(model, "0", x, method=method, **given)
     PASSED.clear()
     card = camfn.explain(model, "0", x, method=method, **given)
-    cost = camfn.METHODS[method].cost
-    assert re.fullmatch(r"(\d+ x )?(channels \+ )?\d+", cost)
-    assert eval(cost.replace("x", "*"), {"channels": 7}) == card.forwards == sum(PASSED)
+    forwards, *others = camfn.METHODS[method].cost.split(", ")
+    of = {kind: amount for amount, _, kind in (part.rpartition(" ") for part in others)}
+    assert set(of) <= {"backward", "head"}
+    assert counted(forwards) == card.forwards == sum(PASSED)
+    assert (counted(of.get("backward", "0")), counted(of.get("head", "0"))) == (card.backwards, card.heads)
+
+
+def counted(amount: str) -> int:
+    assert re.fullmatch(r"(\d+ x )?((channels|positions) \+ )?(\d+|channels|positions)", amount)
+    return eval(amount.replace("x", "*"), {"channels": 7, "positions": 36})
 
 
 def test_methods_lists_every_method_with_needs_cost_and_first_line():

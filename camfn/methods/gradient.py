@@ -22,7 +22,7 @@ class Graded(NamedTuple):
     slopes: list[Gradients]
 
 
-@method("activations", "gradients", cost="1, and 1 backward")
+@method("activations", "gradients", cost="1, 1 backward")
 def grad_cam(
     model: nn.Module,
     layer: Layers,
@@ -48,9 +48,9 @@ def grad_cam(
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     >>> x = torch.randn(2, 3, 8, 8)
-    >>> raw = camfn.grad_cam(model, "1", x, 3, normalize=False)
+    >>> signed = camfn.grad_cam(model, "1", x, 3, relu=False, normalize=False)
     >>> cam = camfn.cam(model, "1", x, 3, fc="4", normalize=False)
-    >>> torch.allclose(36 * raw, torch.relu(cam), atol=1e-6)  # on a pooled linear head
+    >>> torch.allclose(36 * signed, cam, atol=1e-6)  # on a pooled linear head, with 36 positions
     True
 
     Selvaraju et al., Grad-CAM, ICCV 2017 (arXiv 1610.02391).

@@ -29,8 +29,9 @@ class Outcome(NamedTuple):
     scores: Tensor  # (n, t), of the clean input
     weights: tuple[Weights, ...]  # a layer's (n, t, c), of the methods that have one for each channel
     forwards: int  # inputs that went through the model
-    backwards: int  # gradients of an input's score that were taken back through what comes after the layers
+    backwards: int  # gradients of an input's score that were taken
     notes: tuple[str, ...]  # what is to be said about the maps
+    heads: int = 0  # activations that went through what comes after the layer, and nothing else
     errors: tuple[Tensor | None, ...] = ()  # for each layer, (n, t): how far a normalised map may be off, where that is not 0
 
 
@@ -40,7 +41,8 @@ class Method(NamedTuple):
     function: Callable[..., Maps]
     run: Callable[..., Outcome]  # the same, with how the maps came about
     needs: frozenset[str]  # of "activations", "gradients", "masked inputs", "head", "linear head", "attention"
-    cost: str  # inputs that go through the model for each image and layer, at the defaults: "35 x channels + 1"
+    cost: str  # for each image and layer, at the defaults: inputs that go through the model ("35 x channels + 1"), then, where
+    # there are such, gradients ("1 backward"), and activations through what comes after the layer ("channels + 1 head")
 
 
 _TABLE: dict[str, Method] = {}

@@ -57,12 +57,28 @@ VARIANTS = {name: Variant(name, OPTIONS.get(name, {})) for name in camfn.METHODS
     "is_cam, linear": Variant("is_cam", {"num_samples": 2, "path": "linear", "recipe": "paper"}),
 }
 
-LAWS: dict[str, Callable[[Variant, Case], None]] = {}
+Law = Callable[[Variant, Case], None]
+LAWS: dict[str, Law] = {}
+ABOUT: dict[
+    str, str
+] = {}  # what a method needs (as METHODS has it) for a law to say anything about it; of all where it is not here
 
 
-def law(function: Callable[[Variant, Case], None]) -> Callable[[Variant, Case], None]:
+def law(function: Law) -> Law:
     LAWS[function.__name__] = function
     return function
+
+
+def law_about(need: str) -> Callable[[Law], Law]:
+    def register(function: Law) -> Law:
+        ABOUT[function.__name__] = need
+        return law(function)
+
+    return register
+
+
+def speaks_of(name: str, variant: Variant) -> bool:
+    return ABOUT.get(name) in (None, *camfn.METHODS[variant.method].needs)
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
@@ -320,7 +336,7 @@ def flipped(variant: Variant, case: Case) -> None:
 # ------------------------------------------------------------------------------- the activation, the masks, the scores
 
 
-@law
+@law_about("masked inputs")
 def activation_scaled(variant: Variant, case: Case) -> None:
     """An activation k times as large, which the next layer divides by k, gives a map k times as large.
 
@@ -366,7 +382,7 @@ def zero_channel(variant: Variant, case: Case) -> None:
     close(raw(variant, other), before)
 
 
-@law
+@law_about("masked inputs")
 def between_the_channels(variant: Variant, case: Case) -> None:
     """Weights that are a softmax are positive and sum to one: at no position is the map outside of the channels' values."""
     seen, signed = activation(case), raw(variant, case)
@@ -426,7 +442,7 @@ KIN = {
 }
 
 
-@law
+@law_about("masked inputs")
 def kin(variant: Variant, case: Case) -> None:
     """Score-CAM is SS-CAM without noise, however many draws, and IS-CAM of one step."""
     other, still, options = KIN.get(variant.method, ("score_cam", {}, {}))
@@ -448,7 +464,7 @@ class Front(nn.Module):
         return self.model(x * self.k)
 
 
-@law
+@law_about("masked inputs")
 def path_of_inputs(variant: Variant, case: Case) -> None:
     """The scores are the mean of Score-CAM's scores of networks that take 1/N, 2/N, ... N/N times the masked input; of the
     cumulative path, the sums of these up to each."""
@@ -473,7 +489,7 @@ def repeated(variant: Variant, case: Case) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@law
+@law_about("masked inputs")
 def chunk_size(variant: Variant, case: Case) -> None:
     """How many masked inputs go through the model at once does not matter."""
     default = raw(variant, case)
@@ -481,7 +497,7 @@ def chunk_size(variant: Variant, case: Case) -> None:
         close(raw(variant, case, sweep=camfn.Sweep(chunk=chunk)), default)
 
 
-@law
+@law_about("masked inputs")
 def folded(variant: Variant, case: Case) -> None:
     """The model sees a chunk as its batch, or one row at a time: the map is the same."""
     close(raw(variant, case, sweep=camfn.Sweep(fold=False)), raw(variant, case))
@@ -526,7 +542,6 @@ _CHANNELS_NOISE = "the noise belongs to the number of a channel"
 _CHANNELS_NOISE_AND_DRAWS = "the noise is counted over draws and channels: one channel more moves that of the second draw"
 _PIXELS_NOISE = "the noise belongs to a pixel, and is not flipped"
 _NOISE_NOT_A_PATH = "its scores are of inputs with noise, all of one scale"
-_NOT_SWEPT = "one forward: nothing is swept"
 _NOT_A_SOFTMAX = "its weights are the scores themselves, and do not sum to one"
 _SCALED_FIRST = "its masks are scaled before they are upsampled, and upsampling does not reach all extremes"
 
@@ -535,7 +550,6 @@ EXCEPT = {
     **{("zero_channel", name): _CHANNELS_NOISE_AND_DRAWS for name in _NOISY},
     **{("flipped", name): _PIXELS_NOISE for name in _NOISY},
     ("activation_scaled", "ss_cam, activation"): "noise on the activation is the less, the larger the activation",
-    ("between_the_channels", "cam"): "its weights are a row of the linear layer, of any sign and sum",
     ("between_the_channels", "score_cam, authors"): _NOT_A_SOFTMAX,
     ("between_the_channels", "score_cam, scores"): _NOT_A_SOFTMAX,
     ("logits_shifted", "score_cam, scores"): "its weights are the logits themselves, and move with them",
@@ -546,11 +560,7 @@ EXCEPT = {
     ("upsampled_layer", "is_cam"): _SCALED_FIRST,
     ("upsampled_layer", "score_cam, pytorch-grad-cam"): "its masks are upsampled with aligned corners, a map never is",
     ("flat_map", "score_cam, authors"): "flat channels are left out: where there is no other, the call is an error",
-    ("kin", "cam"): "no kin: it scores no masked input",
-    ("path_of_inputs", "cam"): "it scores no masked input",
     **{("path_of_inputs", name): _NOISE_NOT_A_PATH for name in _NOISY},
-    ("chunk_size", "cam"): _NOT_SWEPT,
-    ("folded", "cam"): _NOT_SWEPT,
     ("several_layers", "cam"): "CAM is of the one layer before the pooling: several are an error",
 }
 """Why a law does not hold for a variant. The tests see to it that it indeed does not."""
