@@ -7,6 +7,7 @@ caller's is hooked, switched or written to.
 import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -148,24 +149,27 @@ def _parts(out: Any) -> str:
 class _Run(nn.Module):
     """One forward of the shell with its ports set; what they saw leaves with the output, while the state is still in."""
 
-    def __init__(self, model: nn.Module, ports: list[_Port]) -> None:
+    def __init__(self, model: nn.Module, ports: list[_Port], draws: bool) -> None:
         super().__init__()
         self.model = model
         self.ports = ports
+        self.draws = draws
 
     def forward(self, x: Inputs, nudges: Sequence[Tensor | None], swaps: Sequence[Tensor | None]) -> Any:
         for port, nudge, swap in zip(self.ports, nudges, swaps):
             port.seen, port.nudge, port.swap = None, nudge, swap
-        if isinstance(x, Tensor):
-            output = self.model(x)
-        elif isinstance(x, Mapping):
-            output = self.model(**x)
-        else:
-            output = self.model(*x)
+        # Here and not further out: a mode costs as much for every tensor of the state that is detached or copied.
+        with nullcontext() if self.draws else refusing_draws():
+            output = self._call(x)
         seen = tuple(port.seen for port in self.ports)
         for port in self.ports:  # nothing stays behind in a shell that is kept by its caller
             port.seen = port.nudge = port.swap = None
         return output, seen
+
+    def _call(self, x: Inputs) -> Any:
+        if isinstance(x, Tensor):
+            return self.model(x)
+        return self.model(**x) if isinstance(x, Mapping) else self.model(*x)
 
 
 def _run(run: _Run, shell: Shell, state: State, x: Inputs, nudges: Any = (), swaps: Any = ()) -> tuple[Any, Any]:
@@ -176,9 +180,9 @@ def _run(run: _Run, shell: Shell, state: State, x: Inputs, nudges: Any = (), swa
     return functional_call(run, tensors, (x, nudges, swaps), tie_weights=False)
 
 
-def pure_from(shell: Shell) -> Callable[[State, Inputs], Any]:
-    """`pure` for a shell at hand and a state that is complete."""
-    run = _Run(shell.module, [])
+def pure_from(shell: Shell, *, draws: bool = True) -> Callable[[State, Inputs], Any]:
+    """`pure` for a shell at hand and a state that is complete. `draws=False` refuses a model that draws random numbers."""
+    run = _Run(shell.module, [], draws)
 
     def call(state: State, x: Inputs) -> Any:
         return _run(run, shell, state, x)[0]
@@ -199,23 +203,24 @@ def pure(model: nn.Module) -> Callable[[State, Inputs], Any]:
     (True, True)
     """
     shell = shell_of(model)
-    inner = pure_from(shell)
+    inner = pure_from(shell, draws=False)
 
     def call(state: State, x: Inputs) -> Any:
-        with refusing_draws():
-            return inner(resolve_state(shell, state), x)
+        return inner(resolve_state(shell, state), x)
 
     return call
 
 
 @_compat.eager
-def tap_from(shell: Shell, names: Sequence[str]) -> Callable[..., Captured]:
-    """`tap` for a shell at hand and a state that is complete. The shell's layers get ports: use it for this tap only."""
-    modules = dict(shell.module.named_modules())
+def tap_from(shell: Shell, names: Sequence[str], *, draws: bool = True) -> Callable[..., Captured]:
+    """`tap` for a shell at hand and a state that is complete. The shell's layers get ports: use it for this tap only.
+
+    `draws=False` refuses a model that draws random numbers.
+    """
     ports = [_Port(name) for name in names]
     for port in ports:
-        _open(modules[port.name], port)
-    run = _Run(shell.module, ports)
+        _open(shell.modules[port.name], port)
+    run = _Run(shell.module, ports, draws)
 
     def call(state: State, x: Inputs, nudge: Any = None, swap: Any = None) -> Captured:
         nothing = (None,) * len(ports)
@@ -249,13 +254,12 @@ def tap(model: nn.Module, layer: Layer | Sequence[Layer]) -> Callable[..., Captu
     several, names = is_several(layer), resolve_layers(shell, model, layer)
     if len(set(names)) < len(names):
         raise CamError(f"a layer is named twice: {', '.join(map(repr, names))}; a tap has one port at a layer")
-    inner = tap_from(shell, names)
+    inner = tap_from(shell, names, draws=False)
 
     def call(state: State, x: Inputs, nudge: Any = None, swap: Any = None) -> Captured:
         if not several:
             nudge, swap = (None if port is None else (port,) for port in (nudge, swap))
-        with refusing_draws():
-            output, seen = inner(resolve_state(shell, state), x, nudge, swap)
+        output, seen = inner(resolve_state(shell, state), x, nudge, swap)
         return Captured(output, seen if several else seen[0])
 
     return call
@@ -269,18 +273,17 @@ def is_several(layer: Any) -> bool:
 def resolve_layers(shell: Shell, model: nn.Module, layer: Layer | Sequence[Layer]) -> list[str]:
     """The names, in the shell, of layers given by name or as modules of the caller's model."""
     layers: Any = layer if is_several(layer) else [layer]
-    paths = {id(module): name for name, module in reversed(list(shell.module.named_modules()))}
+    paths = shell.paths()
     return [_resolve_layer(shell, model, layer, paths) for layer in layers]
 
 
 def _resolve_layer(shell: Shell, model: nn.Module, layer: Layer, paths: dict[int, str]) -> str:
     if isinstance(layer, str):
-        known = [name for name, _ in shell.module.named_modules(remove_duplicate=False)]
         for name in without_wrappers(layer):
-            if name in known:
-                return paths[id(shell.module.get_submodule(name))]
+            if name in shell.modules:
+                return paths[id(shell.modules[name])]
         raise CamError(
-            f"no layer named {layer!r} in {type(model).__name__}; closest: {closest(layer, known)} "
+            f"no layer named {layer!r} in {type(model).__name__}; closest: {closest(layer, shell.modules)} "
             "(all of them: [name for name, _ in model.named_modules()])"
         )
     if not isinstance(layer, nn.Module):
@@ -307,7 +310,6 @@ def watch(model: nn.Module, state: State, x: Inputs, see: Callable[[str, tuple[A
 
         return show
 
-    for name, module in list(shell.module.named_modules()):
-        _open(module, passes(name))
-    with refusing_draws():
-        return pure_from(shell)(state, x)
+    for path, module in shell.distinct().items():
+        _open(module, passes(path))
+    return pure_from(shell, draws=False)(state, x)

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from camfn import _compat
 from camfn._types import Inputs, State
 from camfn.capture import Captured
-from camfn.draws import refusing_draws
 from camfn.targets import Score, score_rows
 
 Pull = Callable[[Callable[[Any], Tensor]], dict[str, Tensor]]
@@ -36,7 +35,7 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str]) -> tuple[
         zeros[name] = torch.zeros_like(value, requires_grad=True)
         return zeros[name]
 
-    with torch.inference_mode(False), torch.enable_grad(), refusing_draws():
+    with torch.inference_mode(False), torch.enable_grad():
         state = {name: t.clone() if t.is_inference() else t.detach() for name, t in state.items()}
         x = tree_map(functools.partial(copied, alone=True), x)
         output, seen = run(state, x, tuple(functools.partial(zero, name) for name in names))
@@ -60,8 +59,7 @@ def _gradients(total: Tensor, zeros: dict[str, Tensor]) -> dict[str, Tensor]:
 def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str]) -> tuple[Captured, Pull]:
     """The gradient can be differentiated, and mapped over. One forward more, which tells the layers' shapes."""
     x = tree_map(copied, x)
-    with refusing_draws():
-        shapes = run(state, x, None).seen
+    shapes = run(state, x, None).seen
     fixed: list[Any] = []  # the leaves of the output that are no tensors, and whether a leaf is one, and has a slope
     spec: Any = None
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
+from camfn._types import Inputs
 from camfn.shell import ATOMS, Shell, held
 
 _LIMIT = 32  # kept things per model; the oldest goes
@@ -65,19 +67,36 @@ def kept(model: nn.Module, key: Hashable, make: Callable[[], Any]) -> Any:
     return slot.made
 
 
+def shapes(x: Inputs, batch: bool = True) -> Hashable:
+    """What of the inputs code may depend on, but for the tensors' values; without the batch, if so asked."""
+    leaves, tree = tree_flatten(x)
+    first = 0 if batch else 1
+    signed = ((leaf.shape[first:], leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+    return tuple(signed), str(tree)
+
+
 def structure(shell: Shell) -> Hashable:
     """Two shells with the same structure run the same code on the same shapes; only the state may differ."""
-    paths = {id(module): path for path, module in shell.module.named_modules()}
-    modules = tuple(
-        (path, type(module), tuple(_signed(vars(module), paths, set()))) for path, module in shell.module.named_modules()
-    )
+    paths = shell.paths()
+    modules = tuple((path, type(module), _signed(vars(module), paths)) for path, module in shell.distinct().items())
     tensors = tuple((name, t.shape, t.dtype, t.device) for name, t in shell.tensors.items())
     return modules, tensors, tuple(shell.slots.items())
 
 
-def _signed(fields: dict[str, Any], paths: dict[int, str], seen: set[int]) -> list[Hashable]:
-    skip = ("_parameters", "_buffers", "_backward_hooks")
-    return [(name, _sign(value, paths, seen)) for name, value in fields.items() if name not in skip]
+_SKIPPED = frozenset(("_parameters", "_buffers", "_backward_hooks"))
+_PLAIN = (bool, int, str, type(None))  # of the attributes, those that are their own signature
+
+
+def _signed(fields: dict[str, Any], paths: dict[int, str]) -> tuple[Hashable, ...]:
+    seen: set[int] = set()
+    return tuple(
+        (name, value if type(value) in _PLAIN else _sign(value, paths, seen))
+        for name, value in fields.items()
+        if name not in _SKIPPED and (value or type(value) not in _EMPTY)
+    )
+
+
+_EMPTY = (dict, OrderedDict)  # what a module has no hooks in, say: most of its attributes
 
 
 def _sign(value: Any, paths: dict[int, str], seen: set[int]) -> Hashable:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from camfn import _compat, keep
 from camfn._errors import warn
@@ -88,12 +88,10 @@ def kernel_of(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: 
 
 
 def _key(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: tuple[int, ...]) -> Any:
-    leaves, tree = tree_flatten(subject.x)
-    shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     state = tuple((t.dtype, t.device) for t in runner.state.values())
     of = (score.of.func, *map(weakly, score.of.args), score.rows.shape)
     settings = (rule, grid, subject.key, runner.folded, runner.channels_last, runner.room.asked, runner.dtype)
-    return "kernel", of, settings, shapes, str(tree), state, keep.structure(runner.shell)
+    return "kernel", of, settings, keep.shapes(subject.x), state, runner.known
 
 
 class _Refused(NamedTuple):

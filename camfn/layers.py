@@ -68,7 +68,7 @@ def choose(model: nn.Module, state: State, x: Inputs, spatial_ndim: int) -> str:
 def find_linear(shell: Shell, model: nn.Module, fc: Layer | None, channels: int, output: Any) -> str:
     """The name of the linear layer (or 1x1 convolution) that takes `channels` and gives the model's classes."""
     classes = logits_of(output).shape[-1]
-    modules = dict(shell.module.named_modules())
+    modules = shell.distinct()
     if fc is not None:
         try:
             (name,) = resolve_layers(shell, model, fc)

@@ -44,7 +44,7 @@ def find_folds(model: nn.Module, state: State, x: Inputs) -> Found:
     Whether the convolution's output goes anywhere else shows only in the model's output: check that when merged.
     """
     shell = shell_of(model)
-    modules, uses = dict(shell.module.named_modules()), Counter(shell.slots.values())
+    modules, uses = shell.distinct(), Counter(shell.slots.values())
     made: dict[int, tuple[str, int, Tensor]] = {}  # id of a convolution's output -> its name, its version, itself
     found: list[Fold] = []
     runs: Counter[str] = Counter()

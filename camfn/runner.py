@@ -1,13 +1,13 @@
 """How the model runs in a sweep: what a few forwards tell about it, and the copy that is made for it."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from camfn import _compat
 from camfn._errors import CamError, warn
@@ -15,7 +15,7 @@ from camfn._types import Inputs, State
 from camfn.capture import pure_from
 from camfn.draws import refusing_draws
 from camfn.execution import CHUNK, Sweep
-from camfn.keep import kept, structure
+from camfn.keep import kept, shapes
 from camfn.memory import Ledger, free_bytes, is_exhausted
 from camfn.rewrite import channels_last, find_folds, is_close, merge_norms
 from camfn.shell import Shell, shell_of
@@ -51,6 +51,7 @@ class Runner(NamedTuple):
 
     shell: Shell
     state: State
+    known: Hashable  # the model's structure, and what of it was merged; None under a transform
     channels_last: bool
     folded: bool
     room: Room
@@ -86,11 +87,11 @@ def rows_of(x: Inputs, key: Key, image: Tensor, n: int, masked: Tensor) -> Input
 
 def runner_of(subject: Subject, score: Score, options: Sweep, rows: int) -> Runner:
     """The model as it is best run for so many rows: as it is, or as a copy whose function is the same to rounding."""
-    chunk = _chunk(subject, options)
-    own = Runner(subject.shell, subject.state, False, options.fold is not False, Room(chunk))
+    shell = shell_of(subject.model)  # the subject's own has ports
+    own = Runner(shell, subject.state, subject.known, False, options.fold is not False, Room(_chunk(subject, options)))
     if _compat.transformed():
         return own
-    takes = takes_batches(subject, score) if options.fold == "auto" and min(rows, chunk) > 1 else "whole"
+    takes = takes_batches(subject, score) if options.fold == "auto" and min(rows, own.room.chunk) > 1 else "whole"
     if takes != "whole":
         how = "maps through the model" if takes == "mapped" else "runs the model on one input at a time"
         warn(
@@ -111,7 +112,8 @@ def _rewritten(subject: Subject, score: Score, own: Runner, rows: int) -> Runner
     for merged, spread in dict.fromkeys(((bool(folds), images), (bool(folds), False), (False, images))):
         if merged or spread:
             shell, state = merge_norms(shell_of(subject.model), own.state, folds if merged else ())
-            found = own._replace(shell=shell, state=channels_last(state) if spread else state, channels_last=spread)
+            state = channels_last(state) if spread else state
+            found = own._replace(shell=shell, state=state, known=(own.known, merged), channels_last=spread)
             if _gives(found, subject, score, expected):
                 return found
     return own
@@ -165,9 +167,7 @@ def _read(score: Score, output: Any, count: int) -> list[Tensor]:
 
 def _once(subject: Subject, what: Any, find: Callable[[], Any]) -> Any:
     """What is true of a model of this structure on inputs of this shape, found once."""
-    leaves, tree = tree_flatten(subject.x)
-    shapes = tuple((leaf.shape[1:], leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
-    key = "fact", what, shapes, str(tree), subject.key, structure(subject.shell)
+    key = "fact", what, shapes(subject.x, batch=False), subject.key, subject.known
 
     def found() -> Any:
         # Not in inference mode, whose tensors a model may not write to outside of it.

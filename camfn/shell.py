@@ -27,12 +27,22 @@ class Shell(NamedTuple):
     """A private copy of a model, and the names by which its tensors are known."""
 
     module: nn.Module
+    modules: dict[str, nn.Module]  # by each of their names
     twins: dict[int, Any]  # id of the caller's object -> its copy
     aliases: dict[str, str]  # every name of a tensor -> the one name under which the state holds it
     slots: dict[str, str]  # every place that holds a tensor, once -> its name in the state
     tensors: State  # the caller's own tensors, detached, by name
     buffers: set[str]
     optional: set[str]  # non-persistent buffers: a state_dict does not hold them
+
+    def paths(self) -> dict[int, str]:
+        """The first name of each module, by its id."""
+        return {id(module): path for path, module in reversed(self.modules.items())}
+
+    def distinct(self) -> dict[str, nn.Module]:
+        """Each module once, by its first name."""
+        paths = self.paths()
+        return {path: module for path, module in self.modules.items() if paths[id(module)] == path}
 
 
 ATOMS = frozenset(
@@ -296,7 +306,7 @@ def shell_of(model: nn.Module) -> Shell:
     twins: dict[int, Any] = {}
     module = _copy_module(model, twins)
     _own_hidden(module, twins)
-    return _named(Shell(module, twins, {}, {}, {}, set(), set()))
+    return _named(Shell(module, dict(module.named_modules(remove_duplicate=False)), twins, {}, {}, {}, set(), set()))
 
 
 def _own_hidden(module: nn.Module, twins: dict[int, Any]) -> None:
@@ -314,9 +324,8 @@ def _named(shell: Shell) -> Shell:
     """Fill in the names: parameters before buffers, each tensor under the first of its names."""
     names: dict[int, str] = {}  # id of a tensor -> its first name
     filled: set[tuple[int, str]] = set()
-    paths = list(shell.module.named_modules(remove_duplicate=False))
     for kind in ("_parameters", "_buffers"):
-        for path, owner in paths:
+        for path, owner in shell.modules.items():
             for key, tensor in owner.__dict__[kind].items():
                 if tensor is None:
                     continue

@@ -1,6 +1,6 @@
 """What is explained: a model on inputs, checked, and captured once at the layers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layers, State
 from camfn.capture import Captured, is_several, resolve_layers, resolve_state, tap_from, watch
-from camfn.draws import refusing_draws
 from camfn.gradients import Pull, copied, with_pull
+from camfn.keep import is_made, kept, shapes, structure
 from camfn.layers import choose
 from camfn.shell import Shell, shell_of
 
@@ -25,7 +25,7 @@ class Subject(NamedTuple):
     """A model and its inputs, and what one forward of them gave."""
 
     model: nn.Module
-    shell: Shell
+    shell: Shell  # for its names: its layers have ports
     state: State
     x: Inputs
     key: Key  # which input has the pixels; None: x is the only one
@@ -35,6 +35,7 @@ class Subject(NamedTuple):
     output: Any
     seen: tuple[Tensor, ...]
     forwards: int
+    known: Hashable  # the model's structure; None under a transform
     pull: Pull | None = None  # where it was looked at with `graph=True`
 
     @property
@@ -85,18 +86,26 @@ def look(
     names = _choose(model, full, x, key) if layer is None else resolve_layers(shell, model, layer)
     distinct = list(dict.fromkeys(names))
 
+    known = None if _compat.transformed() else structure(shell)
+    # Found out in the first call, by a mode that costs up to a fifth of a forward.
+    still = "draws nothing", shapes(x), known
+    draws = known is not None and is_made(model, still)
+
     def run(state: State, x: Inputs, nudge: Any = None) -> Captured:
-        # A shell of its own: the sweep's has no ports, and a transform wants what a model writes to to be made inside it.
-        return _run_checked(tap_from(shell_of(model), distinct), key, shell, state, x, nudge)
+        # Under a transform, what a model writes to has to be made inside it.
+        tap = tap_from(shell if known else shell_of(model), distinct, draws=draws)
+        return _run_checked(tap, key, shell, state, x, nudge)
 
     forwards = n if layer is not None else 2 * n
     if graph:
         captured, pull = with_pull(run, full, x, distinct)
     else:
-        with without_graph() if masks else nullcontext(), refusing_draws():
+        with without_graph() if masks else nullcontext():
             captured, pull = run(full, tree_map(copied, x)), None
+    if known is not None and not draws:
+        kept(model, still, lambda: True)
     seen = tuple(captured.seen[distinct.index(name)] for name in names)
-    return Subject(model, shell, full, x, key, n, tuple(names), is_several(layer), captured.output, seen, forwards, pull)
+    return Subject(model, shell, full, x, key, n, tuple(names), is_several(layer), captured.output, seen, forwards, known, pull)
 
 
 def _run_checked(tap: Callable[..., Captured], key: Key, shell: Shell, state: State, x: Inputs, nudge: Any = None) -> Captured:
