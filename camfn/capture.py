@@ -5,9 +5,10 @@ caller's is hooked, switched or written to.
 """
 
 import functools
+import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -190,6 +191,10 @@ def pure_from(shell: Shell, *, draws: bool = True) -> Callable[[State, Inputs], 
     return call
 
 
+def _in(turns: Any) -> AbstractContextManager[Any]:
+    return nullcontext() if _compat.compiling() else turns  # a compiler cannot trace a lock
+
+
 def pure(model: nn.Module) -> Callable[[State, Inputs], Any]:
     """The model in eval mode as a function `(state, x) -> output` that reads nothing else and writes nothing.
 
@@ -203,10 +208,11 @@ def pure(model: nn.Module) -> Callable[[State, Inputs], Any]:
     (True, True)
     """
     shell = shell_of(model)
-    inner = pure_from(shell, draws=False)
+    inner, turns = pure_from(shell, draws=False), threading.RLock()
 
     def call(state: State, x: Inputs) -> Any:
-        return inner(resolve_state(shell, state), x)
+        with _in(turns):  # the shell is one for all threads that share this function
+            return inner(resolve_state(shell, state), x)
 
     return call
 
@@ -254,12 +260,13 @@ def tap(model: nn.Module, layer: Layer | Sequence[Layer]) -> Callable[..., Captu
     several, names = is_several(layer), resolve_layers(shell, model, layer)
     if len(set(names)) < len(names):
         raise CamError(f"a layer is named twice: {', '.join(map(repr, names))}; a tap has one port at a layer")
-    inner = tap_from(shell, names, draws=False)
+    inner, turns = tap_from(shell, names, draws=False), threading.RLock()
 
     def call(state: State, x: Inputs, nudge: Any = None, swap: Any = None) -> Captured:
         if not several:
             nudge, swap = (None if port is None else (port,) for port in (nudge, swap))
-        output, seen = inner(resolve_state(shell, state), x, nudge, swap)
+        with _in(turns):  # as in `pure`
+            output, seen = inner(resolve_state(shell, state), x, nudge, swap)
         return Captured(output, seen if several else seen[0])
 
     return call
