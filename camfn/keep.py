@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 from camfn._types import Inputs
 from camfn.shell import ATOMS, Shell, held
 
-_LIMIT = 32  # kept things per model; the oldest goes
+_LIMIT = 64  # kept things per model, some five for each shape of inputs; the oldest goes
 
 
 class Slot:

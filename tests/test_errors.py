@@ -785,6 +785,26 @@ def test_the_other_public_functions_refuse_a_model_that_draws(function):
     draws_nothing(net, calls[function])
 
 
+class MayDraw(Applies):
+    """Draws if its switch says so, and on inputs of some size."""
+
+    def __init__(self):
+        super().__init__(lambda h: h * torch.rand_like(h) if self.switch or h.shape[-1] > 6 else h)
+        self.switch = False
+
+
+def test_that_a_model_draws_nothing_is_found_out_again_for_another_structure_or_shape():
+    """It is found out in the first call of all, and remembered."""
+    net = MayDraw().double()
+    for _ in range(2):
+        explain(net, layer="conv")
+    draws_nothing(net, lambda net: explain(net, layer="conv", x=inputs(side=9)))
+    net.switch = True
+    draws_nothing(net, lambda net: explain(net, layer="conv"))
+    net.switch = False
+    explain(net, layer="conv")
+
+
 def test_a_model_that_draws_is_refused_under_grad_too():
     """torch's vmap refuses draws by itself; its grad lets them pass, and the map would differ from call to call."""
     net = Applies(DRAWS["rand_like"]).double()
