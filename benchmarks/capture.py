@@ -74,7 +74,7 @@ def captured(model: nn.Module, layer: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def overhead(rounds: int) -> float:
-    """Milliseconds of `score_cam` on a tiny network, less its forwards; calls in a row, since a single one meets cold caches."""
+    """Milliseconds of `score_cam` on a tiny network, less its forwards; in a row, since a single call meets cold caches."""
     row = range(50)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
     x, rows = torch.randn(1, 3, 16, 16), torch.randn(8, 3, 16, 16)
