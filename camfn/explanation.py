@@ -1,14 +1,22 @@
 """A map with the story of how it came about."""
 
+import inspect
+import platform
 import time
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
+from camfn import _compat, findings
 from camfn._errors import CamError, closest
 from camfn._types import Inputs, Layers, Maps, Target, Weights
-from camfn.methods import METHODS
+from camfn.findings import Finding
+from camfn.methods import METHODS, Method, Outcome
+from camfn.methods.table import read
+from camfn.subject import Shared, Subject
 
 
 class Explanation(NamedTuple):
@@ -16,63 +24,118 @@ class Explanation(NamedTuple):
 
     maps: Maps
     method: str
+    settings: Mapping[str, Any]  # every option of the method, given or by default
     layers: tuple[str, ...]
+    grids: tuple[tuple[int, ...], ...]  # of the layers
     classes: Tensor | None  # (n, t) class indices, where the target is of classes
     scores: Tensor  # (n, t): the target on the clean input
-    weights: tuple[Weights, ...]  # for each layer, (n, t, c)
-    forwards: int  # inputs that went through the model
+    weights: tuple[Weights, ...]  # for each layer, (n, t, c), or (n, t, c, positions); empty where the method has none
+    errors: tuple[Tensor | None, ...]  # for each layer, (n, t): how far its normalised map may be off, where it is not exact
+    forwards: int  # inputs that went through the model; what methods of one call share is counted for each
     backwards: int  # gradients of an input's score that were taken
     heads: int  # activations that went through what comes after the layer, and nothing else
     seconds: float
-    notes: tuple[str, ...]  # what should be known about the maps
-    errors: tuple[Tensor | None, ...]  # for each layer, (n, t): how far its normalised map may be off, where it is not exact
+    findings: tuple[Finding, ...]  # what should be known about the maps
+    versions: Mapping[str, str]  # of Python and the packages that made them
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The findings' sentences."""
+        return tuple(finding.sentence for finding in self.findings)
 
 
+@overload
 def explain(
     model: nn.Module, layer: Layers, x: Inputs, target: Target = None, *, method: str = "score_cam", **options: Any
-) -> Explanation:
-    """The maps of a method, by name, with classes, scores, weights, cost, and notes about maps that mean little.
+) -> Explanation: ...
+@overload
+def explain(
+    model: nn.Module, layer: Layers, x: Inputs, target: Target = None, *, method: Sequence[str], **options: Any
+) -> tuple[Explanation, ...]: ...
+def explain(
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target = None,
+    *,
+    method: str | Sequence[str] = "score_cam",
+    **options: Any,
+) -> Explanation | tuple[Explanation, ...]:
+    """The maps of a method, by name, with classes, scores, weights, settings, cost, and findings about maps that mean little.
 
-    `options` are the method's own. In place of warnings about the maps, the card has notes.
+    `method` is a name of `camfn.METHODS`, or several: a tuple of cards comes back then, and methods that look at the same layer
+    share one clean forward and the gradients there. `options` are the methods' own; one that a method does not have is left out
+    for it, and has to be known to one of them at least. In place of warnings about the maps, a card has findings.
+
+    **Raises** `CamError` for a method or an option that is not known, and whatever the methods raise.
 
     >>> import camfn, torch
     >>> from torch import nn
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
     >>> card = camfn.explain(model, "1", torch.randn(1, 3, 8, 8))
-    >>> card.maps.shape, card.layers, card.forwards
-    (torch.Size([1, 6, 6]), ('1',), 5)
+    >>> card.maps.shape, card.layers, card.grids, card.forwards
+    (torch.Size([1, 6, 6]), ('1',), ((6, 6),), 5)
+    >>> [card.backwards for card in camfn.explain(model, "1", torch.randn(1, 3, 8, 8), method=["grad_cam", "score_cam"])]
+    [1, 0]
     """
-    if method not in METHODS:
-        raise CamError(f"no method named {method!r}; closest: {closest(method, METHODS)}; all: {', '.join(METHODS)}")
-    start = time.perf_counter()
-    outcome = METHODS[method].run(model, layer, x, target, **options)
-    notes = outcome.notes + _about_weights(outcome.weights, outcome.layers, method)
+    names = [method] if isinstance(method, str) else list(method)
+    rows = [_row_of(name) for name in names]
+    given = [_options_of(name, row, options) for name, row in zip(names, rows)]
+    _refuse_strays(names, given, options)
+    shared = Shared(model, x, any("gradients" in row.needs for row in rows))
+    cards = tuple(
+        _card(shared, name, row, (layer if "activations" in row.needs else None, x, target), own)
+        for name, row, own in zip(names, rows, given)
+    )
+    return cards[0] if isinstance(method, str) else cards
+
+
+def _row_of(name: str) -> Method:
+    if name not in METHODS:
+        raise CamError(f"no method named {name!r}; closest: {closest(name, METHODS)}; all: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def _options_of(name: str, row: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `options` that the method has."""
+    return {key: value for key, value in options.items() if key in inspect.signature(row.run).parameters}
+
+
+def _refuse_strays(names: Sequence[str], given: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
+    stray = [key for key in options if not any(key in own for own in given)]
+    if stray:
+        raise CamError(f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no option {', '.join(map(repr, stray))}")
+
+
+def _card(shared: Shared, name: str, row: Method, arguments: tuple[Any, ...], options: dict[str, Any]) -> Explanation:
+    start, shared.last = time.perf_counter(), None
+    outcome = row.run(shared, *arguments, **options)
     seconds = time.perf_counter() - start
-    told: dict[str, Any] = {**outcome._asdict(), "notes": notes}
-    return Explanation(method=method, seconds=seconds, **told)
+    parameters = inspect.signature(row.run).parameters.values()
+    settings = {p.name: options.get(p.name, p.default) for p in parameters if p.kind == inspect.Parameter.KEYWORD_ONLY}
+    told: dict[str, Any] = outcome._asdict() | {"findings": outcome.findings + _about(outcome, row, settings, shared.last)}
+    return Explanation(
+        method=name, settings=MappingProxyType(settings), seconds=seconds, versions=MappingProxyType(_versions()), **told
+    )
 
 
-def effective_channels(weights: Weights) -> Tensor:
-    """`exp(entropy(w))` of weights that are not negative: how many channels carry the map, `(n, t)`."""
-    share = weights.clamp(min=0) / weights.clamp(min=0).sum(-1, keepdim=True)
-    return torch.exp(torch.special.entr(share).sum(-1))
+def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], subject: Subject | None) -> tuple[Finding, ...]:
+    """What the weights, the activations and the gradients say; nothing under a transform, where no value can be read."""
+    if _compat.transformed():
+        return ()
+    found: list[Finding] = []
+    if "masked inputs" in row.needs:
+        found += findings.about_weights(outcome.weights, outcome.layers)
+    if subject is not None and "activations" in row.needs:
+        reads = [read(subject, name, seen, settings["layout"]) for name, seen in zip(subject.layers, subject.seen)]
+        found += findings.about_activations([part.values for part in reads], subject.layers)
+        if "gradients" in row.needs and subject.slopes:
+            found += findings.about_gradients(next(iter(subject.slopes.values())), subject.layers)
+    return tuple(found)
 
 
-def _about_weights(weights: tuple[Weights, ...], layers: tuple[str, ...], method: str) -> tuple[str, ...]:
-    """Nearly equal weights give the mean activation, whatever the class; one strong weight gives one channel."""
-    notes = []
-    for name, w in zip(layers, weights):
-        if method == "cam" or w.shape[-1] < 2:
-            continue
-        share, strongest = float(effective_channels(w).max()) / w.shape[-1], float((w / w.sum(-1, keepdim=True)).max())
-        if share > 0.99:
-            notes.append(
-                f"the weights at layer {name!r} are nearly equal ({share:.1%} of the channels count): the map is the mean "
-                "activation and says little about the target"
-            )
-        elif strongest > 0.9:
-            notes.append(
-                f"one channel at layer {name!r} has {strongest:.0%} of the weight: the map is that channel, more or less"
-            )
-    return tuple(notes)
+def _versions() -> dict[str, str]:
+    from camfn import __version__
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "camfn": __version__}

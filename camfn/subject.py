@@ -37,6 +37,7 @@ class Subject(NamedTuple):
     forwards: int
     known: Hashable  # the model's structure; None under a transform
     pull: Pull | None = None  # where it was looked at with `graph=True`
+    slopes: dict[Any, Any] | None = None  # where several methods share them
 
     @property
     def image(self) -> Tensor:
@@ -69,13 +70,36 @@ def without_graph() -> AbstractContextManager[Any]:
     return nullcontext() if _compat.transformed() else torch.no_grad()
 
 
+class Shared:
+    """A model whose clean forward several methods share: given in its place, for as long as one call of `explain` takes."""
+
+    def __init__(self, model: nn.Module, x: Inputs, graph: bool) -> None:
+        self.model, self.x, self.graph = model, x, graph
+        self.seen: dict[Any, Subject] = {}
+        self.last: Subject | None = None
+
+    def look(self, layer: Layers, x: Inputs, state: State | None, masked: Key, masks: bool, graph: bool) -> Subject:
+        """Of other inputs, as a method makes that smooths another, nothing is shared."""
+        if x is not self.x:
+            return look(self.model, layer, x, state, masked, masks=masks, graph=graph)
+        layers = tuple(layer) if is_several(layer) else layer  # pyright: ignore[reportArgumentType]: it is a sequence then
+        key = layers, masked, masks and not self.graph  # with a `pull`, the maps have no graph either way
+        if key not in self.seen:
+            subject = look(self.model, layer, x, state, masked, masks=masks, graph=self.graph)
+            self.seen[key] = subject._replace(slopes={})
+        self.last = self.seen[key]
+        return self.last
+
+
 def look(
-    model: nn.Module, layer: Layers, x: Inputs, state: State | None, masked: Key, *, masks: bool, graph: bool = False
+    model: nn.Module | Shared, layer: Layers, x: Inputs, state: State | None, masked: Key, *, masks: bool, graph: bool = False
 ) -> Subject:
     """Check the arguments and run the clean forward.
 
     `masks`: the method masks an input, and its maps have no graph. `graph`: there is to be a `pull`, for gradients.
     """
+    if isinstance(model, Shared):
+        return model.look(layer, x, state, masked, masks, graph)
     shell = shell_of(model)
     full = resolve_state(shell, state)
     x = dict(x) if isinstance(x, Mapping) else x  # pytrees know dicts, not every mapping

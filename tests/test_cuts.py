@@ -202,7 +202,7 @@ def test_a_layer_that_is_flat_throughout_is_one_row():
     rows, outcome = rows_of(x, lambda: raw("score_cam", x))
     assert len(rows) == zeros_in(rows) == 1
     assert_close(outcome.weights[0], torch.full((1, 1, CHANNELS), 1 / CHANNELS, dtype=torch.float64), 1e-15)
-    assert "are flat" in outcome.notes[0]
+    assert "are flat" in outcome.findings[0].sentence
 
 
 @pytest.mark.parametrize("method", ["score_cam", "is_cam"])

@@ -109,12 +109,10 @@ def test_layouts_by_name_and_callable():
 
 
 def test_effective_channels():
-    from camfn.explanation import effective_channels
+    from camfn.findings import about_weights, effective_channels
 
     w = torch.tensor([[[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]]])
     assert_close(effective_channels(w), torch.tensor([[4.0, 1.0]]), 1e-6)
-    about = camfn.explanation._about_weights
-    assert "nearly equal" in about((w[:, :1],), ("layer",), "score_cam")[0]
-    assert "one channel at layer 'layer' has 100% of the weight" in about((w[:, 1:],), ("layer",), "score_cam")[0]
-    assert about((torch.tensor([[[0.6, 0.3, 0.1]]]),), ("layer",), "score_cam") == ()
-    assert about((w,), ("layer",), "cam") == ()
+    assert "nearly equal" in about_weights((w[:, :1],), ("layer",))[0].sentence
+    assert "one channel at layer 'layer' has 100% of the weight" in about_weights((w[:, 1:],), ("layer",))[0].sentence
+    assert about_weights((torch.tensor([[[0.6, 0.3, 0.1]]]),), ("layer",)) == ()

@@ -57,7 +57,7 @@ def cam(
         raise CamError("cam weighs channels by a class's row of the linear layer: its target must be classes")
     reads = [read(subject, subject.layers[0], subject.seen[0], layout)]
     clean = clean_scores(subject, score)
-    name = find_linear(subject.shell, model, fc, reads[0].values.shape[1], subject.output)
+    name = find_linear(subject.shell, subject.model, fc, reads[0].values.shape[1], subject.output)
     matrix = subject.state[subject.shell.aliases[f"{name}.weight"]]
     found = (weights.class_rows(matrix.flatten(1), score.classes),)
     outcome = drawn(subject, score, clean, combined(found, reads), [reads[0].grid], Drawing(relu, size, normalize))

@@ -12,6 +12,7 @@ from camfn import _compat, layouts
 from camfn import maps as _maps
 from camfn._errors import CamError, warn
 from camfn._types import FlatMaps, Layout, Maps, Size, Weights
+from camfn.findings import Finding, about_maps
 from camfn.gradients import slopes_of
 from camfn.layouts import Read
 from camfn.subject import Subject, first_nonfinite
@@ -25,12 +26,13 @@ class Outcome(NamedTuple):
 
     maps: Maps
     layers: tuple[str, ...]
+    grids: tuple[tuple[int, ...], ...]  # of the layers
     classes: Tensor | None  # (n, t), where the target is of classes
     scores: Tensor  # (n, t), of the clean input
     weights: tuple[Weights, ...]  # a layer's (n, t, c), of the methods that have one for each channel
     forwards: int  # inputs that went through the model
     backwards: int  # gradients of an input's score that were taken
-    notes: tuple[str, ...]  # what is to be said about the maps
+    findings: tuple[Finding, ...]  # what is to be said about the maps
     heads: int = 0  # activations that went through what comes after the layer, and nothing else
     errors: tuple[Tensor | None, ...] = ()  # for each layer, (n, t): how far a normalised map may be off, where that is not 0
 
@@ -57,8 +59,8 @@ def method(*needs: str, cost: str) -> Callable[[Callable[P, Outcome]], Callable[
         @functools.wraps(run)
         def function(*args: P.args, **kwargs: P.kwargs) -> Maps:
             outcome = run(*args, **kwargs)
-            for note in outcome.notes:
-                warn(note)
+            for finding in outcome.findings:
+                warn(finding.sentence)
             return outcome.maps
 
         function.__annotations__ = {**run.__annotations__, "return": Maps}
@@ -91,6 +93,15 @@ def clean_scores(subject: Subject, score: Score) -> Tensor:
 
 def slopes_at(subject: Subject, score: Score, layout: Layout) -> list[Tensor]:
     """The gradient of each target's score at each layer, `(n, t, c, p)`, of a subject that was captured with a `pull`."""
+    if subject.slopes is None:
+        return _slopes_at(subject, score, layout)
+    key = score.of.func, score.of.args, tuple(score.rows.flatten().tolist()), layout
+    if key not in subject.slopes:
+        subject.slopes[key] = _slopes_at(subject, score, layout)
+    return subject.slopes[key]
+
+
+def _slopes_at(subject: Subject, score: Score, layout: Layout) -> list[Tensor]:
     assert subject.pull is not None
     found = slopes_of(subject.pull, subject.output, score)
     return [torch.stack([read(subject, name, of[name], layout).values for of in found], 1) for name in subject.layers]
@@ -115,9 +126,9 @@ def drawn(
         rectified = torch.relu(flat) if drawing.relu else flat
         shaped.append(_on_grid(rectified.unflatten(-1, grid), subject, len(grid), drawing))
     maps = tuple(m[:, 0] for m in shaped) if score.single else tuple(shaped)
-    notes = () if _compat.transformed() else _diagnose(signed, subject.layers, drawing)
+    findings = () if _compat.transformed() else about_maps(signed, subject.layers, drawing.relu)
     result = maps if subject.several else maps[0]
-    return Outcome(result, subject.layers, score.classes, clean, (), subject.forwards, 0, notes)
+    return Outcome(result, subject.layers, tuple(grids), score.classes, clean, (), subject.forwards, 0, findings)
 
 
 def _on_grid(maps: Tensor, subject: Subject, axes: int, drawing: Drawing) -> Tensor:
@@ -137,21 +148,3 @@ def _checked_size(size: Size, subject: Subject, axes: int) -> tuple[int, ...] | 
     if not whole or len(size) != axes:
         raise CamError(f'size={size!r} must be None, "input", or {axes} positive ints: the layer\'s grid has {axes} axes')
     return tuple(int(side) for side in size)
-
-
-def _diagnose(signed: Sequence[Tensor], layers: tuple[str, ...], drawing: Drawing) -> tuple[str, ...]:
-    """Sentences about maps that mean nothing; the values are read once."""
-    facts = torch.stack([torch.stack([_maps.is_flat(m.amin(-1), m.amax(-1), m.dtype), m.amax(-1) <= 0]) for m in signed])
-    notes = []
-    for name, (flat, negative) in zip(layers, facts.cpu()):
-        if flat.any():
-            notes.append(
-                f"{int(flat.sum())} of {flat.numel()} maps at layer {name!r} are flat: every position has the same value, "
-                "so there is nothing to see (a layer whose activation does not vary over positions?)"
-            )
-        if drawing.relu and (negative & ~flat).any():
-            notes.append(
-                f"{int((negative & ~flat).sum())} of {flat.numel()} maps at layer {name!r} are nowhere positive: the ReLU "
-                "leaves zeros; relu=False gives the signed map"
-            )
-    return tuple(notes)

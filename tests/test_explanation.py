@@ -1,0 +1,203 @@
+"""The card: what it tells, what several methods share, and the findings, each on a network that is made to show it."""
+
+import pytest
+import torch
+from support import SmallNet, assert_close, inputs, small_net
+from torch import Tensor, nn
+
+import camfn
+from camfn import findings
+from camfn.findings import Finding
+
+KINDS = ("score_cam", "grad_cam", "is_cam")
+
+
+def kinds(card: camfn.Explanation) -> list[str]:
+    return [finding.kind for finding in card.findings]
+
+
+# --------------------------------------------------------------------------------------------------- what a card tells
+
+
+def test_a_card_tells_every_setting_of_its_method():
+    card = camfn.explain(small_net(), "features", inputs(), 3, method="is_cam", num_samples=2)
+    assert (card.method, card.layers, card.grids) == ("is_cam", ("features",), ((4, 4),))
+    assert (card.settings["num_samples"], card.settings["path"], card.settings["relu"]) == (2, "cumulative", True)
+    assert card.versions["torch"] == torch.__version__
+    assert card.versions["camfn"] == camfn.__version__
+    with pytest.raises(TypeError):
+        card.settings["num_samples"] = 3
+    with pytest.raises(AttributeError):
+        card.maps = None
+
+
+def test_scores_are_those_of_the_model():
+    net, x = small_net(), inputs()
+    card = camfn.explain(net, "features", x, [3, 1], method="grad_cam")
+    assert_close(card.scores[:, 0], net.eval()(x).detach()[[0, 1], [3, 1]], 1e-12)
+    assert (card.forwards, card.backwards, card.heads) == (2, 2, 0)
+
+
+# ------------------------------------------------------------------------------------------------------ several methods
+
+
+class Counting(SmallNet):
+    forwards: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counting.forwards.append(len(x))
+        return super().forward(x)
+
+
+def counting() -> Counting:
+    torch.manual_seed(2)
+    return Counting().double().eval()
+
+
+def test_several_methods_are_what_each_is_alone():
+    net, x = small_net(), inputs()
+    cards = camfn.explain(net, "features", x, [3, 1], method=KINDS, num_samples=2)
+    assert [card.method for card in cards] == list(KINDS)
+    for card in cards:
+        own = {"num_samples": 2} if card.method == "is_cam" else {}
+        alone = camfn.explain(net, "features", x, [3, 1], method=card.method, **own)
+        assert_close(card.maps, alone.maps, 1e-12)
+        assert kinds(card) == kinds(alone)
+
+
+def test_several_methods_share_one_clean_forward():
+    net, x = counting(), inputs(1)
+    Counting.forwards.clear()
+    camfn.explain(net, "features", x, 3, method=["grad_cam", "grad_cam", "grad_cam"])
+    assert Counting.forwards == [1]
+
+
+@pytest.mark.filterwarnings("ignore:layer=None")
+def test_a_layer_is_chosen_once_for_all():
+    net, x = counting(), inputs(1)
+    Counting.forwards.clear()
+    camfn.explain(net, None, x, 3, method=["grad_cam", "grad_cam"])
+    assert Counting.forwards == [1, 1]
+
+
+@pytest.mark.parametrize("names", ["nothing", ["score_cam", "nothing"]])
+def test_an_unknown_method_is_an_error(names):
+    with pytest.raises(camfn.CamError, match="no method named 'nothing'"):
+        camfn.explain(small_net(), "features", inputs(), method=names)
+
+
+def test_an_option_that_no_method_has_is_an_error():
+    with pytest.raises(camfn.CamError, match="grad_cam has no option 'num_samples'"):
+        camfn.explain(small_net(), "features", inputs(), method="grad_cam", num_samples=2)
+    with pytest.raises(camfn.CamError, match="grad_cam, score_cam have no option 'num_samples', 'steps'"):
+        camfn.explain(small_net(), "features", inputs(), method=["grad_cam", "score_cam"], num_samples=2, steps=1)
+
+
+# ------------------------------------------------------------------------------------------------------------- findings
+
+
+class Pooled(nn.Module):
+    """A layer that a function changes, and a head."""
+
+    def __init__(self, change=lambda h: h, head=lambda h: h.mean((2, 3))):
+        super().__init__()
+        self.conv, self.shown, self.fc = nn.Conv2d(3, 6, 3), nn.Identity(), nn.Linear(6, 4)
+        self.change, self.head = change, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.head(self.shown(self.change(self.conv(x)))))
+
+
+def pooled(change=lambda h: h, head=lambda h: h.mean((2, 3))) -> nn.Module:
+    torch.manual_seed(0)
+    return Pooled(change, head).double()
+
+
+def explained(net: nn.Module, method: str = "grad_cam", **options) -> camfn.Explanation:
+    return camfn.explain(net, "shown", inputs(), 2, method=method, relu=False, **options)
+
+
+def weighted(h: Tensor) -> Tensor:
+    """A head that looks at places: the mean, with one corner counted double."""
+    return h.mean((2, 3)) + h[:, :, 0, 0]
+
+
+def only(card: camfn.Explanation, kind: str) -> Finding:
+    (found,) = [finding for finding in card.findings if finding.kind == kind]
+    assert found.layer == "shown"
+    assert found.sentence in card.notes
+    return found
+
+
+def test_nothing_is_found_where_nothing_is_wrong():
+    assert kinds(explained(pooled(head=weighted))) == []
+
+
+def test_a_class_that_does_not_depend_on_position_is_found():
+    assert only(explained(pooled()), "no position").value == 1
+    assert "no position" not in kinds(explained(pooled(head=weighted)))
+    assert "no position" not in kinds(explained(pooled(), "score_cam"))  # which looks at no gradient
+
+
+def test_a_gradient_of_zero_is_found():
+    card = explained(pooled(head=lambda h: 0 * h.mean((2, 3))))
+    assert only(card, "no gradient").value == 1
+    assert "no position" not in kinds(card)
+    half = explained(pooled(head=lambda h: h[:, :, 0, 0] * torch.tensor([[0.0], [1.0]]).double()))  # of the first image
+    assert only(half, "no gradient").value == 0.5
+    assert "50% of the gradients" in only(half, "no gradient").sentence
+
+
+def test_dead_channels_are_found():
+    share = only(
+        explained(pooled(lambda h: torch.cat([h[:, :2], torch.ones_like(h[:, 2:])], 1), weighted)), "dead channels"
+    ).value
+    assert share == pytest.approx(4 / 6)
+    assert kinds(explained(pooled(lambda h: torch.cat([h[:, :4], torch.ones_like(h[:, 4:])], 1), weighted))) == []
+
+
+def test_a_channel_that_is_dead_in_one_image_only_is_not_dead():
+    def change(h):
+        return torch.stack([torch.cat([h[0, :1], torch.ones_like(h[0, 1:])]), h[1]])
+
+    assert findings.about_activations([change(inputs(2)).flatten(2)], ["a"]) == ()
+
+
+def test_channels_that_are_not_finite_are_found():
+    def head(h):
+        return torch.nan_to_num(weighted(h), posinf=0.0)
+
+    card = explained(pooled(lambda h: torch.cat([h[:, :5], torch.full_like(h[:, 5:], torch.inf)], 1), head))
+    assert only(card, "non-finite channels").value == pytest.approx(1 / 6)
+
+
+def test_weights_that_are_nearly_equal_and_one_that_has_it_all_are_found():
+    quiet, loud = pooled(head=weighted), pooled(head=weighted)
+    with torch.no_grad():
+        quiet.fc.weight *= 1e-3
+        loud.fc.weight *= 1e3
+    assert only(explained(quiet, "score_cam"), "equal weights").value > 0.99
+    assert only(explained(loud, "score_cam"), "one channel").value > 0.9
+
+
+def test_a_flat_map_and_a_negative_one_are_found():
+    flat = explained(pooled(lambda h: h.mean((2, 3), keepdim=True).expand_as(h), weighted))
+    assert only(flat, "flat map").value == 1
+    below = pooled(lambda h: -h.abs() - 1, weighted)
+    with torch.no_grad():
+        below.fc.weight.abs_()
+    card = camfn.explain(below, "shown", inputs(), 2, method="grad_cam")
+    assert only(card, "negative map").value == 1
+
+
+def test_findings_are_not_looked_for_under_a_transform():
+    net, x = pooled(), inputs()
+    found = []
+
+    def total(x):
+        card = camfn.explain(net, "shown", x, 2, method="grad_cam", relu=False)
+        found.append(card.findings)
+        return card.maps.sum()
+
+    torch.func.grad(total)(x)
+    assert found == [()]
