@@ -41,11 +41,12 @@ def test_scores_are_those_of_the_model():
 # ------------------------------------------------------------------------------------------------------ several methods
 
 
-class Counting(SmallNet):
-    forwards: list[int] = []
+FORWARDS: list[int] = []
 
+
+class Counting(SmallNet):
     def forward(self, x: Tensor) -> Tensor:
-        Counting.forwards.append(len(x))
+        FORWARDS.append(len(x))
         return super().forward(x)
 
 
@@ -67,17 +68,17 @@ def test_several_methods_are_what_each_is_alone():
 
 def test_several_methods_share_one_clean_forward():
     net, x = counting(), inputs(1)
-    Counting.forwards.clear()
+    FORWARDS.clear()
     camfn.explain(net, "features", x, 3, method=["grad_cam", "grad_cam", "grad_cam"])
-    assert Counting.forwards == [1]
+    assert FORWARDS == [1]
 
 
 @pytest.mark.filterwarnings("ignore:layer=None")
 def test_a_layer_is_chosen_once_for_all():
     net, x = counting(), inputs(1)
-    Counting.forwards.clear()
+    FORWARDS.clear()
     camfn.explain(net, None, x, 3, method=["grad_cam", "grad_cam"])
-    assert Counting.forwards == [1, 1]
+    assert FORWARDS == [1, 1]
 
 
 @pytest.mark.parametrize("names", ["nothing", ["score_cam", "nothing"]])

@@ -5,7 +5,6 @@ import torch
 from support import assert_close
 from torch.autograd import gradcheck
 
-import camfn
 from camfn import CamError, layouts, maps, weights
 
 
