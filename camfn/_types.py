@@ -30,6 +30,7 @@ Classes: TypeAlias = Int[Tensor, "n t"]
 Maps: TypeAlias = Tensor | tuple[Tensor, ...]
 """`(n, *grid)`, or `(n, t, *grid)` where the target asks for several; a tuple for several layers."""
 
+Combine: TypeAlias = Literal["sum", "eigen"]
 Size: TypeAlias = Literal["input"] | Sequence[int] | None
 Layout: TypeAlias = str | Callable[[Tensor], Tensor]
 Target: TypeAlias = Any

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
+from camfn import eigen
 from camfn._errors import CamError
-from camfn._types import Activations, FlatMaps, Weights, wide
+from camfn._types import Activations, FlatMaps, Gradients, Weights, wide
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -21,6 +23,36 @@ def combine(weights: Weights, activations: Activations) -> FlatMaps:
     """
     dtype = wide(torch.promote_types(weights.dtype, activations.dtype))
     return weights.to(dtype) @ activations.to(dtype)
+
+
+def component(weights: Weights | Gradients, activations: Activations) -> FlatMaps:
+    """The first principal component over positions of `w_k A_k`, for weights `(n, t, c)` or `(n, t, c, p)`.
+
+    `L = X v`, `X_pk = w_k A_kp - mean_p w_k A_kp`, v the unit vector that makes `L` longest. The mean of L over positions is
+    0, and its sign is that of its product with what `combine` gives. pytorch-grad-cam's `eigen_smooth`, up to the sign that is
+    left to chance there.
+
+    >>> import torch
+    >>> component(torch.ones(1, 1, 2), torch.tensor([[[3.0, 0.0, -3.0], [0.0, 0.0, 0.0]]])).tolist()
+    [[[3.0, 0.0, -3.0]]]
+    """
+    dtype = wide(torch.promote_types(weights.dtype, activations.dtype))
+    values, weights = activations.to(dtype), (weights if weights.ndim == 4 else weights[..., None]).to(dtype)
+    # One target after the other: together they would take t times the memory of the activation.
+    found = [eigen.first(centered(each * values, activations.dtype)).scores for each in weights.unbind(1)]
+    return torch.stack(found, 1)
+
+
+def centered(activations: Float[Tensor, "*b c p"], dtype: torch.dtype) -> Float[Tensor, "*b c p"]:
+    """`A_kp - mean_p A_kp`, in float32 or wider; zeros where a channel is flat up to the rounding of `dtype`.
+
+    >>> import torch
+    >>> centered(torch.tensor([[1.0, 3.0], [0.1, 0.1]]), torch.float32).tolist()
+    [[-1.0, 1.0], [0.0, 0.0]]
+    """
+    flat = is_flat(activations.amin(-1, keepdim=True), activations.amax(-1, keepdim=True), dtype)
+    values = activations.to(wide(activations.dtype))
+    return torch.where(flat, 0, values - values.mean(-1, keepdim=True))
 
 
 def is_flat(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,21 +13,8 @@ import camfn
 PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
-    *(
-        "_errors",
-        "_types",
-        "_compat",
-        "draws",
-        "shell",
-        "capture",
-        "keep",
-        "heads",
-        "maps",
-        "findings",
-        "metrics",
-        "layouts",
-        "targets",
-    ),
+    *("_errors", "_types", "_compat", "draws", "shell", "capture", "keep", "heads", "eigen", "maps"),
+    *("findings", "metrics", "layouts", "targets"),
     *(
         "layers",
         "weights",

@@ -4,9 +4,9 @@ from torch import nn
 
 from camfn import weights
 from camfn._errors import CamError
-from camfn._types import Inputs, Layer, Layers, Layout, Size, State, Target
+from camfn._types import Combine, Inputs, Layer, Layers, Layout, Size, State, Target
 from camfn.layers import find_linear
-from camfn.methods.table import Drawing, Outcome, clean_scores, combined, drawn, method, read
+from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
 from camfn.subject import look
 from camfn.targets import resolve
 
@@ -19,6 +19,7 @@ def cam(
     target: Target = None,
     *,
     fc: Layer | None = None,
+    combine: Combine = "sum",
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -31,7 +32,8 @@ def cam(
     forward, no ReLU. On such a head the mean of the map is the logit less its bias.
 
     **Arguments**, beside those that all methods share (`camfn.score_cam` tells them): `layer`, one layer; `fc`, the linear
-    layer by name or as a module, found by its shape if `None`, which a warning says; `target`, classes only.
+    layer by name or as a module, found by its shape if `None`, which a warning says; `target`, classes only; `combine="eigen"`
+    draws the first component of `W_ck A_k` in place of their sum.
 
     **Returns** `(n, *grid)`, or `(n, t, *grid)` for several classes; `(min, max)` scaled to `(0, 1)` unless `normalize=False`.
 
@@ -60,5 +62,6 @@ def cam(
     name = find_linear(subject.shell, subject.model, fc, reads[0].values.shape[1], subject.output)
     matrix = subject.state[subject.shell.aliases[f"{name}.weight"]]
     found = (weights.class_rows(matrix.flatten(1), score.classes),)
-    outcome = drawn(subject, score, clean, combined(found, reads), [reads[0].grid], Drawing(relu, size, normalize))
+    drawing = Drawing(relu, size, normalize, checked_combine(combine))
+    outcome = drawn(subject, score, clean, combined(found, reads, combine), [reads[0].grid], drawing)
     return outcome._replace(weights=found)

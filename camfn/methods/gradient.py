@@ -5,9 +5,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from camfn import weights
-from camfn._types import Gradients, Inputs, Layers, Layout, Size, State, Target
+from camfn._types import Combine, Gradients, Inputs, Layers, Layout, Size, State, Target
 from camfn.layouts import Read
-from camfn.methods.table import Drawing, Outcome, clean_scores, combined, drawn, method, read, slopes_at
+from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read, slopes_at
 from camfn.subject import Subject, look
 from camfn.targets import Score, resolve
 
@@ -29,6 +29,7 @@ def grad_cam(
     x: Inputs,
     target: Target = None,
     *,
+    combine: Combine = "sum",
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -39,6 +40,7 @@ def grad_cam(
 
     `G = d(score)/dA`, `w_k = mean_p G_kp`, `L = relu(sum_k w_k A_k)`. One forward, and for each target one backward that
     ends at the layer. A class stands for the model's raw output, which is the paper's `y^c` before the softmax.
+    `combine="eigen"` draws the first component of `w_k A_k` in place of their sum (`camfn.maps.component`).
 
     The arguments, and what is returned and raised, are those of `camfn.score_cam`, without those of a sweep. A plain call gives
     maps without a graph; under `torch.func.grad` and `jvp` they are differentiable in `x` and `state`.
@@ -56,7 +58,8 @@ def grad_cam(
     Selvaraju et al., Grad-CAM, ICCV 2017 (arXiv 1610.02391).
     """
     graded = grade(model, layer, x, target, state, layout)
-    return weighed(graded, [weights.grad_cam(slopes) for slopes in graded.slopes], Drawing(relu, size, normalize))
+    drawing = Drawing(relu, size, normalize, checked_combine(combine))
+    return weighed(graded, [weights.grad_cam(slopes) for slopes in graded.slopes], drawing)
 
 
 # ------------------------------------------------------------------------------------------------- what they share
@@ -74,5 +77,5 @@ def grade(model: nn.Module, layer: Layers, x: Inputs, target: Target, state: Sta
 def weighed(graded: Graded, found: list[Tensor], drawing: Drawing) -> Outcome:
     """The maps of weights `(n, t, c)`, or `(n, t, c, p)`, of each layer."""
     subject, score, clean, reads, _ = graded
-    outcome = drawn(subject, score, clean, combined(found, reads), [part.grid for part in reads], drawing)
+    outcome = drawn(subject, score, clean, combined(found, reads, drawing.combine), [part.grid for part in reads], drawing)
     return outcome._replace(weights=tuple(found), backwards=clean.numel())

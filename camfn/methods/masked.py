@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from camfn import weights
 from camfn._errors import CamError
-from camfn._types import Inputs, Layers, Layout, Size, State, Target
+from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target
 from camfn.anytime import Limits, Order, checked_limits, rows_within, sweep_some
 from camfn.execution import Sweep, checked, counter, usable
 from camfn.masks import Noise, Recipe, Variation, path_scales, recipe_of
-from camfn.methods.table import Drawing, Outcome, clean_scores, combined, drawn, method, read, slopes_at
+from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read, slopes_at
 from camfn.precision import sweep_narrow
 from camfn.runner import runner_of
 from camfn.scoring import Scoring, Swept, plan, sweep_all
@@ -34,6 +34,7 @@ def score_cam(
     order: Order = "predicted",
     seed: int | torch.Generator = 0,
     sweep: Sweep = Sweep(),
+    combine: Combine = "sum",
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -65,6 +66,8 @@ def score_cam(
       budget are dropped and no error is known.
     - `seed`: of the random draws that a tolerance is judged by: an int or a `torch.Generator`.
     - `sweep`: a `camfn.Sweep`: chunk, memory, compilation, dtype, progress.
+    - `combine`: `"sum"`, or `"eigen"` for the first component of `w_k A_k` in place of their sum (`camfn.maps.component`); not
+      with a budget, a tolerance or a sweep in another dtype, whose error is known of the sum alone.
     - `state`: run the model on these tensors in place of its own (`camfn.state_of` gives them).
     - `layout`: `"auto"`, `"channels_first"`, `"channels_last"`, or a callable that brings the activation to `(n, c, *grid)`.
     - `size`: `None` (the layer's grid), `"input"`, or a shape.
@@ -90,7 +93,7 @@ def score_cam(
     variation = Variation(recipe=recipe_of(recipe))
     limits = checked_limits(Limits(budget, tolerance, order, _as_int(seed)), variation.recipe.weights)
     subject = look(model, layer, x, state, masked, masks=True, graph=limits.any)
-    return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize))
+    return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize, checked_combine(combine)))
 
 
 @method("activations", "masked inputs", cost="35 x channels + 1")
@@ -110,6 +113,7 @@ def ss_cam(
     tolerance: float | None = None,
     order: Order = "predicted",
     sweep: Sweep = Sweep(),
+    combine: Combine = "sum",
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -149,7 +153,7 @@ def ss_cam(
     variation = Variation((1.0,) * num_samples, noise, std, seed, recipe_of(recipe))
     limits = checked_limits(Limits(budget, tolerance, order, _as_int(seed)), variation.recipe.weights)
     subject = look(model, layer, x, state, masked, masks=True, graph=limits.any)
-    return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize))
+    return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize, checked_combine(combine)))
 
 
 @method("activations", "masked inputs", cost="10 x channels + 1")
@@ -168,6 +172,7 @@ def is_cam(
     order: Order = "predicted",
     seed: int | torch.Generator = 0,
     sweep: Sweep = Sweep(),
+    combine: Combine = "sum",
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -198,7 +203,7 @@ def is_cam(
     variation = Variation(path_scales(num_samples, path), recipe=recipe_of(recipe))
     limits = checked_limits(Limits(budget, tolerance, order, _as_int(seed)), variation.recipe.weights)
     subject = look(model, layer, x, state, masked, masks=True, graph=limits.any)
-    return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize))
+    return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize, checked_combine(combine)))
 
 
 # ------------------------------------------------------------------------------------------------- what they share
@@ -219,6 +224,8 @@ def _swept(
     """Score-CAM and its kin: the weights come from the scores of masked inputs."""
     recipe = variation.recipe
     weigh = weights.softmax if recipe.weights == "softmax" else weights.score
+    if drawing.combine != "sum" and (limits.any or checked(sweep).dtype is not None):
+        raise CamError('budget=, tolerance= and Sweep(dtype=...) know the error of a sum: they need combine="sum"')
     with without_graph():
         score = resolve(target, subject.output, subject.n, subject.image.device, recipe.score)
         clean = clean_scores(subject, score)
@@ -234,7 +241,7 @@ def _swept(
         tick(None)
         runner.room.tell()
         found, errors = tuple(weigh(part.scores) for part in swept), tuple(part.error for part in swept)
-        outcome = drawn(subject, score, clean, combined(found, reads), [part.grid for part in reads], drawing)
+        outcome = drawn(subject, score, clean, combined(found, reads, drawing.combine), [part.grid for part in reads], drawing)
         forwards = outcome.forwards + sum(part.forwards for part in swept)
         backwards = clean.numel() if limits.any else 0
         return outcome._replace(weights=found, errors=errors, forwards=forwards, backwards=backwards)

@@ -11,7 +11,7 @@ from torch import Tensor
 from camfn import _compat, layouts
 from camfn import maps as _maps
 from camfn._errors import CamError, warn
-from camfn._types import FlatMaps, Layout, Maps, Size, Weights
+from camfn._types import Combine, FlatMaps, Layout, Maps, Size, Weights
 from camfn.findings import Finding, about_maps
 from camfn.gradients import slopes_of
 from camfn.layouts import Read
@@ -76,6 +76,14 @@ class Drawing(NamedTuple):
     relu: bool
     size: Size
     normalize: bool
+    combine: Combine = "sum"  # what is made of weights and activation, where a method has weights
+
+
+def checked_combine(combine: Combine) -> Combine:
+    """What is to be made of weights and activation, or an error."""
+    if combine not in ("sum", "eigen"):
+        raise CamError(f'combine must be "sum" or "eigen" (the first component of the weighed channels), found {combine!r}')
+    return combine
 
 
 def read(subject: Subject, name: str, activation: Tensor, layout: Layout) -> Read:
@@ -107,9 +115,10 @@ def _slopes_at(subject: Subject, score: Score, layout: Layout) -> list[Tensor]:
     return [torch.stack([read(subject, name, of[name], layout).values for of in found], 1) for name in subject.layers]
 
 
-def combined(found: Sequence[Tensor], reads: Sequence[Read]) -> list[FlatMaps]:
-    """`sum_k w_k A_k` at each layer, for weights `(n, t, c)` or `(n, t, c, p)`."""
-    return [_maps.combine(weights, read.values) for weights, read in zip(found, reads)]
+def combined(found: Sequence[Tensor], reads: Sequence[Read], how: Combine = "sum") -> list[FlatMaps]:
+    """`sum_k w_k A_k` at each layer, for weights `(n, t, c)` or `(n, t, c, p)`; or the first component of `w_k A_k`."""
+    combine = _maps.combine if how == "sum" else _maps.component
+    return [combine(weights, read.values) for weights, read in zip(found, reads)]
 
 
 def drawn(

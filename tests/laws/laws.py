@@ -48,6 +48,8 @@ class Variant(NamedTuple):
 
 OPTIONS = {"cam": {"fc": "fc"}, "ss_cam": {"num_samples": 3}, "is_cam": {"num_samples": 3}}
 VARIANTS = {name: Variant(name, OPTIONS.get(name, {})) for name in camfn.METHODS} | {
+    "cam, eigen": Variant("cam", {"fc": "fc", "combine": "eigen"}),
+    "score_cam, eigen": Variant("score_cam", {"combine": "eigen"}),
     "score_cam, pytorch-grad-cam": Variant("score_cam", {"recipe": "pytorch-grad-cam"}),
     "score_cam, authors": Variant("score_cam", {"recipe": "authors"}),
     "score_cam, paper": Variant("score_cam", {"recipe": "paper"}),
@@ -449,6 +451,7 @@ def kin(variant: Variant, case: Case) -> None:
     recipe = variant.recipe
     if variant.options.get("noise") == "activation":  # it goes on the upsampled activation, and the min-max comes after
         recipe = recipe._replace(masks="upsample_first")
+    options = {"combine": variant.options.get("combine", "sum"), **options}
     close(raw(variant.but(**still), case), raw(Variant(other, {"recipe": recipe, **options}), case))
 
 
@@ -538,11 +541,15 @@ def several_layers(variant: Variant, case: Case) -> None:
 # ------------------------------------------------------------------------------------------------------- exceptions
 
 _NOISY = [name for name, variant in VARIANTS.items() if variant.method == "ss_cam"]
+_ONE_LAYER = [name for name, variant in VARIANTS.items() if variant.method == "cam"]
+_EIGEN = [name for name, variant in VARIANTS.items() if variant.options.get("combine") == "eigen"]
 _CHANNELS_NOISE = "the noise belongs to the number of a channel"
 _CHANNELS_NOISE_AND_DRAWS = "the noise is counted over draws and channels: one channel more moves that of the second draw"
 _PIXELS_NOISE = "the noise belongs to a pixel, and is not flipped"
 _NOISE_NOT_A_PATH = "its scores are of inputs with noise, all of one scale"
 _NOT_A_SOFTMAX = "its weights are the scores themselves, and do not sum to one"
+_CENTERED = "what all positions of a channel share has no part in a principal component"
+_OF_THE_GRID = "what goes with what is asked of the positions that there are, and upsampling makes others"
 _SCALED_FIRST = "its masks are scaled before they are upsampled, and upsampling does not reach all extremes"
 
 EXCEPT = {
@@ -559,9 +566,12 @@ EXCEPT = {
     ("upsampled_layer", "ss_cam, input"): _SCALED_FIRST,
     ("upsampled_layer", "is_cam"): _SCALED_FIRST,
     ("upsampled_layer", "score_cam, pytorch-grad-cam"): "its masks are upsampled with aligned corners, a map never is",
+    **{("activation_moved", name): _CENTERED for name in _EIGEN},
+    **{("upsampled_layer", name): _OF_THE_GRID for name in _EIGEN},
+    ("between_the_channels", "score_cam, eigen"): _CENTERED,
     ("flat_map", "score_cam, authors"): "flat channels are left out: where there is no other, the call is an error",
     **{("path_of_inputs", name): _NOISE_NOT_A_PATH for name in _NOISY},
-    ("several_layers", "cam"): "CAM is of the one layer before the pooling: several are an error",
+    **{("several_layers", name): "CAM is of the one layer before the pooling: several are an error" for name in _ONE_LAYER},
 }
 """Why a law does not hold for a variant. The tests see to it that it indeed does not."""
 

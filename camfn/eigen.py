@@ -1,0 +1,88 @@
+"""The first component of a matrix of channels and positions, from the smaller of its Gram matrices. Tensors only."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from camfn import _compat
+
+Sign = Literal["sum", "peak"]
+
+
+class First(NamedTuple):
+    """`X v` and `v`, for the unit vector `v` of channels that makes `X v` longest."""
+
+    scores: Float[Tensor, "*b p"]
+    loadings: Float[Tensor, "*b c"]
+
+
+def first(values: Float[Tensor, "*b c p"], sign: Sign = "sum") -> First:
+    """The first singular vector `v` of `X`, whose rows are positions, and the projection `X v`.
+
+    `v` is found by its Gram matrix of channels or by that of positions, whichever is smaller; no other singular vector is
+    made, and no matrix of c x c where there are fewer positions. Neither the order of channels nor that of positions matters.
+    Its sign is not determined by that, and is fixed: by `"sum"`, `sum_k v_k >= 0`, so that `X v` goes with the sum of
+    the channels; by `"peak"`, what is largest in size is positive. Where one leaves it open, the other tells.
+
+    It is differentiable, twice, where the largest singular value is single. Where `X` is zero, so are both.
+
+    >>> import torch
+    >>> scores, loadings = first(torch.tensor([[3.0, 0.0, -6.0], [4.0, 0.0, -8.0]]))
+    >>> [round(value, 3) for value in (*scores.tolist(), *loadings.tolist())]
+    [5.0, 0.0, -10.0, 0.6, 0.8]
+    """
+    size = values.detach().abs().amax((-2, -1), keepdim=True)
+    scaled = values / torch.where(size == 0, 1, size)  # the same vector, and squares that are neither infinite nor zero
+    if values.shape[-1] < values.shape[-2]:
+        loadings = times(scaled, top(scaled.mT @ scaled))
+    else:
+        loadings = torch.where(size[..., 0] == 0, 0, top(scaled @ scaled.mT))
+    square = loadings.square().sum(-1, keepdim=True)
+    loadings = loadings / torch.where(square == 0, 1, square).sqrt()
+    scores = times(values.mT, loadings)
+    turn = orientation(loadings.sum(-1), scores, sign)
+    return First(turn * scores, turn * loadings)
+
+
+def orientation(along: Float[Tensor, "*b"], scores: Float[Tensor, "*b p"], sign: Sign = "sum") -> Float[Tensor, "*b 1"]:
+    """1 or -1: the sign that makes `along`, of a size up to one, positive; or what is largest in `scores`."""
+    along, high, low = along.detach()[..., None], scores.detach().amax(-1, keepdim=True), scores.detach().amin(-1, keepdim=True)
+    sums = torch.where(along.abs() > _rounding(along.dtype), along, 0)
+    peaks = torch.where((high + low).abs() > _rounding(along.dtype) * (high - low), high + low, 0)
+    told, other = (sums, peaks) if sign == "sum" else (peaks, sums)
+    return torch.where(torch.where(told == 0, other, told) < 0, -1.0, 1.0).to(scores.dtype)
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps ** 0.75  # 1e-12 of float64, 6e-6 of float32: more than rounding makes of zero
+
+
+def top(matrix: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m"]:
+    """The unit eigenvector of the largest eigenvalue of a symmetric matrix, with either sign; NaN if not all of it is finite.
+
+    `eigh` has a derivative where all eigenvalues are apart, and is NaN where two are equal, as those of two dead channels.
+    One eigenvector has one where its own is apart from the others; what then is not determined counts as constant.
+    """
+    sound = torch.isfinite(matrix).all(-1).all(-1)[..., None]
+    values, vectors = torch.linalg.eigh(torch.where(sound[..., None], matrix, 0).detach())
+    vector, others = vectors[..., -1], vectors[..., :-1]
+    if matrix.requires_grad or _compat.transformed():
+        gaps = values[..., -1:] - values[..., :-1]
+        single = gaps > 8 * torch.finfo(matrix.dtype).eps * values.abs().amax(-1, keepdim=True)
+        inverse = torch.where(single, 1 / torch.where(single, gaps, 1), 0)
+        start = vector
+        # Steps of `v <- v + (l - K)^+ (K - v'Kv) v`, which stay where they are, at the solution. With l and (l - K)^+ held
+        # constant, and v a constant at first, each gets one more derivative of v right: two do for second derivatives.
+        for _ in range(2):
+            moved = times(matrix, vector)
+            off = moved - (start * moved).sum(-1, keepdim=True) * vector
+            vector = vector + times(others, inverse * times(others.mT, off))
+        vector = vector / vector.square().sum(-1, keepdim=True).sqrt()
+    return torch.where(sound, vector, torch.nan)
+
+
+def times(matrix: Float[Tensor, "*b i j"], vector: Float[Tensor, "*b j"]) -> Float[Tensor, "*b i"]:
+    """A matrix times a vector, in any number of batches."""
+    return (matrix @ vector[..., None])[..., 0]
