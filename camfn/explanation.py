@@ -3,7 +3,8 @@
 import inspect
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, overload
 
@@ -79,16 +80,24 @@ def explain(
     >>> [card.backwards for card in camfn.explain(model, "1", torch.randn(1, 3, 8, 8), method=["grad_cam", "score_cam"])]
     [1, 0]
     """
-    names = [method] if isinstance(method, str) else list(method)
-    rows = [_row_of(name) for name in names]
-    given = [_options_of(name, row, options) for name, row in zip(names, rows)]
-    _refuse_strays(names, given, options)
-    shared = Shared(model, x, any("gradients" in row.needs for row in rows))
     cards = tuple(
-        _card(shared, name, row, (layer if "activations" in row.needs else None, x, target), own)
-        for name, row, own in zip(names, rows, given)
+        make() for make in prepared(model, layer, x, target, [method] if isinstance(method, str) else method, options)
     )
     return cards[0] if isinstance(method, str) else cards
+
+
+def prepared(
+    model: nn.Module, layer: Layers, x: Inputs, target: Target, method: Sequence[str], options: Mapping[str, Any]
+) -> list[Callable[[], Explanation]]:
+    """For each method a function that makes its card: who wants to go on where one fails, or show which is at work, can."""
+    rows = {name: _row_of(name) for name in method}
+    given = {name: {key: value for key, value in options.items() if key in _parameters(row)} for name, row in rows.items()}
+    stray = [key for key in options if not any(key in own for own in given.values())]
+    if stray:
+        raise CamError(f"{', '.join(rows)} {'has' if len(rows) == 1 else 'have'} no option {', '.join(map(repr, stray))}")
+    shared = Shared(model, x, any("gradients" in row.needs for row in rows.values()))
+    layers = {name: layer if "activations" in row.needs else None for name, row in rows.items()}
+    return [partial(_card, shared, name, rows[name], (layers[name], x, target), given[name]) for name in method]
 
 
 def _row_of(name: str) -> Method:
@@ -97,23 +106,16 @@ def _row_of(name: str) -> Method:
     return METHODS[name]
 
 
-def _options_of(name: str, row: Method, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `options` that the method has."""
-    return {key: value for key, value in options.items() if key in inspect.signature(row.run).parameters}
-
-
-def _refuse_strays(names: Sequence[str], given: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
-    stray = [key for key in options if not any(key in own for own in given)]
-    if stray:
-        raise CamError(f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no option {', '.join(map(repr, stray))}")
+def _parameters(row: Method) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(row.run).parameters
 
 
 def _card(shared: Shared, name: str, row: Method, arguments: tuple[Any, ...], options: dict[str, Any]) -> Explanation:
     start, shared.last = time.perf_counter(), None
     outcome = row.run(shared, *arguments, **options)
     seconds = time.perf_counter() - start
-    parameters = inspect.signature(row.run).parameters.values()
-    settings = {p.name: options.get(p.name, p.default) for p in parameters if p.kind == inspect.Parameter.KEYWORD_ONLY}
+    named = [p for p in _parameters(row).values() if p.kind == inspect.Parameter.KEYWORD_ONLY]
+    settings = {p.name: options.get(p.name, p.default) for p in named}
     told: dict[str, Any] = outcome._asdict() | {"findings": outcome.findings + _about(outcome, row, settings, shared.last)}
     return Explanation(
         method=name, settings=MappingProxyType(settings), seconds=seconds, versions=MappingProxyType(_versions()), **told

@@ -92,10 +92,42 @@ def test_the_card_tells_what_was_explained_and_how(here):
         "grid": [2, 3],
         "size": [2, 3],
         "forwards": card.forwards,
+        "backwards": 0,
+        "heads": 0,
+        "findings": [finding._asdict() for finding in card.findings],
         "notes": list(card.notes),
         "camfn": camfn.__version__,
         "torch": torch.__version__,
     }
+
+
+def test_several_methods_have_files_of_their_own_and_one_grid(here):
+    result = invoke(
+        "a.png", "--model", "net.py:pair", "--layer", "2", "--method", "grad_cam", "--method", "score_cam", "--target", "1"
+    )
+    for method in ("grad_cam", "score_cam"):
+        card, _ = library("pair", "a.png", "2", 1, method=method, normalize=False)
+        assert np.allclose(np.load(f"camfn-maps/a-2-{method}-1.npy"), card.maps[0], atol=1e-6)
+        assert facts(f"camfn-maps/a-2-{method}-1.json")["findings"] == [finding._asdict() for finding in card.findings]
+        assert f"camfn-maps/a-2-{method}-1." in result.stdout
+    assert "all maps in one picture: camfn-maps/a-grid.png" in result.stderr
+    one = picture("camfn-maps/a-grid.png")
+    assert one.width > one.height  # two panels, side by side
+
+
+def test_of_all_methods_those_that_do_not_fit_are_left_out(here, monkeypatch):
+    some = {name: camfn.METHODS[name] for name in ("cam", "grad_cam", "score_cam")}
+    monkeypatch.setattr(camfn, "METHODS", some)
+    result = invoke("a.png", "--model", "net.py:pair", "--layer", "0", "--method", "all", "--target", "1")  # no CAM there
+    assert {path.name for path in Path("camfn-maps").glob("*.npy")} == {"a-0-grad_cam-1.npy", "a-0-score_cam-1.npy"}
+    assert "note: a.png: cam is left out: cam needs a linear layer from the layer's 3 channels" in result.stderr
+
+
+def test_a_method_that_is_named_and_does_not_fit_is_an_error(here):
+    result = invoke("a.png", "--model", "net.py:pair", "--layer", "0", "--method", "cam", "--method", "score_cam")
+    assert result.exit_code == 2
+    assert "cam needs a linear layer" in result.stderr
+    assert not Path("camfn-maps").exists()
 
 
 def test_without_preprocess_the_picture_goes_in_as_it_is(here):

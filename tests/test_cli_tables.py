@@ -225,7 +225,7 @@ def test_the_help_says_that_the_file_is_run_and_what_the_defaults_are():
         "under a name that no file has yet",
         "a class that is itself called top3: by its index",
         "demo a small network that comes with camfn torchvision:NAME[:WEIGHTS]",
-        *camfn.METHODS,
+        "One of those that `camfn methods` lists, or all; repeatable. [default: score_cam]",
     ):
         assert words in text
 

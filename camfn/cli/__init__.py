@@ -40,12 +40,14 @@ The file is run, with its own folder importable, so name only files that you tru
 the model, or (model, preprocess), or (model, preprocess, class names). preprocess takes an RGB picture (PIL) and returns the
 network's input, (channels, height, width); without it the picture goes in as it is, as numbers from 0 to 1, not resized.
 
-For each image, layer and class three files are written, under a name that no file has yet:
+For each image, layer, method and class three files are written, under a name that no file has yet:
 
 \b
   .png   the map in colours over the picture, half and half
   .npy   the raw map, not scaled to [0, 1], of the size that --size says
-  .json  class, score, probability (softmax), layer, method, cost, notes
+  .json  class, score, probability (softmax), layer, method, cost, findings, notes
+
+Several methods are drawn in one grid, too. Of --method all, those that do not fit the network are left out; a note says why.
 
 The picture under the map is the one that the network saw, resized and cropped by preprocess, since that is what the map
 belongs to. Its colours are brought back by undoing preprocess's scaling of each channel; where preprocess does something
@@ -103,20 +105,20 @@ def main() -> None:
 def _explain() -> "click.Command":
     import click
 
-    methods = ", ".join(camfn.METHODS)
+    methods = f"One of those that `camfn methods` lists, or {options.ALL}; repeatable.  [default: score_cam]"
     place = click.Path(readable=False, path_type=Path)  # checked where it is read: click would print its usage
 
     @click.command("explain", help=_EXPLAIN)
     @click.argument("images", nargs=-1, required=True, type=place, metavar="IMAGE|FOLDER...")
     @options.of_the_model
     @click.option("--layer", "layers", multiple=True, metavar="L", help="Dotted name; repeatable.  [default: chosen, and said]")
-    @click.option("--method", default="score_cam", show_default=True, metavar="M", help=f"One of {methods}.")
+    @click.option("--method", "methods", multiple=True, default=("score_cam",), metavar="M", help=methods)
     @click.option("--target", metavar="T", help=options.TARGET)
     @click.option("--size", default="grid", show_default=True, metavar="S", help=options.SIZE)
     @click.option("--seed", type=int, metavar="N", help="Of the noise, where a method draws any.")
     @click.option("--chunk", type=click.IntRange(1), metavar="N", help="Masked inputs per forward.  [default: 32]")
     @click.option("--out", default="camfn-maps", show_default=True, metavar="DIR", type=place, help="Where the files go.")
-    @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each image, layer and class.")
+    @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each image, layer, method and class.")
     @options.no_progress
     def command(as_json: bool, **values: Any) -> None:
         with options.refusing() as stdout:

@@ -1,5 +1,6 @@
 """`camfn explain`: the run over pictures."""
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 import camfn
-from camfn import images, layouts, zoo
+from camfn import figures, images, layouts, zoo
 from camfn._errors import CamError, CamWarning
 from camfn._types import Size, Target
 from camfn.capture import state_of, tap
 from camfn.cli import files, options
 from camfn.cli.cards import Facts, Written, classes
+from camfn.explanation import prepared
 from camfn.layers import choose
 from camfn.targets import Top
 
@@ -30,7 +32,7 @@ class Wish(NamedTuple):
     no_pretrained: bool
     device: str | None
     layers: Sequence[str]
-    method: str
+    methods: Sequence[str]
     target: str | None
     size: str
     seed: int | None
@@ -45,15 +47,25 @@ class Job(NamedTuple):
     wish: Wish
     loaded: zoo.Loaded
     layers: tuple[str | None, ...]
+    methods: tuple[str, ...]
     device: torch.device | None
     target: Target
     size: Size
-    options: dict[str, Any]  # of the method
+    options: dict[str, Any]  # of the methods
+
+
+class Map(NamedTuple):
+    """What a method made of a layer."""
+
+    card: Any
+    raw: Tensor  # (t, h, w), one for each class
+    notes: tuple[str, ...]  # all that camfn had to say about them
 
 
 def run(wish: Wish, paths: Sequence[Path]) -> Iterator[tuple[Path, list[Written] | CamError]]:
     """Explain every picture; gives of each what was written, or why nothing was. What is wrong for all is raised before."""
-    given, size = options.method_options(wish.method, wish.seed, wish.chunk), options.size_of(wish.size)
+    methods, size = options.methods_of(wish.methods), options.size_of(wish.size)
+    given = options.method_options(methods, wish.seed, wish.chunk)
     device = options.device_of(wish.device)
     if all(isinstance(_read(path), CamError) for path in paths):  # then no model need be loaded
         yield from ((path, _read(path)) for path in paths)
@@ -62,7 +74,7 @@ def run(wish: Wish, paths: Sequence[Path]) -> Iterator[tuple[Path, list[Written]
         if wish.layers:
             tap(loaded.model, list(dict.fromkeys(wish.layers)))
         target = options.target_of(wish.target, loaded.names)
-        job = Job(wish, loaded, tuple(dict.fromkeys(wish.layers)) or (None,), device, target, size, given)
+        job = Job(wish, loaded, tuple(dict.fromkeys(wish.layers)) or (None,), methods, device, target, size, given)
         _rehearse(job, paths)
         files.make(wish.out)
         for path in paths:
@@ -116,10 +128,12 @@ def _check_target(path: Path, target: Target, count: int) -> None:
 
 def _check_layers(job: Job, path: Path, x: Tensor) -> None:
     """Without its sweep, which takes the time, a method is tried whole."""
-    model = job.loaded.model
-    if "sweep" not in job.options:
+    model, quick = job.loaded.model, tuple(method for method in job.methods if not options.takes(method, "sweep"))
+    if quick and options.ALL not in job.wish.methods:
+        given = {key: value for key, value in job.options.items() if any(options.takes(method, key) for method in quick)}
         for layer in job.layers:
-            _map(job, path, x, layer)
+            _maps(job._replace(methods=quick, options=given), path, x, layer)
+    if len(quick) == len(job.methods):
         return
     with zoo.told("the model", job.loaded.file), torch.no_grad():
         names = [layer or choose(model, state_of(model), x, 2) for layer in job.layers]
@@ -142,17 +156,38 @@ def _explain(job: Job, path: Path, picture: Any) -> list[Written]:
     seen, true_colours = images.as_seen(x[0], job.loaded.preprocess, picture.size)
     drawn = []
     for layer in job.layers:
-        card, raw, notes = _map(job, path, x, layer)
-        if not true_colours:
-            notes += ("the overlay's colours are stretched: preprocess does more than scale each channel",)
-        for note in notes:
-            sys.stderr.write(f"note: {path}: {options.one_line(note)}\n")
-        saved = _sized(job, x, raw)
-        for number in range(len(raw)):
-            explained = classes(card, number, outputs, job.loaded.names)
-            facts = {**_about_run(job, path, x), **explained, **_about_map(job, card, raw, saved, notes)}
-            drawn.append((raw[number], saved[number], facts))
+        for made in _maps(job, path, x, layer):
+            if not true_colours:
+                said = "the overlay's colours are stretched: preprocess does more than scale each channel"
+                made = made._replace(notes=(*made.notes, said))
+            for note in made.notes:
+                sys.stderr.write(f"note: {path}: {options.one_line(note)}\n")
+            saved = _sized(job, x, made.raw)
+            for number in range(len(made.raw)):
+                explained = classes(made.card, number, outputs, job.loaded.names)
+                facts = {**_about_run(job, path, x), **explained, **_about_map(job, made, saved)}
+                drawn.append((made.raw[number], saved[number], facts))
+    if len(job.methods) > 1:
+        _write_grid(job, path, seen, drawn)
     return [_write(job, path, seen, *each) for each in drawn]
+
+
+def _write_grid(job: Job, path: Path, seen: Tensor, drawn: Sequence[tuple[Tensor, Tensor, Facts]]) -> None:
+    """A row for each method and layer, a column for each class; of one class, as near to a square as it gets."""
+    panels = [figures.Panel(seen, camfn.maps.normalize(raw, (-2, -1)), caption=_caption(job, facts)) for raw, _, facts in drawn]
+    width = len({facts["class"] for *_, facts in drawn})
+    width = width if width > 1 else math.ceil(len(panels) ** 0.5)
+    lines = [panels[start : start + width] for start in range(0, len(panels), width)]
+    lines[-1] += [figures.Panel(torch.ones_like(seen))] * (width - len(lines[-1]))
+    picture = figures.grid(lines, title=path.name)
+    with files.claimed(job.wish.out, files.plain(f"{path.stem}-grid"), ("png",)) as base:
+        picture.save(f"{base}.png")
+    sys.stderr.write(f"note: {path}: all maps in one picture: {base}.png\n")
+
+
+def _caption(job: Job, facts: Facts) -> str:
+    layer = f", {facts['layer']}" if len(job.layers) > 1 else ""
+    return f"{facts['method']}{layer}, {facts['class_name'] or facts['class']}"
 
 
 def _through(job: Job, picture: Any) -> tuple[Tensor, Tensor]:
@@ -161,15 +196,42 @@ def _through(job: Job, picture: Any) -> tuple[Tensor, Tensor]:
     return x, zoo.outputs_of(job.loaded, x)
 
 
-def _map(job: Job, path: Path, x: Tensor, layer: str | None) -> tuple[Any, Tensor, tuple[str, ...]]:
-    """The card, the raw maps `(t, h, w)`, one for each class, and all that camfn had to say about them."""
-    given, what, label = dict(job.options), "the model", " ".join(filter(None, (path.name, layer)))
-    with warnings.catch_warnings(record=True) as caught, _bar(label, job.wish.no_progress) as report:
+def _maps(job: Job, path: Path, x: Tensor, layer: str | None) -> list[Map]:
+    """What each method makes of the layer. Of `all`, those that do not fit are left out, which a note of the others says."""
+    given, report = dict(job.options), _Report()
+    if "sweep" in given:
+        given["sweep"] = given["sweep"]._replace(progress=report)
+    made, left_out = [], []
+    for name, make in zip(job.methods, prepared(job.loaded.model, layer, x, job.target, job.methods, given)):
+        label = " ".join(filter(None, (path.name, layer, name if len(job.methods) > 1 else "")))
+        try:
+            with _bar(label, job.wish.no_progress) as report.to:
+                made.append(_map(job, name, make))
+        except CamError as error:
+            if options.ALL not in job.wish.methods:
+                raise
+            left_out.append((name, error))
+    if not made:
+        raise left_out[-1][1]
+    said = tuple(f"{name} is left out: {error}" for name, error in left_out)
+    return [made[0]._replace(notes=(*made[0].notes, *said)), *made[1:]]
+
+
+class _Report:
+    """Passes on to the bar of the method that is at work."""
+
+    to: Callable[[int, int], None]
+
+    def __call__(self, done: int, total: int) -> None:
+        self.to(done, total)
+
+
+def _map(job: Job, method: str, make: Callable[[], Any]) -> Map:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CamWarning)
-        if "sweep" in given:
-            given["sweep"], what = given["sweep"]._replace(progress=report), "the model, on masked inputs,"
+        what = "the model, on masked inputs," if options.takes(method, "sweep") else "the model"
         with zoo.told(what, job.loaded.file):
-            card = camfn.explain(job.loaded.model, layer, x, job.target, method=job.wish.method, **given)
+            card = make()
     said = []
     for warning in caught:
         if issubclass(warning.category, CamWarning):
@@ -178,8 +240,8 @@ def _map(job: Job, path: Path, x: Tensor, layer: str | None) -> tuple[Any, Tenso
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     maps: Any = card.maps
     raw = (maps[0] if isinstance(job.target, Top) else maps).detach().cpu()
-    _check_grid(card.layers[0], raw.shape[1:])
-    return card, raw, (*said, *card.notes)
+    _check_grid(card.layers[0] if card.layers else method, raw.shape[1:])
+    return Map(card, raw, (*said, *card.notes))
 
 
 @contextmanager
@@ -213,15 +275,19 @@ def _about_run(job: Job, path: Path, x: Tensor) -> Facts:
     }
 
 
-def _about_map(job: Job, card: Any, raw: Tensor, saved: Tensor, notes: Sequence[str]) -> Facts:
+def _about_map(job: Job, made: Map, saved: Tensor) -> Facts:
+    card, raw, notes = made
     return {
-        "layer": card.layers[0],
+        "layer": card.layers[0] if card.layers else None,
         "method": card.method,
-        "seed": job.options.get("seed"),
+        "seed": job.options.get("seed") if options.draws(card.method) else None,
         "grid": list(raw.shape[1:]),
         "size": list(saved.shape[1:]),
         "seconds": card.seconds,
         "forwards": card.forwards,
+        "backwards": card.backwards,
+        "heads": card.heads,
+        "findings": [finding._asdict() for finding in card.findings],
         "notes": list(notes),
         "camfn": camfn.__version__,
         "torch": torch.__version__,
@@ -230,5 +296,5 @@ def _about_map(job: Job, card: Any, raw: Tensor, saved: Tensor, notes: Sequence[
 
 def _write(job: Job, path: Path, seen: Tensor, raw: Tensor, saved: Tensor, facts: Facts) -> Written:
     overlay = images.overlay(seen, camfn.maps.normalize(raw, (-2, -1)))
-    name = f"{path.stem}-{facts['layer']}-{facts['method']}-{facts['class']}"
+    name = "-".join(str(part) for part in (path.stem, facts["layer"], facts["method"], facts["class"]) if part is not None)
     return facts, files.write(job.wish.out, name, overlay, saved.numpy(), facts)

@@ -69,11 +69,16 @@ def make(folder: Path) -> None:
 
 def write(folder: Path, name: str, overlay: Any, raw: np.ndarray, facts: dict[str, Any]) -> Path:
     """Write the three files of a map; returns their name, less the ending."""
-    with claimed(folder, re.sub(r"[^\w.+ -]", "_", name), WRITTEN) as base:
+    with claimed(folder, plain(name), WRITTEN) as base:
         overlay.save(f"{base}.png")
         np.save(f"{base}.npy", raw)
         Path(f"{base}.json").write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return base
+
+
+def plain(name: str) -> str:
+    """A name of letters, digits and little else."""
+    return re.sub(r"[^\w.+ -]", "_", name)
 
 
 @contextmanager

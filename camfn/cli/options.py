@@ -5,7 +5,7 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -26,6 +26,7 @@ TARGET = (
     "sweep (a class that is itself called top3: by its index).  [default: the predicted class]"
 )
 _MODEL = "demo, torchvision:NAME, timm:NAME, hf:NAME or FILE.py:FUNCTION; camfn explain --help says more."
+ALL = "all"
 SIZE = "Of the map in the .npy: grid (the layer's own), input (the network's input), or HxW, as in 224x224."
 
 
@@ -160,23 +161,37 @@ def size_of(text: str) -> Size:
     return height, width
 
 
-def method_options(method: str, seed: int | None, chunk: int | None) -> dict[str, Any]:
-    """What the method is given beside model, layer, input and target."""
-    if method not in camfn.METHODS:
-        known = ", ".join(camfn.METHODS)
-        raise CamError(f"--method {method!r} is not known; closest: {closest(method, camfn.METHODS)}; all: {known}")
+def methods_of(named: Sequence[str]) -> tuple[str, ...]:
+    """The methods that are named, each once; `all` are those of the table."""
+    for method in named:
+        if method not in (*camfn.METHODS, ALL):
+            known = ", ".join(camfn.METHODS)
+            raise CamError(f"--method {method!r} is not known; closest: {closest(method, camfn.METHODS)}; all: {known}")
+    return tuple(camfn.METHODS) if ALL in named else tuple(dict.fromkeys(named))
+
+
+def method_options(methods: Sequence[str], seed: int | None, chunk: int | None) -> dict[str, Any]:
+    """What the methods are given beside model, layer, input and target, each what it has."""
+    some, one = ", ".join(methods), len(methods) == 1
     given: dict[str, Any] = {"normalize": False}
     if seed is not None and not 0 <= seed < 2**63:
         raise CamError(f"--seed {seed}: a seed is a whole number from 0 to 2**63 - 1")
-    if takes(method, "noise"):
-        given["seed"] = _parameters(method)["seed"].default if seed is None else seed
+    if any(draws(method) for method in methods):
+        given["seed"] = 0 if seed is None else seed
     elif seed is not None:
-        raise CamError(f"--seed {seed}: {method} draws no random numbers; leave it out, or take {_that_take('noise')}")
-    if takes(method, "sweep"):
+        verb = "draws" if one else "draw"
+        raise CamError(f"--seed {seed}: {some} {verb} no random numbers; leave it out, or take {_those(draws)}")
+    if any(map(_sweeps, methods)):
         given["sweep"] = camfn.Sweep(chunk=chunk)
     elif chunk is not None:
-        raise CamError(f"--chunk {chunk}: {method} has no sweep to cut up; leave it out, or take {_that_take('sweep')}")
+        has = "has" if one else "have"
+        raise CamError(f"--chunk {chunk}: {some} {has} no sweep to cut up; leave it out, or take {_those(_sweeps)}")
     return given
+
+
+def draws(method: str) -> bool:
+    """Is there noise in a plain call of the method? A seed alone may be of the draws that a tolerance is judged by."""
+    return takes(method, "seed") and not (takes(method, "tolerance") and not takes(method, "noise"))
 
 
 def takes(method: str, option: str) -> bool:
@@ -188,5 +203,9 @@ def _parameters(method: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(camfn.METHODS[method].function).parameters
 
 
-def _that_take(option: str) -> str:
-    return " or ".join(f"--method {name}" for name in camfn.METHODS if takes(name, option))
+def _sweeps(method: str) -> bool:
+    return takes(method, "sweep")
+
+
+def _those(fit: Callable[[str], bool]) -> str:
+    return " or ".join(f"--method {name}" for name in camfn.METHODS if fit(name))
