@@ -34,7 +34,7 @@ Combine: TypeAlias = Literal["sum", "eigen"]
 Size: TypeAlias = Literal["input"] | Sequence[int] | None
 Layout: TypeAlias = str | Callable[[Tensor], Tensor]
 Target: TypeAlias = Any
-"""`None`, an int, n ints, a long tensor `(n,)` or `(n, t)`, `"all"`, a `camfn.targets` name, a callable, or n callables."""
+"""`None`, an int, n ints, a long tensor `(n,)` or `(n, t)`, `"all"`, a `camfn.targets` name, a callable, or n of these."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -93,7 +93,7 @@ def _has_slope(leaf: Any) -> bool:
 def slopes_of(pull: Pull, output: Any, score: Score) -> list[dict[str, Tensor]]:
     """The gradient of each target's score at the layers."""
     with torch.inference_mode(False):
-        rows = score.rows.clone()  # which is no inference tensor, whatever mode it was made in
+        rows = tree_map(torch.clone, score.rows)  # no inference tensors, whatever mode they were made in
     targets = score_rows(score.of, output, rows).shape[1]
     return [pull(lambda output, t=t: score_rows(score.of, output, rows)[:, t].sum()) for t in range(targets)]
 

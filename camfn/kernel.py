@@ -22,7 +22,7 @@ from camfn.masks import Rule, masked_input
 from camfn.memory import is_exhausted
 from camfn.runner import Runner, rows_of, weakly
 from camfn.subject import Key, Subject, pick, with_input
-from camfn.targets import Score, score_rows
+from camfn.targets import Score, rows_at, score_rows
 
 Rows = dict[str, Tensor]
 
@@ -43,17 +43,17 @@ def mask_row(rule: Rule, images: Tensor, row: Rows) -> Tensor:
 
 
 def folded(
-    call: Callable[[State, Inputs], Any], of: Any, rule: Rule, key: Key, state: State, x: Inputs, targets: Tensor, rows: Rows
+    call: Callable[[State, Inputs], Any], of: Any, rule: Rule, key: Key, state: State, x: Inputs, targets: Any, rows: Rows
 ) -> Tensor:
     """The scores `(b, t)` of a chunk of rows: masking and targets mapped, the chunk a batch of the model."""
     images = pick(x, key)
     masked = vmap(functools.partial(mask_row, rule, images))(rows)
     output = call(state, rows_of(x, key, rows["image"], images.shape[0], masked))
-    return score_rows(of, output, targets.index_select(0, rows["image"]))
+    return score_rows(of, output, rows_at(targets, rows["image"]))
 
 
 def mapped(
-    call: Callable[[State, Inputs], Any], of: Any, rule: Rule, key: Key, state: State, x: Inputs, targets: Tensor, rows: Rows
+    call: Callable[[State, Inputs], Any], of: Any, rule: Rule, key: Key, state: State, x: Inputs, targets: Any, rows: Rows
 ) -> Tensor:
     """The same by the definition: one row, model and all, mapped over the chunk."""
 
@@ -89,7 +89,7 @@ def kernel_of(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: 
 
 def _key(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: tuple[int, ...]) -> Any:
     state = tuple((t.dtype, t.device) for t in runner.state.values())
-    of = (score.of.func, *map(weakly, score.of.args), score.rows.shape)
+    of = weakly(score.of), keep.shapes(score.rows)
     settings = (rule, grid, subject.key, runner.folded, runner.channels_last, runner.room.asked, runner.dtype)
     return "kernel", of, settings, keep.shapes(subject.x), state, runner.known
 

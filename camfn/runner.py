@@ -20,7 +20,7 @@ from camfn.memory import Ledger, free_bytes, is_exhausted
 from camfn.rewrite import channels_last, find_folds, is_close, merge_norms
 from camfn.shell import Shell, shell_of
 from camfn.subject import Key, Subject, with_input
-from camfn.targets import Score, logits_of, score_rows
+from camfn.targets import Score, distinct, logits_of, reads_logits, score_rows
 
 _WORTH = 24  # rows from which the forward that checks a rewritten model pays
 _REUSED = 1500  # how often a weight has to be used in a sweep for a copy of it to pay
@@ -156,10 +156,14 @@ def _first(subject: Subject, images: Tensor) -> Inputs:
 
 
 def _read(score: Score, output: Any, count: int) -> list[Tensor]:
-    """What counts of an output for `count` inputs: the logits, or what the callables make of it. Other parts do not."""
-    if score.classes is not None and not isinstance(output, list):
+    """What counts of an output for `count` inputs: the logits, or what the targets make of it. Other parts do not."""
+    if reads_logits(score.of) and not isinstance(output, list):
         return [logits_of(output)]
-    return [score_rows(score.of, output, row.expand(count, *row.shape)) for row in score.rows.unique(dim=0)]
+
+    def of(image: int) -> Any:
+        return tree_map(lambda leaf: leaf[image : image + 1].expand(count, *leaf.shape[1:]), score.rows)
+
+    return [score_rows(score.of, output, of(image)) for image in distinct(score.rows)]
 
 
 # ---------------------------------------------------------------------------------------------------------- facts
@@ -179,7 +183,7 @@ def _once(subject: Subject, what: Any, find: Callable[[], Any]) -> Any:
 
 def takes_batches(subject: Subject, score: Score) -> Literal["whole", "mapped", "alone"]:
     """How the model may be shown several inputs: as one batch, mapped, or only one at a time. Found by three forwards."""
-    read = None if score.classes is not None else weakly(score.of.args)
+    read = None if reads_logits(score.of) else weakly(score.of)
 
     def find() -> Literal["whole", "mapped", "alone"]:
         call, image = pure_from(shell_of(subject.model)), _image(subject)

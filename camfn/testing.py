@@ -166,7 +166,10 @@ def layers_of(model: TinyNet, *, linear_head: bool = False, varied: bool = False
 
 
 def targets_of(model: TinyNet, n: int, *, plain: bool = False) -> SearchStrategy[Target]:
-    """Targets of every kind, for a batch of `n`. `plain`: only classes by number, which every method and recipe takes."""
+    """Targets of every kind that a classifier has, for a batch of `n`.
+
+    `plain`: only classes by number, which every method and recipe takes.
+    """
     one, count = st.integers(0, model.spec.classes - 1), model.spec.classes
     each = st.lists(one, min_size=n, max_size=n)
     several = st.lists(st.tuples(*[one] * n), min_size=1, max_size=3).map(lambda columns: torch.tensor(columns).T)
@@ -175,12 +178,16 @@ def targets_of(model: TinyNet, n: int, *, plain: bool = False) -> SearchStrategy
     if plain:
         return classes
     scales = st.sampled_from([targets.logit, targets.probability, targets.log_probability, targets.rest])
+    scaled = st.one_of(st.builds(lambda scale, c: scale(c), scales, some), st.one_of(one, each).map(targets.regression))
+    contrasts = st.builds(lambda c, k: targets.contrast(c, top=k), some, st.integers(1, count - 1))
+    alone = st.builds(lambda scale, c: scale(c), scales, one)
     return st.one_of(
         classes,
-        st.builds(lambda scale, c: scale(c), scales, some),
-        st.builds(lambda c, k: targets.contrast(c, top=k), some, st.integers(1, count - 1)),
+        scaled,
+        contrasts,
+        st.builds(lambda a, b, weight: a - weight * b, contrasts, scaled, st.sampled_from([-1, 0.5, 2])),
         one.map(_margin),
-        st.lists(one.map(_margin), min_size=n, max_size=n),
+        st.lists(st.one_of(one.map(_margin), alone), min_size=n, max_size=n),
     )
 
 

@@ -1,10 +1,8 @@
 """One pure function per formula: how much each channel counts. Tensors only, no spatial axis is named."""
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from camfn._types import Classes, Gradients, Scores, Weights
+from camfn._types import Gradients, Scores, Weights
 
 
 def softmax(scores: Scores) -> Weights:
@@ -20,11 +18,6 @@ def softmax(scores: Scores) -> Weights:
 def score(scores: Scores) -> Weights:
     """`w_k = S_k`: the weights of the Score-CAM authors' code, with probabilities for S."""
     return scores.mT
-
-
-def class_rows(matrix: Float[Tensor, "k c"], classes: Classes) -> Weights:
-    """`w_k = W_ck`: CAM (Zhou et al., 2016); W is the linear layer behind global average pooling."""
-    return matrix[classes]
 
 
 def grad_cam(gradients: Gradients) -> Weights:

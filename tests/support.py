@@ -1,11 +1,14 @@
 """What several test files share: networks, torchvision where it was built for another torch, trained networks if there."""
 
+import copy
+import functools
 import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 REAL = Path(os.environ.get("CAMFN_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
@@ -106,3 +109,45 @@ def assert_close(ours: Tensor, theirs: Tensor, atol: float, what: str = "") -> N
         f"{what}: differs by up to {difference.max():.3g} (allowed {atol:g}) at {worst}: "
         f"{ours.flatten()[worst]:.9g} against {theirs.flatten()[worst]:.9g}"
     )
+
+
+def score_cam_loop(net: nn.Module, layer: str, x: Tensor, score, raw: bool = False) -> Tensor:
+    """Score-CAM as a plain loop with a plain hook, `(n, t, h, w)`.
+
+    `score(y, i)` is `(t,)`, of what the model gives for image i alone under a mask. `raw`: after the ReLU, not scaled.
+    """
+    net, kept = copy.deepcopy(net).eval(), []
+    handle = net.get_submodule(layer).register_forward_hook(lambda module, args, out: kept.append(out.clone()))
+    with torch.no_grad():
+        net(x)
+        handle.remove()
+        maps = torch.stack([_loop_one(net, x[i : i + 1], a, functools.partial(score, i=i)) for i, a in enumerate(kept[0])])
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    return maps if raw else (maps - low) / (high - low)
+
+
+def _loop_one(net: nn.Module, image: Tensor, activation: Tensor, score) -> Tensor:
+    scores = []
+    for a in activation:
+        mask = (a - a.min()) / (a.max() - a.min() + 1e-8)
+        mask = F.interpolate(mask[None, None], image.shape[2:], mode="bilinear", align_corners=False)
+        scores.append(score(sample_of(net(image * mask))))
+    return torch.relu(torch.einsum("ct,chw->thw", torch.stack(scores).softmax(0), activation))
+
+
+def grad_cam_loop(net: nn.Module, layer: str, x: Tensor, score) -> Tensor:
+    """Grad-CAM by `autograd.grad` and a plain hook, image by image and score by score, `(n, t, h, w)`, not scaled."""
+    net, kept, maps = copy.deepcopy(net).eval(), [], []
+    net.get_submodule(layer).register_forward_hook(lambda module, args, out: kept.append(out))
+    for i in range(len(x)):
+        scores = score(sample_of(net(x[i : i + 1])), i=i)
+        slopes = [torch.autograd.grad(one, kept[i], retain_graph=True)[0][0] for one in scores]
+        maps.append(torch.stack([torch.relu((g.mean((1, 2))[:, None, None] * kept[i][0]).sum(0)) for g in slopes]))
+    return torch.stack(maps).detach()
+
+
+def sample_of(output):
+    """The one sample of an output, of a batch of one."""
+    if isinstance(output, dict):
+        return {key: value[0] for key, value in output.items()}
+    return output[0]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import SmallNet, assert_close, inputs, small_net
+from support import SmallNet, assert_close, inputs, score_cam_loop, small_net
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
@@ -524,7 +524,7 @@ def test_the_default_dtype_does_not_matter(method, dtype):
 def test_the_default_device_does_not_matter(method, target):
     named = {"contrast": camfn.targets.contrast(1, [2, 3]), "callable": lambda y: y[1] - y[2]}
     target = named.get(target, target) if isinstance(target, str) else target
-    if method == "cam" and (callable(target) or isinstance(target, tuple)):
+    if method == "cam" and (callable(target) or isinstance(target, T.Named)):
         pytest.skip("cam's target is of classes")
     net, x = small_net(), inputs()
     expected = run(method, net, "features", x, target)
@@ -547,28 +547,6 @@ def test_a_generator_or_seed_of_the_caller_is_not_advanced(method):
 
 
 # ----------------------------------------------------------------------------------------------- independent oracle
-
-
-def loop(net: nn.Module, layer: str, x: Tensor, score) -> Tensor:
-    """Score-CAM as a plain loop, `(n, t, h, w)`; `score(y, i)` is `(t,)`, of the logits of image i under a mask."""
-    net, kept = copy.deepcopy(net).eval(), []
-    handle = net.get_submodule(layer).register_forward_hook(lambda module, args, out: kept.append(out.clone()))
-    with torch.no_grad():
-        net(x)
-        handle.remove()
-        return torch.stack([_loop_one(net, x[i : i + 1], a, functools.partial(score, i=i)) for i, a in enumerate(kept[0])])
-
-
-def _loop_one(net: nn.Module, image: Tensor, activation: Tensor, score) -> Tensor:
-    scores = []
-    for a in activation:
-        mask = (a - a.min()) / (a.max() - a.min() + 1e-8)
-        mask = F.interpolate(mask[None, None], image.shape[2:], mode="bilinear", align_corners=False)
-        scores.append(score(net(image * mask)[0]))
-    weights = torch.stack(scores).softmax(0)
-    maps = torch.relu(torch.einsum("ct,chw->thw", weights, activation))
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return (maps - low) / (high - low)
 
 
 def clean(net: nn.Module, x: Tensor) -> Tensor:
@@ -614,14 +592,14 @@ SEVERAL = ("tensor (n, t)", "all", "top", "logit of all", "probability of the to
 @pytest.mark.parametrize("kind", TARGETS)
 def test_every_kind_of_target_is_what_a_plain_loop_scores(kind):
     target, score = TARGETS[kind]
-    expected = loop(NET, "features", X, score)
+    expected = score_cam_loop(NET, "features", X, score)
     found = camfn.score_cam(NET, "features", X, target)
     assert_close(found, expected if kind in SEVERAL else expected[:, 0], 1e-10, kind)
 
 
 def test_the_reference_tells_targets_apart():
     maps = torch.stack(
-        [loop(NET, "features", X, score)[:, 0] for _, score in (TARGETS[k] for k in ("int", "list", "callable"))]
+        [score_cam_loop(NET, "features", X, score)[:, 0] for _, score in (TARGETS[k] for k in ("int", "list", "callable"))]
     )
     assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(maps, 2))
 
@@ -753,7 +731,7 @@ WRAPS["named tuple"] = lambda y, make=WRAPS["named tuple"]: make((y, y * 2))
 @pytest.mark.parametrize("kind", WRAPS)
 @every_method
 def test_logits_are_found_in_every_kind_of_output(method, kind, target):
-    if method == "cam" and isinstance(target, tuple):
+    if method == "cam" and isinstance(target, T.Named):
         pytest.skip("cam's target is of classes")
     x = (inputs(3), GAIN)
     found = run(method, TwoInputs(WRAPS[kind]), "inner.features", x, target)
@@ -913,7 +891,7 @@ ANY |= {"callable": lambda y: y[0] * y[1]}
 @every_method
 def test_mapping_over_inputs_is_the_batch(method, kind):
     target = ANY[kind]
-    if method == "cam" and (callable(target) or (isinstance(target, tuple) and not isinstance(target, T.Top))):
+    if method == "cam" and (callable(target) or (isinstance(target, T.Named) and not isinstance(target, T.Top))):
         pytest.skip("cam's target is of classes")
     net, x = small_net(), inputs(3)
     expected = run(method, net, "features", x, target, normalize=False)

@@ -546,11 +546,10 @@ WRONG_TARGETS = {
     "against none": (T.contrast(1, []), ("against=[]",)),
     "contrast of all others": (T.contrast(1, top=5), ("top=5", "5 classes")),
     "contrast with none": (T.contrast(1, top=0), ("top=0", "5 classes")),
-    "contrast of all classes": (T.contrast("all"), ("contrast", "one class")),
     "contrast too high": (T.contrast(8), ("target 8", "0 to 4")),
     "against an int": (T.contrast(1, 3), ("against=3",)),
-    "mixed": ([1, lambda y: y[0]], ("mixes callables",)),
-    "one callable": ([lambda y: y[0]], ("1 callables", "batch of 2")),
+    "mixed, and one is wrong": ([lambda y: y[0], 7], ("the target of image 1", "target 7", "0 to 4")),
+    "one callable": ([lambda y: y[0]], ("1 entries", "batch of 2")),
     "callable of two axes": (lambda y: y[None], ("scalar tensor", "(t,)", "(1, 5)")),
     "callable of a float": (lambda y: 1.0, ("scalar tensor", "found float")),
     "callable of an item": (lambda y: y[0].item(), ("the target failed", "ONE sample", ".item()")),
@@ -924,8 +923,8 @@ def test_cam_with_an_fc_that_is_not_there():
 
 @pytest.mark.parametrize(
     "target",
-    [lambda y: y[0], T.probability(1), T.contrast(1), [lambda y: y[0]] * 2],
-    ids=["callable", "probability", "contrast", "callables"],
+    [lambda y: y[0], T.probability(1), T.logit(1) + T.rest(1), [lambda y: y[0]] * 2],
+    ids=["callable", "probability", "sum with what is not", "callables"],
 )
 def test_cam_with_a_target_that_is_not_of_classes(target):
     with says("cam", "linear layer", "target", "classes"):

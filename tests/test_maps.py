@@ -75,8 +75,6 @@ def test_weights():
     assert_close(w.sum(-1), torch.ones(2, 3, dtype=torch.float64), 1e-12)
     assert_close(w[1, 2], torch.exp(scores[1, :, 2]) / torch.exp(scores[1, :, 2]).sum(), 1e-12)
     assert_close(weights.score(scores), scores.mT, 0)
-    matrix = torch.randn(4, 5)
-    assert_close(weights.class_rows(matrix, torch.tensor([[1, 2], [3, 0]]))[1, 0], matrix[3], 0)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,16 @@ PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
     *("_errors", "_types", "_compat", "draws", "shell", "capture", "keep", "heads", "eigen", "maps"),
-    *("findings", "metrics", "layouts", "targets"),
+    *("findings", "metrics", "layouts"),
+    *(
+        "targets.scores",
+        "targets.algebra",
+        "targets.classes",
+        "targets.dense",
+        "targets.embeddings",
+        "targets.detections",
+        "targets",
+    ),
     *(
         "layers",
         "weights",

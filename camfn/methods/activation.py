@@ -2,13 +2,12 @@
 
 from torch import nn
 
-from camfn import weights
 from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layer, Layers, Layout, Size, State, Target
 from camfn.layers import find_linear
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
 from camfn.subject import look
-from camfn.targets import resolve
+from camfn.targets import at_columns, resolve
 
 
 @method("activations", "linear head", cost="1")
@@ -32,13 +31,14 @@ def cam(
     forward, no ReLU. On such a head the mean of the map is the logit less its bias.
 
     **Arguments**, beside those that all methods share (`camfn.score_cam` tells them): `layer`, one layer; `fc`, the linear
-    layer by name or as a module, found by its shape if `None`, which a warning says; `target`, classes only; `combine="eigen"`
+    layer by name or as a module, found by its shape if `None`, which a warning says; `target`, one that is linear in the
+    logits: classes, contrasts, sums and weightings of these, whose map is the sum of the classes' maps; `combine="eigen"`
     draws the first component of `W_ck A_k` in place of their sum.
 
     **Returns** `(n, *grid)`, or `(n, t, *grid)` for several classes; `(min, max)` scaled to `(0, 1)` unless `normalize=False`.
 
-    **Raises** `CamError` where several layers are given, the target is not of classes, or there is no linear layer of the
-    layer's channels and the model's classes, or more than one.
+    **Raises** `CamError` where several layers are given, the target is another one, or there is no linear layer of the layer's
+    channels and the model's classes, or more than one.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -55,13 +55,15 @@ def cam(
         raise CamError(f"cam explains one layer, the one before the pooling; found {len(layer)}")
     subject = look(model, layer, x, state, None, masks=False)
     score = resolve(target, subject.output, subject.n, subject.image.device)
-    if score.classes is None or not score.is_logit:
-        raise CamError("cam weighs channels by a class's row of the linear layer: its target must be classes")
+    if not score.linear:
+        raise CamError(
+            "cam weighs channels by a class's row of the linear layer: its target must be classes, or a sum or contrast of them"
+        )
     reads = [read(subject, subject.layers[0], subject.seen[0], layout)]
     clean = clean_scores(subject, score)
     name = find_linear(subject.shell, subject.model, fc, reads[0].values.shape[1], subject.output)
     matrix = subject.state[subject.shell.aliases[f"{name}.weight"]]
-    found = (weights.class_rows(matrix.flatten(1), score.classes),)
+    found = (at_columns(score, matrix.flatten(1)),)  # of a class: its row
     drawing = Drawing(relu, size, normalize, checked_combine(combine))
     outcome = drawn(subject, score, clean, combined(found, reads, combine), [reads[0].grid], drawing)
     return outcome._replace(weights=found)

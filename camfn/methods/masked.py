@@ -55,8 +55,8 @@ def score_cam(
       mapping for `model(**x)`. `masked` is the key or index of the input to mask, by default the only floating-point one with
       spatial axes.
     - `target`: `None` (the class predicted on the clean input), an int, n ints, a long tensor `(n,)` or `(n, t)`, `"all"`,
-      a name of `camfn.targets`, a callable from ONE sample's output to a scalar or `(t,)`, or n callables. An integer means
-      the model's raw output for that class.
+      a name of `camfn.targets` or a sum of such, a callable from ONE sample's output to a scalar or `(t,)`, or a list with
+      one target for each image. An integer means the model's raw output for that class.
     - `recipe`: a name of `camfn.RECIPES`, or a `camfn.Recipe`: where papers and libraries differ.
     - `budget`: the share in (0, 1] of the channels that are not flat that is swept; 1.0 is the exact map. What the others
       would score is predicted from the head's gradient and from channels with masks like theirs.

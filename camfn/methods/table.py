@@ -7,6 +7,7 @@ from typing import NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from camfn import _compat, layouts
 from camfn import maps as _maps
@@ -15,6 +16,7 @@ from camfn._types import Combine, FlatMaps, Layout, Maps, Size, Weights
 from camfn.findings import Finding, about_maps
 from camfn.gradients import slopes_of
 from camfn.layouts import Read
+from camfn.runner import weakly
 from camfn.subject import Subject, first_nonfinite
 from camfn.targets import Score, score_rows
 
@@ -101,9 +103,10 @@ def clean_scores(subject: Subject, score: Score) -> Tensor:
 
 def slopes_at(subject: Subject, score: Score, layout: Layout) -> list[Tensor]:
     """The gradient of each target's score at each layer, `(n, t, c, p)`, of a subject that was captured with a `pull`."""
-    if subject.slopes is None:
+    if subject.slopes is None or _compat.transformed():
         return _slopes_at(subject, score, layout)
-    key = score.of.func, score.of.args, tuple(score.rows.flatten().tolist()), layout
+    rows = tuple((leaf.shape, leaf.dtype, leaf.detach().cpu().numpy().tobytes()) for leaf in tree_flatten(score.rows)[0])
+    key = weakly(score.of), rows, layout
     if key not in subject.slopes:
         subject.slopes[key] = _slopes_at(subject, score, layout)
     return subject.slopes[key]

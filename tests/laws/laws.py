@@ -7,6 +7,7 @@ is about ReLU or min-max, signed and unscaled maps are compared: min-max makes m
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import camfn
 from camfn.masks import Recipe, recipe_of
-from camfn.targets import Contrast, OfClasses, resolve, score_rows
+from camfn.targets import Contrast, OfClasses, Output, Sum, resolve, score_rows
 from camfn.testing import Case, Spec, TinyNet
 
 TOLERANCE = 1e-9
@@ -172,7 +173,11 @@ def rechanneled(variant: Variant, case: Case, change: Any, undo: Any, columns: C
 def for_images(target: Any, index: Tensor) -> Any:
     """The target of a batch made of the images `index` of this one."""
     if isinstance(target, (OfClasses, Contrast)):
-        return target._replace(classes=for_images(target.classes, index))
+        return replace(target, classes=for_images(target.classes, index))
+    if isinstance(target, Output):
+        return replace(target, index=for_images(target.index, index))
+    if isinstance(target, Sum):
+        return Sum(tuple((weight, for_images(term, index)) for weight, term in target.terms))
     if isinstance(target, list):
         return [target[i] for i in index]
     return target[index] if isinstance(target, Tensor) else target
@@ -181,9 +186,13 @@ def for_images(target: Any, index: Tensor) -> Any:
 def renamed(target: Any, names: Tensor) -> Any:
     """The target where class `c` is now called `names[c]`."""
     if isinstance(target, OfClasses):
-        return target._replace(classes=renamed(target.classes, names))
+        return replace(target, classes=renamed(target.classes, names))
     if isinstance(target, Contrast):
-        return target._replace(classes=renamed(target.classes, names), against=renamed(target.against, names))
+        return replace(target, classes=renamed(target.classes, names), against=renamed(target.against, names))
+    if isinstance(target, Output):
+        return replace(target, index=renamed(target.index, names))
+    if isinstance(target, Sum):
+        return Sum(tuple((weight, renamed(term, names)) for weight, term in target.terms))
     if isinstance(target, list):
         return [renamed(one, names) for one in target]
     if callable(target):

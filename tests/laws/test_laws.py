@@ -95,6 +95,8 @@ REACHED = {
     "one position": lambda case: activation(case)[0, 0].numel() == 1,
     "a flat channel and one that is not": lambda case: len(flat_channels(activation(case).flatten(2))[0].unique()) == 2,
     "several images with targets of their own": lambda case: isinstance(case.target, list) and len(set(case.target)) > 1,
+    "kinds of their own": lambda case: isinstance(case.target, list) and len({type(one) for one in case.target}) > 1,
+    "a sum": lambda case: isinstance(case.target, camfn.targets.Sum),
     "several targets": lambda case: isinstance(case.target, torch.Tensor) and case.target.ndim == 2,
     "a function": lambda case: callable(case.target),
     "a contrast": lambda case: isinstance(case.target, camfn.targets.Contrast),

@@ -269,7 +269,7 @@ def target_of_the_first_image(resolve):
     return first
 
 
-@mutation("targets:_of_classes", classes_permuted="score_cam")
+@mutation("targets.classes:_of_classes", classes_permuted="score_cam")
 def score_of_the_next_class(of_classes):
     def off_by_one(scale, sample, row):
         return of_classes(scale, sample, (row + 1) % sample.shape[-1])

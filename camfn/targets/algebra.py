@@ -1,0 +1,263 @@
+"""Targets made of targets: sums, differences and weightings, one for each image; and functions of the caller's."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from camfn._errors import CamError
+from camfn._types import wide
+from camfn.targets.scores import Clean, Kind, Score, fields_of, is_record, read_parts, score_rows
+
+Terms: TypeAlias = "tuple[tuple[float, Named], ...]"
+
+
+class Named:
+    """A target that `camfn.targets` names. They add up, are subtracted, and are weighted by numbers: each is a target again.
+
+    Every term is resolved on the clean output; then their scores are combined, as tensors of shape (t,) are: one score goes
+    with any number, several go with as many. A callable may stand in a sum: `targets.logit(3) - my_function`.
+
+    >>> import camfn, torch
+    >>> T = camfn.targets
+    >>> target, y = (T.top(2) - T.logit(0)) / 2, torch.tensor([[1.0, 5.0, 3.0]])
+    >>> score = T.resolve(target, y, 1, y.device)
+    >>> T.score_rows(score.of, y, score.rows)
+    tensor([[2., 1.]])
+    """
+
+    __array_ufunc__ = None  # NumPy's numbers leave the product to us
+
+    def resolve(self, clean: Clean) -> Score:
+        """What it means for this clean output."""
+        raise NotImplementedError
+
+    def __add__(self, other: Any) -> "Sum":
+        return Sum(_terms(self) + _terms(other))
+
+    def __radd__(self, other: Any) -> "Named":
+        begins = isinstance(other, int) and other == 0  # as `sum` does
+        return self if begins else Sum(_terms(other) + _terms(self))
+
+    def __mul__(self, number: Any) -> "Sum":
+        by = _number(number)
+        return Sum(tuple((by * weight, term) for weight, term in _terms(self)))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, number: Any) -> "Sum":
+        if _number(number) == 0:
+            raise CamError("a target divided by 0")
+        return self * (1 / _number(number))
+
+    def __neg__(self) -> "Sum":
+        return self * -1
+
+    def __sub__(self, other: Any) -> "Sum":
+        return self + -1 * Sum(_terms(other))
+
+    def __rsub__(self, other: Any) -> "Sum":
+        return Sum(_terms(other)) - self
+
+
+def _terms(target: Any) -> Terms:
+    if isinstance(target, Sum):
+        return target.terms
+    if not isinstance(target, Named) and not callable(target):
+        raise CamError(
+            f"{target!r} cannot be added to a target or subtracted: targets can, by their names (the score of class 3 is "
+            "camfn.targets.logit(3)), and callables"
+        )
+    return ((1.0, target if isinstance(target, Named) else Function(target)),)
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise CamError(f"a target times {value!r}: a finite number weighs a target; a callable can do all else")
+    return float(value)
+
+
+# ---------------------------------------------------------------------------------------------------------- a sum
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum(Named):
+    """`sum_i weight_i * score_i`."""
+
+    terms: Terms
+
+    def resolve(self, clean: Clean) -> Score:
+        """Each term on the clean output; their weights are in the rows."""
+        scores = [term.resolve(clean) for _, term in self.terms]
+        found = [score_rows(score.of, clean.output, score.rows) for score in scores]
+        counts = {values.shape[1] for values in found} - {1}
+        if len(counts) > 1:
+            raise CamError(
+                f"targets of {' and '.join(map(str, sorted(counts)))} scores per image do not add up: each must have one, "
+                "or as many as the others"
+            )
+        weights = torch.tensor([weight for weight, _ in self.terms], dtype=_widest(found), device=clean.device)
+        kind = Kind(read_parts, _of_sum, _names_of_sum, (tuple(score.of for score in scores),))
+        rows = weights.repeat(clean.n, 1), tuple(score.rows for score in scores)
+        classes = scores[0].classes if len(scores) == 1 else None
+        return Score(kind, rows, all(score.single for score in scores), classes, all(score.linear for score in scores))
+
+
+def _each(parts: tuple[Kind, ...], samples: tuple[Any, ...], rows: tuple[Any, ...]) -> list[Tensor]:
+    return [part.score(*part.told, sample, row) for part, sample, row in zip(parts, samples, rows)]
+
+
+def _widest(scores: list[Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (score.dtype for score in scores))
+
+
+def _of_sum(parts: tuple[Kind, ...], samples: tuple[Any, ...], row: tuple[Tensor, tuple[Any, ...]]) -> Tensor:
+    weights, rows = row
+    first, *others = (weight * score for weight, score in zip(weights.unbind(0), _each(parts, samples, rows)))
+    for other in others:
+        first = first + other
+    return first
+
+
+def _names_of_sum(parts: tuple[Kind, ...], row: tuple[Tensor, tuple[Any, ...]]) -> list[str]:
+    weights, rows = row
+    each = [part.names(*part.told, own) for part, own in zip(parts, rows)]
+    count = max(map(len, each))
+    return [_written(weights.tolist(), [own[i if len(own) > 1 else 0] for own in each]) for i in range(count)]
+
+
+def _written(weights: list[float], terms: list[str]) -> str:
+    text = ""
+    for weight, term in zip(weights, terms):
+        term = f"({term})" if " - " in term or " + " in term else term
+        term = term if abs(weight) == 1 else f"{abs(weight):g} * {term}"
+        sign = "-" if weight < 0 else "+"
+        text = f"{text} {sign} {term}" if text else term if weight >= 0 else f"-{term}"
+    return text
+
+
+# ------------------------------------------------------------------------------------------------- one for each image
+
+
+@dataclasses.dataclass(frozen=True)
+class Each(Named):
+    """One target for each image, of any kinds."""
+
+    targets: tuple[Named, ...]
+
+    def resolve(self, clean: Clean) -> Score:
+        """Each on the output of its image; those of one kind become one. However many kinds there are, forwards are as few."""
+        if len(self.targets) != clean.n:
+            raise CamError(
+                f"target has {len(self.targets)} entries for a batch of {clean.n}: give one target for all, or one each"
+            )
+        scores = [_of_image(target, clean, image) for image, target in enumerate(self.targets)]
+        counts = [score_rows(score.of, clean.of(i).output, score.rows).shape[1] for i, score in enumerate(scores)]
+        if len(set(counts)) > 1:
+            raise CamError(f"the targets of the images have {counts} scores: all must have as many")
+        groups = _groups(scores)
+        of, rows = scores[groups[0][0]].of, _rows_of(groups[0], scores)
+        if len(groups) > 1:
+            kinds = tuple(scores[group[0]].of for group in groups)
+            which = [number for image in range(clean.n) for number, group in enumerate(groups) if image in group]
+            of = Kind(read_parts, _of_choice, _names_of_choice, (kinds,))
+            rows = torch.tensor(which, device=clean.device)[:, None], tuple(_rows_of(group, scores) for group in groups)
+        classes = [score.classes for score in scores if score.classes is not None]
+        every = torch.cat(classes) if len(classes) == clean.n else None
+        return Score(of, rows, all(score.single for score in scores), every, all(score.linear for score in scores))
+
+
+def _of_image(target: Named, clean: Clean, image: int) -> Score:
+    try:
+        return target.resolve(clean.of(image))
+    except CamError as error:
+        raise CamError(f"the target of image {image}: {error}") from error
+
+
+def _groups(scores: list[Score]) -> list[list[int]]:
+    """The images whose kind, and whose rows' shape, is the same."""
+    shapes: list[Any] = []
+    groups: list[list[int]] = []
+    for image, score in enumerate(scores):
+        leaves, tree = tree_flatten(score.rows)
+        shape = score.of, tree, [(leaf.shape, leaf.dtype) for leaf in leaves]
+        if shape not in shapes:
+            shapes.append(shape)
+            groups.append([])
+        groups[shapes.index(shape)].append(image)
+    return groups
+
+
+def _rows_of(group: list[int], scores: list[Score]) -> Any:
+    """Rows for all images from those of a group: the others' are there to fill the places."""
+    filled = [tree_flatten(scores[image if image in group else group[0]].rows) for image in range(len(scores))]
+    return tree_unflatten([torch.cat(leaves) for leaves in zip(*(leaves for leaves, _ in filled))], filled[0][1])
+
+
+def _of_choice(parts: tuple[Kind, ...], samples: tuple[Any, ...], row: tuple[Tensor, tuple[Any, ...]]) -> Tensor:
+    which, rows = row  # each sample wants one of them; all are cheap beside a forward, and one function serves all
+    each = _each(parts, samples, rows)
+    return torch.stack([score.to(_widest(each)) for score in each]).index_select(0, which)[0]
+
+
+def _names_of_choice(parts: tuple[Kind, ...], row: tuple[Tensor, tuple[Any, ...]]) -> list[str]:
+    which, rows = row
+    return parts[int(which)].names(*parts[int(which)].told, rows[int(which)])
+
+
+# ------------------------------------------------------------------------------------------------------ a function
+
+
+@dataclasses.dataclass(frozen=True)
+class Function(Named):
+    """A callable of the caller's, from one sample's output to a scalar or `(t,)`."""
+
+    function: Callable[[Any], Any]
+
+    def resolve(self, clean: Clean) -> Score:
+        """Tried once on the clean output, which tells how many scores it gives."""
+        clean.refuse_probabilities("a callable")
+        kind = Kind(_whole, _of_function, _name_of_function, (self.function,))
+        rows = torch.zeros(clean.n, 1, dtype=torch.long, device=clean.device)
+        axes: list[int] = []
+
+        def probe(sample: Any) -> Any:
+            score = self.function(sample)
+            axes.append(getattr(score, "ndim", 1))
+            return score
+
+        try:
+            score_rows(kind._replace(told=(probe,)), clean.output, rows)
+        except CamError:
+            raise
+        except Exception as error:
+            raise CamError(
+                f"the target failed on the model's output: {type(error).__name__}: {error} (it is called with ONE sample's "
+                "output, without a batch axis, inside vmap: no .item(), no `if` on values)"
+            ) from error
+        return Score(kind, rows, not any(axes), None)
+
+
+def _whole(function: Callable[[Any], Any], output: Any) -> tuple[type | None, Any]:
+    """All of the output; a dataclass is taken apart, for trees to see its tensors."""
+    return (type(output), fields_of(output)) if is_record(output) else (None, output)
+
+
+def _of_function(function: Callable[[Any], Any], sample: tuple[type | None, Any], row: Tensor) -> Tensor:
+    made, output = sample
+    score = function(output if made is None else made(**output))
+    if not isinstance(score, Tensor) or score.ndim > 1:
+        found = f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+        raise CamError(f"a target must return a scalar tensor or one of shape (t,) for one sample; found {found}")
+    return score.reshape(-1).to(wide(score.dtype))
+
+
+def _name_of_function(function: Callable[[Any], Any], row: Tensor) -> list[str]:
+    name = getattr(function, "__name__", type(function).__name__)
+    return ["a callable" if name == "<lambda>" else name]

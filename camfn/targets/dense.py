@@ -1,0 +1,128 @@
+"""Targets on a segmentation: a class over the pixels of a mask."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from camfn import _compat
+from camfn._errors import CamError
+from camfn._types import Target, wide
+from camfn.targets.algebra import Named
+from camfn.targets.classes import resolve_classes
+from camfn.targets.scores import Clean, Kind, Score, batch_of, logits_of, read_logits, tensor_of
+
+Reduce = Literal["mean", "sum"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation(Named):
+    """A class's logits over the pixels of a mask."""
+
+    mask: Any
+    classes: Any
+    reduce: Reduce
+
+    def resolve(self, clean: Clean) -> Score:
+        """The classes `(n, t)` and the masks, `(n, t, *grid)` or `(n, 1, *grid)`, are the rows."""
+        clean.refuse_probabilities("targets.segmentation")
+        y = batch_of(logits_of, clean.output)
+        if y.ndim < 3 or y.shape[0] != clean.n:
+            raise CamError(
+                f"targets.segmentation wants logits (n={clean.n}, classes, *grid), and the model's have shape {tuple(y.shape)}"
+            )
+        best, dtype = y.detach().argmax(1, keepdim=True), wide(y.dtype)
+        masks = None if self.mask is None else _masks(self.mask, clean.n, y.shape[2:], y.device, dtype)
+        votes = torch.ones_like(best, dtype=dtype) if masks is None else masks
+        counts = torch.zeros(y.shape[:2], dtype=dtype, device=y.device).scatter_add(1, best.flatten(1), votes.flatten(1))
+        classes, single = resolve_classes(self.classes, counts, clean.n)
+        if masks is None:
+            there = best == classes.reshape(*classes.shape, *[1] * (y.ndim - 2)) if y.shape[1] > 1 else y > 0
+            masks = there.to(dtype)
+            if not _compat.transformed() and not bool(masks.flatten(2).any(-1).all()):
+                image, t = (~masks.flatten(2).any(-1)).nonzero()[0].tolist()
+                raise CamError(f"class {int(classes[image, t])} is predicted nowhere on image {image}: say where, with mask=")
+        kind = Kind(read_logits, _of_segmentation, _names_of_segmentation, (self.reduce,))
+        return Score(kind, (classes, masks), single, classes)
+
+
+def segmentation(mask: Any = None, c: Any = None, *, reduce: Reduce = "mean") -> Target:
+    """The mean of class `c`'s logits `y_c` over the pixels of a mask: `sum_p m_p y_cp / sum_p m_p`.
+
+    - `mask`: `(*grid)` for all images, `(n, *grid)`, or n masks, one for each; True and False, or weights in [0, 1]. One of
+      another size than the output's grid is averaged down to it if its sides are as long to each other, and refused if not.
+      `None`: where the clean output predicts `c` (of a single channel: where it is positive).
+    - `c`: as for `logit`; `None` is the class predicted at most of the mask's pixels. For several classes, `top(k)` say, all
+      have the one mask that is given.
+    - `reduce="sum"` does not divide. Gradient methods give the same normalised map; the softmax of Score-CAM and its kin, of
+      sums over thousands of pixels, gives one channel all the weight, hence the mean.
+
+    Vinogradova et al., Seg-Grad-CAM, AAAI 2020 (arXiv 2002.11434): the sum. So has pytorch-grad-cam.
+    """
+    if reduce not in ("mean", "sum"):
+        raise CamError(f'targets.segmentation with reduce={reduce!r}: "mean" or "sum"')
+    return Segmentation(mask, c, reduce)
+
+
+# ------------------------------------------------------------------------------------------------------- the masks
+
+
+def _masks(given: Any, n: int, grid: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Masks of all images at the output's grid, `(n, 1, *grid)`."""
+    axes = len(grid)
+    if isinstance(given, (list, tuple)):
+        each = [tensor_of(mask, "mask").to(device) for mask in given]
+        wrong = len(each) != n or any(mask.ndim != axes for mask in each)
+        found = f"{len(each)} masks of shapes {[tuple(mask.shape) for mask in each]}"
+    else:
+        mask = tensor_of(given, "mask").to(device)
+        wrong = mask.ndim not in (axes, axes + 1) or (mask.ndim == axes + 1 and mask.shape[0] != n)
+        each, found = [mask] if mask.ndim == axes else mask.unbind(0) if mask.ndim else [], f"shape {tuple(mask.shape)}"
+    if wrong:
+        raise CamError(
+            f"targets.segmentation wants a mask of {axes} axes, as the output's grid {tuple(grid)} has, or n={n} of them; "
+            f"found {found}"
+        )
+    _check_masks(each)
+    return torch.stack([_at_grid(mask.to(dtype), grid) for mask in each]).expand(n, *grid)[:, None].contiguous()
+
+
+def _check_masks(masks: Sequence[Tensor]) -> None:
+    if _compat.transformed():
+        return
+    for image, mask in enumerate(masks):
+        if not bool(((mask >= 0) & (mask <= 1)).all()):  # NaN is neither
+            raise CamError(
+                f"mask {image} has values from {float(mask.min()):g} to {float(mask.max()):g}: a mask is True and False, or "
+                "weights in [0, 1] (of a map of classes: classes == c)"
+            )
+        if not bool(mask.any()):
+            raise CamError(f"mask {image} is empty: no pixel is marked")
+
+
+def _at_grid(mask: Tensor, grid: Sequence[int]) -> Tensor:
+    """The share of each cell of the grid that is marked."""
+    if mask.shape == tuple(grid):
+        return mask
+    ratios = [cells / pixels for cells, pixels in zip(grid, mask.shape)]
+    if any(abs(ratio * pixels - cells) >= 1 for ratio in ratios for cells, pixels in zip(grid, mask.shape)):
+        raise CamError(
+            f"the mask's size {tuple(mask.shape)} and the output's grid {tuple(grid)} differ in shape: crop and resize the "
+            "mask as the input was"
+        )
+    return F.interpolate(mask[None, None], size=tuple(grid), mode="area")[0, 0]
+
+
+def _of_segmentation(reduce: Reduce, y: Tensor, row: tuple[Tensor, Tensor]) -> Tensor:
+    classes, masks = row
+    scores = (y.to(wide(y.dtype)).index_select(0, classes) * masks).flatten(1).sum(1)
+    return scores / masks.flatten(1).sum(1) if reduce == "mean" else scores
+
+
+def _names_of_segmentation(reduce: Reduce, row: tuple[Tensor, Tensor]) -> list[str]:
+    classes, masks = row
+    pixels = masks.flatten(1).sum(1).expand(len(classes)).tolist()
+    return [f"{reduce} of logit {c} over {size:.4g} pixels" for c, size in zip(classes.tolist(), pixels)]
