@@ -5,7 +5,7 @@ Axes: `n` images, `c` channels, `p` positions of the layer's grid (flattened), `
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -32,7 +32,17 @@ Maps: TypeAlias = Tensor | tuple[Tensor, ...]
 
 Combine: TypeAlias = Literal["sum", "eigen"]
 Size: TypeAlias = Literal["input"] | Sequence[int] | None
-Layout: TypeAlias = str | Callable[[Tensor], Tensor]
+
+
+class Tokens(NamedTuple):
+    """Made by `camfn.layouts.tokens`: tokens before a grid, and the grid; what is `None` is to be found."""
+
+    grid: tuple[int, ...] | None = None
+    prefix: int | None = None
+
+
+Layout: TypeAlias = str | Tokens | Callable[[Tensor], Tensor]
+"""`"auto"`, `"channels_first"`, `"channels_last"`, `camfn.layouts.tokens(grid, prefix)`, or a way to `(n, c, *grid)`."""
 Target: TypeAlias = Any
 """`None`, an int, n ints, a long tensor `(n,)` or `(n, t)`, `"all"`, a `camfn.targets` name, a callable, or n of these."""
 

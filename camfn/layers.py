@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layer, State
 from camfn.capture import resolve_layers, watch
+from camfn.layouts import Clues, Sides
 from camfn.shell import Shell, shell_of
 from camfn.targets import logits_of
 
@@ -63,6 +65,32 @@ def last_of(found: Sequence[Candidate], model: nn.Module, spatial_ndim: int) -> 
 def choose(model: nn.Module, state: State, x: Inputs, spatial_ndim: int) -> str:
     """The last layer, in the order of execution, whose output still has spatial axes; one forward."""
     return last_of(candidates(model, state, x, spatial_ndim), model, spatial_ndim)
+
+
+def clues_of(model: nn.Module, spatial: Sides | None) -> Clues:
+    """What the layers of a model tell about the layout of its activations, for an input of this size."""
+    first: set[int] = set()
+    last: set[int] = set()
+    grids: set[Sides] = set()
+    for module in model.modules():
+        if isinstance(module, _ConvNd):
+            first |= {module.in_channels, module.out_channels}
+            if spatial is not None and len(spatial) == len(module.kernel_size) and max(module.stride) > 1:
+                grids.add(_strided(module, spatial))
+        elif isinstance(module, _NormBase):
+            first.add(module.num_features)
+        elif isinstance(module, nn.GroupNorm):
+            first.add(module.num_channels)
+        elif isinstance(module, nn.LayerNorm):
+            last.add(module.normalized_shape[-1])
+    return Clues(frozenset(first), frozenset(last), frozenset(grids))
+
+
+def _strided(conv: _ConvNd, spatial: Sides) -> Sides:
+    """What a convolution makes of a grid."""
+    padding = (0,) * len(spatial) if isinstance(conv.padding, str) else conv.padding
+    knobs = zip(spatial, conv.kernel_size, conv.stride, padding, conv.dilation)
+    return tuple((side + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for side, kernel, stride, pad, dilation in knobs)
 
 
 def find_linear(shell: Shell, model: nn.Module, fc: Layer | None, channels: int, output: Any) -> str:

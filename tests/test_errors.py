@@ -1019,7 +1019,7 @@ def test_the_inputs_size_where_the_input_has_none():
 @pytest.mark.parametrize("method", sorted(camfn.METHODS))
 @pytest.mark.parametrize("layout", ["nchw", 5, None])
 def test_a_wrong_layout(method, layout):
-    with says('layout must be "auto", "channels_first", "channels_last" or a callable', repr(layout)):
+    with says('layout must be "auto", "channels_first", "channels_last", camfn.layouts.tokens() or a callable', repr(layout)):
         explain(method=method, layout=layout, **({"fc": "fc"} if method == "cam" else {}))
 
 

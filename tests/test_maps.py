@@ -1,11 +1,11 @@
-"""`maps`, `weights` and `layouts` against closed forms."""
+"""`maps` and `weights` against closed forms."""
 
 import pytest
 import torch
 from support import assert_close
 from torch.autograd import gradcheck
 
-from camfn import CamError, layouts, maps, weights
+from camfn import CamError, maps, weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -75,34 +75,6 @@ def test_weights():
     assert_close(w.sum(-1), torch.ones(2, 3, dtype=torch.float64), 1e-12)
     assert_close(w[1, 2], torch.exp(scores[1, :, 2]) / torch.exp(scores[1, :, 2]).sum(), 1e-12)
     assert_close(weights.score(scores), scores.mT, 0)
-
-
-@pytest.mark.parametrize(
-    ("shape", "spatial", "grid"),
-    [
-        ((2, 8, 7, 7), (224, 224), (7, 7)),
-        ((2, 7, 7, 768), (224, 224), (7, 7)),  # Swin: channels last
-        ((2, 4, 7, 7), (28, 28), (7, 7)),
-        ((2, 7, 7, 7), (28, 28), (7, 7)),  # either way: first
-        ((2, 16, 8, 32), (64, 64), (8, 32)),  # an anisotropic grid is no reason to doubt
-        ((2, 9, 40), (100,), (40,)),
-        ((2, 40, 9), (100,), (9,)),  # one axis has no proportions: channels first
-        ((2, 6, 5, 4, 3), None, (5, 4, 3)),
-    ],
-)
-def test_the_layout_is_inferred_from_proportions(shape, spatial, grid):
-    read = layouts.read(torch.zeros(shape), "auto", spatial, "layer", 2)
-    assert read.grid == grid
-    assert read.values.shape == (2, torch.zeros(shape).numel() // 2 // torch.zeros(grid).numel(), torch.zeros(grid).numel())
-
-
-def test_layouts_by_name_and_callable():
-    a = torch.randn(2, 3, 4, 5)
-    assert_close(layouts.read(a, "channels_last", None, "layer", 2).values, a.permute(0, 3, 1, 2).flatten(2), 0)
-    tokens = torch.randn(2, 1 + 6, 8)  # a class token and a grid of 2 x 3
-    read = layouts.read(tokens, lambda t: t[:, 1:].mT.unflatten(-1, (2, 3)), None, "layer", 2)
-    assert read.grid == (2, 3)
-    assert_close(read.values[0, :, 0], tokens[0, 1], 0)
 
 
 def test_effective_channels():

@@ -69,7 +69,8 @@ def score_cam(
     - `combine`: `"sum"`, or `"eigen"` for the first component of `w_k A_k` in place of their sum (`camfn.maps.component`); not
       with a budget, a tolerance or a sweep in another dtype, whose error is known of the sum alone.
     - `state`: run the model on these tensors in place of its own (`camfn.state_of` gives them).
-    - `layout`: `"auto"`, `"channels_first"`, `"channels_last"`, or a callable that brings the activation to `(n, c, *grid)`.
+    - `layout`: `"auto"`, `"channels_first"`, `"channels_last"`, `camfn.layouts.tokens(grid, prefix)`, or a callable that
+      brings the activation to `(n, c, *grid)`.
     - `size`: `None` (the layer's grid), `"input"`, or a shape.
     - `relu=False` gives the signed map, `normalize=False` the unscaled one.
 

@@ -15,6 +15,7 @@ from camfn._errors import CamError, warn
 from camfn._types import Combine, FlatMaps, Layout, Maps, Size, Weights
 from camfn.findings import Finding, about_maps
 from camfn.gradients import slopes_of
+from camfn.layers import clues_of
 from camfn.layouts import Read
 from camfn.runner import weakly
 from camfn.subject import Subject, first_nonfinite
@@ -90,7 +91,8 @@ def checked_combine(combine: Combine) -> Combine:
 
 def read(subject: Subject, name: str, activation: Tensor, layout: Layout) -> Read:
     """A layer's activation, or its gradient, as `(n, c, p)`."""
-    return layouts.read(activation, layout, subject.size, name, subject.n)
+    clues = functools.partial(clues_of, subject.shell.module, subject.size)
+    return layouts.read(activation, layout, subject.size, name, subject.n, clues)
 
 
 def clean_scores(subject: Subject, score: Score) -> Tensor:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from camfn.layouts import Read
 from laws.laws import EXCEPT, LAWS, VARIANTS, fixed_cases
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps at layer:camfn.CamWarning")
@@ -104,7 +103,7 @@ def map_always_at_the_size_of_the_input(on_grid):
 def grid_transposed(read):
     def transposed(*args):
         found = read(*args)
-        return Read(found.values, found.grid[::-1])
+        return found._replace(grid=found.grid[::-1])
 
     return transposed
 
