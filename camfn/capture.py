@@ -4,9 +4,7 @@ A layer of the shell gets three *ports* (seen, nudge, swap), and `functional_cal
 caller's is hooked, switched or written to.
 """
 
-import functools
 import threading
-import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -15,9 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from camfn import _compat
-from camfn._errors import CamError, closest, layer_called
+from camfn._errors import CamError, closest
 from camfn._types import Inputs, Layer, State
 from camfn.draws import refusing_draws
+from camfn.ports import Ports, is_several, resolve_layers, watched
 from camfn.shell import Shell, shell_of, without_wrappers
 
 
@@ -77,95 +76,24 @@ def _is_one(a: Tensor, b: Tensor) -> bool:
     return a is b or _compat.compiling() or _compat.storage_of(a) == _compat.storage_of(b)
 
 
-# ------------------------------------------------------------------------------------------------------- the ports
-
-
-class _Port:
-    """What passes through a tapped layer: `seen` out, `nudge` and `swap` in."""
-
-    __slots__ = ("name", "nudge", "seen", "swap")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.seen: Tensor | None = None
-        self.nudge: Any = None  # a tensor, or a function that makes one like the layer's output
-        self.swap: Tensor | None = None
-
-    def __call__(self, args: tuple[Any, ...], out: Any) -> Any:
-        return _through(self, out)
-
-
-def _open(module: nn.Module, passes: Callable[[tuple[Any, ...], Any], Any]) -> None:
-    """From now on, what the layer returns goes through `passes`, which sees its positional arguments too."""
-    module.__dict__["_camfn_passes"] = passes
-    module.__class__ = _tapped(type(module))
-
-
-@functools.lru_cache(maxsize=256)
-def _tapped(cls: type[nn.Module]) -> type[nn.Module]:
-    """The layer's class with ports: the same name, attributes, state keys and `isinstance`."""
-
-    run: Any = cls.__call__
-
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        # Around `__call__`, not `forward`: the caller's own hooks are part of what the layer returns.
-        return self.__dict__["_camfn_passes"](args, run(self, *args, **kwargs))
-
-    body = {"__call__": __call__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(body))
-
-
-def _through(port: _Port, out: Any) -> Any:
-    if port.seen is not None:
-        raise CamError(
-            f"{layer_called(port.name)} runs more than once in a forward: its activation is not one thing; "
-            "choose a layer that runs once (a container around one of its uses, say)"
-        )
-    value = out[0] if isinstance(out, (tuple, list)) and len(out) == 1 else out  # `(hidden,)`: one part is no choice
-    if not isinstance(value, Tensor):
-        raise CamError(f"{layer_called(port.name)} returns {_parts(out)}, not one tensor; choose a layer inside it")
-    if port.swap is not None:
-        value = port.swap
-    # What was seen is a copy: an in-place ReLU right after the layer would change it. What goes on is the very tensor, which
-    # the model may hold by another name (a layer that returns its input) and write to.
-    port.seen = value.clone()
-    passed = value if port.swap is None else value.clone()
-    nudge: Any = port.nudge(value) if callable(port.nudge) else port.nudge
-    onward = passed if nudge is None else value + nudge
-    return onward if isinstance(out, Tensor) else type(out)((onward,))
-
-
-def _parts(out: Any) -> str:
-    def name(part: Any) -> str:
-        return f"Tensor{tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-
-    if isinstance(out, Mapping):
-        return f"a {type(out).__name__} of " + ", ".join(f"{key}: {name(part)}" for key, part in out.items())
-    if isinstance(out, (tuple, list)):
-        fields = getattr(out, "_fields", range(len(out)))
-        return f"a {type(out).__name__} of " + ", ".join(f"{key}: {name(part)}" for key, part in zip(fields, out))
-    return f"a {type(out).__name__}"
+# ---------------------------------------------------------------------------------------------------------- a run
 
 
 class _Run(nn.Module):
     """One forward of the shell with its ports set; what they saw leaves with the output, while the state is still in."""
 
-    def __init__(self, model: nn.Module, ports: list[_Port], draws: bool) -> None:
+    def __init__(self, model: nn.Module, ports: Ports, draws: bool) -> None:
         super().__init__()
         self.model = model
         self.ports = ports
         self.draws = draws
 
     def forward(self, x: Inputs, nudges: Sequence[Tensor | None], swaps: Sequence[Tensor | None]) -> Any:
-        for port, nudge, swap in zip(self.ports, nudges, swaps):
-            port.seen, port.nudge, port.swap = None, nudge, swap
+        self.ports.set(nudges, swaps)
         # Here and not further out: a mode costs as much for every tensor of the state that is detached or copied.
         with nullcontext() if self.draws else refusing_draws():
             output = self._call(x)
-        seen = tuple(port.seen for port in self.ports)
-        for port in self.ports:  # nothing stays behind in a shell that is kept by its caller
-            port.seen = port.nudge = port.swap = None
-        return output, seen
+        return output, self.ports.take()
 
     def _call(self, x: Inputs) -> Any:
         if isinstance(x, Tensor):
@@ -183,7 +111,7 @@ def _run(run: _Run, shell: Shell, state: State, x: Inputs, nudges: Any = (), swa
 
 def pure_from(shell: Shell, *, draws: bool = True) -> Callable[[State, Inputs], Any]:
     """`pure` for a shell at hand and a state that is complete. `draws=False` refuses a model that draws random numbers."""
-    run = _Run(shell.module, [], draws)
+    run = _Run(shell.module, Ports(shell, ()), draws)
 
     def call(state: State, x: Inputs) -> Any:
         return _run(run, shell, state, x)[0]
@@ -223,17 +151,13 @@ def tap_from(shell: Shell, names: Sequence[str], *, draws: bool = True) -> Calla
 
     `draws=False` refuses a model that draws random numbers.
     """
-    ports = [_Port(name) for name in names]
-    for port in ports:
-        _open(shell.modules[port.name], port)
+    ports = Ports(shell, names)
     run = _Run(shell.module, ports, draws)
 
     def call(state: State, x: Inputs, nudge: Any = None, swap: Any = None) -> Captured:
-        nothing = (None,) * len(ports)
+        nothing = (None,) * len(names)
         output, seen = _run(run, shell, state, x, nudge or nothing, swap or nothing)
-        for port, value in zip(ports, seen):
-            if value is None:
-                raise CamError(f"{layer_called(port.name)} did not run in this forward; choose one that does")
+        ports.check(seen)
         return Captured(output, seen)
 
     return call
@@ -245,7 +169,10 @@ def tap(model: nn.Module, layer: Layer | Sequence[Layer]) -> Callable[..., Captu
     `seen` is the layer's output; `nudge` is added to it before it goes on (the gradient with respect to a zero nudge *is*
     the gradient at the layer); `swap` goes on in its place. For a sequence of layers all three are tuples.
 
-    Raises `CamError` where the layer is unknown, never runs, runs more than once, or returns several tensors.
+    A layer that returns several tensors is named with one of its parts, `"layer:0"` or `"layer:key"`, and one that runs
+    several times with the call to take, counted from 1: `"layer@2"`.
+
+    Raises `CamError` where the layer is unknown or never runs, or where its call or its part has to be chosen.
 
     >>> import camfn, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
@@ -272,40 +199,6 @@ def tap(model: nn.Module, layer: Layer | Sequence[Layer]) -> Callable[..., Captu
     return call
 
 
-def is_several(layer: Any) -> bool:
-    """Was a sequence of layers given? Then what comes back is a tuple."""
-    return isinstance(layer, Sequence) and not isinstance(layer, str)
-
-
-def resolve_layers(shell: Shell, model: nn.Module, layer: Layer | Sequence[Layer]) -> list[str]:
-    """The names, in the shell, of layers given by name or as modules of the caller's model."""
-    layers: Any = layer if is_several(layer) else [layer]
-    paths = shell.paths()
-    return [_resolve_layer(shell, model, layer, paths) for layer in layers]
-
-
-def _resolve_layer(shell: Shell, model: nn.Module, layer: Layer, paths: dict[int, str]) -> str:
-    if isinstance(layer, str):
-        for name in without_wrappers(layer):
-            if name in shell.modules:
-                return paths[id(shell.modules[name])]
-        raise CamError(
-            f"no layer named {layer!r} in {type(model).__name__}; closest: {closest(layer, shell.modules)} "
-            "(all of them: [name for name, _ in model.named_modules()])"
-        )
-    if not isinstance(layer, nn.Module):
-        raise CamError(f"layer must be a name or a module, or a sequence of them; found {type(layer).__name__}")
-    if any(layer is not model and module is model for module in layer.modules()):
-        raise CamError("model and layer are swapped: the model given is a part of the layer given")
-    twin = shell.twins.get(id(layer))
-    if twin is None or id(twin) not in paths:
-        raise CamError(
-            f"layer, a {type(layer).__name__}, is not a registered submodule of {type(model).__name__} "
-            "(a module held by a plain list or another object is not; nn.ModuleList registers)"
-        )
-    return paths[id(twin)]
-
-
 def watch(model: nn.Module, state: State, x: Inputs, see: Callable[[str, tuple[Any, ...], Any], None]) -> Any:
     """Run the model once and show every module to `see(name, arguments, output)`, innermost first. Returns the output."""
     shell = shell_of(model)
@@ -318,5 +211,5 @@ def watch(model: nn.Module, state: State, x: Inputs, see: Callable[[str, tuple[A
         return show
 
     for path, module in shell.distinct().items():
-        _open(module, passes(path))
+        watched(module, passes(path))
     return pure_from(shell, draws=False)(state, x)

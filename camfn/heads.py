@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from camfn._types import Inputs, Layer, State
-from camfn.capture import resolve_layers, resolve_state, tap_from
+from camfn.capture import resolve_state, tap_from
 from camfn.draws import refusing_draws
 from camfn.keep import kept, structure
+from camfn.ports import resolve_layers
 from camfn.shell import Shell, shell_of
 
 

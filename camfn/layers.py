@@ -13,8 +13,9 @@ from torch.nn.modules.conv import _ConvNd
 from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layer, State
-from camfn.capture import resolve_layers, watch
+from camfn.capture import watch
 from camfn.layouts import Clues, Sides
+from camfn.ports import resolve_layers
 from camfn.shell import Shell, shell_of
 from camfn.targets import logits_of
 
@@ -102,6 +103,8 @@ def find_linear(shell: Shell, model: nn.Module, fc: Layer | None, channels: int,
             (name,) = resolve_layers(shell, model, fc)
         except CamError as error:
             raise CamError(f"fc={fc!r}: {error}") from None
+        if name not in modules:
+            raise CamError(f"fc={fc!r} names a layer, without a part or a call")
         _check_linear(name, modules[name], channels, classes)
         return name
     linear = {name: module for name, module in modules.items() if _sides(module) is not None}

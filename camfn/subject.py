@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layers, State
-from camfn.capture import Captured, is_several, resolve_layers, resolve_state, tap_from, watch
+from camfn.capture import Captured, resolve_state, tap_from, watch
 from camfn.gradients import Pull, copied, with_pull
 from camfn.keep import is_made, kept, shapes, structure
 from camfn.layers import choose
+from camfn.ports import is_several, resolve_layers
 from camfn.shell import Shell, shell_of
 
 Key = str | int | None

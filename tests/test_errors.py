@@ -105,13 +105,16 @@ class Named(tuple):
 
 
 def test_a_layer_that_returns_several_tensors_names_its_parts():
-    with says("layer 'layer'", "tuple", "0: Tensor(2, 3, 6, 6)", "1: Tensor(2,)", "choose a layer inside it"):
+    with says(
+        "layer 'layer'", "tuple", "0: Tensor(2, 3, 6, 6)", "1: Tensor(2,)", "choose one of its parts: 'layer:0', 'layer:1'"
+    ):
         explain(OfParts(lambda h: (h, h.sum((1, 2, 3)))).double(), layer="layer")
-    with says("layer 'layer'", "dict", "hidden: Tensor(2, 3, 6, 6)", "note: str", "choose a layer inside it"):
-        explain(OfParts(lambda h: {"hidden": h, "note": "x"}, lambda out: out["hidden"]).double(), layer="layer")
-    with says("layer 'layer'", "Named", "hidden: Tensor(2, 3, 6, 6)", "mask: NoneType"):
-        explain(OfParts(lambda h: Named((h, None))).double(), layer="layer")
-    assert explain(OfParts(lambda h: (h,)).double(), layer="layer").shape == (2, 6, 6)  # one part is no choice
+    with says("layer 'layer'", "dict of hidden: str, note: str", "choose a layer inside it"):
+        explain(OfParts(lambda h: {"hidden": "x", "note": "x"}, lambda out: None).double(), layer="layer")
+    with says("layer 'layer'", "Named", "hidden: Tensor(2, 3, 6, 6)", "mask: Tensor(2,)", "'layer:hidden', 'layer:mask'"):
+        explain(OfParts(lambda h: Named((h, h.sum((1, 2, 3))))).double(), layer="layer")
+    for one in (lambda h: (h,), lambda h: (h, 1), lambda h: Named((h, None))):  # one tensor is no choice
+        assert explain(OfParts(one).double(), layer="layer").shape == (2, 6, 6)
     assert explain(OfParts(lambda h: (h, 1)).double(), layer="layer.conv").shape == (2, 6, 6)
 
 
@@ -134,8 +137,10 @@ def wiring():
 
 
 def test_a_layer_that_runs_twice():
-    with says("layer 'twice'", "more than once", "choose a layer that runs once"):
+    with says("layer 'twice'", "more than once", "say which of its calls", "'twice@1', 'twice@2'"):
         explain(wiring(), layer="twice")
+    with says("layer 'twice@3'", "ran 2 times in this forward"):
+        explain(wiring(), layer="twice@3")
     assert explain(wiring(), layer="once", relu=False).shape == (2, 8, 8)
 
 

@@ -287,7 +287,7 @@ def layers_the_other_way_round(read):
 # -------------------------------------------------------------------------------------------------------- the capture
 
 
-@mutation("capture:_through", activation_moved="score_cam")
+@mutation("ports:_through", activation_moved="score_cam")
 def the_tensor_that_was_seen_is_handed_on(through):
     def spoiled(port, out):
         port.seen = through(port, out)

@@ -1,0 +1,258 @@
+"""Ports: what a layer of the shell returns is read (seen), added to (nudge) or replaced (swap) on its way.
+
+A layer is named as in the model; `"layer:key"` is one part of what it returns, `"layer@2"` its second call in a forward.
+"""
+
+import copy
+import dataclasses
+import functools
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from camfn._errors import CamError, closest, layer_called
+from camfn._types import Layer
+from camfn.shell import Shell, without_wrappers
+
+# ------------------------------------------------------------------------------------------------------- the names
+
+
+class Place(NamedTuple):
+    """Which module, which of its calls, and which part of what that returns."""
+
+    module: str
+    call: int | None = None
+    part: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ":".join((self.module + (f"@{self.call}" if self.call else ""), *self.part))
+
+
+_PLACE = re.compile(r"(?P<module>.*?)(?:@(?P<call>[1-9]\d*))?(?::(?P<part>.+))?", re.DOTALL)
+
+
+def place_of(name: str, known: Mapping[str, Any]) -> Place | None:
+    """What a name says, where its module is `known`; a name of a module is nothing else."""
+    found = _PLACE.fullmatch(name)
+    assert found is not None
+    module, call, part = found.group("module", "call", "part")
+    places = Place(name), Place(module, int(call) if call else None, tuple(part.split(":")) if part else ())
+    return next((p._replace(module=m) for p in places for m in without_wrappers(p.module) if m in known), None)
+
+
+def is_several(layer: Any) -> bool:
+    """Was a sequence of layers given? Then what comes back is a tuple."""
+    return isinstance(layer, Sequence) and not isinstance(layer, str)
+
+
+def resolve_layers(shell: Shell, model: nn.Module, layer: Layer | Sequence[Layer]) -> list[str]:
+    """The names, in the shell, of layers given by name or as modules of the caller's model."""
+    layers: Any = layer if is_several(layer) else [layer]
+    paths = shell.paths()
+    return [_resolve_layer(shell, model, layer, paths) for layer in layers]
+
+
+def _resolve_layer(shell: Shell, model: nn.Module, layer: Layer, paths: dict[int, str]) -> str:
+    if isinstance(layer, str):
+        place = place_of(layer, shell.modules)
+        if place is not None:
+            return str(place._replace(module=paths[id(shell.modules[place.module])]))
+        raise CamError(
+            f"no layer named {layer!r} in {type(model).__name__}; closest: {closest(layer, shell.modules)} "
+            "(all of them: [name for name, _ in model.named_modules()])"
+        )
+    if not isinstance(layer, nn.Module):
+        raise CamError(f"layer must be a name or a module, or a sequence of them; found {type(layer).__name__}")
+    if any(layer is not model and module is model for module in layer.modules()):
+        raise CamError("model and layer are swapped: the model given is a part of the layer given")
+    twin = shell.twins.get(id(layer))
+    if twin is None or id(twin) not in paths:
+        raise CamError(
+            f"layer, a {type(layer).__name__}, is not a registered submodule of {type(model).__name__} "
+            "(a module held by a plain list or another object is not; nn.ModuleList registers)"
+        )
+    return paths[id(twin)]
+
+
+# ------------------------------------------------------------------------------------------------------- the ports
+
+
+class Port:
+    """What passes at one place: `seen` out, `nudge` and `swap` in."""
+
+    __slots__ = ("call", "name", "nudge", "part", "seen", "swap")
+
+    def __init__(self, place: Place) -> None:
+        self.name, self.call, self.part = str(place), place.call, place.part
+        self.set(None, None)
+
+    def set(self, nudge: Any, swap: Tensor | None) -> None:
+        """For the run that comes. A nudge is a tensor, or a function that makes one like the layer's output."""
+        self.seen: Tensor | None = None
+        self.nudge, self.swap = nudge, swap
+
+
+class _Gate:
+    """The ports of one module."""
+
+    __slots__ = ("calls", "ports")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.ports: list[Port] = []
+
+    def __call__(self, args: tuple[Any, ...], out: Any) -> Any:
+        self.calls += 1
+        for port in self.ports:
+            out = _through(port, out) if port.call in (None, self.calls) else out
+        return out
+
+
+class Ports:
+    """Ports at the named layers of a shell, in the order of the names."""
+
+    def __init__(self, shell: Shell, names: Sequence[str]) -> None:
+        self.ports: list[Port] = []
+        self.gates: dict[str, _Gate] = {}
+        for name in names:
+            place = place_of(name, shell.modules)
+            assert place is not None
+            if place.module not in self.gates:
+                self.gates[place.module] = _Gate()
+                watched(shell.modules[place.module], self.gates[place.module])
+            self.ports.append(Port(place))
+            self.gates[place.module].ports.append(self.ports[-1])
+
+    def set(self, nudges: Sequence[Any], swaps: Sequence[Tensor | None]) -> None:
+        """For the run that comes."""
+        for port, nudge, swap in zip(self.ports, nudges, swaps):
+            port.set(nudge, swap)
+        for gate in self.gates.values():
+            gate.calls = 0
+
+    def take(self) -> tuple[Tensor | None, ...]:
+        """What was seen. Nothing stays behind in a shell that is kept by its caller."""
+        seen = tuple(port.seen for port in self.ports)
+        for port in self.ports:
+            port.set(None, None)
+        return seen
+
+    def check(self, seen: Sequence[Tensor | None]) -> None:
+        """Did every layer run, and as often as its name says?"""
+        for port, value in zip(self.ports, seen):
+            if value is None:
+                calls = next(gate.calls for gate in self.gates.values() if port in gate.ports)
+                often = (
+                    f"ran {calls} time{'s' * (calls > 1)} in this forward"
+                    if calls
+                    else "did not run in this forward; choose one that does"
+                )
+                raise CamError(f"{layer_called(port.name)} {often}")
+
+
+def watched(module: nn.Module, passes: Callable[[tuple[Any, ...], Any], Any]) -> None:
+    """From now on, what the layer returns goes through `passes`, which sees its positional arguments too."""
+    module.__dict__["_camfn_passes"] = passes
+    module.__class__ = _tapped(type(module))
+
+
+@functools.lru_cache(maxsize=256)
+def _tapped(cls: type[nn.Module]) -> type[nn.Module]:
+    """The layer's class with ports: the same name, attributes, state keys and `isinstance`."""
+
+    run: Any = cls.__call__
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        # Around `__call__`, not `forward`: the caller's own hooks are part of what the layer returns.
+        return self.__dict__["_camfn_passes"](args, run(self, *args, **kwargs))
+
+    body = {"__call__": __call__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(body))
+
+
+def _through(port: Port, out: Any) -> Any:
+    if port.seen is not None:
+        base = port.name.partition(":")[0]
+        raise CamError(
+            f"{layer_called(port.name)} runs more than once in a forward: its activation is not one thing; say which of its "
+            f"calls, counted from 1: '{base}@1', '{base}@2', ..."
+        )
+    part = _part_of(port, out)
+    value: Tensor = functools.reduce(_get, part, out)
+    if port.swap is not None:
+        value = port.swap
+    # What was seen is a copy: an in-place ReLU right after the layer would change it. What goes on is the very tensor, which
+    # the model may hold by another name (a layer that returns its input) and write to.
+    port.seen = value.clone()
+    if port.swap is None and port.nudge is None:
+        return out
+    nudge: Any = port.nudge(value) if callable(port.nudge) else port.nudge
+    return _put(out, part, value.clone() if nudge is None else value + nudge)
+
+
+# ------------------------------------------------------------------------------------------------------- the parts
+
+
+def parts_of(out: Any) -> dict[str, Any]:
+    """What an output holds, by key; nothing for a tensor, and for what cannot be taken apart."""
+    if isinstance(out, Mapping):
+        return {str(key): part for key, part in out.items()}
+    if isinstance(out, (tuple, list)):
+        return dict(zip(map(str, getattr(out, "_fields", range(len(out)))), out))
+    if dataclasses.is_dataclass(out) and not isinstance(out, type):
+        return {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
+    return {}
+
+
+def _part_of(port: Port, out: Any) -> tuple[str, ...]:
+    """The keys that lead to the port's tensor; where there is but one, it need not be named."""
+    part, found = (), out
+    for key in port.part:
+        parts = parts_of(found)
+        if key not in parts:
+            raise CamError(f"{layer_called(port.name)} has no part {key!r}; {_choices(port, part, found)}")
+        part, found = (*part, key), parts[key]
+    if isinstance(found, Tensor):
+        return part
+    tensors = [key for key, item in parts_of(found).items() if isinstance(item, Tensor)]
+    if len(tensors) == 1:
+        return (*part, tensors[0])
+    raise CamError(f"{layer_called(port.name)} returns {_described(found)}, not one tensor; {_choices(port, part, found)}")
+
+
+def _choices(port: Port, part: tuple[str, ...], found: Any) -> str:
+    base = Place(port.name.partition(":")[0], None, part)
+    keys = [key for key, item in parts_of(found).items() if isinstance(item, Tensor) or parts_of(item)]
+    ways = ", ".join(repr(str(base._replace(part=(*part, key)))) for key in keys)
+    return f"choose one of its parts: {ways}" if ways else "choose a layer inside it"
+
+
+def _described(out: Any) -> str:
+    def name(part: Any) -> str:
+        return f"Tensor{tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+
+    parts = ", ".join(f"{key}: {name(part)}" for key, part in parts_of(out).items())
+    return f"a {type(out).__name__}" + (f" of {parts}" if parts else "")
+
+
+def _get(out: Any, key: str) -> Any:
+    return parts_of(out)[key]
+
+
+def _put(out: Any, part: tuple[str, ...], value: Tensor) -> Any:
+    """`out` with one of its parts replaced, in an object of its own."""
+    if not part:
+        return value
+    parts = parts_of(out)
+    parts[part[0]] = _put(parts[part[0]], part[1:], value)
+    if isinstance(out, Mapping):
+        twin: Any = copy.copy(out)
+        twin[next(key for key in out if str(key) == part[0])] = parts[part[0]]
+        return twin
+    if isinstance(out, (tuple, list)):
+        named: Any = type(out)
+        return tuple.__new__(named, parts.values()) if hasattr(out, "_fields") else named(parts.values())
+    return dataclasses.replace(out, **{part[0]: parts[part[0]]})
