@@ -10,6 +10,7 @@ from camfn.capture import Captured, pure, state_of, tap
 from camfn.execution import Sweep
 from camfn.explanation import Explanation, explain
 from camfn.heads import Head, head
+from camfn.layers import Candidate, candidate_layers
 from camfn.masks import RECIPES, Recipe
 from camfn.methods import METHODS, cam, grad_cam, is_cam, score_cam, ss_cam
 
@@ -20,12 +21,14 @@ __all__ = [
     "RECIPES",
     "CamError",
     "CamWarning",
+    "Candidate",
     "Captured",
     "Explanation",
     "Head",
     "Recipe",
     "Sweep",
     "cam",
+    "candidate_layers",
     "explain",
     "figures",
     "grad_cam",

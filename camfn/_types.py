@@ -14,8 +14,9 @@ from torch import Tensor, nn
 State: TypeAlias = dict[str, Tensor]
 """Parameters and buffers by name: the model as a value."""
 
-Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
-"""`model(x)`, `model(*x)` or `model(**x)`; the batch is the first axis of every tensor."""
+Inputs: TypeAlias = Tensor | list[Tensor] | tuple[Any, ...] | Mapping[str, Any]
+"""`model(x)`, `model(*x)` for a tuple, `model(**x)` for a mapping; the batch is the first axis of every tensor. A list is one
+argument: a detector's images, `(channels, *size)` each, of any sizes."""
 
 Layer: TypeAlias = str | nn.Module
 Layers: TypeAlias = Layer | Sequence[Layer] | None

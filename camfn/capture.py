@@ -96,7 +96,7 @@ class _Run(nn.Module):
         return output, self.ports.take()
 
     def _call(self, x: Inputs) -> Any:
-        if isinstance(x, Tensor):
+        if isinstance(x, (Tensor, list)):
             return self.model(x)
         return self.model(**x) if isinstance(x, Mapping) else self.model(*x)
 

@@ -18,10 +18,11 @@ from camfn import _compat, keep
 from camfn._errors import warn
 from camfn._types import Inputs, State
 from camfn.execution import Sweep
+from camfn.inputs import Key, pick, with_input
 from camfn.masks import Rule, masked_input
 from camfn.memory import is_exhausted
 from camfn.runner import Runner, rows_of, weakly
-from camfn.subject import Key, Subject, pick, with_input
+from camfn.subject import Subject
 from camfn.targets import Score, rows_at, score_rows
 
 Rows = dict[str, Tensor]

@@ -2,95 +2,218 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layer, State
-from camfn.capture import watch
-from camfn.layouts import Clues, Sides
-from camfn.ports import resolve_layers
+from camfn.capture import resolve_state, watch
+from camfn.inputs import Key, check_inputs, key_of, plain, size_of
+from camfn.layouts import Clues, Form, Sides, forms_of
+from camfn.ports import Place, resolve_layers, tensors_of
 from camfn.shell import Shell, shell_of
 from camfn.targets import logits_of
 
 
 class Candidate(NamedTuple):
-    """A layer that can be explained: it runs once, and its output has spatial axes."""
+    """A layer that can be explained: its output lies on a grid of more than one position."""
 
     name: str
-    kind: str  # its class
-    shape: tuple[int, ...]  # of its output, with the batch
-    class_maps: bool  # a channel for each class: what a fully convolutional head ends in
+    """As `layer=` takes it: `"layer4"`, `"fpn:0"` for a part of what it returns, `"block@2"` for one of its calls."""
+    kind: str
+    """Its class."""
+    shape: tuple[int, ...]
+    """Of its output, with the batch."""
+    grid: tuple[int, ...]
+    chosen: bool
+    """Is it the one that is taken where no layer is named?"""
 
 
-def candidates(model: nn.Module, state: State, x: Inputs, spatial_ndim: int) -> list[Candidate]:
-    """The layers that can be explained, in the order of execution; one forward. The model itself is none of its layers."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def candidate_layers(model: nn.Module, x: Inputs, *, masked: Key = None, state: State | None = None) -> tuple[Candidate, ...]:
+    """The layers that can be explained, in the order of execution, and which of them `layer=None` takes; one forward.
+
+    That is the last one with a grid, but: where a class token leads the others, the last block but one, since after the
+    last block only the class token counts; before the first layer that returns a pyramid of grids, as detectors have it;
+    and no layer that ends in a channel for each class, which is an output and not a feature.
+
+    `x`, `masked` and `state` are those of `camfn.score_cam`. Layers that do not run, and those whose layout cannot be told
+    from their shape, are not among them.
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    >>> for layer in camfn.candidate_layers(model, torch.randn(1, 3, 8, 8)):
+    ...     print(layer.name, layer.kind, layer.grid, layer.chosen)
+    0 Conv2d (6, 6) False
+    1 ReLU (6, 6) True
+    """
+    shell, x = shell_of(model), plain(x)
+    full, key = resolve_state(shell, state), key_of(x, masked, False)
+    found = _outputs(model, full, x, size_of(x, key), check_inputs(x, key, full, False))
+    chosen = _chosen(found) if found.all else None
+    return tuple(Candidate(out.name, out.kind, out.shape, out.form.grid, out is chosen) for out in found.all)
+
+
+class Choice(NamedTuple):
+    """The layer that is taken where none is named."""
+
+    name: str
+    why: str  # what it is, after "the"
+
+
+def choose(model: nn.Module, state: State, x: Inputs, spatial: Sides | None, n: int) -> Choice:
+    """Choose a layer; one forward."""
+    found = _outputs(model, state, x, spatial, n)
+    if not found.all:
+        raise CamError(none_on_a_grid(model, spatial))
+    chosen = _chosen(found)
+    why = "last block but one: after the last, only the class token counts" if chosen.form.prefix else "last layer on a grid"
+    return Choice(chosen.name, why)
+
+
+def none_on_a_grid(model: nn.Module, spatial: Sides | None) -> str:
+    """A sentence for where there is no candidate."""
+    axes = "spatial axes" if spatial is None else f"{len(spatial)} spatial axes"
+    return (
+        f"no layer of {type(model).__name__} has {axes} of more than one position that can be told from its shape; "
+        "name one: [name for name, _ in model.named_modules()]"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what the layers give
+
+
+class _Output(NamedTuple):
+    """A tensor on a grid that a layer gave."""
+
+    name: str
+    kind: str
+    shape: Sides
+    form: Form
+    lone: bool  # the layer ran once and gave nothing else
+    pyramid: bool  # this layer, or one before it, gave grids of several sizes
+
+
+class _Outputs(NamedTuple):
+    """All of them, in the order of execution; the model itself is none of its layers."""
+
+    all: list[_Output]
+    classes: int | None  # how many the model has
+    clues: Clues
+    modules: dict[str, nn.Module]
+
+
+_LEVELS = 3
+"""From so many grids of one layer on, they are a pyramid. Two are an output and what it was before it was made smaller."""
+
+
+def _outputs(model: nn.Module, state: State, x: Inputs, spatial: Sides | None, n: int) -> _Outputs:
+    modules = dict(shell_of(model).module.named_modules())
+    clues = clues_of(modules[""], spatial)
     runs: Counter[str] = Counter()
+    given: list[tuple[str, int, dict[tuple[str, ...], Sides]]] = []
 
     def see(name: str, args: tuple[Any, ...], out: object) -> None:
         runs[name] += 1
-        if isinstance(out, Tensor):
-            shapes[name] = tuple(out.shape)
+        given.append((name, runs[name], {part: tuple(tensor.shape) for part, tensor in tensors_of(out)}))
 
     with torch.no_grad():
-        logits = logits_of(watch(model, state, x, see))
-    classes = logits.shape[1] if logits.ndim == 2 else None
-    kinds = {name: type(module).__name__ for name, module in shell_of(model).module.named_modules()}
-    return [
-        Candidate(name, kinds[name], shape, shape[1] == classes)
-        for name, shape in shapes.items()
-        if name and runs[name] == 1 and len(shape) == spatial_ndim + 2 and math.prod(shape[2:]) > 1
-    ]
+        output = watch(model, state, x, see)
+    found: list[_Output] = []
+    pyramid = False
+    for name, call, shapes in given:
+        forms = {part: form for part, shape in shapes.items() if (form := _on_grid(shape, spatial, n, clues)) is not None}
+        pyramid = pyramid or len({form.grid for form in forms.values()}) >= _LEVELS
+        for part, form in forms.items() if name else ():
+            place = Place(name, call if runs[name] > 1 else None, part if len(shapes) > 1 else ())
+            lone = runs[name] == len(shapes) == 1
+            found.append(_Output(str(place), type(modules[name]).__name__, shapes[part], form, lone, pyramid))
+    return _Outputs(found, _classes_of(output), clues, modules)
 
 
-def last_of(found: Sequence[Candidate], model: nn.Module, spatial_ndim: int) -> str:
-    """The layer that is chosen where none is named: the last, but class maps only where there is nothing else.
-
-    As torchcam's rule, but for the class maps, the model itself, and layers that run more than once.
-    """
-    if not found:
-        raise CamError(
-            f"no layer of {type(model).__name__} has {spatial_ndim} spatial axes of more than one position; "
-            "name one: [name for name, _ in model.named_modules()]"
-        )
-    return ([layer for layer in found if not layer.class_maps] or found)[-1].name
+def _on_grid(shape: Sides, spatial: Sides | None, n: int, clues: Clues) -> Form | None:
+    """How an output is read, if that can be told from its shape, and it has as many axes as the input, and positions."""
+    forms = forms_of(shape, "auto", spatial, n, lambda: clues) if n in shape[:2] else []
+    if len(forms) != 1 or (spatial is not None and len(forms[0].grid) != len(spatial)):
+        return None
+    return forms[0] if math.prod(forms[0].grid) > 1 else None
 
 
-def choose(model: nn.Module, state: State, x: Inputs, spatial_ndim: int) -> str:
-    """The last layer, in the order of execution, whose output still has spatial axes; one forward."""
-    return last_of(candidates(model, state, x, spatial_ndim), model, spatial_ndim)
+def _classes_of(output: Any) -> int | None:
+    try:
+        return logits_of(output).shape[1]
+    except (CamError, IndexError):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------ the choice
+
+
+def _chosen(outputs: _Outputs) -> _Output:
+    """As torchcam's rule, the last layer, but for the model itself, class maps, pyramids and class tokens."""
+    found, classes, clues, modules = outputs
+    for usable in (
+        lambda out: out.lone and not any(part.startswith("aux") for part in out.name.lower().split(".")),
+        lambda out: not out.pyramid,
+        lambda out: out.form.channels not in (1, classes),
+        # Attention weights have the axes of a picture, and as many channels as it has heads.
+        lambda out: len(out.shape) == 3 or out.form.channels in (clues.last if out.form.last else clues.first),
+    ):
+        found = [out for out in found if usable(out)] or found
+    if any(out.form.prefix and out.form.grid in clues.grids for out in found):
+        found = [out for out in found if out.form.grid in clues.grids]  # an image's tokens, which those of a text are not
+    return _before_the_last_block(found, modules) if found[-1].form.prefix else found[-1]
+
+
+def _before_the_last_block(found: list[_Output], modules: dict[str, nn.Module]) -> _Output:
+    """Blocks are members of a list, with parts of their own. Those of the class of the last, as deep in the model, count."""
+
+    def is_block(out: _Output) -> bool:
+        parent, own = modules[out.name.rpartition(".")[0]], modules[out.name]
+        return isinstance(parent, (nn.Sequential, nn.ModuleList)) and any(own.children())
+
+    blocks = [out for out in found if out.form.prefix and out.name in modules and is_block(out)]
+    same = [out for out in blocks if (out.kind, out.name.count(".")) == (blocks[-1].kind, blocks[-1].name.count("."))]
+    without = [out for out in found if not out.form.prefix]  # the class token may come after all blocks of the others
+    return (same[:-1] or without or found)[-1]
+
+
+# ------------------------------------------------------------------------------------------------------- the clues
 
 
 def clues_of(model: nn.Module, spatial: Sides | None) -> Clues:
     """What the layers of a model tell about the layout of its activations, for an input of this size."""
     first: set[int] = set()
     last: set[int] = set()
-    grids: set[Sides] = set()
+    tokens: set[int] = set()  # widths of batch norms that are of lines, or else of tokens
+    axes: set[int] = set()
+    grids = {spatial} if spatial else set()
     for module in model.modules():
         if isinstance(module, _ConvNd):
             first |= {module.in_channels, module.out_channels}
+            axes.add(len(module.kernel_size))
             if spatial is not None and len(spatial) == len(module.kernel_size) and max(module.stride) > 1:
-                grids.add(_strided(module, spatial))
+                grids |= {made for grid in grids if min(made := _strided(module, grid)) > 0}
         elif isinstance(module, _NormBase):
             first.add(module.num_features)
+            tokens |= {module.num_features} if isinstance(module, nn.BatchNorm1d) else set()
         elif isinstance(module, nn.GroupNorm):
             first.add(module.num_channels)
         elif isinstance(module, nn.LayerNorm):
             last.add(module.normalized_shape[-1])
-    return Clues(frozenset(first), frozenset(last), frozenset(grids))
+    last |= set() if 1 in axes else tokens
+    return Clues(frozenset(first), frozenset(last), frozenset(axes), frozenset(grids - {spatial}))
 
 
-def _strided(conv: _ConvNd, spatial: Sides) -> Sides:
+def _strided(conv: _ConvNd, grid: Sides) -> Sides:
     """What a convolution makes of a grid."""
-    padding = (0,) * len(spatial) if isinstance(conv.padding, str) else conv.padding
-    knobs = zip(spatial, conv.kernel_size, conv.stride, padding, conv.dilation)
+    padding = (0,) * len(grid) if isinstance(conv.padding, str) else conv.padding
+    knobs = zip(grid, conv.kernel_size, conv.stride, padding, conv.dilation)
     return tuple((side + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for side, kernel, stride, pad, dilation in knobs)
 
 

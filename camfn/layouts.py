@@ -43,7 +43,8 @@ class Clues(NamedTuple):
 
     first: frozenset[int] = frozenset()  # widths of layers that have their channels first: convolutions, batch norms
     last: frozenset[int] = frozenset()  # and last: layer norms
-    grids: frozenset[Sides] = frozenset()  # what a convolution makes of the input: where patches are embedded, of their size
+    axes: frozenset[int] = frozenset()  # along how many its convolutions go
+    grids: frozenset[Sides] = frozenset()  # what convolutions make of the input: where patches are embedded, their number
 
 
 def tokens(grid: Sequence[int] | None = None, prefix: int | None = None) -> Tokens:
@@ -104,6 +105,8 @@ def forms_of(shape: Sides, layout: Layout, spatial: Sides | None, batch: int, cl
     known = clues()
     if isinstance(layout, Tokens):
         return _token_forms(shape, layout, spatial, batch, known)
+    if len(shape) == 3 and known.axes and 1 not in known.axes and (spatial is None or len(spatial) == 1):
+        return []  # a spectrogram whose channel axis the model adds: its tokens are no line
     found = _token_forms(shape, Tokens(), spatial, batch, known)
     if spatial is None or len(spatial) == 1:  # a line has all proportions: a convolution must have made the grid
         found = [form for form in found if form.prefix and form.grid in known.grids]
@@ -263,7 +266,8 @@ def _unclear(forms: list[Form], shape: Sides, layout: Layout, spatial: Sides | N
         return "which has no spatial axes; choose a layer before pooling and flattening, or pass layout= to say where they are"
     if isinstance(layout, Tokens):
         return f"which is not (n, tokens, channels) with a prefix and a grid as layout={_said(*layout)} has them"
+    size = "the input" if spatial is None else f"the input, {spatial}"
     return (
-        f"and no grid of that many positions has the proportions of the input, {spatial}; say where they are by "
+        f"and no grid of that many positions has the proportions of {size}; say where they are by "
         "layout=camfn.layouts.tokens(grid, prefix), or by a function that brings it to (n, c, *grid)"
     )

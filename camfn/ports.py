@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -205,6 +205,14 @@ def parts_of(out: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(out) and not isinstance(out, type):
         return {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
     return {}
+
+
+def tensors_of(out: Any) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """The tensors of an output, and the keys that lead there."""
+    if isinstance(out, Tensor):
+        yield (), out
+    for key, part in parts_of(out).items():
+        yield from (((key, *keys), tensor) for keys, tensor in tensors_of(part))
 
 
 def _part_of(port: Port, out: Any) -> tuple[str, ...]:

@@ -15,11 +15,12 @@ from camfn._types import Inputs, State
 from camfn.capture import pure_from
 from camfn.draws import refusing_draws
 from camfn.execution import CHUNK, Sweep
+from camfn.inputs import Key, with_input
 from camfn.keep import kept, shapes
 from camfn.memory import Ledger, free_bytes, is_exhausted
 from camfn.rewrite import channels_last, find_folds, is_close, merge_norms
 from camfn.shell import Shell, shell_of
-from camfn.subject import Key, Subject, with_input
+from camfn.subject import Subject
 from camfn.targets import Score, distinct, logits_of, reads_logits, score_rows
 
 _WORTH = 24  # rows from which the forward that checks a rewritten model pays
@@ -76,7 +77,7 @@ class Runner(NamedTuple):
 def rows_of(x: Inputs, key: Key, image: Tensor, n: int, masked: Tensor) -> Inputs:
     """The inputs of a chunk: the masked one, and of the others the rows of the same images."""
     if key is None:
-        return masked
+        return with_input(x, None, masked)
 
     def pick(leaf: Any) -> Any:
         per_image = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == n

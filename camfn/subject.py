@@ -1,6 +1,6 @@
 """What is explained: a model on inputs, checked, and captured once at the layers."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -14,12 +14,11 @@ from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layers, State
 from camfn.capture import Captured, resolve_state, tap_from, watch
 from camfn.gradients import Pull, copied, with_pull
+from camfn.inputs import Key, check_inputs, key_of, pick, plain, size_of
 from camfn.keep import is_made, kept, shapes, structure
 from camfn.layers import choose
 from camfn.ports import is_several, resolve_layers
 from camfn.shell import Shell, shell_of
-
-Key = str | int | None
 
 
 class Subject(NamedTuple):
@@ -47,23 +46,8 @@ class Subject(NamedTuple):
 
     @property
     def size(self) -> tuple[int, ...] | None:
-        """Its spatial size, if it has one."""
-        return tuple(self.image.shape[2:]) if self.image.ndim > 2 else None
-
-
-def pick(x: Inputs, key: Key) -> Tensor:
-    """One input of several."""
-    several: Any = x
-    return several if key is None else several[key]
-
-
-def with_input(x: Inputs, key: Key, value: Tensor) -> Inputs:
-    """`x` with one input replaced."""
-    if key is None:
-        return value
-    if isinstance(x, Mapping):
-        return {**x, str(key): value}
-    return tuple(value if i == key else item for i, item in enumerate(x))
+        """Its spatial size, if it has one, and images of a list have the same."""
+        return size_of(self.x, self.key)
 
 
 def without_graph() -> AbstractContextManager[Any]:
@@ -103,12 +87,12 @@ def look(
         return model.look(layer, x, state, masked, masks, graph)
     shell = shell_of(model)
     full = resolve_state(shell, state)
-    x = dict(x) if isinstance(x, Mapping) else x  # pytrees know dicts, not every mapping
-    key = _masked_key(x, masked, masks)
-    n = _check_inputs(x, key, full, masks)
+    x = plain(x)
+    key = key_of(x, masked, masks)
+    n = check_inputs(x, key, full, masks)
     if is_several(layer) and not layer:
         raise CamError("layer is an empty sequence: name one layer at least, or pass None to have one chosen")
-    names = _choose(model, full, x, key) if layer is None else resolve_layers(shell, model, layer)
+    names = _choose(model, full, x, key, n) if layer is None else resolve_layers(shell, model, layer)
     distinct = list(dict.fromkeys(names))
 
     known = None if _compat.transformed() else structure(shell)
@@ -138,6 +122,10 @@ def _run_checked(tap: Callable[..., Captured], key: Key, shell: Shell, state: St
     wrong = _wrong_rank(x, key, shell)
     try:
         captured = tap(state, x, nudge)
+    except (AttributeError, TypeError) as error:
+        if isinstance(x, list):
+            raise CamError(_NO_LIST) from error
+        raise
     except (RuntimeError, ValueError) as error:
         if wrong and not isinstance(error, CamError):
             raise CamError(wrong) from error
@@ -145,6 +133,12 @@ def _run_checked(tap: Callable[..., Captured], key: Key, shell: Shell, state: St
     if wrong and any(value.ndim < pick(x, key).ndim + 1 for value in captured.seen):  # torch took it for one sample
         raise CamError(wrong)
     return captured
+
+
+_NO_LIST = (
+    "x is a list, as a detector's images are, and the model does not take one; "
+    "pass a tensor with the batch first, a tuple of inputs or a mapping of them"
+)
 
 
 def _wrong_rank(x: Inputs, key: Key, shell: Shell) -> str:
@@ -158,72 +152,11 @@ def _wrong_rank(x: Inputs, key: Key, shell: Shell) -> str:
     )
 
 
-def _choose(model: nn.Module, state: State, x: Inputs, key: Key) -> list[str]:
-    name = choose(model, state, x, pick(x, key).ndim - 2)
+def _choose(model: nn.Module, state: State, x: Inputs, key: Key, n: int) -> list[str]:
+    name, why = choose(model, state, x, size_of(x, key), n)
     if not _compat.transformed():
-        warn(f"layer=None: {name!r} was chosen, the last layer whose output has spatial axes; name it to be sure")
+        warn(f"layer=None: {name!r} was chosen, the {why}; name it to be sure")
     return [name]
-
-
-def _masked_key(x: Inputs, masked: Key, masks: bool) -> Key:
-    if isinstance(x, Tensor):
-        if masked is not None:
-            raise CamError(f"masked={masked!r} names one of several inputs, and x is a single tensor")
-        return None
-    if not isinstance(x, (tuple, Mapping)):
-        raise CamError(
-            f"x must be a tensor, a tuple of inputs or a mapping of them; found {type(x).__name__} "
-            "(the order is model, layer, x)"
-        )
-    items: dict[Any, Any] = dict(x) if isinstance(x, Mapping) else dict(enumerate(x))
-    if masked is not None:
-        if masked not in items or not isinstance(items[masked], Tensor):
-            raise CamError(f"masked={masked!r} is not a tensor of x, which has {', '.join(map(repr, items))}")
-        return masked
-    found = [key for key, item in items.items() if isinstance(item, Tensor) and item.is_floating_point() and item.ndim > 2]
-    if len(found) == 1:
-        return found[0]
-    if masks:
-        names, which = (", ".join(map(repr, keys)) for keys in (items, found))
-        raise CamError(
-            f"masked= must say which input to mask; x has {names or 'nothing in it'}, and "
-            f"{which or 'none'} {'are' if len(found) > 1 else 'is'} floating-point with spatial axes"
-        )
-    tensors = [key for key, item in items.items() if isinstance(item, Tensor)]
-    if not tensors:
-        raise CamError(f"x holds no tensor: {', '.join(f'{key!r}: {type(item).__name__}' for key, item in items.items())}")
-    return (found or tensors)[0]
-
-
-def _check_inputs(x: Inputs, key: Key, state: State, masks: bool) -> int:
-    image = pick(x, key)
-    where = "x" if key is None else f"x[{key!r}]"
-    shape = tuple(image.shape)
-    if not image.is_floating_point():
-        raise CamError(
-            f"{where} is {image.dtype}: a map needs a floating-point input; preprocess it as in training "
-            "(a picture: x.float() / 255, then mean and standard deviation)"
-        )
-    if image.ndim == 0:
-        raise CamError(f"{where} has shape (): it needs a batch, (n, channels, *size)")
-    if image.shape[0] == 0:
-        raise CamError(f"{where} is an empty batch, {shape}: there is nothing to explain")
-    if masks and image.ndim < 3:
-        raise CamError(f"{where} has shape {shape}: masking needs (n, channels, *size), with one spatial axis at least")
-    _check_devices(x, state)
-    if not _compat.transformed() and not bool(torch.isfinite(image).all()):
-        raise CamError(f"{where} is not finite: it has {int((~torch.isfinite(image)).sum())} NaN or infinite values")
-    return image.shape[0]
-
-
-def _check_devices(x: Inputs, state: State) -> None:
-    here = {leaf.device for leaf in tree_flatten(x)[0] if isinstance(leaf, Tensor)}
-    away = [name for name, tensor in state.items() if tensor.device not in here]
-    if not away or len(here) > 1:
-        return  # a model may well be spread over devices, with inputs for each
-    there = ", ".join(sorted({str(state[name].device) for name in away}))
-    who = "the model is" if len(away) == len(state) else f"{', '.join(map(repr, away[:3]))} of the model's state is"
-    raise CamError(f"{who} on {there} and x is on {', '.join(map(str, here))}; move one to the other")
 
 
 def first_nonfinite(model: nn.Module, state: State, x: Inputs) -> str:

@@ -14,7 +14,6 @@ from torch import nn
 import camfn
 from camfn import cli, images, zoo
 from camfn.cli import options
-from camfn.layers import Candidate, candidates, last_of
 
 here = cli_support.here
 
@@ -43,15 +42,16 @@ def with_hooks(function: str, path: str) -> list[tuple[str, str, list[int]]]:
 
 def test_layers_lists_what_hooks_see_where_there_is_a_grid_in_the_order_of_execution(here):
     found = listed("layers", "a.png", "--model", "net.py:odd")
-    expected = [(name, kind, shape) for name, kind, shape in with_hooks("odd", "a.png") if name in ("first", "last")]
-    assert (
-        [(row["layer"], row["class"], row["shape"]) for row in found]
-        == expected
-        == [
-            ("first", "Conv2d", [4, 4, 6]),
-            ("last", "Conv2d", [5, 4, 6]),
-        ]
-    )
+    expected = [seen for seen in with_hooks("odd", "a.png") if seen[0] in ("first", "twice", "last")]
+    assert expected == [
+        ("first", "Conv2d", [4, 4, 6]),
+        ("twice", "ReLU", [4, 4, 6]),
+        ("twice", "ReLU", [4, 4, 6]),
+        ("last", "Conv2d", [5, 4, 6]),
+    ]
+    calls = iter(("twice@1", "twice@2"))  # a layer that runs twice is listed with its calls
+    named = [(next(calls) if name == "twice" else name, kind, shape) for name, kind, shape in expected]
+    assert [(row["layer"], row["class"], row["shape"]) for row in found] == named
 
 
 def test_layers_shows_containers_after_their_contents(here):
@@ -103,31 +103,6 @@ def test_what_layers_cannot_do_is_one_sentence(here, arguments, words):
     (sentence,) = result.stderr.splitlines()
     assert re.match(f"Error: .*{words}", sentence), sentence
     assert (result.exit_code, result.stdout) == (2, "")
-
-
-class FullyConvolutional(nn.Module):
-    """Ends in a map for each of 3 classes, averaged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features, self.classes, self.again = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 3, 1), nn.Tanh()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.again(self.classes(self.again(self.features(x)))).mean((2, 3))
-
-
-def test_class_maps_are_listed_and_chosen_only_where_there_is_nothing_else():
-    model = FullyConvolutional()
-    found = candidates(model, camfn.state_of(model), torch.randn(2, 2, 5, 6), 2)
-    assert found == [
-        Candidate("features", "Conv2d", (2, 4, 5, 6), False),
-        Candidate("classes", "Conv2d", (2, 3, 5, 6), True),
-    ]
-    assert last_of(found, model, 2) == "features"
-    assert last_of(found[1:], model, 2) == "classes"
-    assert candidates(model, camfn.state_of(model), torch.randn(2, 2, 5, 6), 1) == []
-    with pytest.raises(camfn.CamError, match="no layer of FullyConvolutional has 2 spatial axes"):
-        last_of([], model, 2)
 
 
 # --------------------------------------------------------------------------------------------------------- methods

@@ -12,8 +12,8 @@ ANY = Clues(frozenset(range(1000)), frozenset(range(1000)))
 """All widths are known, first and last: nothing is told by them."""
 
 
-def of_widths(first=(), last=(), grids=()) -> Clues:
-    return Clues(frozenset(first), frozenset(last), frozenset(grids))
+def of_widths(first=(), last=(), axes=(), grids=()) -> Clues:
+    return Clues(frozenset(first), frozenset(last), frozenset(axes), frozenset(grids))
 
 
 def read(shape, spatial, clues=Clues(), layout="auto", n=2):
@@ -104,6 +104,11 @@ def test_where_nothing_fits_the_error_says_what_to_do():
         read((2, 32, 768), (224, 224), of_widths(last=[768]))
     with pytest.raises(CamError, match="no grid of that many"):
         read((2, 37, 192), (100, 100), of_widths(last=[192]))
+    # A spectrogram (n, time, frequency) of a model that makes a picture of it, and so tokens of two axes.
+    for spatial in (None, (32,)):
+        with pytest.raises(CamError, match="no grid of that many positions has the proportions of the input"):
+            read((2, 12, 32), spatial, of_widths(first=[1, 32], last=[32], axes=[2]))
+    assert read((2, 12, 32), (32,), of_widths(first=[1], last=[32], axes=[1, 2])).grid == (12,)
     with pytest.raises(CamError, match="has no spatial axes; choose a layer before pooling"):
         read((2, 10), (224, 224))
 

@@ -13,7 +13,7 @@ import camfn
 PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
-    *("_errors", "_types", "_compat", "draws", "shell", "ports", "capture", "keep", "heads", "eigen", "maps"),
+    *("_errors", "_types", "_compat", "draws", "shell", "ports", "capture", "inputs", "keep", "heads", "eigen", "maps"),
     *("findings", "metrics", "layouts"),
     *(
         "targets.scores",

@@ -1,5 +1,6 @@
 """`camfn explain`: the run over pictures."""
 
+import functools
 import math
 import sys
 import warnings
@@ -19,7 +20,7 @@ from camfn.capture import state_of, tap
 from camfn.cli import files, options
 from camfn.cli.cards import Facts, Written, classes
 from camfn.explanation import prepared
-from camfn.layers import choose
+from camfn.layers import choose, clues_of
 from camfn.targets import Top
 
 
@@ -136,10 +137,12 @@ def _check_layers(job: Job, path: Path, x: Tensor) -> None:
     if len(quick) == len(job.methods):
         return
     with zoo.told("the model", job.loaded.file), torch.no_grad():
-        names = [layer or choose(model, state_of(model), x, 2) for layer in job.layers]
+        size = tuple(x.shape[2:])
+        names = [layer or choose(model, state_of(model), x, size, 1).name for layer in job.layers]
         seen = tap(model, names)(state_of(model), x).seen
+    clues = functools.partial(clues_of, model, size)
     for name, activation in zip(names, seen):
-        _check_grid(name, layouts.read(activation, "auto", tuple(x.shape[2:]), name, 1).grid)
+        _check_grid(name, layouts.read(activation, "auto", size, name, 1, clues).grid)
 
 
 def _check_grid(layer: str, grid: Sequence[int]) -> None:

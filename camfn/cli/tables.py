@@ -9,9 +9,9 @@ import numpy as np
 
 import camfn
 from camfn import images, zoo
-from camfn.capture import state_of
+from camfn._errors import CamError
 from camfn.cli import options
-from camfn.layers import candidates, last_of
+from camfn.layers import none_on_a_grid
 
 Row = dict[str, Any]
 
@@ -56,11 +56,11 @@ def layers(image: Path | None, model: str, weights: Path | None, no_pretrained: 
     with options.opened(model, weights, no_pretrained, place) as loaded:
         x = options.input_of(loaded, picture, place)
         with zoo.told(f"the model, on an input of shape {tuple(x.shape)},", loaded.file):
-            found = candidates(loaded.model, state_of(loaded.model), x, x.ndim - 2)
-            chosen = last_of(found, loaded.model, x.ndim - 2)
+            found = camfn.candidate_layers(loaded.model, x)
+            if not found:
+                raise CamError(none_on_a_grid(loaded.model, tuple(x.shape[2:])))
     rows = [
-        {"layer": layer.name, "class": layer.kind, "shape": list(layer.shape[1:]), "chosen": layer.name == chosen}
-        for layer in found
+        {"layer": layer.name, "class": layer.kind, "shape": list(layer.shape[1:]), "chosen": layer.chosen} for layer in found
     ]
     return Table(rows, ("layer", "class", "output", ""), _layer_cells)
 

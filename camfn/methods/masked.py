@@ -11,12 +11,13 @@ from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target
 from camfn.anytime import Limits, Order, checked_limits, rows_within, sweep_some
 from camfn.execution import Sweep, checked, counter, usable
+from camfn.inputs import Key
 from camfn.masks import Noise, Recipe, Variation, path_scales, recipe_of
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read, slopes_at
 from camfn.precision import sweep_narrow
 from camfn.runner import runner_of
 from camfn.scoring import Scoring, Swept, plan, sweep_all
-from camfn.subject import Key, Subject, look, without_graph
+from camfn.subject import Subject, look, without_graph
 from camfn.targets import resolve
 
 

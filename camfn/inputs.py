@@ -1,0 +1,137 @@
+"""The inputs of a model: what `x` may be, which of it has the pixels, and what is wrong with it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from camfn import _compat
+from camfn._errors import CamError
+from camfn._types import Inputs, State
+
+Key = str | int | None
+"""Which input has the pixels; `None` where x is the only one."""
+
+
+def plain(x: Any) -> Any:
+    """Pytrees know dicts, not every mapping."""
+    return dict(x) if isinstance(x, Mapping) else x
+
+
+def pick(x: Inputs, key: Key) -> Tensor:
+    """One input of several; of a list of images all of them, or the first where they have several sizes."""
+    if isinstance(x, list):
+        return torch.stack(x) if _one_size(x) else x[0][None]
+    several: Any = x
+    return several if key is None else several[key]
+
+
+def with_input(x: Inputs, key: Key, value: Tensor) -> Inputs:
+    """`x` with one input replaced."""
+    if isinstance(x, list):
+        return list(value.unbind(0))
+    if key is None:
+        return value
+    if isinstance(x, Mapping):
+        return {**x, str(key): value}
+    return tuple(value if i == key else item for i, item in enumerate(x))
+
+
+def size_of(x: Inputs, key: Key) -> tuple[int, ...] | None:
+    """The spatial size of the input that has the pixels, if it has one, and one only."""
+    if isinstance(x, list) and not _one_size(x):
+        return None
+    image = pick(x, key)
+    return tuple(image.shape[2:]) if image.ndim > 2 else None
+
+
+def _one_size(images: list[Tensor]) -> bool:
+    return len({image.shape for image in images}) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+
+
+def key_of(x: Inputs, masked: Key, masks: bool) -> Key:
+    """The key of the input that has the pixels: `masked`, or the only one that can be it."""
+    if isinstance(x, (Tensor, list)):
+        if masked is not None:
+            kind = "a single tensor" if isinstance(x, Tensor) else "a list of images"
+            raise CamError(f"masked={masked!r} names one of several inputs, and x is {kind}")
+        return None
+    if not isinstance(x, (tuple, Mapping)):
+        raise CamError(
+            f"x must be a tensor, a tuple of inputs or a mapping of them; found {type(x).__name__} "
+            "(the order is model, layer, x)"
+        )
+    items: dict[Any, Any] = dict(x) if isinstance(x, Mapping) else dict(enumerate(x))
+    if masked is not None:
+        if masked not in items or not isinstance(items[masked], Tensor):
+            raise CamError(f"masked={masked!r} is not a tensor of x, which has {', '.join(map(repr, items))}")
+        return masked
+    found = [key for key, item in items.items() if isinstance(item, Tensor) and item.is_floating_point() and item.ndim > 2]
+    if len(found) == 1:
+        return found[0]
+    if masks:
+        names, which = (", ".join(map(repr, keys)) for keys in (items, found))
+        raise CamError(
+            f"masked= must say which input to mask; x has {names or 'nothing in it'}, and "
+            f"{which or 'none'} {'are' if len(found) > 1 else 'is'} floating-point with spatial axes"
+        )
+    tensors = [key for key, item in items.items() if isinstance(item, Tensor)]
+    if not tensors:
+        raise CamError(f"x holds no tensor: {', '.join(f'{key!r}: {type(item).__name__}' for key, item in items.items())}")
+    return (found or tensors)[0]
+
+
+def check_inputs(x: Inputs, key: Key, state: State, masks: bool) -> int:
+    """How many samples there are; what is wrong with them is an error."""
+    if isinstance(x, list):
+        _check_list(x, masks)
+    image = pick(x, key)
+    where = "x" if key is None else f"x[{key!r}]"
+    shape = tuple(image.shape)
+    if not image.is_floating_point():
+        raise CamError(
+            f"{where} is {image.dtype}: a map needs a floating-point input; preprocess it as in training "
+            "(a picture: x.float() / 255, then mean and standard deviation)"
+        )
+    if image.ndim == 0:
+        raise CamError(f"{where} has shape (): it needs a batch, (n, channels, *size)")
+    if image.shape[0] == 0:
+        raise CamError(f"{where} is an empty batch, {shape}: there is nothing to explain")
+    if masks and image.ndim < 3:
+        raise CamError(f"{where} has shape {shape}: masking needs (n, channels, *size), with one spatial axis at least")
+    _check_devices(x, state)
+    if not _compat.transformed():
+        for i, part in enumerate(x if isinstance(x, list) else [image]):
+            if not bool(torch.isfinite(part).all()):
+                name = f"x[{i}]" if isinstance(x, list) else where
+                raise CamError(f"{name} is not finite: it has {int((~torch.isfinite(part)).sum())} NaN or infinite values")
+    return len(x) if isinstance(x, list) else image.shape[0]
+
+
+def _check_list(x: list[Any], masks: bool) -> None:
+    one = "x is a list, which is one argument of the model: a detector's images, (channels, *size) each"
+    if not x:
+        raise CamError("x is an empty list: there is nothing to explain")
+    for i, image in enumerate(x):
+        if not isinstance(image, Tensor) or not image.is_floating_point() or image.ndim < 2:
+            is_tensor = isinstance(image, Tensor)
+            found = f"{image.dtype} of shape {tuple(image.shape)}" if is_tensor else f"a {type(image).__name__}"
+            raise CamError(f"{one}; x[{i}] is {found} (a tuple is several arguments)")
+    if masks and not _one_size(x):
+        sizes = ", ".join(str(tuple(image.shape)) for image in x[:3])
+        raise CamError(f"{one}; this method masks them all at once and they have several sizes, {sizes}: pass one at a time")
+
+
+def _check_devices(x: Inputs, state: State) -> None:
+    here = {leaf.device for leaf in tree_flatten(x)[0] if isinstance(leaf, Tensor)}
+    away = [name for name, tensor in state.items() if tensor.device not in here]
+    if not away or len(here) > 1:
+        return  # a model may well be spread over devices, with inputs for each
+    there = ", ".join(sorted({str(state[name].device) for name in away}))
+    who = "the model is" if len(away) == len(state) else f"{', '.join(map(repr, away[:3]))} of the model's state is"
+    raise CamError(f"{who} on {there} and x is on {', '.join(map(str, here))}; move one to the other")
