@@ -92,7 +92,7 @@ def _signed(fields: dict[str, Any], paths: dict[int, str]) -> tuple[Hashable, ..
     return tuple(
         (name, value if type(value) in _PLAIN else _sign(value, paths, seen))
         for name, value in fields.items()
-        if name not in _SKIPPED and (value or type(value) not in _EMPTY)
+        if name not in _SKIPPED and (type(value) not in _EMPTY or value)
     )
 
 

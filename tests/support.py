@@ -46,6 +46,30 @@ def _define_schemas() -> None:
     _LIBRARY.append(library)
 
 
+def detectors():
+    """`torchvision.models.detection`, with the one compiled operator that its models cannot do without written in Python."""
+    models = torchvision_models()
+    if _LIBRARY and len(_LIBRARY) == 1:
+        import torchvision
+
+        _LIBRARY.append(torch.library.Library("torchvision", "IMPL"))
+        _LIBRARY[1].impl("nms", _nms, "CPU")
+        torchvision.extension._has_ops = lambda: True
+    return models.detection
+
+
+def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Boxes in the order of their scores, less those that overlap with a better one."""
+    from torchvision.ops import box_iou
+
+    order, overlap, kept = scores.argsort(descending=True), box_iou(boxes, boxes), []
+    while len(order):
+        kept.append(order[0])
+        order = order[overlap[order[0], order] <= iou_threshold]
+        order = order[order != kept[-1]]
+    return torch.stack(kept) if kept else torch.zeros(0, dtype=torch.long)
+
+
 def real_networks():
     """`load.MODELS` of the folder of trained networks; skips where it is missing."""
     if not (REAL / "load.py").exists():

@@ -434,7 +434,7 @@ REFUSALS = {
     ),
     "no layer with a grid": (
         ["a.png", "--model", "net.py:headless"],
-        r"^Error: a\.png: no layer of Sequential has 2 spatial axes of more than one position that can be told from its shape",
+        r"^Error: a\.png: no layer of Sequential has 2 spatial axes of more than one position that can be told from its shape;",
     ),
     "cam without a linear layer": (
         ["a.png", "b.png", "--model", "net.py:without_tensors", "--layer", "1", "--method", "cam"],

@@ -156,7 +156,8 @@ def _checked_size(size: Size, subject: Subject, axes: int) -> tuple[int, ...] | 
         return None
     if isinstance(size, str) and size == "input":
         if subject.size is None:
-            raise CamError(f'size="input" needs spatial axes in the input, and x has shape {tuple(subject.image.shape)}')
+            found = "images of several sizes" if isinstance(subject.x, list) else f"shape {tuple(subject.image.shape)}"
+            raise CamError(f'size="input" needs spatial axes in the input, of one size, and x has {found}')
         size = subject.size
     whole = isinstance(size, Sequence) and all(isinstance(side, int) and side > 0 for side in size)
     if not whole or len(size) != axes:
