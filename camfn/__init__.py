@@ -12,7 +12,18 @@ from camfn.explanation import Explanation, explain
 from camfn.heads import Head, head
 from camfn.layers import Candidate, candidate_layers
 from camfn.masks import RECIPES, Recipe
-from camfn.methods import METHODS, cam, grad_cam, is_cam, score_cam, ss_cam
+from camfn.methods import (
+    METHODS,
+    ag_cam,
+    attention_rollout,
+    cam,
+    grad_cam,
+    gradient_attention,
+    is_cam,
+    legrad,
+    score_cam,
+    ss_cam,
+)
 
 __version__ = "0.1.0"
 
@@ -27,15 +38,19 @@ __all__ = [
     "Head",
     "Recipe",
     "Sweep",
+    "ag_cam",
+    "attention_rollout",
     "cam",
     "candidate_layers",
     "explain",
     "figures",
     "grad_cam",
+    "gradient_attention",
     "head",
     "images",
     "is_cam",
     "layouts",
+    "legrad",
     "maps",
     "metrics",
     "pure",

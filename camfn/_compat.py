@@ -7,7 +7,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -72,10 +72,28 @@ def outside_transforms() -> Iterator[None]:
             del guard
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, a product is computed in the dtype of its factors."""
+    return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
+
+
 def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor inside what transforms made of it."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def constant(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, as a constant to the innermost gradient that is being taken, and to no other.
+
+    `detach` and `no_grad` would make it one to all gradients around as well.
+    """
+    level = _functorch.peek_interpreter_stack()
+    if level is None:
+        return tensor.detach()
+    if level.key() == _functorch.TransformType.Grad and _functorch.maybe_get_level(tensor) == level.level():
+        return _functorch.get_unwrapped(tensor)
     return tensor
 
 

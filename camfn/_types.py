@@ -1,7 +1,7 @@
 """Shapes by name, and the shapes of arguments.
 
 Axes: `n` images, `c` channels, `p` positions of the layer's grid (flattened), `t` targets, `r` rows of a sweep
-(masked inputs).
+(masked inputs); in attention `h` heads, `q` queries, `k` keys.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +26,8 @@ Scores: TypeAlias = Float[Tensor, "n c t"]
 Weights: TypeAlias = Float[Tensor, "n t c"]
 Gradients: TypeAlias = Float[Tensor, "n t c p"]
 FlatMaps: TypeAlias = Float[Tensor, "n t p"]
+Attentions: TypeAlias = Float[Tensor, "n h q k"]
+Relevances: TypeAlias = Float[Tensor, "n k"]
 Classes: TypeAlias = Int[Tensor, "n t"]
 
 Maps: TypeAlias = Tensor | tuple[Tensor, ...]

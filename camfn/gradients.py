@@ -14,41 +14,51 @@ from camfn._types import Inputs, State
 from camfn.capture import Captured
 from camfn.targets import Score, score_rows
 
-Pull = Callable[[Callable[[Any], Tensor]], dict[str, Tensor]]
-"""From a function of the model's output to one number, to its gradient at each layer, shaped as the layer's output."""
+Pull = Callable[..., dict[Any, Tensor]]
+"""`pull(of, last=False)`: the gradient of `of`, a function of the model's output to one number, at each layer, or only at the
+last, shaped as what the layer gave."""
 
 Run = Callable[..., Captured]
 """`(state, x, nudge)`: the tapped model; a nudge is a tensor for each layer, or a function of the layer's output to one."""
 
 
 @_compat.eager
-def with_pull(run: Run, state: State, x: Inputs, names: Sequence[str]) -> tuple[Captured, Pull]:
-    """The clean forward, without a graph, and the way back from its output to the layers."""
+def with_pull(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pull]:
+    """The clean forward, without a graph, and the way back from its output to the layers.
+
+    `names` is `None` where only the forward tells how many there are: their names are then 0, 1, ..., in order, and one
+    function is given that makes every nudge.
+    """
     return (_by_vjp if _compat.transformed() else _by_graph)(run, state, x, names)
 
 
-def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str]) -> tuple[Captured, Pull]:
+def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pull]:
     """State and inputs have no graph, and what comes before the layers records none."""
-    zeros: dict[str, Tensor] = {}
+    zeros: dict[Any, Tensor] = {}
 
-    def zero(name: str, value: Tensor) -> Tensor:
+    def zero(name: Any, value: Tensor) -> Tensor:
         zeros[name] = torch.zeros_like(value, requires_grad=True)
         return zeros[name]
+
+    def next_zero(value: Tensor) -> Tensor:
+        return zero(len(zeros), value)
+
+    nudge = next_zero if names is None else tuple(functools.partial(zero, name) for name in names)
 
     with torch.inference_mode(False), torch.enable_grad():
         state = {name: t.clone() if t.is_inference() else t.detach() for name, t in state.items()}
         x = tree_map(functools.partial(copied, alone=True), x)
-        output, seen = run(state, x, tuple(functools.partial(zero, name) for name in names))
+        output, seen = run(state, x, nudge)
 
-    def pull(of: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    def pull(of: Callable[[Any], Tensor], last: bool = False) -> dict[Any, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
-            return _gradients(of(output), zeros)
+            return _gradients(of(output), dict([*zeros.items()][-1:]) if last else zeros)
 
     detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
     return Captured(detached, tuple(value.detach() for value in seen)), pull
 
 
-def _gradients(total: Tensor, zeros: dict[str, Tensor]) -> dict[str, Tensor]:
+def _gradients(total: Tensor, zeros: dict[Any, Tensor]) -> dict[Any, Tensor]:
     """Zeros where the score has no slope at all, as a count has none."""
     found: Any = (None,) * len(zeros)
     if total.requires_grad:
@@ -56,7 +66,7 @@ def _gradients(total: Tensor, zeros: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(zeros[name]) if slope is None else slope for name, slope in zip(zeros, found)}
 
 
-def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str]) -> tuple[Captured, Pull]:
+def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pull]:
     """The gradient can be differentiated, and mapped over. One forward more, which tells the layers' shapes."""
     x = tree_map(copied, x)
     shapes = run(state, x, None).seen
@@ -75,12 +85,13 @@ def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str]) -> tuple[Ca
     rest = iter(tensors)
     leaves = [next(rest) if is_tensor else leaf for leaf, is_tensor, _ in fixed]
 
-    def pull(of: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    def pull(of: Callable[[Any], Tensor], last: bool = False) -> dict[Any, Tensor]:
         def of_floats(given: list[Tensor]) -> Tensor:
             those = iter(given)
             return of(tree_unflatten([next(those) if slope else leaf for leaf, (*_, slope) in zip(leaves, fixed)], spec))
 
-        return dict(zip(names, back(grad(of_floats)(floats))))
+        found = dict(zip(range(len(shapes)) if names is None else names, back(grad(of_floats)(floats))))
+        return dict([*found.items()][-1:]) if last else found
 
     return Captured(tree_unflatten(leaves, spec), seen), pull
 
@@ -90,12 +101,24 @@ def _has_slope(leaf: Any) -> bool:
 
 
 @_compat.eager
-def slopes_of(pull: Pull, output: Any, score: Score) -> list[dict[str, Tensor]]:
-    """The gradient of each target's score at the layers."""
+def slopes_of(pull: Pull, output: Any, score: Score, then: Callable[[dict[Any, Tensor]], Any] = dict) -> list[Any]:
+    """The gradient of each target's score at the layers, or what `then` makes of it before the next is taken."""
+    return [then(pull(of)) for of in _sums(output, score)]
+
+
+@_compat.eager
+def last_slope(pull: Pull, output: Any, score: Score) -> Tensor:
+    """The gradient of the first target's score at the last layer."""
+    (slope,) = pull(_sums(output, score)[0], last=True).values()
+    return slope
+
+
+def _sums(output: Any, score: Score) -> list[Callable[[Any], Tensor]]:
+    """For each target, the function of an output that sums its score over images."""
     with torch.inference_mode(False):
         rows = tree_map(torch.clone, score.rows)  # no inference tensors, whatever mode they were made in
     targets = score_rows(score.of, output, rows).shape[1]
-    return [pull(lambda output, t=t: score_rows(score.of, output, rows)[:, t].sum()) for t in range(targets)]
+    return [lambda output, t=t: score_rows(score.of, output, rows)[:, t].sum() for t in range(targets)]
 
 
 def copied(leaf: Any, alone: bool = False) -> Any:

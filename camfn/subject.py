@@ -85,41 +85,64 @@ def look(
     """
     if isinstance(model, Shared):
         return model.look(layer, x, state, masked, masks, graph)
-    shell = shell_of(model)
-    full = resolve_state(shell, state)
-    x = plain(x)
-    key = key_of(x, masked, masks)
-    n = check_inputs(x, key, full, masks)
+    subject = introduced(model, x, state, masked, masks=masks)
+    shell, full, x, n = subject.shell, subject.state, subject.x, subject.n
     if is_several(layer) and not layer:
         raise CamError("layer is an empty sequence: name one layer at least, or pass None to have one chosen")
-    names = _choose(model, full, x, key, n) if layer is None else resolve_layers(shell, model, layer)
+    names = _choose(model, full, x, subject.key, n) if layer is None else resolve_layers(shell, model, layer)
     distinct = list(dict.fromkeys(names))
 
-    known = None if _compat.transformed() else structure(shell)
-    # Found out in the first call, by a mode that costs up to a fifth of a forward.
-    still = "draws nothing", shapes(x), known
-    draws = known is not None and is_made(model, still)
+    draws = trusted(subject)
 
     def run(state: State, x: Inputs, nudge: Any = None) -> Captured:
         # Under a transform, what a model writes to has to be made inside it.
-        tap = tap_from(shell if known else shell_of(model), distinct, draws=draws)
-        return _run_checked(tap, key, shell, state, x, nudge)
+        tap = tap_from(shell if subject.known else shell_of(model), distinct, draws=draws)
+        return run_checked(tap, subject, state, x, nudge)
 
-    forwards = n if layer is not None else 2 * n
     if graph:
         captured, pull = with_pull(run, full, x, distinct)
     else:
         with without_graph() if masks else nullcontext():
             captured, pull = run(full, tree_map(copied, x)), None
-    if known is not None and not draws:
-        kept(model, still, lambda: True)
+    trust(subject)
     seen = tuple(captured.seen[distinct.index(name)] for name in names)
-    return Subject(model, shell, full, x, key, n, tuple(names), is_several(layer), captured.output, seen, forwards, known, pull)
+    told: dict[str, Any] = {"layers": tuple(names), "several": is_several(layer), "forwards": n if layer is not None else 2 * n}
+    return subject._replace(output=captured.output, seen=seen, pull=pull, **told)
 
 
-def _run_checked(tap: Callable[..., Captured], key: Key, shell: Shell, state: State, x: Inputs, nudge: Any = None) -> Captured:
+def introduced(
+    model: nn.Module | Shared, x: Inputs, state: State | None, masked: Key = None, *, masks: bool = False
+) -> Subject:
+    """The model and its inputs, checked; nothing has run."""
+    model = model.model if isinstance(model, Shared) else model
+    shell = shell_of(model)
+    full = resolve_state(shell, state)
+    x = plain(x)
+    key = key_of(x, masked, masks)
+    n = check_inputs(x, key, full, masks)
+    known = None if _compat.transformed() else structure(shell)
+    return Subject(model, shell, full, x, key, n, (), False, None, (), 0, known)
+
+
+def trusted(subject: Subject) -> bool:
+    """Is it known that the model draws nothing? The first call finds out, by a mode that costs up to a fifth of a forward."""
+    return subject.known is not None and is_made(subject.model, _still(subject))
+
+
+def trust(subject: Subject) -> None:
+    """The model has run on these inputs and drawn nothing."""
+    if subject.known is not None:
+        kept(subject.model, _still(subject), lambda: True)
+
+
+def _still(subject: Subject) -> Hashable:
+    return "draws nothing", shapes(subject.x), subject.known
+
+
+def run_checked(tap: Callable[..., Captured], subject: Subject, state: State, x: Inputs, nudge: Any = None) -> Captured:
     """The clean forward; a convolution that did not like the number of axes speaks of the batch."""
-    wrong = _wrong_rank(x, key, shell)
+    key = subject.key
+    wrong = _wrong_rank(x, key, subject.shell)
     try:
         captured = tap(state, x, nudge)
     except (AttributeError, TypeError) as error:

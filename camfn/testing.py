@@ -24,6 +24,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 
 from camfn import targets
+from camfn._errors import CamError
 from camfn._types import Target
 from camfn.masks import Recipe, recipe_of
 from camfn.methods import METHODS
@@ -204,10 +205,13 @@ def _margin(c: int) -> Callable[[Tensor], Tensor]:
 def cases(
     draw: st.DrawFn, method: str | None = None, *, recipe: str | Recipe = "torchcam", varied: bool = False, **fields: Any
 ) -> Case:
-    """Models, layers, inputs and targets that `camfn.METHODS[method]` takes with this recipe; for `None`, that all take.
+    """Models, layers, inputs and targets that `camfn.METHODS[method]` takes with this recipe; for `None`, that all take
+    but those that follow attention.
 
     `varied`: in every image some channel of the layer is not flat. `fields` are those of `Spec`.
     """
+    if method is not None and "attention" in METHODS[method].needs:
+        raise CamError(f"{method} follows attention, and the models of camfn.testing are convolutional")
     linear_head = method is None or "linear head" in METHODS[method].needs
     knobs = recipe_of(recipe)
     varied = varied or knobs.flat == "skip"  # a recipe that leaves flat channels out needs one that is not

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import camfn
+
 REAL = Path(os.environ.get("CAMFN_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
 """A folder of trained networks and photos with a `load.py`; tests that want it are skipped where it is missing."""
 
@@ -80,6 +82,9 @@ def real_networks():
     spec.loader.exec_module(module)
     return module.MODELS
 
+
+LAYERED = [name for name, method in camfn.METHODS.items() if "attention" not in method.needs]
+"""The methods that convolutional networks take; those that follow attention are in test_transformers.py."""
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}

@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 import test_contract as contract
 import test_threads
+import test_transformers as transformers
 import torch
 import torch.nn.functional as F
 from support import SmallNet, assert_close, inputs, small_net
+from vits import vit
 
 import camfn
 from camfn import _compat
@@ -121,10 +123,35 @@ COLUMNS: dict[str, Callable[[str], None]] = {
 }
 
 
+OF_TRANSFORMERS: dict[str, Callable[[str], None]] = {
+    "1-D": lambda method: transformers.test_one_to_three_axes(method, 1, True),
+    "2-D": lambda method: transformers.test_every_model(method, "timm"),
+    "3-D": lambda method: transformers.test_one_to_three_axes(method, 3, True),
+    "several inputs": transformers.test_inputs_as_keywords,
+    "several targets": transformers.test_several_targets_are_each_alone,
+    "callable target": transformers.test_several_targets_are_each_alone,
+    "several layers": lambda method: camfn.METHODS[method].function(vit("timm"), ("blocks.0", "blocks.1"), inputs(side=32)),
+    "`vmap` over inputs": lambda method: transformers.test_under_vmap(method, "timm"),
+    "`vmap` over models": transformers.test_an_ensemble_by_vmap_over_states,
+    "`grad`, `jvp`": lambda method: [transformers.test_maps_are_differentiable(method, wrt, False) for wrt in ("x", "state=")],
+    COMPILED: transformers.test_the_whole_method_can_be_compiled,
+    "8 threads": transformers.test_threads,
+    "float16": lambda method: transformers.test_narrow_dtypes(method, torch.float16),
+    "bfloat16": lambda method: transformers.test_narrow_dtypes(method, torch.bfloat16),
+    "inference mode": lambda method: transformers.test_it_is_pure(method, "timm"),
+    "train mode": lambda method: transformers.test_it_is_pure(method, "torchvision"),
+}
+"""The same, of those that follow attention."""
+
+
+def check_of(method: str, column: str) -> Callable[[str], None]:
+    return (OF_TRANSFORMERS if "attention" in camfn.METHODS[method].needs else COLUMNS)[column]
+
+
 def tried(method: str, column: str) -> str:
     """What comes of it."""
     try:
-        COLUMNS[column](method)
+        check_of(method, column)(method)
     except camfn.CamError:
         return REFUSED
     except pytest.skip.Exception as reason:

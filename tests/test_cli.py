@@ -47,7 +47,7 @@ def test_each_picture_gets_a_line_and_three_files(here):
         )
 
 
-@pytest.mark.parametrize("method", camfn.METHODS)
+@pytest.mark.parametrize("method", support.LAYERED)
 def test_the_npy_is_the_raw_map_of_explain(here, method):
     given = {"fc": "6"} if method == "cam" else {}
     explain("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "1", "--method", method, "--out", "maps")
@@ -56,6 +56,16 @@ def test_the_npy_is_the_raw_map_of_explain(here, method):
     assert np.array_equal(np.load(saved), raw.numpy())
     assert raw.abs().max() > 0
     assert not torch.equal(raw, camfn.maps.normalize(raw, (-2, -1)))  # raw and scaled differ here
+
+
+@pytest.mark.parametrize("method", sorted(set(camfn.METHODS) - set(support.LAYERED)))
+def test_attention_is_explained_without_a_layer(here, method):
+    explain("a.png", "--model", "net.py:attends", "--target", "1", "--method", method, "--out", "maps")
+    (saved,) = Path("maps").glob("*.npy")
+    assert saved.name == f"a-{method}-1.npy"
+    raw = library("attends", "a.png", None, 1, method, normalize=False)[0].maps[0]
+    assert raw.shape == (3, 4)
+    assert np.array_equal(np.load(saved), raw.numpy())
 
 
 def test_the_png_is_the_map_over_the_picture_that_the_network_saw(here):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from support import LAYERED
 
 import camfn
 from camfn import cli, demo, maps
@@ -42,7 +43,7 @@ def test_it_says_where_the_picture_is_and_overwrites_nothing(ran):
 
 
 def test_the_table_has_every_method_and_what_an_even_map_gets(ran):
-    assert list(numbers(ran)) == ["(even map)", *camfn.METHODS]
+    assert list(numbers(ran)) == ["(even map)", *LAYERED]
     scenes = [demo.scene(seed, objects) for seed, objects in command.SHOWN]
     shares = [float(mask.float().mean()) for s in scenes for mask in s.masks]
     energy, _, count = numbers(ran)["(even map)"]
@@ -83,7 +84,7 @@ def test_the_picture_has_a_row_for_each_method(ran):
         found = np.asarray(file.convert("RGB")).astype(int)
     frames = (found.sum(-1) == 0).mean(1) > 0.4  # the black lines above and below the panels
     starts = np.flatnonzero(frames & ~np.roll(frames, 1))
-    assert len(starts) == 2 * (1 + len(camfn.METHODS))
+    assert len(starts) == 2 * (1 + len(LAYERED))
 
 
 def test_every_panel_shows_what_its_number_counts():

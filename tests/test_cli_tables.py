@@ -112,17 +112,30 @@ PASSED = []
 """How many inputs went through, forward by forward. A global: camfn runs a copy of the model and of what its hooks hold."""
 
 
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.mT
+
+
+class Means(nn.Module):
+    def forward(self, x):
+        return x.mean(-1)
+
+
 @pytest.mark.parametrize("method", camfn.METHODS)
 def test_the_cost_that_is_told_is_what_really_goes_through_the_network(method, monkeypatch):
     """Beside the forwards that tell how the model may be run: in the first call, and one where it is rewritten."""
     monkeypatch.setattr(camfn.runner, "_WORTH", 10**6)
-    model = nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 5))
+    model, layer = nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 5)), "0"
+    if "attention" in camfn.METHODS[method].needs:
+        blocks = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 2, enable_nested_tensor=False)
+        model, layer = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Flatten(2), Turned(), blocks, Turned(), Means()), None
     model[0].register_forward_pre_hook(lambda module, inputs: PASSED.append(len(inputs[0])))
     x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     given = {"fc": "3"} if method == "cam" else {}
-    camfn.explain(model, "0", x, method=method, **given)
+    camfn.explain(model, layer, x, method=method, **given)
     PASSED.clear()
-    card = camfn.explain(model, "0", x, method=method, **given)
+    card = camfn.explain(model, layer, x, method=method, **given)
     forwards, *others = camfn.METHODS[method].cost.split(", ")
     of = {kind: amount for amount, _, kind in (part.rpartition(" ") for part in others)}
     assert set(of) <= {"backward", "head"}

@@ -1,6 +1,6 @@
 """The promise, for every row of `camfn.METHODS`: pure, exact however it is executed, composable, differentiable.
 
-A new method is tested here from the moment it is in the table.
+A new method is tested here from the moment it is in the table; one that follows attention, in test_transformers.py.
 """
 
 import collections
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import SmallNet, assert_close, inputs, score_cam_loop, small_net
+from support import LAYERED, SmallNet, assert_close, inputs, score_cam_loop, small_net
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
@@ -27,7 +27,7 @@ from camfn import _compat
 CHEAP = {"cam": {"fc": "fc"}, "ss_cam": {"num_samples": 3}, "is_cam": {"num_samples": 3}}
 """Options that keep a method's cost, and its warnings, down."""
 
-METHODS = sorted(camfn.METHODS)
+METHODS = sorted(LAYERED)
 SWEPT = [name for name in METHODS if "masked inputs" in camfn.METHODS[name].needs]
 ROUNDING = 1e-12
 """Of float64 sums of some hundred terms of order one, in another order."""

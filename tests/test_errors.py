@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_close, inputs, small_net
+from support import LAYERED, assert_close, inputs, small_net
 from torch import nn
 
 import camfn
@@ -579,7 +579,7 @@ def test_a_wrong_number_of_top_classes(k):
         T.top(k)
 
 
-@pytest.mark.parametrize("method", sorted(camfn.METHODS))
+@pytest.mark.parametrize("method", sorted(LAYERED))
 def test_every_method_refuses_a_wrong_class(method):
     for target in (5, -1):
         with says(f"target {target}", "0 to 4"):
@@ -772,7 +772,7 @@ def test_a_model_that_draws_in_eval_mode_is_refused_before_it_draws(kind):
 
 @pytest.mark.filterwarnings("ignore:layer=None")
 @pytest.mark.parametrize("layer", ["conv", None])
-@pytest.mark.parametrize("method", sorted(camfn.METHODS))
+@pytest.mark.parametrize("method", sorted(LAYERED))
 def test_every_method_refuses_a_model_that_draws(method, layer):
     draws_nothing(Applies(DRAWS["dropout"]).double(), lambda net: explain(net, layer=layer, method=method))
 
@@ -1008,7 +1008,7 @@ def test_a_wrong_seed(seed):
         explain(method="ss_cam", num_samples=2, seed=seed)
 
 
-@pytest.mark.parametrize("method", sorted(camfn.METHODS))
+@pytest.mark.parametrize("method", sorted(LAYERED))
 @pytest.mark.parametrize("size", ["output", (8, 8, 8), (8,), 8, (0, 8), (-1, 8), (8.5, 8)])
 def test_a_wrong_size(method, size):
     with says("size", repr(size)):
@@ -1021,7 +1021,7 @@ def test_the_inputs_size_where_the_input_has_none():
         cam(net, layer="1", x=torch.rand(2, 8), fc="4", size="input")
 
 
-@pytest.mark.parametrize("method", sorted(camfn.METHODS))
+@pytest.mark.parametrize("method", sorted(LAYERED))
 @pytest.mark.parametrize("layout", ["nchw", 5, None])
 def test_a_wrong_layout(method, layout):
     with says('layout must be "auto", "channels_first", "channels_last", camfn.layouts.tokens() or a callable', repr(layout)):

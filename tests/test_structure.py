@@ -25,8 +25,10 @@ ORDER = (
         "targets",
     ),
     *(
+        "attention",
         "layers",
         "weights",
+        "relevance",
         "masks",
         "rewrite",
         "memory",
@@ -43,6 +45,7 @@ ORDER = (
         "methods.activation",
         "methods.gradient",
         "methods.masked",
+        "methods.transformers",
         "methods",
     ),
     *("explanation", "testing", "images", "figures"),

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from support import SmallNet, inputs, small_net
+from support import LAYERED, SmallNet, inputs, small_net
 from torch import Tensor, nn
 
 import camfn
@@ -21,7 +21,7 @@ CHEAP = {
     "ss_cam": {"num_samples": 2, **FOLDED},
     "is_cam": {"num_samples": 2, **FOLDED},
 }
-METHODS = sorted(camfn.METHODS)
+METHODS = sorted(LAYERED)
 LAYERS = ("stem", "stem.0", "stem.1", "features", "act", "inner")
 can_compile = pytest.mark.skipif(bool(_compat.can_compile()), reason=_compat.can_compile() or "-")
 

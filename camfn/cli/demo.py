@@ -1,4 +1,4 @@
-"""`camfn demo`: every method on scenes of which it is known what is where."""
+"""`camfn demo`: every method that a convolutional network takes, on scenes of which it is known what is where."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import click
 
 LAYER, LINEAR = "features", "classify"
+METHODS = [name for name, method in camfn.METHODS.items() if "attention" not in method.needs]
 CELL = 8  # pixels, of the layer's grid
 SHOWN = ((0, 1), (1, 1), (2, 1), (3, 2), (4, 2))
 """The scenes, by seed and number of objects: the first that there are, not chosen for their maps, and not trained on."""
@@ -44,7 +45,7 @@ class Row(NamedTuple):
 def rows(report: Callable[[str], None] = lambda method: None) -> Iterator[Row]:
     """Every method on every object of every scene; `report` hears of each before it starts."""
     model, scenes = demo.network(), [demo.scene(seed, objects) for seed, objects in SHOWN]
-    for method in camfn.METHODS:
+    for method in METHODS:
         report(method)
         given: dict[str, Any] = {"fc": LINEAR} if options.takes(method, "fc") else {}
         cards = []
@@ -103,7 +104,8 @@ def command() -> "click.Command":
     @click.option("--out", default="camfn-demo", show_default=True, metavar="DIR", type=place, help="Where the picture goes.")
     @options.no_progress
     def demo_(out: Path, no_progress: bool) -> None:
-        """Map where a small network, which comes with camfn, sees shapes in drawn scenes: by every method.
+        """Map where a small network, which comes with camfn, sees shapes in drawn scenes: by every method that
+        convolutional networks take.
 
         \b
         Example:
@@ -125,7 +127,7 @@ def run(out: Path, no_progress: bool, say: Callable[[str], None]) -> None:
     from tqdm import tqdm
 
     files.make(out)
-    with tqdm(total=len(camfn.METHODS), unit="method", disable=no_progress or None, leave=False) as bar:
+    with tqdm(total=len(METHODS), unit="method", disable=no_progress or None, leave=False) as bar:
         found = []
         for row in rows(bar.set_description):
             found.append(row)

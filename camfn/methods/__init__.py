@@ -4,5 +4,19 @@ from camfn.methods.activation import cam
 from camfn.methods.gradient import grad_cam
 from camfn.methods.masked import is_cam, score_cam, ss_cam
 from camfn.methods.table import METHODS, Method, Outcome
+from camfn.methods.transformers import ag_cam, attention_rollout, gradient_attention, legrad
 
-__all__ = ["METHODS", "Method", "Outcome", "cam", "grad_cam", "is_cam", "score_cam", "ss_cam"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Outcome",
+    "ag_cam",
+    "attention_rollout",
+    "cam",
+    "grad_cam",
+    "gradient_attention",
+    "is_cam",
+    "legrad",
+    "score_cam",
+    "ss_cam",
+]

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from camfn import _compat, layouts
 from camfn import maps as _maps
 from camfn._errors import CamError, warn
-from camfn._types import Combine, FlatMaps, Layout, Maps, Size, Weights
+from camfn._types import Combine, FlatMaps, Layers, Layout, Maps, Size, Weights
 from camfn.findings import Finding, about_maps
 from camfn.gradients import slopes_of
 from camfn.layers import clues_of
@@ -89,6 +89,12 @@ def checked_combine(combine: Combine) -> Combine:
     return combine
 
 
+def without_layer(method: str, layer: Layers) -> None:
+    """Refuse a layer, for a method that has none."""
+    if layer is not None:
+        raise CamError(f"{method} is of no layer: pass None in its place, found {layer!r}")
+
+
 def read(subject: Subject, name: str, activation: Tensor, layout: Layout) -> Read:
     """A layer's activation, or its gradient, as `(n, c, p)`."""
     clues = functools.partial(clues_of, subject.shell.module, subject.size)
@@ -140,7 +146,8 @@ def drawn(
         rectified = torch.relu(flat) if drawing.relu else flat
         shaped.append(_on_grid(rectified.unflatten(-1, grid), subject, len(grid), drawing))
     maps = tuple(m[:, 0] for m in shaped) if score.single else tuple(shaped)
-    findings = () if _compat.transformed() else about_maps(signed, subject.layers, drawing.relu)
+    names = subject.layers or ("",)  # of no layer: the map is of the input
+    findings = () if _compat.transformed() else about_maps(signed, names, drawing.relu)
     result = maps if subject.several else maps[0]
     return Outcome(result, subject.layers, tuple(grids), score.classes, clean, (), subject.forwards, 0, findings)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from support import LAYERED
 from torch import Tensor, nn
 
 import camfn
@@ -48,7 +49,7 @@ class Variant(NamedTuple):
 
 
 OPTIONS = {"cam": {"fc": "fc"}, "ss_cam": {"num_samples": 3}, "is_cam": {"num_samples": 3}}
-VARIANTS = {name: Variant(name, OPTIONS.get(name, {})) for name in camfn.METHODS} | {
+VARIANTS = {name: Variant(name, OPTIONS.get(name, {})) for name in LAYERED} | {
     "cam, eigen": Variant("cam", {"fc": "fc", "combine": "eigen"}),
     "score_cam, eigen": Variant("score_cam", {"combine": "eigen"}),
     "score_cam, pytorch-grad-cam": Variant("score_cam", {"recipe": "pytorch-grad-cam"}),

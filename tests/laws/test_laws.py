@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
+from support import LAYERED
 
 import camfn
 from camfn.masks import flat_channels
@@ -62,9 +63,9 @@ def test_exceptions_are_of_known_laws_and_variants():
 @settings(max_examples=30)
 @given(cases())
 def test_case_of_no_method_is_valid_for_all(case):
-    for name, method in camfn.METHODS.items():
+    for name in LAYERED:
         options = {"fc": "fc"} if name == "cam" else {}
-        assert method.function(*case, **options).isfinite().all()
+        assert camfn.METHODS[name].function(*case, **options).isfinite().all()
 
 
 @settings(max_examples=60)
