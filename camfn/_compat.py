@@ -7,7 +7,8 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 import torch
@@ -104,6 +105,65 @@ def storage_of(tensor: torch.Tensor) -> tuple[Any, ...]:
         levels.append(_functorch.maybe_get_level(tensor))
         tensor = _functorch.get_unwrapped(tensor)
     return (*levels, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+
+
+_Narrowing = tuple[tuple[str, torch.dtype], ...]
+_AUTOCAST: "ContextVar[_Narrowing | None]" = ContextVar("the autocast that a method was called under", default=None)
+
+
+@contextmanager
+def unnarrowed() -> Iterator[None]:
+    """Inside, autocast is off, so that nothing of ours is narrowed; `narrowed_as_called` has for a model what the caller had.
+
+    A compiler would have to trace the switch: what it compiles is as the caller has it.
+    """
+    if compiling() or _AUTOCAST.get() is not None:
+        yield
+        return
+    found = narrowing()
+    token = _AUTOCAST.set(found)
+    try:
+        with ExitStack() as stack:
+            for kind, _ in found:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        _AUTOCAST.reset(token)
+
+
+def narrowed_as_called() -> Callable[[], AbstractContextManager[Any]]:
+    """A maker of contexts for the forwards of a model: under the autocast of the caller, where that was switched off."""
+    found = None if compiling() else _AUTOCAST.get()
+    return functools.partial(_narrowed, found) if found else nullcontext
+
+
+@contextmanager
+def _narrowed(found: _Narrowing) -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind, dtype in found:
+            stack.enter_context(torch.autocast(kind, dtype))
+        yield
+
+
+def narrowing() -> _Narrowing:
+    """The kinds of device that models run under autocast on, and in what."""
+    found = _AUTOCAST.get()
+    return tuple((kind, _autocast_dtype(kind)) for kind in _KINDS if _is_autocast(kind)) if found is None else found
+
+
+_KINDS = ("cpu", "cuda", "mps", "xpu")
+
+
+def _is_autocast(kind: str) -> bool:
+    if _version() >= (2, 4):
+        return torch.is_autocast_enabled(kind)
+    return torch.is_autocast_enabled() if kind == "cuda" else kind == "cpu" and torch.is_autocast_cpu_enabled()
+
+
+def _autocast_dtype(kind: str) -> torch.dtype:
+    if _version() >= (2, 4):
+        return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_gpu_dtype() if kind == "cuda" else torch.get_autocast_cpu_dtype()
 
 
 def is_fast(dtype: torch.dtype, device: torch.device) -> bool:

@@ -87,11 +87,12 @@ class _Run(nn.Module):
         self.model = model
         self.ports = ports
         self.draws = draws
+        self.narrowed = _compat.narrowed_as_called()
 
     def forward(self, x: Inputs, nudges: Sequence[Tensor | None], swaps: Sequence[Tensor | None]) -> Any:
         self.ports.set(nudges, swaps)
         # Here and not further out: a mode costs as much for every tensor of the state that is detached or copied.
-        with nullcontext() if self.draws else refusing_draws():
+        with nullcontext() if self.draws else refusing_draws(), self.narrowed():
             output = self._call(x)
         return output, self.ports.take()
 

@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from camfn import _compat
 from camfn._types import Inputs, Layer, State
 from camfn.capture import resolve_state, tap_from
 from camfn.draws import refusing_draws
@@ -50,7 +51,7 @@ def head(model: nn.Module, layer: Layer, x: Inputs, value: Tensor) -> Head:
     (name,) = resolve_layers(shell, model, layer)
     tensors = [t for t in tree_flatten((x, value))[0] if isinstance(t, Tensor)]
     shapes = tuple((t.shape, t.dtype, t.device) for t in tensors), str(tree_flatten(x)[1])
-    key = "head", name, shapes, structure(shell)
+    key = "head", name, shapes, structure(shell), _compat.narrowing()
     # The trace is made from a shell of its own: what is kept must not hold on to the model, which its key holds weakly.
     graph, unflatten = kept(model, key, lambda: _trace(shell_of(model), name, x, value))
     return Head(graph, unflatten, shell)

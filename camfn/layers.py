@@ -9,14 +9,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from camfn import _compat
-from camfn._errors import CamError, warn
-from camfn._types import Inputs, Layer, State
+from camfn._errors import CamError
+from camfn._types import Inputs, State
 from camfn.capture import resolve_state, watch
 from camfn.inputs import Key, check_inputs, key_of, plain, size_of
 from camfn.layouts import Clues, Form, Sides, forms_of
-from camfn.ports import Place, resolve_layers, tensors_of
-from camfn.shell import Shell, shell_of
+from camfn.ports import Place, tensors_of
+from camfn.shell import shell_of
 from camfn.targets import logits_of
 
 
@@ -215,50 +214,3 @@ def _strided(conv: _ConvNd, grid: Sides) -> Sides:
     padding = (0,) * len(grid) if isinstance(conv.padding, str) else conv.padding
     knobs = zip(grid, conv.kernel_size, conv.stride, padding, conv.dilation)
     return tuple((side + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for side, kernel, stride, pad, dilation in knobs)
-
-
-def find_linear(shell: Shell, model: nn.Module, fc: Layer | None, channels: int, output: Any) -> str:
-    """The name of the linear layer (or 1x1 convolution) that takes `channels` and gives the model's classes."""
-    classes = logits_of(output).shape[-1]
-    modules = shell.distinct()
-    if fc is not None:
-        try:
-            (name,) = resolve_layers(shell, model, fc)
-        except CamError as error:
-            raise CamError(f"fc={fc!r}: {error}") from None
-        if name not in modules:
-            raise CamError(f"fc={fc!r} names a layer, without a part or a call")
-        _check_linear(name, modules[name], channels, classes)
-        return name
-    linear = {name: module for name, module in modules.items() if _sides(module) is not None}
-    fitting = [name for name, module in linear.items() if _sides(module) == (channels, classes)]
-    if len(fitting) == 1:
-        if not _compat.transformed():
-            warn(f"fc=None: {fitting[0]!r} was found, the only linear layer of {channels} channels and {classes} classes")
-        return fitting[0]
-    if fitting:
-        raise CamError(f"several layers could be fc=: {', '.join(map(repr, fitting))}; name the one behind the pooling")
-    found = ", ".join(f"{name!r} {_sides(module)}" for name, module in linear.items()) or "no linear layer at all"
-    raise CamError(
-        f"cam needs a linear layer from the layer's {channels} channels to {classes} classes, behind global average pooling; "
-        f"found {found}; name another layer, or another method"
-    )
-
-
-def _check_linear(name: str, module: nn.Module, channels: int, classes: int) -> None:
-    sides = _sides(module)
-    if sides is None:
-        raise CamError(f"fc={name!r} is a {type(module).__name__}, not a Linear or a 1x1 convolution")
-    if sides[0] != channels:
-        raise CamError(f"fc={name!r} takes {sides[0]} inputs, and the layer has {channels} channels: CAM needs one for each")
-    if sides[1] != classes:
-        raise CamError(f"fc={name!r} gives {sides[1]} values, and the model gives {classes} classes")
-
-
-def _sides(module: nn.Module) -> tuple[int, int] | None:
-    """Inputs and outputs of a layer that is linear in channels; else `None`."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, _ConvNd) and math.prod(module.kernel_size) == 1 and module.groups == 1 and not module.transposed:
-        return module.in_channels, module.out_channels
-    return None

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.data import Dataset
 
 from camfn import _compat
 from camfn._errors import CamError
@@ -210,14 +211,15 @@ _COPIERS: tuple[tuple[Any, Callable[[Any, dict[int, Any]], Any]], ...] = (
 _LEFT_OUT = frozenset(("_compiled_call_impl",))
 """What `module.compile()` left: it would run the caller's module."""
 
-_NOT_OURS = sys.stdlib_module_names | {"torch", "numpy"}
+_NOT_OURS = sys.stdlib_module_names | {"torch", "numpy", "lightning", "pytorch_lightning", "lightning_fabric"}
 
 
 def attributes(value: Any) -> list[tuple[str, Any]]:
-    """What a plain object of the model's own code holds; nothing for objects of torch, NumPy and the standard library."""
+    """What a plain object of the model's own code holds; nothing for those of torch, NumPy, Lightning and Python itself."""
     cls = type(value)
     foreign = cls.__module__.partition(".")[0] in _NOT_OURS and not isinstance(value, (UserDict, UserList))
-    if foreign or isinstance(value, (type, enum.Enum)):
+    # A dataset, which a trainer leads to, is no part of a forward, and may be large.
+    if foreign or isinstance(value, (type, enum.Enum, Dataset)):
         return []
     slots = (name for base in cls.__mro__ for name in vars(base).get("__slots__", ()) if isinstance(name, str))
     own = {name: getattr(value, name) for name in slots if name not in ("__dict__", "__weakref__") and hasattr(value, name)}
@@ -283,6 +285,11 @@ def _write_out_attention(twin: nn.Module) -> None:
         twin.activation_relu_or_gelu = 0  # read by the choice of path only
     elif isinstance(twin, nn.TransformerEncoder):
         twin.enable_nested_tensor = twin.use_nested_tensor = False
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Does it compute in integers, through which no gradient comes?"""
+    return "quantized" in type(module).__module__.split(".")
 
 
 def without_wrappers(name: str) -> Iterator[str]:

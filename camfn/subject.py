@@ -18,7 +18,7 @@ from camfn.inputs import Key, check_inputs, key_of, pick, plain, size_of
 from camfn.keep import is_made, kept, shapes, structure
 from camfn.layers import choose
 from camfn.ports import is_several, resolve_layers
-from camfn.shell import Shell, shell_of
+from camfn.shell import Shell, is_quantised, shell_of
 
 
 class Subject(NamedTuple):
@@ -100,6 +100,7 @@ def look(
         return run_checked(tap, subject, state, x, nudge)
 
     if graph:
+        _check_slopes(shell)
         captured, pull = with_pull(run, full, x, distinct)
     else:
         with without_graph() if masks else nullcontext():
@@ -173,6 +174,15 @@ def _wrong_rank(x: Inputs, key: Key, shell: Shell) -> str:
         f"x has shape {tuple(pick(x, key).shape)}, and {type(first).__name__} wants {len(first.kernel_size) + 2} axes: "
         "(n, channels, *size); is the batch axis missing? (x[None] adds one)"
     )
+
+
+def _check_slopes(shell: Shell) -> None:
+    quantised = [repr(path) for path, module in shell.distinct().items() if is_quantised(module)]
+    if quantised:
+        raise CamError(
+            f"the model is quantised ({', '.join(quantised[:3])}), and no gradient comes through what computes in integers: "
+            "use a method without gradients, or the model as it was before"
+        )
 
 
 def _choose(model: nn.Module, state: State, x: Inputs, key: Key, n: int) -> list[str]:

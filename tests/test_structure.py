@@ -27,6 +27,7 @@ ORDER = (
     *(
         "attention",
         "layers",
+        "linear",
         "weights",
         "relevance",
         "masks",

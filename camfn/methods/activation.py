@@ -4,7 +4,7 @@ from torch import nn
 
 from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layer, Layers, Layout, Size, State, Target
-from camfn.layers import find_linear
+from camfn.linear import find_linear, matrix_of
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
 from camfn.subject import look
 from camfn.targets import at_columns, resolve
@@ -62,8 +62,8 @@ def cam(
     reads = [read(subject, subject.layers[0], subject.seen[0], layout)]
     clean = clean_scores(subject, score)
     name = find_linear(subject.shell, subject.model, fc, reads[0].values.shape[1], subject.output)
-    matrix = subject.state[subject.shell.aliases[f"{name}.weight"]]
-    found = (at_columns(score, matrix.flatten(1)),)  # of a class: its row
+    matrix = matrix_of(subject.shell, subject.state, name)
+    found = (at_columns(score, matrix),)  # of a class: its row
     drawing = Drawing(relu, size, normalize, checked_combine(combine))
     outcome = drawn(subject, score, clean, combined(found, reads, combine), [reads[0].grid], drawing)
     return outcome._replace(weights=found)

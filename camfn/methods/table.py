@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from camfn import _compat, layouts
 from camfn import maps as _maps
 from camfn._errors import CamError, warn
-from camfn._types import Combine, FlatMaps, Layers, Layout, Maps, Size, Weights
+from camfn._types import Combine, FlatMaps, Layers, Layout, Maps, Size, Weights, wide
 from camfn.findings import Finding, about_maps
 from camfn.gradients import slopes_of
 from camfn.layers import clues_of
@@ -58,16 +58,21 @@ METHODS = MappingProxyType(_TABLE)
 def method(*needs: str, cost: str) -> Callable[[Callable[P, Outcome]], Callable[P, Maps]]:
     """Make the public function, which gives the maps alone, and its row in the table."""
 
-    def register(run: Callable[P, Outcome]) -> Callable[P, Maps]:
-        @functools.wraps(run)
+    def register(of: Callable[P, Outcome]) -> Callable[P, Maps]:
+        @functools.wraps(of)
+        def run(*args: P.args, **kwargs: P.kwargs) -> Outcome:
+            with _compat.unnarrowed():
+                return of(*args, **kwargs)
+
+        @functools.wraps(of)
         def function(*args: P.args, **kwargs: P.kwargs) -> Maps:
             outcome = run(*args, **kwargs)
             for finding in outcome.findings:
                 warn(finding.sentence)
             return outcome.maps
 
-        function.__annotations__ = {**run.__annotations__, "return": Maps}
-        _TABLE[run.__name__] = Method(function, run, frozenset(needs), cost)
+        function.__annotations__ = {**of.__annotations__, "return": Maps}
+        _TABLE[of.__name__] = Method(function, run, frozenset(needs), cost)
         return function
 
     return register
@@ -123,7 +128,8 @@ def slopes_at(subject: Subject, score: Score, layout: Layout) -> list[Tensor]:
 def _slopes_at(subject: Subject, score: Score, layout: Layout) -> list[Tensor]:
     assert subject.pull is not None
     found = slopes_of(subject.pull, subject.output, score)
-    return [torch.stack([read(subject, name, of[name], layout).values for of in found], 1) for name in subject.layers]
+    reads = [[read(subject, name, of[name], layout).values for of in found] for name in subject.layers]
+    return [torch.stack(values, 1).to(wide(values[0].dtype)) for values in reads]
 
 
 def combined(found: Sequence[Tensor], reads: Sequence[Read], how: Combine = "sum") -> list[FlatMaps]:

@@ -1,0 +1,79 @@
+"""The linear layer behind the pooling: which it is, and its matrix."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
+
+from camfn import _compat
+from camfn._errors import CamError, warn
+from camfn._types import Layer, State
+from camfn.ports import resolve_layers
+from camfn.shell import Shell, is_quantised
+from camfn.targets import logits_of
+
+
+def find_linear(shell: Shell, model: nn.Module, fc: Layer | None, channels: int, output: Any) -> str:
+    """The name of the linear layer (or 1x1 convolution) that takes `channels` and gives the model's classes."""
+    classes = logits_of(output).shape[-1]
+    modules = shell.distinct()
+    if fc is not None:
+        try:
+            (name,) = resolve_layers(shell, model, fc)
+        except CamError as error:
+            raise CamError(f"fc={fc!r}: {error}") from None
+        if name not in modules:
+            raise CamError(f"fc={fc!r} names a layer, without a part or a call")
+        _check_linear(name, modules[name], channels, classes)
+        return name
+    linear = {name: module for name, module in modules.items() if _sides(module) is not None}
+    fitting = [name for name, module in linear.items() if _sides(module) == (channels, classes)]
+    if len(fitting) == 1:
+        if not _compat.transformed():
+            warn(f"fc=None: {fitting[0]!r} was found, the only linear layer of {channels} channels and {classes} classes")
+        return fitting[0]
+    if fitting:
+        raise CamError(f"several layers could be fc=: {', '.join(map(repr, fitting))}; name the one behind the pooling")
+    found = ", ".join(f"{name!r} {_sides(module)}" for name, module in linear.items()) or "no linear layer at all"
+    raise CamError(
+        f"cam needs a linear layer from the layer's {channels} channels to {classes} classes, behind global average pooling; "
+        f"found {found}; name another layer, or another method"
+    )
+
+
+def matrix_of(shell: Shell, state: State, name: str) -> Tensor:
+    """The matrix `(classes, channels)` of a linear layer that was found."""
+    weight = shell.aliases.get(f"{name}.weight")
+    if weight is not None:
+        return state[weight].flatten(1)
+    # It is made anew in every forward (a parametrisation), or packed (a quantised one): then the layer itself tells.
+    module = shell.modules[name]
+    channels, _ = _sides(module) or (0, 0)
+    own = {slot.removeprefix(f"{name}."): state[of] for slot, of in shell.slots.items() if slot.startswith(f"{name}.")}
+    like = next((tensor for tensor in own.values() if tensor.is_floating_point()), torch.zeros(()))
+    inputs = torch.eye(channels + 1, channels, dtype=like.dtype, device=like.device)  # the last gives what is added
+    inputs = inputs.reshape(*inputs.shape, *(1,) * (len(module.kernel_size) if isinstance(module, _ConvNd) else 0))
+    rows = functional_call(module, own, (inputs,), tie_weights=False).flatten(1)
+    return (rows[:-1] - rows[-1:]).mT
+
+
+def _check_linear(name: str, module: nn.Module, channels: int, classes: int) -> None:
+    sides = _sides(module)
+    if sides is None:
+        raise CamError(f"fc={name!r} is a {type(module).__name__}, not a Linear or a 1x1 convolution")
+    if sides[0] != channels:
+        raise CamError(f"fc={name!r} takes {sides[0]} inputs, and the layer has {channels} channels: CAM needs one for each")
+    if sides[1] != classes:
+        raise CamError(f"fc={name!r} gives {sides[1]} values, and the model gives {classes} classes")
+
+
+def _sides(module: Any) -> tuple[int, int] | None:
+    """Inputs and outputs of a layer that is linear in channels; else `None`."""
+    if isinstance(module, nn.Linear) or (is_quantised(module) and hasattr(module, "in_features")):
+        return module.in_features, module.out_features
+    if isinstance(module, _ConvNd) and math.prod(module.kernel_size) == 1 and module.groups == 1 and not module.transposed:
+        return module.in_channels, module.out_channels
+    return None
