@@ -68,9 +68,10 @@ class Shared:
         if x is not self.x:
             return look(self.model, layer, x, state, masked, masks=masks, graph=graph)
         layers = tuple(layer) if is_several(layer) else layer  # pyright: ignore[reportArgumentType]: it is a sequence then
-        key = layers, masked, masks and not self.graph  # with a `pull`, the maps have no graph either way
+        graph = graph or self.graph  # a sweep wants a gradient too, where it has a budget
+        key = layers, masked, graph, masks and not graph  # with a `pull`, the maps have no graph either way
         if key not in self.seen:
-            subject = look(self.model, layer, x, state, masked, masks=masks, graph=self.graph)
+            subject = look(self.model, layer, x, state, masked, masks=masks, graph=graph)
             self.seen[key] = subject._replace(slopes={})
         self.last = self.seen[key]
         return self.last

@@ -407,6 +407,9 @@ def test_boxes_that_touch_or_have_no_area_do_not_overlap():
     moved = [{**found[0], "boxes": found[0]["boxes"] + torch.tensor([1.0, 0, 1, 0])}]
     assert_close(T.score_rows(score.of, found, score.rows), torch.tensor([[8 / 64]]), 1e-7)
     assert T.score_rows(score.of, moved, score.rows).tolist() == [[0.0]]
+    boxes = [torch.tensor([[0.0, 0, 5, 8]]), torch.tensor([[0.0, 0, 5, 8], [4, 0, 8, 8]])]  # the first is filled up
+    score = T.resolve(T.boxes(boxes, 1), found * 2, 2, X.device)
+    assert_close(T.score_rows(score.of, found * 2, score.rows), torch.tensor([[8 / 64], [8 / 64 + 1]]), 1e-7)
 
 
 def test_the_names_of_boxes():
