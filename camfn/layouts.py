@@ -113,7 +113,10 @@ def forms_of(shape: Sides, layout: Layout, spatial: Sides | None, batch: int, cl
     if shape[0] == batch:
         same_rank = spatial is None or len(shape) == len(spatial) + 2
         found += [first, last] if same_rank else [first] if first.channels in known.first else []
-    return _best({form: _evidence(form, spatial, known) for form in found})
+    best = _best({form: _evidence(form, spatial, known) for form in found})
+    # Where proportions leave it open, a model of convolutions in which no layer has its channels last has them first.
+    usual = first in best and _fit(spatial, first.grid) and known.first and not known.last
+    return [first] if usual else best
 
 
 _NAMED = ("auto", "channels_first", "channels_last")
