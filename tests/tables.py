@@ -48,8 +48,8 @@ def dimensions(dims: int) -> Callable[[str], None]:
         assert found.flatten(1).amax(1).tolist() == [1, 1]
         fewer = max(1, dims - 1)
         thin, x = small_net(dims=fewer), inputs(dims=fewer)
-        expected = contract.run(method, thin, "features", x, [3, 1], normalize=False)
-        thick = contract.run(method, thickened(thin, fewer), "features", x[..., None], [3, 1], normalize=False)
+        expected = contract.run(method, thin, "features", x, [3, 1], normalize=False, **signed)
+        thick = contract.run(method, thickened(thin, fewer), "features", x[..., None], [3, 1], normalize=False, **signed)
         assert_close(thick[..., 0], expected, contract.ROUNDING, f"{fewer} and {fewer + 1} axes")
 
     return check
