@@ -155,13 +155,13 @@ _KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
 def _is_autocast(kind: str) -> bool:
-    if _version() >= (2, 4):
+    if hasattr(torch, "get_autocast_dtype"):  # torch 2.4
         return torch.is_autocast_enabled(kind)
     return torch.is_autocast_enabled() if kind == "cuda" else kind == "cpu" and torch.is_autocast_cpu_enabled()
 
 
 def _autocast_dtype(kind: str) -> torch.dtype:
-    if _version() >= (2, 4):
+    if hasattr(torch, "get_autocast_dtype"):  # torch 2.4
         return torch.get_autocast_dtype(kind)
     return torch.get_autocast_gpu_dtype() if kind == "cuda" else torch.get_autocast_cpu_dtype()
 

@@ -105,6 +105,8 @@ def forms_of(shape: Sides, layout: Layout, spatial: Sides | None, batch: int, cl
     known = clues()
     if isinstance(layout, Tokens):
         return _token_forms(shape, layout, spatial, batch, known)
+    if shape[0] == batch and _fit(spatial, first.grid) and known.first and not known.last:
+        return [first]  # a model of convolutions in which no layer has its channels last
     if len(shape) == 3 and known.axes and 1 not in known.axes and (spatial is None or len(spatial) == 1):
         return []  # a spectrogram whose channel axis the model adds: its tokens are no line
     found = _token_forms(shape, Tokens(), spatial, batch, known)
@@ -113,10 +115,7 @@ def forms_of(shape: Sides, layout: Layout, spatial: Sides | None, batch: int, cl
     if shape[0] == batch:
         same_rank = spatial is None or len(shape) == len(spatial) + 2
         found += [first, last] if same_rank else [first] if first.channels in known.first else []
-    best = _best({form: _evidence(form, spatial, known) for form in found})
-    # Where proportions leave it open, a model of convolutions in which no layer has its channels last has them first.
-    usual = first in best and _fit(spatial, first.grid) and known.first and not known.last
-    return [first] if usual else best
+    return _best({form: _evidence(form, spatial, known) for form in found})
 
 
 _NAMED = ("auto", "channels_first", "channels_last")
