@@ -82,12 +82,18 @@ def self_attention(attention: Attention, n: int) -> Attention:
     return attention
 
 
-@_compat.eager
-def blocks_of(model: nn.Module, known: Hashable, state: State, x: Inputs) -> list[str]:
-    """The block around every attention layer: the outermost module that has no other layer in it and returns all tokens.
+class Blocks(NamedTuple):
+    """The block around every attention layer: the outermost module that has no other layer in it and returns all tokens."""
 
-    Found once for a model's structure (`known`) and its inputs' shapes, in a forward of the first image; each time under a
-    transform, where the structure is not known.
+    names: list[str]
+    axis: int  # of the tokens: `(n, tokens, c)`, or `(tokens, n, c)` as torch's own transformers have them
+
+
+@_compat.eager
+def blocks_of(model: nn.Module, known: Hashable, state: State, x: Inputs) -> Blocks:
+    """Found once for a model's structure (`known`) and its inputs' shapes, in a forward of the first image.
+
+    Each time under a transform, where the structure is not known.
     """
     batch: Any = [image[None] for image in x[:1]] if isinstance(x, list) else x
     first = tree_map(lambda leaf: leaf[:1].clone() if isinstance(leaf, Tensor) else leaf, batch)
@@ -96,9 +102,24 @@ def blocks_of(model: nn.Module, known: Hashable, state: State, x: Inputs) -> lis
     return found() if known is None else kept(model, ("blocks", shapes(first), known), found)
 
 
-def _find_blocks(model: nn.Module, state: State, x: Inputs) -> list[str]:
-    around: list[list[str]] = []  # for each attention layer, the modules around it, innermost first
-    given: dict[str, Any] = {}
+def _find_blocks(model: nn.Module, state: State, x: Inputs) -> Blocks:
+    around, axes, attention = _watched(model, state, x)
+    self_attention(attention, 1)
+    layers_in = Counter(name for names in around for name in names)
+    blocks = [name for names in around for name in [name for name in names if layers_in[name] == 1 and name in axes][-1:]]
+    if len(blocks) < len(around) or len({(name.rpartition(".")[0], axes[name]) for name in blocks}) > 1:
+        raise CamError(
+            f"the model's {len(around)} attention layers are not in one row of blocks, each of which returns all tokens as one "
+            f"tensor; found {', '.join(map(repr, blocks)) or 'none'}"
+        )
+    return Blocks(blocks, axes[blocks[0]])
+
+
+def _watched(model: nn.Module, state: State, x: Inputs) -> tuple[list[list[str]], dict[str, int], Attention]:
+    """In a forward of one image: for each attention layer the modules around it, innermost first; the axis of the tokens of
+    every module that returns them; and the attention."""
+    around: list[list[str]] = []
+    axes: dict[str, int] = {}
     passed: list[Tensor] = []
 
     def pass_by(probabilities: Tensor) -> Tensor:
@@ -106,39 +127,21 @@ def _find_blocks(model: nn.Module, state: State, x: Inputs) -> list[str]:
         return torch.zeros_like(probabilities)
 
     def see(name: str, args: tuple[Any, ...], out: Any) -> None:
-        given[name] = out[0] if isinstance(out, (tuple, list)) and len(out) == 1 else out
         # The first to return after the attention is what called it, or ran after it in there.
         around.extend([_containers(name)] * (len(passed) - len(around)))
+        out = out[0] if isinstance(out, (tuple, list)) and len(out) == 1 else out
+        if passed and isinstance(out, Tensor) and out.ndim == 3 and {1, passed[0].shape[-1]} == set(out.shape[:2]):
+            axes[name] = 1 if out.shape[0] == 1 else 0
 
     with torch.no_grad():
         _, attention = attended(lambda: watch(model, state, x, see), pass_by)
-    n, *_, count = self_attention(attention, 1).seen[0].shape
-    layers_in = Counter(name for names in around for name in names)
-
-    def is_block(name: str) -> bool:
-        return layers_in[name] == 1 and token_axis(given.get(name), n, count) is not None
-
-    blocks = [name for names in around for name in [name for name in names if is_block(name)][-1:]]
-    if len(blocks) < len(passed) or len({name.rpartition(".")[0] for name in blocks}) > 1:
-        raise CamError(
-            f"the model's {len(passed)} attention layers are not in one row of blocks, each of which returns all tokens as one "
-            f"tensor; found {', '.join(map(repr, blocks)) or 'none'}"
-        )
-    return blocks
+    return around, axes, attention
 
 
 def _containers(name: str) -> list[str]:
     """`a.b.c`, `a.b`, `a`."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
-
-
-def token_axis(tokens: Any, n: int, count: int) -> int | None:
-    """Where the tokens are: `(n, tokens, c)`, or `(tokens, n, c)` as torch's own transformers have them."""
-    if not isinstance(tokens, Tensor) or tokens.ndim != 3:
-        return None
-    found = tuple(tokens.shape[:2])
-    return 1 if found == (n, count) else 0 if found == (count, n) else None
 
 
 # ---------------------------------------------------------------------------------------------------- the written-out

@@ -277,8 +277,10 @@ class Routed(nn.Module):
             x = weights @ self.codes
         elif self.kind == "codebook by einsum":
             x = torch.einsum("nte,ed->ntd", weights, self.codes)
-        elif self.kind == "channels":
-            x = torch.softmax(x, 1) * x
+        elif self.kind == "gates":
+            x = torch.softmax(x, -1) * x
+        elif self.kind == "over queries":
+            x = self.route(x).softmax(1) @ x
         elif self.kind == "classes":
             return torch.softmax(x.mean(1), -1)
         elif self.kind == "classes, a matrix product":
@@ -286,7 +288,16 @@ class Routed(nn.Module):
         return x.mean(1)
 
 
-KINDS = ("experts", "experts by hand", "codebook", "codebook by einsum", "channels", "classes", "classes, a matrix product")
+KINDS = (
+    "experts",
+    "experts by hand",
+    "codebook",
+    "codebook by einsum",
+    "gates",
+    "over queries",
+    "classes",
+    "classes, a matrix product",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -476,7 +487,8 @@ BLOCKS = {
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_blocks_around_attention(name):
     model, x = vit(name), inputs(1, side=32)
-    found = blocks_of(model, None, camfn.state_of(model), x)
+    found, axis = blocks_of(model, None, camfn.state_of(model), x)
+    assert axis == 1
     if BLOCKS[name]:
         assert found == [BLOCKS[name].format(i) for i in range(3)]
     kinds = {type(model.get_submodule(block)) for block in found}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vits import MAKERS, TIMM, Patches, hooked, logits, randomised, told, unfused, vit
 
 import camfn
+from camfn.subject import introduced, trusted
 
 T = camfn.targets
 METHODS = ("attention_rollout", "gradient_attention", "legrad", "ag_cam")
@@ -21,6 +22,10 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 def raw(method: str, model: nn.Module, x: Tensor, target=3, **options) -> Tensor:
     return getattr(camfn, method)(model, None, x, target, **{"normalize": False, **options})
+
+
+PASSED = []
+"""How many inputs went through, forward by forward. A global: camfn runs a copy of the model and of what its hooks hold."""
 
 
 def embedding(c: int) -> Callable:
@@ -273,6 +278,17 @@ def test_one_to_three_axes(method, dims, class_token):
 
 
 @every_method
+def test_tokens_before_the_batch(method):
+    """As torch's own layers have them by default; also where there are as many images as tokens."""
+    model = randomised(Patches(class_token=True))
+    turned = Patches(class_token=True, batch_first=False).double()
+    turned.load_state_dict(model.state_dict())
+    for n in (2, 17):
+        x = inputs(n)
+        assert_close(raw(method, turned, x, 1), raw(method, model, x, 1), 1e-13)
+
+
+@every_method
 def test_the_grid_and_the_prefix_can_be_said(method):
     model, x = vit("timm"), inputs(2, side=32)
     found = raw(method, model, x)
@@ -334,6 +350,18 @@ def test_the_card_counts(method):
     assert card.notes == ()
     assert_close(card.scores, logits(model(x)).topk(2).values.detach(), 1e-13)
     assert camfn.METHODS[method].needs <= {"attention", "gradients"}
+
+
+@every_method
+def test_what_is_found_out_about_a_model_is_found_out_once(method):
+    model, x = vit("timm"), inputs(1, side=32)
+    model.patch_embed.register_forward_hook(lambda module, args, out: PASSED.append(len(out)))
+    assert not trusted(introduced(model, x, None))
+    raw(method, model, x)
+    assert trusted(introduced(model, x, None))
+    PASSED.clear()
+    raw(method, model, x)
+    assert len(PASSED) == (2 if method == "legrad" else 1)
 
 
 @every_method

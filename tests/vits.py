@@ -37,11 +37,12 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 class Patches(nn.Module):
     """Patches of 2 in one to three axes, a class token if asked, two of torch's own transformer layers, and a linear head."""
 
-    def __init__(self, dims: int = 2, class_token: bool = False) -> None:
+    def __init__(self, dims: int = 2, class_token: bool = False, batch_first: bool = True) -> None:
         super().__init__()
         self.embed = CONVS[dims](3, 8, 2, 2)
         self.token = nn.Parameter(torch.zeros(1, 1, 8)) if class_token else None
-        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first, norm_first=True)
+        self.batch_first = batch_first
         self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(8, 5)
 
@@ -49,7 +50,7 @@ class Patches(nn.Module):
         tokens = self.embed(x).flatten(2).mT
         if self.token is not None:
             tokens = torch.cat([self.token.expand(len(x), 1, 8), tokens], 1)
-        tokens = self.blocks(tokens)
+        tokens = self.blocks(tokens) if self.batch_first else self.blocks(tokens.transpose(0, 1)).transpose(0, 1)
         return self.head(tokens.mean(1) if self.token is None else tokens[:, 0])
 
 

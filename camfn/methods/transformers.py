@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from camfn import _compat, layouts, relevance
 from camfn._errors import CamError
 from camfn._types import Inputs, Layers, Layout, Relevances, Size, State, Target
-from camfn.attention import Attention, Nudge, attended, blocks_of, self_attention, token_axis
+from camfn.attention import Attention, Blocks, Nudge, attended, blocks_of, self_attention
 from camfn.capture import Captured, tap_from
 from camfn.gradients import Pull, last_slope, slopes_of, with_pull
 from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, read, without_layer
@@ -234,6 +234,7 @@ def ag_cam(
 # ------------------------------------------------------------------------------------------------- what they share
 
 
+@_compat.eager
 def _followed(
     name: str,
     model: nn.Module,
@@ -249,7 +250,7 @@ def _followed(
     """One forward with attention written out; with `tails` also each layer's own output, beside the model's."""
     without_layer(name, layer)
     subject = introduced(model, x, state)
-    blocks = _blocks(subject) if tails else []
+    blocks = _blocks(subject) if tails else Blocks([], 1)
     run = functools.partial(_run, subject, blocks, held, trusted(subject))
     captured, back = with_pull(run, subject.state, subject.x, None)
     trust(subject)
@@ -268,22 +269,20 @@ def _followed(
     return Attentive(subject, score, clean_scores(subject, score), attention, pull)
 
 
-def _blocks(subject: Subject) -> list[str]:
+def _blocks(subject: Subject) -> Blocks:
     def find(state: State, x: Inputs, nudge: Any) -> Captured:
         return Captured(blocks_of(subject.model, subject.known, state, x), ())
 
     return run_checked(find, subject, subject.state, subject.x).output
 
 
-def _run(
-    subject: Subject, blocks: list[str], held: bool, draws: bool, state: State, x: Inputs, nudge: Nudge = None
-) -> Captured:
+def _run(subject: Subject, blocks: Blocks, held: bool, draws: bool, state: State, x: Inputs, nudge: Nudge = None) -> Captured:
     """The attention seen; the model's output, and beside it the outputs that blocks give, or the logits of held attention."""
-    tap = tap_from(shell_of(subject.model), blocks, draws=draws)
-    apart = (_apart,) * len(blocks)
+    tap = tap_from(shell_of(subject.model), blocks.names, draws=draws)
+    apart = (_apart,) * len(blocks.names)
     (output, given), attention = attended(lambda: run_checked(tap, subject, state, x, apart), nudge, held=held)
     self_attention(attention, subject.n)
-    also = _tails(subject.model, blocks[-1], given, attention, state, x) if blocks else attention.logits if held else ()
+    also = _tails(subject.model, blocks, given, state, x) if blocks.names else attention.logits if held else ()
     return Captured((output, also), attention.seen)
 
 
@@ -292,12 +291,10 @@ def _apart(value: Tensor) -> Tensor:
     return _compat.constant(value) - value
 
 
-def _tails(model: nn.Module, last: str, given: Any, attention: Attention, state: State, x: Inputs) -> tuple[Any, ...]:
+def _tails(model: nn.Module, blocks: Blocks, given: Any, state: State, x: Inputs) -> tuple[Any, ...]:
     """The model's output for the mean token of each block, in the place of all that the last block returns."""
-    tap = tap_from(shell_of(model), [last])
-    n, *_, count = attention.seen[0].shape
-    axis = token_axis(given[0], n, count)
-    means = torch.stack([tokens.mean(axis, keepdim=True).expand_as(tokens) for tokens in given])
+    tap = tap_from(shell_of(model), blocks.names[-1:])
+    means = torch.stack([tokens.mean(blocks.axis, keepdim=True).expand_as(tokens) for tokens in given])
     leaves: list[Any] = []
     spec: Any = None
 
