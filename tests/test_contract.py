@@ -320,7 +320,7 @@ def test_nothing_is_changed_when_the_call_is_an_error(method):
         run(method, net, "fc", x)
 
 
-@pytest.mark.parametrize("function", ["state_of", "pure", "tap", "head", "explain"])
+@pytest.mark.parametrize("function", ["state_of", "pure", "tap", "head", "explain", "candidate_layers"])
 def test_the_other_public_functions_change_nothing(function):
     net, x = Everything(), inputs()
     state = camfn.state_of(net)
@@ -331,6 +331,7 @@ def test_the_other_public_functions_change_nothing(function):
         "tap": lambda: camfn.tap(net, "features")(state, x, torch.ones_like(value), value * 2),
         "head": lambda: camfn.head(net, "features", x, value)(state, x, value * 2),
         "explain": lambda: camfn.explain(net, "features", x),
+        "candidate_layers": lambda: camfn.candidate_layers(net, x, state=state),
     }
     with unchanged(net, net.modules_out_of_sight(), x, state, value):
         calls[function]()

@@ -7,10 +7,10 @@ import pytest
 import torch
 from support import assert_close, inputs, small_net, torchvision_models
 from torch import Tensor, nn
-from torch.func import grad
+from torch.func import grad, jvp, vmap
 
 import camfn
-from camfn import CamError, layouts
+from camfn import CamError, _compat, layouts
 from camfn.layers import clues_of
 
 # ----------------------------------------------------------------------------- one network in several layouts
@@ -121,6 +121,27 @@ def test_the_gradient_is_read_as_the_activation_is():
             read.view(grad(lambda nudge, f=f, state=state: f(state, x, nudge).output[:, 1].sum())(torch.zeros_like(seen)))
         )
     assert_close(*slopes, 1e-13)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "tokens", "sequence"])
+def test_layouts_are_read_under_transforms(layout):
+    sides, x = SIZES["picture"], torch.randn(3, 3, *SIZES["picture"], dtype=torch.float64)
+    model = alike(layout, sides, 0 if layout == "channels_last" else 2)
+
+    def function(x):
+        return camfn.grad_cam(model, "layer", x, 1, relu=False, normalize=False)
+
+    expected = camfn.grad_cam(alike("channels_first", sides), "layer", x, 1, relu=False, normalize=False)
+    assert_close(vmap(lambda image: function(image[None])[0])(x), expected, 1e-13, "vmap")
+    if not _compat.can_compile():
+        assert_close(torch.compile(function, backend="eager")(x), expected, 1e-13, "compile")
+    # A directional derivative against a finite difference.
+    along = torch.randn_like(x)
+    slope = jvp(function, (x,), (along,))[1]
+    assert_close(
+        slope, (function(x + 1e-5 * along) - function(x - 1e-5 * along)) / 2e-5, 1e-8 * float(slope.abs().max()), "jvp"
+    )
+    assert float(slope.abs().max()) > 0
 
 
 # --------------------------------------------------------------------------------------------------- the candidates

@@ -50,11 +50,12 @@ def score_cam(
     **Arguments**
 
     - `model`: any `nn.Module`; it is explained in eval mode and left as it is.
-    - `layer`: a dotted name, the module itself, a sequence of them (a tuple of maps comes back), or `None`: the last layer
-      with spatial axes, which a warning names.
+    - `layer`: a dotted name, the module itself, a sequence of them (a tuple of maps comes back), or `None`: a layer is
+      chosen, as `camfn.candidate_layers` tells, and a warning names it. `"layer:0"` or `"layer:key"` is one part of what a
+      layer returns, `"layer@2"` its second call.
     - `x`: the input with the batch first, `(n, k, *size)` with one to three spatial axes; a tuple for `model(*x)`; a
-      mapping for `model(**x)`. `masked` is the key or index of the input to mask, by default the only floating-point one with
-      spatial axes.
+      mapping for `model(**x)`; a list for a detector, of images `(k, *size)` of one size. `masked` is the key or index of
+      the input to mask, by default the only floating-point one with spatial axes.
     - `target`: `None` (the class predicted on the clean input), an int, n ints, a long tensor `(n,)` or `(n, t)`, `"all"`,
       a name of `camfn.targets` or a sum of such, a callable from ONE sample's output to a scalar or `(t,)`, or a list with
       one target for each image. An integer means the model's raw output for that class.

@@ -128,8 +128,9 @@ def slopes_at(subject: Subject, score: Score, layout: Layout) -> list[Tensor]:
 def _slopes_at(subject: Subject, score: Score, layout: Layout) -> list[Tensor]:
     assert subject.pull is not None
     found = slopes_of(subject.pull, subject.output, score)
-    reads = [[read(subject, name, of[name], layout).values for of in found] for name in subject.layers]
-    return [torch.stack(values, 1).to(wide(values[0].dtype)) for values in reads]
+    views = [read(subject, name, found[0][name], layout).view for name in subject.layers]
+    slopes = [torch.stack([view(of[name]) for of in found], 1) for name, view in zip(subject.layers, views)]
+    return [of_layer.to(wide(of_layer.dtype)) for of_layer in slopes]
 
 
 def combined(found: Sequence[Tensor], reads: Sequence[Read], how: Combine = "sum") -> list[FlatMaps]:
