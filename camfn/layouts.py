@@ -105,8 +105,8 @@ def forms_of(shape: Sides, layout: Layout, spatial: Sides | None, batch: int, cl
     known = clues()
     if isinstance(layout, Tokens):
         return _token_forms(shape, layout, spatial, batch, known)
-    if shape[0] == batch and _fit(spatial, first.grid) and known.first and not known.last:
-        return [first]  # a model of convolutions in which no layer has its channels last
+    if shape[0] == batch and _fit(spatial, first.grid) >= max(_fit(spatial, last.grid), 1) and known.first and not known.last:
+        return [first]  # a model of convolutions in which no layer has its channels last, and no better reading
     if len(shape) == 3 and known.axes and 1 not in known.axes and (spatial is None or len(spatial) == 1):
         return []  # a spectrogram whose channel axis the model adds: its tokens are no line
     found = _token_forms(shape, Tokens(), spatial, batch, known)

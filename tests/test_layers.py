@@ -183,15 +183,16 @@ def test_class_maps_are_chosen_only_where_there_is_nothing_else():
 
 
 class Pyramid(nn.Module):
-    """A trunk, three levels as a dict, and a head on each that is one layer run three times."""
+    """A trunk, three levels as a dict, a layer on the first, and a head on each that is one layer run three times."""
 
     def __init__(self):
         super().__init__()
         self.trunk, self.top = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 6, 3, padding=1)
-        self.levels, self.head = Levels(), nn.Conv2d(5, 2, 1)
+        self.levels, self.first, self.head = Levels(), nn.Conv2d(5, 5, 3, padding=1), nn.Conv2d(5, 2, 1)
 
     def forward(self, x):
         found = self.levels(self.top(self.trunk(x).relu()).relu())
+        found["0"] = self.first(found["0"])
         return torch.stack([self.head(level).amax((2, 3)) for level in found.values()]).sum(0)
 
 
@@ -214,6 +215,7 @@ def test_every_candidate_can_be_explained_as_it_is_named():
         "top",
         "levels.lateral",
         *(f"levels:{i}" for i in range(3)),
+        "first",
         *(f"head@{i}" for i in (1, 2, 3)),
     ]
     for layer in found:

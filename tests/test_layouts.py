@@ -44,6 +44,8 @@ def read(shape, spatial, clues=Clues(), layout="auto", n=2):
         ((2, 9, 40), (20,), Clues(), (9,)),  # a layer is not finer than the input
         ((2, 6, 5, 4, 3), None, of_widths(first=[6]), (5, 4, 3)),
         ((2, 49, 768), None, of_widths(first=[512], last=[768]), (49,)),  # a transformer on the samples of a sound
+        ((2, 9, 9, 9), (18, 18), of_widths(first=[3, 4]), (9, 9)),  # a width that no layer has, of a concatenation say
+        ((2, 9, 40), (100,), of_widths(first=[3]), (40,)),
         # Fewer axes than the input: kept where the width says so.
         ((2, 64, 20), (80, 160), of_widths(first=[64]), (20,)),
     ],
@@ -85,6 +87,7 @@ def test_tokens_are_told_by_the_input_and_by_what_embeds_its_patches(count, spat
     [
         ((2, 7, 7, 7), (28, 28), Clues(), ['"channels_first"', '"channels_last"']),
         ((2, 7, 7, 7), (28, 28), ANY, ['"channels_first"', '"channels_last"']),
+        ((2, 8, 8, 9), (32, 32), of_widths(first=[8]), ['"channels_first"', '"channels_last"']),
         ((2, 9, 40), (100,), Clues(), ['"channels_first"', '"channels_last"']),
         # A network that pools one axis more than the other, or one with its channels last: width against proportions.
         ((2, 32, 32, 64), (64, 64), of_widths(first=[32, 64]), ['"channels_first"', '"channels_last"']),
