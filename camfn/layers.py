@@ -102,7 +102,7 @@ class _Outputs(NamedTuple):
     """All of them, in the order of execution; the model itself is none of its layers."""
 
     all: list[_Output]
-    classes: int | None  # how many the model has
+    classes: set[int]  # how many channels an output has, which is no feature
     clues: Clues
     modules: dict[str, nn.Module]
 
@@ -132,7 +132,7 @@ def _outputs(model: nn.Module, state: State, x: Inputs, spatial: Sides | None, n
             place = Place(name, call if runs[name] > 1 else None, part if len(shapes) > 1 else ())
             lone = runs[name] == len(shapes) == 1
             found.append(_Output(str(place), type(modules[name]).__name__, shapes[part], form, lone, pyramid))
-    return _Outputs(found, _classes_of(output), clues, modules)
+    return _Outputs(found, _classes_of(output, n), clues, modules)
 
 
 def _on_grid(shape: Sides, spatial: Sides | None, n: int, clues: Clues) -> Form | None:
@@ -143,11 +143,11 @@ def _on_grid(shape: Sides, spatial: Sides | None, n: int, clues: Clues) -> Form 
     return forms[0] if math.prod(forms[0].grid) > 1 else None
 
 
-def _classes_of(output: Any) -> int | None:
+def _classes_of(output: Any, n: int) -> set[int]:
     try:
-        return logits_of(output).shape[1]
-    except (CamError, IndexError):
-        return None
+        return {1, logits_of(output).shape[1]}
+    except (CamError, IndexError):  # no logits: an optical flow, say
+        return {1, *(part.shape[1] for _, part in tensors_of(output) if part.ndim > 2 and part.shape[0] == n)}
 
 
 # ------------------------------------------------------------------------------------------------------ the choice
@@ -159,7 +159,7 @@ def _chosen(outputs: _Outputs) -> _Output:
     for usable in (
         lambda out: out.lone and not any(part.startswith("aux") for part in out.name.lower().split(".")),
         lambda out: not out.pyramid,
-        lambda out: out.form.channels not in (1, classes),
+        lambda out: out.form.channels not in classes,
         # Attention weights have the axes of a picture, and as many channels as it has heads.
         lambda out: len(out.shape) == 3 or out.form.channels in (clues.last if out.form.last else clues.first),
     ):

@@ -259,6 +259,16 @@ def test_neither_the_output_of_a_segmentation_nor_its_auxiliary_head_is_chosen()
     assert {"classifier", "classifier.2", "aux", "aux.2"} <= set(names(found))
 
 
+def test_nor_is_another_output_that_lies_on_the_grid():
+    class Flow(nn.Sequential):
+        def forward(self, x):
+            return {"flow": super().forward(x), "scale": 2.0}
+
+    assert (
+        chosen(camfn.candidate_layers(Flow(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3)), torch.randn(2, 3, 8, 8))) == "1"
+    )
+
+
 # -------------------------------------------------------------------------------------------- networks of libraries
 
 
