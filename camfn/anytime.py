@@ -119,7 +119,7 @@ def sweep_some(scoring: Scoring, slopes: Tensor, limits: Limits) -> Swept:
     if scoring.options.dtype is not None:
         exact = partial(scores_of, scorer(quietly(scoring)), todo, variation)
         scores, again, rounding = refine(scores, todo.read.values, chosen, exact, "softmax")
-        error = None if error is None else error + rounding
+        error = None if error is None else (error + rounding).clamp(max=1)
         forwards += len(variation.scales) * again
     return Swept(scores, forwards + len(variation.scales) * int(chosen.sum()), error)
 

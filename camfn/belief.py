@@ -59,17 +59,29 @@ class Belief(NamedTuple):
 
 def prior_of(activation: Tensor, mask: Tensor, prediction: Tensor, flat: Tensor, zero: Tensor) -> Prior:
     """`activation` and `mask` `(c, p)` of the channels that are not flat, `prediction (c,)` in units of the score."""
-    features = _standard(torch.stack([prediction, activation.std(1).log(), mask.mean(1)], 1))
-    distance = torch.cdist(mask, mask).square()
-    apart = _NEAR * distance / distance.mean().clamp(min=1e-12) + _APART * torch.cdist(features, features).square()
-    root = (3 * apart).sqrt()
-    covariance = _LINEAR * features @ features.T + _SMOOTH * (1 + root) * torch.exp(-root) + _BROAD
+    features = standard(torch.stack([prediction, activation.std(1).log(), mask.mean(1)], 1))
+    alike = matern(_NEAR * apart(mask) + _APART * torch.cdist(features, features).square())
+    covariance = _LINEAR * features @ features.T + _SMOOTH * alike + _BROAD
     mean = features @ features.new_tensor(_SLOPE)
     return Prior(activation, mean, covariance, prediction.std(unbiased=False).clamp(min=_LEAST), flat, zero)
 
 
-def _standard(values: Tensor) -> Tensor:
-    return (values - values.mean(0)) / values.std(0, unbiased=False).clamp(min=1e-12)
+def apart(masks: Tensor) -> Tensor:
+    """Squared distances between `masks (c, p)`, in units of their mean."""
+    distance = torch.cdist(masks, masks).square()
+    return distance / distance.mean().clamp(min=1e-12)
+
+
+def matern(squared: Tensor) -> Tensor:
+    """The Matern-3/2 covariance of squared distances; 1 where these are 0."""
+    root = (3 * squared).sqrt()
+    return (1 + root) * torch.exp(-root)
+
+
+def standard(values: Tensor) -> Tensor:
+    """Columns with mean 0 and deviation 1."""
+    centred = values - values.mean(0)
+    return centred / centred.square().mean(0).sqrt().clamp(min=1e-12)
 
 
 def believe(prior: Prior, swept: Tensor, scores: Tensor) -> Belief:

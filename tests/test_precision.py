@@ -88,13 +88,27 @@ def test_under_a_transform_it_is_left_out_without_a_word(monkeypatch):
 
 
 class Made:
-    """Scores that are known, and the same with an offset and noise, as a narrow dtype has them."""
+    """Scores that are known, and the same with an offset and noise, as a narrow dtype has them: each channel's own, or `alike`
+    where masks are."""
 
-    def __init__(self, seed: int = 0, n: int = 2, c: int = 30, t: int = 2, p: int = 9, noise: float = 0.05, sharp: float = 1.5):
+    def __init__(
+        self,
+        seed: int = 0,
+        n: int = 2,
+        c: int = 30,
+        t: int = 2,
+        p: int = 9,
+        noise: float = 0.05,
+        sharp: float = 1.5,
+        alike: bool = False,
+    ):
         rng = default_rng(seed)
         self.full = rng.normal(size=(n, c, t)) * sharp + 10
-        self.narrow = self.full - 0.3 + rng.normal(size=(n, c, t)) * noise
         self.values = np.maximum(rng.normal(size=(n, c, p)), -0.2)
+        off = rng.normal(size=(n, c, t)) * noise
+        if alike:
+            off = noise * masks_of(self.values) @ rng.normal(size=(n, p, t))
+        self.narrow = self.full - 0.3 + off
         self.alive = rng.random((n, c)) > 0.15
         self.narrow[~self.alive] = self.full[~self.alive]  # what flat channels share is scored in full
         self.asked: list[np.ndarray] = []
@@ -107,6 +121,17 @@ class Made:
         tensors = map(torch.from_numpy, (self.narrow, self.values, self.alive))
         scores, again, error = precision.refine(*tensors, self.exact, weighting)
         return scores.numpy(), again, error.numpy()
+
+    def true(self, scores: np.ndarray) -> float:
+        """The error of the first map of the first image."""
+        maps = [map_of(s[0, :, 0], self.values[0], "softmax") for s in (scores, self.full)]
+        ours, theirs = ((np.maximum(raw, 0) - np.maximum(raw, 0).min()) / (span or 1) for _, raw, span in maps)
+        return np.abs(ours - theirs).max()
+
+
+def masks_of(values: np.ndarray) -> np.ndarray:
+    low, high = values.min(-1, keepdims=True), values.max(-1, keepdims=True)
+    return (values - low) / np.where(high > low, high - low, 1)
 
 
 def map_of(scores: np.ndarray, values: np.ndarray, weighting: str) -> tuple[np.ndarray, np.ndarray, float]:
@@ -125,75 +150,111 @@ def slopes(scores: np.ndarray, values: np.ndarray, weighting: str) -> np.ndarray
     return np.array(found)
 
 
+def covariance_by_hand(values: np.ndarray, narrow: np.ndarray) -> np.ndarray:
+    """What the rounding of the channels is believed to have in common, entry by entry."""
+    masks, c = masks_of(values), len(values)
+    square = [[((masks[k] - masks[j]) ** 2).sum() for j in range(c)] for k in range(c)]
+    mean, size = np.mean(square), np.mean([((mask - masks.mean(0)) ** 2).sum() for mask in masks])
+    found, slope, centred = np.zeros((c, c)), (narrow - narrow.mean()) / narrow.std(), masks - masks.mean(0)
+    for k in range(c):
+        for j in range(c):
+            root = math.sqrt(3 * precision._NEAR * square[k][j] / mean)
+            linear = centred[k] @ centred[j] / size
+            smooth = (1 + root) * math.exp(-root) + precision._LINEAR * linear + precision._SLOPE * slope[k] * slope[j]
+            found[k, j] = smooth + precision._BROAD + precision._NOISE * (k == j)
+    return found
+
+
 def refine_by_hand(narrow, full, values, alive, weighting: str):
-    """One image `(c, t)`: score those with the most influence again, eight at a time, until the rest is below the goal."""
+    """One image `(c, t)`: score those with the most influence again, until the rest is below the goal or it is too many."""
     (c, t), done, order = narrow.shape, [], []
-    scores = narrow.copy()
+    scores, live = narrow.copy(), np.flatnonzero(alive)
+    kernels = [covariance_by_hand(values[live], narrow[live, j]) for j in range(t)]
     while True:
-        others = [k for k in range(c) if alive[k] and k not in done]
-        error = np.zeros(t)
-        influence = np.zeros(c)
+        others = [k for k in live if k not in done]
+        error, influence = np.zeros(t), np.zeros(c)
         for j in range(t):
-            weights, _, span = map_of(scores[:, j], values, weighting)
-            gain = weights if weighting == "softmax" else np.ones(c)
-            influence = np.maximum(influence, gain / span * np.ptp(values, axis=1))
+            a, b = (np.searchsorted(live, part).astype(int) for part in (done, others))
+            kernel, seen = kernels[j], full[done, j] - narrow[done, j]
+            centre, sigma, left = 0.0, math.inf, kernel[np.ix_(b, b)]
+            if done:
+                centre, inverse = seen.mean(), np.linalg.inv(kernel[np.ix_(a, a)])
+                across = kernel[np.ix_(b, a)]
+                scores[others, j] = narrow[others, j] + centre + across @ inverse @ (seen - centre)
+                free = len(done) - 1
+                sigma = math.sqrt((seen - centre) @ inverse @ (seen - centre) / free) * (1 + 2.5 / free)
+                left = left - across @ inverse @ across.T
+            raw, span = map_of(scores[:, j], values, weighting)[1:]
             moved = slopes(scores[:, j], values, weighting)[others]
-            # Each of the others is off by its own rounding, and all of them by what is not known of the offset.
-            spread = np.sqrt((moved**2).sum(0) + moved.sum(0) ** 2 / max(1, len(done))).max() if others else 0.0
-            sigma = np.std([full[k, j] - narrow[k, j] for k in done], ddof=1) if len(done) > 1 else math.inf
-            error[j] = 3 * sigma * spread / span if spread > 0 else 0.0
-        if not others or error.max() <= precision.GOAL:
+            influence[others] = np.maximum(influence[others], np.abs(moved).max(1) / np.abs(raw).max())
+            error[j] = min(1, 3 * sigma * math.sqrt(max(np.diag(moved.T @ left @ moved))) / span)
+        step = min(max(8, math.ceil(len(live) / 4)) - len(done), max(8, c * t // 40, len(done) // 2))
+        if error.max() <= precision.GOAL or step <= 0:
             return scores, order, error
-        first = sorted(others, key=lambda k: -influence[k])[: max(8, c // 40)]
+        first = sorted(others, key=lambda k: -influence[k])[:step]
         order.append(sorted(first))
-        done += first
-        for j in range(t):
-            shift = np.mean([full[k, j] - narrow[k, j] for k in done])
-            for k in range(c):
-                if alive[k]:
-                    scores[k, j] = full[k, j] if k in done else narrow[k, j] + shift
+        done = sorted(done + first)
+        scores[first] = full[first]
 
 
 @pytest.mark.parametrize("weighting", ["softmax", "score"])
-@pytest.mark.parametrize(("seed", "noise"), [(0, 0.05), (1, 0.2), (2, 0.01), (3, 3.0)])
-def test_refining_is_the_plain_loop(seed, noise, weighting):
-    made = Made(seed, noise=noise if weighting == "softmax" else 10 * noise)
+@pytest.mark.parametrize(("seed", "noise", "c"), [(0, 0.05, 30), (1, 0.2, 60), (2, 0.005, 60), (3, 3.0, 40)])
+def test_refining_is_the_plain_loop(seed, noise, c, weighting):
+    made = Made(seed, c=c, noise=noise if weighting == "softmax" else 10 * noise)
     scores, again, error = made.refined(weighting)
     hands = [
         refine_by_hand(*(part[i] for part in (made.narrow, made.full, made.values, made.alive)), weighting) for i in range(2)
     ]
     for i, (by_hand, order, its) in enumerate(hands):
-        np.testing.assert_allclose(scores[i], by_hand, atol=1e-12)
+        np.testing.assert_allclose(scores[i], by_hand, atol=1e-9)
         np.testing.assert_allclose(error[i], its, rtol=1e-4, atol=1e-7)
         asked = [np.flatnonzero(chosen[i]).tolist() for chosen in made.asked if chosen[i].any()]
         assert asked == order
     assert again == sum(len(part) for _, order, _ in hands for part in order)
 
 
-def test_a_forty_first_part_is_scored_again_at_a_time():
-    made = Made(4, n=1, c=400, noise=0.5, sharp=0.3)
+@pytest.mark.parametrize(("t", "counts"), [(1, [10, 10, 10, 15]), (3, [30, 30, 30, 10])])
+def test_how_many_are_scored_again_at_a_time(t, counts):
+    made = Made(4, n=1, c=400, t=t, noise=0.5, sharp=0.3)
+    made.alive[:] = True
     made.refined()
-    assert [int(chosen.sum()) for chosen in made.asked[:-1]] == [10] * (len(made.asked) - 1)
+    assert [int(chosen.sum()) for chosen in made.asked[: len(counts)]] == counts
 
 
-def test_when_all_are_scored_again_nothing_is_left_open():
-    made = Made(5, noise=1.0, sharp=0.3)
+@pytest.mark.parametrize(("c", "most"), [(400, 100), (10, 8), (5, 5)])
+def test_a_quarter_of_the_channels_at_most_and_the_error_is_stated(c, most):
+    made = Made(5, n=1, c=c, noise=1.0, sharp=0.3)
+    made.alive[:], made.narrow = True, made.full + default_rng(0).normal(size=made.full.shape)
     scores, again, error = made.refined()
-    np.testing.assert_array_equal(scores[made.alive], made.full[made.alive])
-    assert again == made.alive.sum()
-    assert not error.any()
+    assert again == most
+    if most < c:
+        assert precision.GOAL < made.true(scores) <= error[0, 0] <= 1
+    else:
+        np.testing.assert_array_equal(scores, made.full)
+        assert not error.any()
 
 
 def test_an_offset_alone_is_taken_off():
     made = Made(6, noise=0.0)
     scores, again, error = made.refined()
-    np.testing.assert_allclose(scores[made.alive], made.full[made.alive], atol=1e-12)
+    np.testing.assert_allclose(scores[made.alive], made.full[made.alive], atol=1e-9)
     assert again == 16  # the first eight of each image tell
-    assert error.max() < 1e-9
+    assert error.max() < 1e-6
+
+
+def test_what_masks_that_are_alike_are_off_by_is_taken_off():
+    """The mean alone would leave all of it."""
+    left = []
+    for seed in range(10):
+        made = Made(seed, n=1, t=1, c=200, noise=0.3, alike=True)
+        scores, _, _ = made.refined()
+        rest = made.alive & (scores != made.full)[..., 0]
+        left.append(np.std((scores - made.full)[rest]) / np.std((made.narrow - made.full)[rest]))
+    assert np.mean(left) < 0.6
 
 
 def test_an_image_that_is_good_enough_is_left_alone():
-    made = Made(7, noise=0.5)
+    made = Made(7, c=80, noise=0.5)
     made.narrow[0] = made.full[0] - 0.3
     made.refined()
     assert sum(chosen[0].any() for chosen in made.asked) == 1
@@ -205,24 +266,38 @@ def test_none_alive_or_one_is_no_trouble():
     made.alive[0], made.alive[1] = False, np.arange(30) == 4
     made.narrow[~made.alive] = made.full[~made.alive]
     scores, again, error = made.refined()
-    assert again <= 1
-    assert np.isfinite(error).all()
-    if again:
-        np.testing.assert_array_equal(scores, made.full)
+    assert again == 1
+    assert not error.any()
+    np.testing.assert_array_equal(scores, made.full)
+
+
+def test_the_scores_that_are_given_are_left_as_they_are():
+    made = Made(9)
+    before = made.narrow.copy()
+    made.refined()
+    np.testing.assert_array_equal(made.narrow, before)
+
+
+@pytest.mark.parametrize(("depth", "stated"), [(0.01, 1.0), (5.0, 0.0)])
+def test_where_nothing_of_the_map_is_positive(depth, stated):
+    """Then its error is all or nothing: may some of it be positive in truth?"""
+    made = Made(10, n=1, t=1, c=100, noise=0.2)
+    _, raw, _ = map_of(made.narrow[0, :, 0], made.values[0], "softmax")
+    made.values -= raw.max() + depth
+    _, again, error = made.refined()
+    assert error.item() == stated
+    assert again == (math.ceil(made.alive.sum() / 4) if stated else 8)
 
 
 @pytest.mark.parametrize(("noise", "sharp"), [(0.05, 1.5), (0.2, 0.5), (0.02, 3.0)])
-def test_the_stated_error_bounds_the_true_one_of_made_up_scores(noise, sharp):
-    held, below = [], []
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_stated_error_bounds_the_true_one_of_made_up_scores(noise, sharp, alike):
+    held = []
     for seed in range(60):
-        made = Made(seed, n=1, t=1, c=60, noise=noise, sharp=sharp)
+        made = Made(seed, n=1, t=1, c=60, noise=noise, sharp=sharp, alike=alike)
         scores, _, error = made.refined()
-        maps = [map_of(s[0, :, 0], made.values[0], "softmax") for s in (scores, made.full)]
-        ours, theirs = ((np.maximum(raw, 0) - np.maximum(raw, 0).min()) / span for _, raw, span in maps)
-        held.append(np.abs(ours - theirs).max() <= error.max() + 1e-9)
-        below.append(error.max() <= precision.GOAL)
-    assert np.mean(held) >= 0.9
-    assert all(below)
+        held.append(made.true(scores) <= error.max() + 1e-9)
+    assert np.mean(held) >= 0.93
 
 
 # -------------------------------------------------------------------------------------------------------- in a sweep
@@ -244,36 +319,34 @@ class Told(nn.Module):
 @pytest.mark.parametrize("sweep", [BF16, FP16])
 @pytest.mark.parametrize("recipe", ["torchcam", "authors"])
 def test_the_map_is_within_the_stated_error(fast, method, sweep, recipe):
-    held, nearer, again = [], [], 0
+    held, again, draws = [], [], SWEPT[method].get("num_samples", 1)
     for seed in range(8):
         net, x = net_and_x(seed, n=1)
         plain, found = (card(net, x, 3, method, recipe=recipe, **options) for options in ({}, {"sweep": sweep}))
         assert found.errors[0].shape == (1, 1)
-        true = float((found.maps - plain.maps).abs().max())
-        held.append(true <= float(found.errors[0]) + 1e-5)
-        nearer.append(true <= 0.03)
-        again += found.forwards - plain.forwards
-        assert float(found.errors[0]) <= precision.GOAL
-        assert 0 <= found.forwards - plain.forwards <= plain.forwards - 1
+        true, stated = float((found.maps - plain.maps).abs().max()), float(found.errors[0])
+        held.append(true <= stated + 1e-5)
+        again.append((found.forwards - plain.forwards) / draws)
+        assert again[-1] <= 10
+        assert stated <= precision.GOAL or again[-1] == 10  # good enough, or a quarter of the channels
     assert sum(held) >= 7
-    assert all(nearer)
-    assert again  # it is the refinement that was tested
+    assert sum(again)  # it is the refinement that was tested
 
 
 def test_bfloat16_without_scoring_again_is_farther_off(fast, monkeypatch):
-    """Logits of 30 and more have a step of 0.125 in it: the map moves by more than the goal."""
+    """Logits of 30 and more have a step of 0.125 in it: the map moves by more than the goal, also after a quarter."""
     off = {}
     for goal in ("as it is", math.inf):
         if goal == math.inf:
             monkeypatch.setattr(precision, "GOAL", goal)
         off[goal] = []
         for seed in range(6):
-            net, x = net_and_x(seed, n=1)
+            net, x = net_and_x(seed, channels=96, n=1)
             with torch.no_grad():
                 net.fc.bias += 30
             off[goal].append(float((card(net, x, sweep=BF16).maps - card(net, x).maps).abs().max()))
-    assert max(off["as it is"]) < 0.02
-    assert max(off[math.inf]) > 0.04
+    assert sum(off["as it is"]) < 0.6 * sum(off[math.inf])
+    assert max(off["as it is"]) < 0.08 < max(off[math.inf])
 
 
 @pytest.mark.parametrize("method", SWEPT)
@@ -303,6 +376,7 @@ def test_the_row_of_the_flat_channels_is_scored_in_full(fast):
 
 
 def test_a_budget_in_a_narrow_dtype(fast):
+    off = []
     for seed in range(4):
         net, x = net_and_x(seed, channels=64, n=1)
         plain, some, narrow = (card(net, x, **o) for o in ({}, {"budget": 0.4}, {"budget": 0.4, "sweep": BF16}))
@@ -312,8 +386,17 @@ def test_a_budget_in_a_narrow_dtype(fast):
         assert narrow.forwards <= plain.forwards
         for order in ("std", "max", "gradient"):
             wide, slim = (card(net, x, budget=0.4, order=order, sweep=s) for s in (Sweep(), BF16))
-            assert_close(slim.maps, wide.maps, 0.03, order)
+            off.append(float((slim.maps - wide.maps).abs().max()))
             assert slim.errors == wide.errors == (None,)  # nothing is known of what was left out
+    assert sorted(off)[6] < 0.02  # of 25 channels 8 are scored again
+    assert max(off) < 0.08
+
+
+def test_errors_that_add_up_stay_within_the_map(fast):
+    net, x = net_and_x(3, channels=150, n=1)
+    with torch.no_grad():
+        net.fc.bias += 30
+    assert float(card(net, x, budget=0.1, sweep=BF16).errors[0]) == 1
 
 
 @pytest.mark.parametrize("method", SWEPT)
@@ -384,9 +467,9 @@ def test_batch_neighbours_and_chunks_change_no_more_than_rounding_does(fast):
     net, x = net_and_x(n=3)
     together = card(net, x, T.top(2), sweep=BF16)
     for i in range(3):
-        assert_close(card(net, x[i : i + 1], T.top(2), sweep=BF16).maps, together.maps[i : i + 1], 0.02)
+        assert_close(card(net, x[i : i + 1], T.top(2), sweep=BF16).maps, together.maps[i : i + 1], 2 * precision.GOAL)
     for sweep in (BF16._replace(chunk=1), BF16._replace(chunk=7), BF16._replace(fold=False)):
-        assert_close(card(net, x, T.top(2), sweep=sweep).maps, together.maps, 0.02)
+        assert_close(card(net, x, T.top(2), sweep=sweep).maps, together.maps, 2 * precision.GOAL)
 
 
 @pytest.mark.parametrize("method", SWEPT)
@@ -465,26 +548,25 @@ def test_flat_channels_only(fast):
 # -------------------------------------------------------------------------------------------------- trained networks
 
 
-def photo(name: str, side: int) -> tuple[nn.Module, Tensor]:
+def photos(name: str, side: int, count: int) -> tuple[nn.Module, Tensor]:
     from PIL import Image
     from support import REAL
 
     model, preprocess, _ = real_networks()[name]()
     folder = "cifar10_png" if name.startswith("cifar") else "imagenet_foolbox"
-    path = sorted((REAL / "images" / folder).iterdir())[1]
-    return model, F.interpolate(preprocess(Image.open(path))[None], (side, side), mode="bilinear", antialias=True)
+    paths = sorted((REAL / "images" / folder).iterdir())[:count]
+    x = torch.stack([preprocess(Image.open(path)) for path in paths])
+    return model, F.interpolate(x, (side, side), mode="bilinear", antialias=True)
 
 
 @pytest.mark.parametrize(
-    ("name", "layer", "side"),
-    [("cifar10_resnet20", "layer3", 32), ("darknet_tiny", "features", 96), ("mobilenet_v2", "features.18", 64)],
+    ("name", "layer", "side", "count"),
+    [("cifar10_resnet20", "layer3", 32, 6), ("darknet_tiny", "features", 96, 3), ("mobilenet_v2", "features.18", 96, 1)],
 )
-def test_on_trained_networks(fast, name, layer, side):
-    model, x = photo(name, side)
-    plain, narrow = (card(model, x, None, layer=layer, sweep=sweep) for sweep in (Sweep(), BF16))
-    true = float((narrow.maps - plain.maps).abs().max())
-    assert true <= 0.03
-    assert true <= float(narrow.errors[0]) + 1e-5
-    maps = torch.stack([narrow.maps.flatten(), plain.maps.flatten()])
-    assert torch.corrcoef(maps)[0, 1] > 0.999
-    assert narrow.forwards < 1.9 * plain.forwards
+def test_on_trained_networks(fast, name, layer, side, count):
+    model, x = photos(name, side, count)
+    plain, narrow = (card(model, x, T.top(3), layer=layer, sweep=sweep) for sweep in (Sweep(), BF16))
+    true = (narrow.maps - plain.maps).abs().flatten(2).amax(-1)
+    assert (true <= narrow.errors[0] + 1e-5).all()
+    assert true.median() <= 0.03
+    assert narrow.forwards <= 1.26 * plain.forwards
