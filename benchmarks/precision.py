@@ -1,6 +1,7 @@
 """Score-CAM swept in bfloat16: how near is the map, what brings it there, and how much faster is it? On trained networks.
 
-    python benchmarks/precision.py --out benchmarks/results/precision.json          # ten minutes; draws precision.png beside it
+    python benchmarks/precision.py --out benchmarks/results/precision.json          # a quarter of an hour; and precision.png
+    python benchmarks/precision.py --only speed --out benchmarks/results/precision.json    # the speed anew, in the same record
     python benchmarks/precision.py --networks darknet_tiny --photos 2 --rounds 1    # a look, in a minute
     python benchmarks/precision.py --plot benchmarks/results/precision.json         # draws it again (of several: joined)
 
@@ -9,13 +10,13 @@ predicted one. Each photo is explained three times:
 
 * `float32`: the map that the others are compared with;
 * `bfloat16`: `camfn.score_cam(..., sweep=camfn.Sweep(dtype=torch.bfloat16))`, which scores the channels that carry the map
-  again in full, until what the rounding of the others can move is small;
+  again in full, until what the rounding of the others can move is small, and a quarter of the channels at most;
 * `unrefined`: the same with no channel scored again: the whole sweep in bfloat16, softmax and sums in float32.
 
 Pearson's correlation and the largest difference are between normalised maps at the layer's grid; a map is `near` where they are
-at least .999 and at most .03. `again` is the share of the masked inputs that were scored again, from the card's forwards;
-`stated` is the error on the card, `honest` where the true one is at most it (and what two full float32 maps may differ by).
-Of again and stated the table has medians over photos.
+at least .999 and at most .03. `again` is the share of the masked inputs that were scored again, from the card's forwards, in
+the median photo and at `most`; `stated` is the error on the card, `honest` where the true one is at most it (and what two full
+float32 maps may differ by). Of stated the table has the median.
 
 Then the speed: torchcam and the three take turns, one call each per round, on the first photo; ratios are taken within a round.
 (`score_cam.py` has the speed on a ResNet-18.)
@@ -40,6 +41,7 @@ Typical output:
 
 import argparse
 import functools
+import json
 import math
 import statistics
 import sys
@@ -98,23 +100,15 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
         for way, rows in found.items():
             rows.append(against(full, card(model, layer, x, int(full.classes), way)))
         common.say(f"{name}: photo {number + 1} of {len(photos)}, {full.seconds:.1f} s in full")
+    found["unrefined"] = [row | {"stated": None} for row in found["unrefined"]]  # nothing is known there
     ways = {way: {column: [row[column] for row in rows] for column in rows[0]} for way, rows in found.items()}
-    speed = None if options.no_speed else timed(model, layer, photos[0], options.rounds)
-    return {
-        "layer": layer,
-        "photos": len(photos),
-        "ways": ways,
-        "summary": {w: summary(of) for w, of in ways.items()},
-        "speed": speed,
-    }
+    shown = {way: summary(of) for way, of in ways.items()}
+    return {"layer": layer, "photos": len(photos), "ways": ways, "summary": shown, "speed": None}
 
 
-def against(full: camfn.Explanation, narrow: camfn.Explanation) -> dict[str, float | None]:
-    channels, stated = full.forwards - 1, float(narrow.errors[0])
-    return compared(narrow.maps[0], full.maps[0]) | {
-        "again": (narrow.forwards - full.forwards) / channels,
-        "stated": stated if math.isfinite(stated) else None,
-    }
+def against(full: camfn.Explanation, narrow: camfn.Explanation) -> dict[str, float]:
+    again = (narrow.forwards - full.forwards) / (full.forwards - 1)
+    return compared(narrow.maps[0], full.maps[0]) | {"again": again, "stated": float(narrow.errors[0])}
 
 
 def summary(of: Mapping[str, list[Any]]) -> dict[str, Any]:
@@ -129,13 +123,16 @@ def summary(of: Mapping[str, list[Any]]) -> dict[str, Any]:
         "median pearson": statistics.median(pearson),
         "worst pearson": min(pearson),
         "again": statistics.median(of["again"]),
+        "most": max(of["again"]),
         "stated": statistics.median(stated) if told else None,
         "honest": honest(error, stated) if told else None,
     }
 
 
-def timed(model: nn.Module, layer: str, x: Tensor, rounds: int) -> dict[str, Any]:
+def timed(name: str, rounds: int) -> dict[str, Any]:
     """Each once as a warm-up, then in turns."""
+    model, (x,) = trained(name, 1)
+    layer = LAYERS[name]
     target = int(card(model, layer, x, None, "float32").classes)
     calls: dict[str, Callable[[], Any]] = {"torchcam": functools.partial(torchcam, model, layer, x, target)}
     calls |= {way: functools.partial(card, model, layer, x, target, way) for way in ("float32", "bfloat16", "unrefined")}
@@ -143,6 +140,7 @@ def timed(model: nn.Module, layer: str, x: Tensor, rounds: int) -> dict[str, Any
         call()
     timings = common.interleaved(calls, rounds)
     return {
+        "threads": torch.get_num_threads(),
         "share of threads": common.share_of_threads(timings.values()),
         "contenders": {
             name: {
@@ -172,7 +170,7 @@ def text(record: dict[str, Any]) -> str:
 
 
 def _cells(of: dict[str, float | None]) -> list[str]:
-    shares = {"near", f"error up to {ERROR:g}", f"pearson from {PEARSON:g}", "honest", "again"}
+    shares = {"near", f"error up to {ERROR:g}", f"pearson from {PEARSON:g}", "honest", "again", "most"}
     forms = {name: ".0%" if name in shares else ".5f" if "pearson" in name else ".4f" for name in of}
     return ["" if value is None else format(value, forms[name]) for name, value in of.items()]
 
@@ -183,7 +181,9 @@ def _speed(of: dict[str, Any]) -> str:
         [name, *(f"{one[f'median {c}' if c == 'seconds' else c]:.2f}" for c in columns)]
         for name, one in of["contenders"].items()
     ]
-    return f"{common.table(('', *columns), rows)}\nbusy with us {of['share of threads']:.0%} of the time"
+    return (
+        f"{common.table(('', *columns), rows)}\nthreads: {of['threads']}, busy with us {of['share of threads']:.0%} of the time"
+    )
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -214,26 +214,36 @@ def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("The networks")[0], formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--networks", nargs="+", choices=LAYERS, default=["darknet_tiny", "mobilenet_v2"])
+    parser.add_argument("--networks", nargs="+", choices=LAYERS, default=list(LAYERS))
     parser.add_argument("--photos", type=common.positive, default=20, help="photos for each network, 20 at most")
     parser.add_argument("--rounds", type=common.positive, default=3, help="calls of each contender for the speed")
-    parser.add_argument("--no-speed", action="store_true", help="leave out the speed, and torchcam with it")
+    parser.add_argument(
+        "--only", choices=["errors", "speed"], help="the maps alone, or the speed alone, for the record of --out"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FILE.json", help="where to write the record, after each network; .png beside it"
     )
     parser.add_argument("--plot", type=Path, nargs="+", metavar="FILE.json", help=PLOT)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.only == "speed" and not (options.out and options.out.exists()):
+        parser.error("--only speed adds to a record: name it with --out")
+    return options
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     record = {
         "question": __doc__.splitlines()[0],
         "environment": common.environment(["torchvision", "numpy", "camfn", "torchcam"]),
-        "arguments": {"rounds": options.rounds, "goal": precision.GOAL},
+        "arguments": {"rounds": options.rounds, "goal": precision.GOAL, "most": precision.MOST},
         "networks": {},
     }
+    if options.only == "speed":
+        record = json.loads(options.out.read_text())
     for name in options.networks:
-        record["networks"][name] = measured(name, options)
+        if options.only != "speed":
+            record["networks"][name] = measured(name, options)
+        if options.only != "errors":
+            record["networks"][name]["speed"] = timed(name, options.rounds)
         if options.out:
             common.write(options.out, record)
     return record
@@ -242,7 +252,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     options = options_of()
     warnings.simplefilter("error", camfn.CamWarning)  # such as: this processor has no instructions for bfloat16
-    if not (options.plot or options.no_speed):
+    if not (options.plot or options.only == "errors"):
         common.require({"torchcam": "torchcam"})
     try:
         record = joined(options.plot) if options.plot else measure(options)

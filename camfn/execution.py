@@ -25,7 +25,7 @@ class Sweep(NamedTuple):
     - `dtype`: `torch.bfloat16` or `torch.float16` runs the sweep in it, faster where the processor has instructions for it
       and few channels carry the map; without instructions a warning says so, and it is left out, as it is under a transform.
       The channels that carry the map are scored again in full precision, until three standard errors of what the others'
-      rounding can move are below 0.015 of the normalised map.
+      rounding can move are below 0.02 of the normalised map, and a quarter of them at most; `camfn.explain` tells the error.
     - `progress`: `True` shows a bar (tqdm), a callable gets `(done, total)` forwards.
     """
 

@@ -223,6 +223,7 @@ def test_the_table_of_methods_is_that_of_the_code():
 def test_the_tables_of_speed_and_budgets_are_those_of_the_records():
     assert made("speed") == tables.speed(), "python tests/tables.py --write"
     assert made("budget", tables.BUDGETS) == tables.budgets(), "python tests/tables.py --write"
+    assert made("precision", tables.BUDGETS) == tables.precisions(), "python tests/tables.py --write"
 
 
 def test_the_table_of_what_works_has_every_method_and_use():
