@@ -61,7 +61,8 @@ def refine(
     Returns the scores, how many channels were scored again, and three standard errors `(n, t)` of the normalised map, at the
     position where they are largest.
     """
-    images = [_Rounding(*(part.cpu() for part in of), weighting) for of in zip(scores, values, alive)]
+    parts = zip(scores.cpu(), values.cpu(), alive.cpu())
+    images = [_Rounding(narrow, activation, live, weighting) for narrow, activation, live in parts]
     while bool((chosen := torch.stack([image.choose() for image in images])).any()):
         for image, found, mask in zip(images, exact(chosen.to(alive.device)).cpu(), chosen):
             image.learn(found, mask)
