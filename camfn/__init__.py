@@ -7,6 +7,7 @@ compile it, call it from eight threads on one model.
 from camfn import figures, images, layouts, maps, metrics, targets, weights
 from camfn._errors import CamError, CamWarning
 from camfn.capture import Captured, pure, state_of, tap
+from camfn.compose import augment, ensemble, fuse_layers, integrate, multi_scale, smooth
 from camfn.execution import Sweep
 from camfn.explanation import Explanation, explain
 from camfn.heads import Head, head
@@ -19,9 +20,12 @@ from camfn.methods import (
     cam,
     grad_cam,
     gradient_attention,
+    group_cam,
     is_cam,
     legrad,
+    rise,
     score_cam,
+    score_cam_pp,
     ss_cam,
 )
 
@@ -40,21 +44,30 @@ __all__ = [
     "Sweep",
     "ag_cam",
     "attention_rollout",
+    "augment",
     "cam",
     "candidate_layers",
+    "ensemble",
     "explain",
     "figures",
+    "fuse_layers",
     "grad_cam",
     "gradient_attention",
+    "group_cam",
     "head",
     "images",
+    "integrate",
     "is_cam",
     "layouts",
     "legrad",
     "maps",
     "metrics",
+    "multi_scale",
     "pure",
+    "rise",
     "score_cam",
+    "score_cam_pp",
+    "smooth",
     "ss_cam",
     "state_of",
     "tap",

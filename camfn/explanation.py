@@ -96,7 +96,7 @@ def prepared(
     if stray:
         raise CamError(f"{', '.join(rows)} {'has' if len(rows) == 1 else 'have'} no option {', '.join(map(repr, stray))}")
     shared = Shared(model, x, any("gradients" in row.needs for row in rows.values()))
-    layers = {name: layer if "activations" in row.needs else None for name, row in rows.items()}
+    layers = {name: layer if row.of_layer else None for name, row in rows.items()}
     return [partial(_card, shared, name, rows[name], (layers[name], x, target), given[name]) for name in method]
 
 
@@ -117,6 +117,7 @@ def _card(shared: Shared, name: str, row: Method, arguments: tuple[Any, ...], op
     named = [p for p in _parameters(row).values() if p.kind == inspect.Parameter.KEYWORD_ONLY]
     settings = {p.name: options.get(p.name, p.default) for p in named}
     told: dict[str, Any] = outcome._asdict() | {"findings": outcome.findings + _about(outcome, row, settings, shared.last)}
+    del told["single"]
     return Explanation(
         method=name, settings=MappingProxyType(settings), seconds=seconds, versions=MappingProxyType(_versions()), **told
     )
@@ -127,7 +128,7 @@ def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], subject: 
     if _compat.transformed():
         return ()
     found: list[Finding] = []
-    if "masked inputs" in row.needs:
+    if "recipe" in settings:
         found += findings.about_weights(outcome.weights, outcome.layers)
     if subject is not None and "activations" in row.needs:
         reads = [read(subject, name, seen, settings["layout"]) for name, seen in zip(subject.layers, subject.seen)]

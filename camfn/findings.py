@@ -31,20 +31,21 @@ class Finding(NamedTuple):
 
 
 def about_maps(signed: Sequence[FlatMaps], layers: Sequence[str], relu: bool) -> tuple[Finding, ...]:
-    """Maps that are one value, or nowhere positive; the values are read once."""
+    """Maps that are one value, or nowhere positive; the values are read once. The layer of a map without one is ""."""
     facts = torch.stack([torch.stack([is_flat(m.amin(-1), m.amax(-1), m.dtype), m.amax(-1) <= 0]) for m in signed])
     found = []
     for name, (flat, negative) in zip(layers, facts.cpu()):
+        place = f" at layer {name!r}" if name else ""
         if flat.any():
             sentence = (
-                f"{int(flat.sum())} of {flat.numel()} maps at layer {name!r} are flat: every position has the same value, "
+                f"{int(flat.sum())} of {flat.numel()} maps{place} are flat: every position has the same value, "
                 "so there is nothing to see (a layer whose activation does not vary over positions?)"
             )
             found.append(Finding("flat map", name, float(flat.float().mean()), sentence))
         below = negative & ~flat
         if relu and below.any():
             sentence = (
-                f"{int(below.sum())} of {flat.numel()} maps at layer {name!r} are nowhere positive: the ReLU "
+                f"{int(below.sum())} of {flat.numel()} maps{place} are nowhere positive: the ReLU "
                 "leaves zeros; relu=False gives the signed map"
             )
             found.append(Finding("negative map", name, float(below.float().mean()), sentence))

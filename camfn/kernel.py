@@ -38,9 +38,12 @@ class Kernel(NamedTuple):
 
 def mask_row(rule: Rule, images: Tensor, row: Rows) -> Tensor:
     """The masked input of one row."""
-    # Of a single image no row needs a copy.
-    image = images[0] if images.shape[0] == 1 else images.index_select(0, row["image"].reshape(1))[0]
-    return masked_input(rule, image, row["channel"], row["scale"], row.get("noise"))
+
+    def of_row(given: Tensor) -> Tensor:  # of a single image no row needs a copy
+        return given[0] if given.shape[0] == 1 else given.index_select(0, row["image"].reshape(1))[0]
+
+    under = None if rule.under is None else of_row(rule.under)
+    return masked_input(rule, of_row(images), under, row["channel"], row["scale"], row.get("noise"))
 
 
 def folded(
@@ -91,7 +94,7 @@ def kernel_of(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: 
 def _key(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: tuple[int, ...]) -> Any:
     state = tuple((t.dtype, t.device) for t in runner.state.values())
     of = weakly(score.of), keep.shapes(score.rows)
-    settings = (rule, grid, subject.key, runner.folded, runner.channels_last, runner.room.asked, runner.dtype)
+    settings = (rule.static(), grid, subject.key, runner.folded, runner.channels_last, runner.room.asked, runner.dtype)
     return "kernel", of, settings, keep.shapes(subject.x), state, runner.known
 
 

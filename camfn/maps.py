@@ -100,6 +100,35 @@ def resize(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) ->
     return F.interpolate(flat, size, mode=_LINEAR[axes], align_corners=align_corners).reshape(*lead, *size)
 
 
+def blur(values: Tensor, kernel: int, sigma: float, axes: int) -> Tensor:
+    """Gaussian blur of the last `axes` axes, by a kernel of so many pixels (an odd number), mirrored at the border.
+
+    An axis may be shorter than the kernel.
+
+    >>> import torch
+    >>> blur(torch.tensor([0.0, 0.0, 4.0, 0.0, 0.0]), 3, 1e9, 1)  # a box
+    tensor([0.0000, 1.3333, 1.3333, 1.3333, 0.0000])
+    """
+    offsets = torch.arange(kernel, device=values.device) - kernel // 2
+    bell = torch.exp(-0.5 * (offsets.to(values.dtype) / sigma).square())
+    for axis in range(-axes, 0):
+        side = values.shape[axis]
+        at = (torch.arange(side, device=values.device)[:, None] + offsets).abs() % max(1, 2 * side - 2)
+        mirrored = torch.minimum(at, (2 * side - 2 - at).abs())
+        matrix = torch.zeros(side, side, dtype=values.dtype, device=values.device)
+        matrix = matrix.scatter_add(1, mirrored, (bell / bell.sum()).expand(side, kernel))
+        values = (values.movedim(axis, -1) @ matrix.mT).movedim(-1, axis)
+    return values
+
+
+def checked_blur(blur: tuple[int, float]) -> tuple[int, float]:
+    """The kernel and deviation of a blur, or a sentence about what is wrong with them."""
+    pair = isinstance(blur, (tuple, list)) and len(blur) == 2 and isinstance(blur[0], int)
+    if not pair or blur[0] < 1 or blur[0] % 2 == 0 or not blur[1] > 0:
+        raise CamError(f"blur={blur!r} must be an odd number of pixels and a standard deviation, as in (51, 50.0)")
+    return blur
+
+
 def fuse(maps: Sequence[Tensor], size: Sequence[int] | None = None) -> Tensor:
     """One map of several layers' maps: the element-wise maximum after resizing all to `size`.
 

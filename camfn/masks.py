@@ -1,5 +1,6 @@
 """From an activation to masks, and from a mask to a masked input. One channel of one image; `vmap` makes the rows."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -40,6 +41,7 @@ def recipe_of(recipe: str | Recipe) -> Recipe:
 
 
 Noise = Literal["mask", "activation", "input"]
+Form = Literal["recipe", "given", "tanh", "shifted"]
 
 
 class Variation(NamedTuple):
@@ -50,11 +52,17 @@ class Variation(NamedTuple):
     std: float = 0.0
     seed: int | torch.Generator = 0
     recipe: Recipe = Recipe()
+    form: Form = "recipe"  # min-max as the recipe has it; or, upsampled, what is given; or its tanh; or a window of it
+    shifts: Tensor | None = None  # (c, axes), on the CPU: where the windows begin
 
     @property
     def zeros_are_equal(self) -> bool:
         """Is a masked input of zeros the same at all times? Noise on the mask makes each its own."""
         return self.noise in (None, "input")
+
+    def blank(self, channels: Tensor) -> Tensor:
+        """Which channels of `(n, c, p)` have masks of zeros: `(n, c)`."""
+        return flat_channels(channels) if self.form == "recipe" else (channels == 0).all(-1)
 
 
 def path_scales(num_samples: int, path: str) -> tuple[float, ...]:
@@ -68,12 +76,18 @@ def path_scales(num_samples: int, path: str) -> tuple[float, ...]:
 
 
 class Rule(NamedTuple):
-    """Everything static about how a row's masked input is made."""
+    """How a row's masked input is made: what all rows share."""
 
-    recipe: Recipe
-    noise: Noise | None
     size: tuple[int, ...]
     dtype: torch.dtype  # of the activation: what "flat up to rounding" is relative to
+    recipe: Recipe = Recipe()
+    noise: Noise | None = None
+    form: Form = "recipe"
+    under: Tensor | None = None  # (n, k, *size): what is seen where the mask is not; nothing, where it is None
+
+    def static(self) -> tuple[Any, ...]:
+        """All but the values, which differ from call to call."""
+        return *self[:-1], self.under is None
 
 
 def unit(values: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -84,8 +98,12 @@ def unit(values: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
 
 
 def mask_of(rule: Rule, channel: Tensor, noise: Any) -> Tensor:
-    """The mask of one channel `(*grid)` at the input's size."""
+    """The mask of one channel `(*grid)` at the input's size. `noise` is what was drawn for it: of a window, where it begins."""
     recipe = rule.recipe
+    if rule.form == "shifted":
+        return window(channel, noise, rule.size)
+    if rule.form != "recipe":
+        return gate(rule.form, resize(channel, rule.size))
     if rule.noise == "activation":  # SS-CAM's first form: the noise goes on before the min-max, whatever the recipe's order
         return unit(resize(channel, rule.size, align_corners=recipe.align_corners) + noise, recipe.eps, rule.dtype)
     if recipe.masks == "normalize_first":
@@ -95,10 +113,46 @@ def mask_of(rule: Rule, channel: Tensor, noise: Any) -> Tensor:
     return mask + noise if rule.noise == "mask" else mask
 
 
-def masked_input(rule: Rule, image: Tensor, channel: Tensor, scale: Tensor, noise: Any) -> Tensor:
-    """`scale * image * mask`, for one image `(k, *size)` and one channel of its activation `(*grid)`."""
+def gate(form: Form, values: Tensor) -> Tensor:
+    """What an upsampled activation lets through: itself, or its tanh."""
+    return torch.tanh(values) if form == "tanh" else values
+
+
+def window(cells: Tensor, shift: Tensor, size: Sequence[int]) -> Tensor:
+    """RISE's mask: cells `(*s)`, stretched to cover one cell's breadth more than `size`, cut to `size` at `shift (axes,)`."""
+    breadths = [math.ceil(side / count) for side, count in zip(size, cells.shape)]
+    # At the border a cell goes on, where the authors' scikit-image mirrors.
+    stretched = resize(cells, [(count + 1) * breadth for count, breadth in zip(cells.shape, breadths)])
+    for axis, side in enumerate(size):
+        stretched = stretched.index_select(axis, shift[axis] + torch.arange(side, device=cells.device))
+    return stretched
+
+
+@_compat.eager
+def random_cells(
+    seed: int | torch.Generator, count: int, cells: int, size: Sequence[int], probability: float
+) -> tuple[Tensor, Tensor]:
+    """RISE's cells `(count, cells, ...)`, true with this probability, and the shifts `(count, axes)` of their windows.
+
+    However many there are, the first are the same, on every device: they are drawn on the CPU, and are small.
+    """
+    with _compat.outside_transforms():
+        generator, _ = _generator_for(seed, torch.device("cpu"))
+        axes, number = len(size), cells ** len(size)
+        drawn = torch.rand(count, number + axes, generator=generator, dtype=torch.float64, device="cpu")
+        breadths = torch.tensor([math.ceil(side / cells) for side in size], dtype=torch.float64, device="cpu")
+        return (drawn[:, :number] < probability).reshape(count, *(cells,) * axes), (drawn[:, number:] * breadths).long()
+
+
+def masked_input(rule: Rule, image: Tensor, under: Tensor | None, channel: Tensor, scale: Tensor, noise: Any) -> Tensor:
+    """`scale * image * mask`, for one image `(k, *size)` and one channel of its activation `(*grid)`.
+
+    With what is seen under the mask, `image * mask + under * (1 - mask)`.
+    """
     mask = mask_of(rule, channel, noise).to(image.dtype)
     scale = scale.to(image.dtype)
+    if under is not None:
+        return image * mask + under * (1 - mask)
     if rule.noise != "input":
         return image * (mask * scale)  # a mask has fewer values than an image
     masked = image * mask
@@ -136,6 +190,8 @@ def noise_stream(
     A pair's noise depends on nothing but the seed and the pair. On the CPU that is one stream with the draws outermost, as
     torchcam draws it, so channels that are left out are drawn and dropped; elsewhere each pair has its own generator.
     """
+    if (shifts := variation.shifts) is not None:
+        return lambda pairs: shifts.index_select(0, pairs[:, 1]).to(device)
     if variation.noise is None:
         return lambda pairs: None
     on_cpu = device.type == "cpu"

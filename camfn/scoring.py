@@ -15,7 +15,7 @@ from camfn._types import Scores, wide
 from camfn.execution import Sweep, pays
 from camfn.kernel import Kernel, Rows, kernel_of, mask_row
 from camfn.layouts import Read
-from camfn.masks import Rule, Variation, flat_channels, noise_stream
+from camfn.masks import Rule, Variation, noise_stream
 from camfn.memory import is_exhausted
 from camfn.runner import Room, Runner, rows_of
 from camfn.subject import Subject, first_nonfinite
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     read: Read
     rows: Tensor  # (r, 3)
     zeros: Tensor  # (m, 3): one row for each image with flat channels, where these share one
-    flat: Tensor  # (n, c): which channels are flat
+    flat: Tensor  # (n, c): which channels have masks of zeros: those that are flat
 
     @property
     def rows_in_all(self) -> int:
@@ -55,10 +55,10 @@ class Plan(NamedTuple):
 
 
 def plan(read: Read, variation: Variation) -> Plan:
-    """The rows to sweep. Reads which channels are flat, except under a transform, where all are swept."""
+    """The rows to sweep. Reads which channels have no mask, except under a transform, where all are swept."""
     n, c, _ = read.values.shape
     recipe = variation.recipe
-    draws, flat = len(variation.scales), flat_channels(read.values)
+    draws, flat = len(variation.scales), variation.blank(read.values)
     alive = torch.ones(n, c, dtype=torch.bool, device="cpu") if _compat.transformed() else ~flat.cpu()
     if recipe.flat == "zero" and not variation.zeros_are_equal:
         alive = torch.ones_like(alive)
@@ -83,6 +83,7 @@ class Scoring(NamedTuple):
     variation: Variation
     options: Sweep
     tick: Callable[[int | None], None]
+    under: Tensor | None = None  # what is seen where a mask is not
 
 
 def sweep_all(scoring: Scoring) -> Swept:
@@ -94,9 +95,9 @@ def sweep_all(scoring: Scoring) -> Swept:
 
 def scorer(scoring: Scoring) -> Callable[[Tensor], Tensor]:
     """A function of `(r, 3)` masked inputs `(draw, channel, image)`, draws in order: their scores `(r, t)`."""
-    subject, runner, score, (read, *_), variation, options, tick = scoring
+    subject, runner, score, (read, *_), variation, options, tick, under = scoring
     size = tuple(subject.image.shape[2:])
-    rule = Rule(variation.recipe, variation.noise, size, read.values.dtype)
+    rule = Rule(size, read.values.dtype, variation.recipe, variation.noise, variation.form, under)
     kernel = kernel_of(subject, runner, score, rule, read.grid, options)
     rows_from = _rows_from(subject, read, variation, size)
 
@@ -125,7 +126,8 @@ def _raise_nonfinite(subject: Subject, runner: Runner, rule: Rule, index: Tensor
     where = first_nonfinite(subject.model, subject.state, x)
     if runner.dtype is not None:
         where = f"the sweep runs in {runner.dtype}, which may be too narrow for this model: leave Sweep(dtype=) out"
-    raise CamError(f"the score of image {image} masked by channel {channel} is not finite; {where}")
+    mask = "channel" if rule.form in ("recipe", "tanh") else "mask"
+    raise CamError(f"the score of image {image} masked by {mask} {channel} is not finite; {where}")
 
 
 def _rows_from(subject: Subject, read: Read, variation: Variation, size: tuple[int, ...]) -> Callable[[Tensor], Rows]:

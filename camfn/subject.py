@@ -63,10 +63,10 @@ class Shared:
         self.seen: dict[Any, Subject] = {}
         self.last: Subject | None = None
 
-    def look(self, layer: Layers, x: Inputs, state: State | None, masked: Key, masks: bool, graph: bool) -> Subject:
-        """Of other inputs, as a method makes that smooths another, nothing is shared."""
-        if x is not self.x:
-            return look(self.model, layer, x, state, masked, masks=masks, graph=graph)
+    def look(self, layer: Layers, x: Inputs, state: State | None, masked: Key, masks: bool, graph: bool, taps: bool) -> Subject:
+        """Of other inputs, as a method makes that smooths another, nothing is shared; nor is what taps no layer."""
+        if x is not self.x or not taps:
+            return look(self.model, layer, x, state, masked, masks=masks, graph=graph, taps=taps)
         layers = tuple(layer) if is_several(layer) else layer  # pyright: ignore[reportArgumentType]: it is a sequence then
         graph = graph or self.graph  # a sweep wants a gradient too, where it has a budget
         key = layers, masked, graph, masks and not graph  # with a `pull`, the maps have no graph either way
@@ -78,19 +78,31 @@ class Shared:
 
 
 def look(
-    model: nn.Module | Shared, layer: Layers, x: Inputs, state: State | None, masked: Key, *, masks: bool, graph: bool = False
+    model: nn.Module | Shared,
+    layer: Layers,
+    x: Inputs,
+    state: State | None,
+    masked: Key,
+    *,
+    masks: bool,
+    graph: bool = False,
+    taps: bool = True,
 ) -> Subject:
     """Check the arguments and run the clean forward.
 
     `masks`: the method masks an input, and its maps have no graph. `graph`: there is to be a `pull`, for gradients.
+    `taps=False`: no layer is looked at.
     """
     if isinstance(model, Shared):
-        return model.look(layer, x, state, masked, masks, graph)
+        return model.look(layer, x, state, masked, masks, graph, taps)
     subject = introduced(model, x, state, masked, masks=masks)
     shell, full, x, n = subject.shell, subject.state, subject.x, subject.n
     if is_several(layer) and not layer:
         raise CamError("layer is an empty sequence: name one layer at least, or pass None to have one chosen")
-    names = _choose(model, full, x, subject.key, n) if layer is None else resolve_layers(shell, model, layer)
+    names, forwards = [], n
+    if taps:
+        names = _choose(model, full, x, subject.key, n) if layer is None else resolve_layers(shell, model, layer)
+        forwards = n if layer is not None else 2 * n
     distinct = list(dict.fromkeys(names))
 
     draws = trusted(subject)
@@ -108,7 +120,7 @@ def look(
             captured, pull = run(full, tree_map(copied, x)), None
     trust(subject)
     seen = tuple(captured.seen[distinct.index(name)] for name in names)
-    told: dict[str, Any] = {"layers": tuple(names), "several": is_several(layer), "forwards": n if layer is not None else 2 * n}
+    told: dict[str, Any] = {"layers": tuple(names), "several": is_several(layer), "forwards": forwards}
     return subject._replace(output=captured.output, seen=seen, pull=pull, **told)
 
 

@@ -23,3 +23,13 @@ def score(scores: Scores) -> Weights:
 def grad_cam(gradients: Gradients) -> Weights:
     """`w_k = mean_p G_kp`: Grad-CAM (Selvaraju et al., 2017)."""
     return gradients.mean(-1)
+
+
+def gain(scores: Scores, groups: int) -> Weights:
+    """`w_tg = relu(S_g - S_0)`: Group-CAM (Zhang et al., 2021).
+
+    `scores (n, t * g + 1, t)` are of every target's groups, each scored for all targets; the last is of no group.
+    """
+    n, _, t = scores.shape
+    own = scores[:, :-1].reshape(n, t, groups, t).diagonal(dim1=1, dim2=3)  # (n, g, t)
+    return torch.relu(own - scores[:, -1:]).mT

@@ -49,10 +49,13 @@ def test_each_picture_gets_a_line_and_three_files(here):
 
 @pytest.mark.parametrize("method", support.LAYERED)
 def test_the_npy_is_the_raw_map_of_explain(here, method):
-    given = {"fc": "6"} if method == "cam" else {}
-    explain("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "1", "--method", method, "--out", "maps")
+    given, layer = {"fc": "6"} if method == "cam" else {}, "2" if camfn.METHODS[method].of_layer else None
+    named = [] if layer is None else ["--layer", layer]
+    explain("a.png", "--model", "net.py:pair", *named, "--target", "1", "--method", method, "--out", "maps")
     (saved,) = Path("maps").glob("*.npy")
-    raw = library("pair", "a.png", "2", 1, method, normalize=False, **given)[0].maps[0]
+    assert saved.name == ("-".join(["a", *named[1:], method, "1"]) + ".npy")
+    assert facts(saved.with_suffix(".json"))["layer"] == layer
+    raw = library("pair", "a.png", layer, 1, method, normalize=False, **given)[0].maps[0]
     assert np.array_equal(np.load(saved), raw.numpy())
     assert raw.abs().max() > 0
     assert not torch.equal(raw, camfn.maps.normalize(raw, (-2, -1)))  # raw and scaled differ here
@@ -478,7 +481,7 @@ REFUSALS = {
     ),
     "a seed where nothing is drawn": (
         ["a.png", "--model", "net.py:pair", "--seed", "0"],
-        r"--seed 0: score_cam draws no random numbers; leave it out, or take --method ss_cam$",
+        r"--seed 0: score_cam draws no random numbers; leave it out, or take --method ss_cam or --method rise$",
     ),
     "a seed below 0": (
         ["a.png", "--model", "net.py:pair", "--method", "ss_cam", "--seed", "-1"],

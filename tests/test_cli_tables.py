@@ -126,13 +126,14 @@ class Means(nn.Module):
 def test_the_cost_that_is_told_is_what_really_goes_through_the_network(method, monkeypatch):
     """Beside the forwards that tell how the model may be run: in the first call, and one where it is rewritten."""
     monkeypatch.setattr(camfn.runner, "_WORTH", 10**6)
-    model, layer = nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 5)), "0"
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
     if "attention" in camfn.METHODS[method].needs:
         blocks = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 2, enable_nested_tensor=False)
-        model, layer = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Flatten(2), Turned(), blocks, Turned(), Means()), None
+        model = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Flatten(2), Turned(), blocks, Turned(), Means())
     model[0].register_forward_pre_hook(lambda module, inputs: PASSED.append(len(inputs[0])))
     x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     given = {"fc": "3"} if method == "cam" else {}
+    layer = "0" if camfn.METHODS[method].of_layer else None
     camfn.explain(model, layer, x, method=method, **given)
     PASSED.clear()
     card = camfn.explain(model, layer, x, method=method, **given)
@@ -144,8 +145,8 @@ def test_the_cost_that_is_told_is_what_really_goes_through_the_network(method, m
 
 
 def counted(amount: str) -> int:
-    assert re.fullmatch(r"(\d+ x )?((channels|positions) \+ )?(\d+|channels|positions)", amount)
-    return eval(amount.replace("x", "*"), {"channels": 7, "positions": 36})
+    assert re.fullmatch(r"(\d+ x )?((\d+|channels|positions) \+ )?(\d+|channels|positions)", amount)
+    return eval(amount.replace("x", "*"), {"channels": 32, "positions": 36})
 
 
 def test_methods_lists_every_method_with_needs_cost_and_first_line():

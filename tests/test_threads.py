@@ -20,6 +20,9 @@ CHEAP = {
     "score_cam": FOLDED,
     "ss_cam": {"num_samples": 2, **FOLDED},
     "is_cam": {"num_samples": 2, **FOLDED},
+    "group_cam": {"blur": (3, 1.0), **FOLDED},
+    "score_cam_pp": FOLDED,
+    "rise": {"num_samples": 12, "cells": 3, **FOLDED},
 }
 METHODS = sorted(LAYERED)
 LAYERS = ("stem", "stem.0", "stem.1", "features", "act", "inner")
@@ -93,7 +96,8 @@ def busy_net(seed: int = 0) -> Busy:
 def run(method: str, net: nn.Module, layer, x, target=1, **options):
     """Without the ReLU, so that no map is empty and a warning away."""
     options = {"relu": False, **CHEAP.get(method, {}), **options}
-    return camfn.METHODS[method].function(net, layer, x, target, **options)
+    row = camfn.METHODS[method]
+    return row.function(net, layer if row.of_layer else None, x, target, **options)
 
 
 def snapshot(net: nn.Module) -> list:

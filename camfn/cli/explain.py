@@ -134,7 +134,7 @@ def _check_layers(job: Job, path: Path, x: Tensor) -> None:
         given = {key: value for key, value in job.options.items() if any(options.takes(method, key) for method in quick)}
         for layer in job.layers:
             _maps(job._replace(methods=quick, options=given), path, x, layer)
-    if len(quick) == len(job.methods):
+    if len(quick) == len(job.methods) or not any(camfn.METHODS[method].of_layer for method in job.methods):
         return
     with zoo.told("the model", job.loaded.file), torch.no_grad():
         size = tuple(x.shape[2:])

@@ -3,6 +3,8 @@
 from camfn.methods.activation import cam
 from camfn.methods.gradient import grad_cam
 from camfn.methods.masked import is_cam, score_cam, ss_cam
+from camfn.methods.sampled import rise
+from camfn.methods.summed import group_cam, score_cam_pp
 from camfn.methods.table import METHODS, Method, Outcome
 from camfn.methods.transformers import ag_cam, attention_rollout, gradient_attention, legrad
 
@@ -15,8 +17,11 @@ __all__ = [
     "cam",
     "grad_cam",
     "gradient_attention",
+    "group_cam",
     "is_cam",
     "legrad",
+    "rise",
     "score_cam",
+    "score_cam_pp",
     "ss_cam",
 ]

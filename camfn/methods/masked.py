@@ -1,6 +1,6 @@
 """Methods that score masked inputs: Score-CAM and its kin."""
 
-import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,12 +10,12 @@ from camfn import weights
 from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target
 from camfn.anytime import Limits, Order, checked_limits, rows_within, sweep_some
-from camfn.execution import Sweep, checked, counter, usable
+from camfn.execution import Sweep, checked, usable
 from camfn.inputs import Key
 from camfn.masks import Noise, Recipe, Variation, path_scales, recipe_of
+from camfn.methods.sweeps import check_noise, check_samples, sweep_layers
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read, slopes_at
 from camfn.precision import sweep_narrow
-from camfn.runner import runner_of
 from camfn.scoring import Scoring, Swept, plan, sweep_all
 from camfn.subject import Subject, look, without_graph
 from camfn.targets import resolve
@@ -146,11 +146,8 @@ def ss_cam(
 
     Wang et al., SS-CAM: Smoothed Score-CAM, 2020 (arXiv 2006.14255). torchcam's `SSCAM` by default.
     """
-    _check_samples("ss_cam", num_samples)
-    if not (0 <= std < math.inf):
-        raise CamError(f"ss_cam needs a finite std >= 0, found {std!r}")
-    if not isinstance(seed, (int, torch.Generator)):
-        raise CamError(f"seed must be an int or a torch.Generator, found {seed!r}")
+    check_samples("ss_cam", num_samples)
+    check_noise("ss_cam", std, seed)
     if noise not in ("mask", "activation", "input"):
         raise CamError(f'noise must be "mask", "activation" or "input", found {noise!r}')
     variation = Variation((1.0,) * num_samples, noise, std, seed, recipe_of(recipe))
@@ -202,7 +199,7 @@ def is_cam(
 
     Naidu et al., IS-CAM: Integrated Score-CAM, 2020 (arXiv 2010.03023). torchcam's `ISCAM` by default.
     """
-    _check_samples("is_cam", num_samples)
+    check_samples("is_cam", num_samples)
     variation = Variation(path_scales(num_samples, path), recipe=recipe_of(recipe))
     limits = checked_limits(Limits(budget, tolerance, order, _as_int(seed)), variation.recipe.weights)
     subject = look(model, layer, x, state, masked, masks=True, graph=limits.any)
@@ -210,11 +207,6 @@ def is_cam(
 
 
 # ------------------------------------------------------------------------------------------------- what they share
-
-
-def _check_samples(method: str, num_samples: int) -> None:
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise CamError(f"{method} needs a whole num_samples >= 1, found {num_samples!r}")
 
 
 def _as_int(seed: Any) -> Any:
@@ -238,11 +230,8 @@ def _swept(
         plans = [plan(read, variation) for read in reads]
         rows = sum(rows_within(todo, variation, limits) for todo in plans)
         sweep = usable(checked(sweep), subject.image.device, subject.image.dtype)
-        runner, tick = runner_of(subject, score, sweep, rows), counter(sweep.progress, rows)
-        all_ = [Scoring(subject, runner, score, todo, variation, sweep, tick) for todo in plans]
-        swept = [_sweep(scoring, slope, limits) for scoring, slope in zip(all_, slopes)]
-        tick(None)
-        runner.room.tell()
+        ways = [partial(_sweep, slopes=slope, limits=limits) for slope in slopes]
+        swept = sweep_layers(subject, score, plans, ways, rows, variation, sweep)
         found, errors = tuple(weigh(part.scores) for part in swept), tuple(part.error for part in swept)
         outcome = drawn(subject, score, clean, combined(found, reads, drawing.combine), [part.grid for part in reads], drawing)
         forwards = outcome.forwards + sum(part.forwards for part in swept)

@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_flatten
 from camfn import _compat, layouts
 from camfn import maps as _maps
 from camfn._errors import CamError, warn
-from camfn._types import Combine, FlatMaps, Layers, Layout, Maps, Size, Weights, wide
+from camfn._types import Combine, FlatMaps, Inputs, Layers, Layout, Maps, Size, Weights, wide
 from camfn.findings import Finding, about_maps
 from camfn.gradients import slopes_of
+from camfn.inputs import Key, pick, size_of
 from camfn.layers import clues_of
 from camfn.layouts import Read
 from camfn.runner import weakly
@@ -38,6 +39,7 @@ class Outcome(NamedTuple):
     findings: tuple[Finding, ...]  # what is to be said about the maps
     heads: int = 0  # activations that went through what comes after the layer, and nothing else
     errors: tuple[Tensor | None, ...] = ()  # for each layer, (n, t): how far a normalised map may be off, where that is not 0
+    single: bool = True  # one map per image, without an axis of targets
 
 
 class Method(NamedTuple):
@@ -49,6 +51,11 @@ class Method(NamedTuple):
     cost: str  # for each image and layer, at the defaults: inputs that go through the model ("35 x channels + 1"), then, where
     # there are such, gradients ("1 backward"), and activations through what comes after the layer ("channels + 1 head")
 
+    @property
+    def of_layer(self) -> bool:
+        """Is it of a layer? Other methods take `None` in its place, and refuse one."""
+        return vars(self.function)["of_layer"]
+
 
 _TABLE: dict[str, Method] = {}
 METHODS = MappingProxyType(_TABLE)
@@ -59,23 +66,34 @@ def method(*needs: str, cost: str) -> Callable[[Callable[P, Outcome]], Callable[
     """Make the public function, which gives the maps alone, and its row in the table."""
 
     def register(of: Callable[P, Outcome]) -> Callable[P, Maps]:
-        @functools.wraps(of)
-        def run(*args: P.args, **kwargs: P.kwargs) -> Outcome:
-            with _compat.unnarrowed():
-                return of(*args, **kwargs)
-
-        @functools.wraps(of)
-        def function(*args: P.args, **kwargs: P.kwargs) -> Maps:
-            outcome = run(*args, **kwargs)
-            for finding in outcome.findings:
-                warn(finding.sentence)
-            return outcome.maps
-
-        function.__annotations__ = {**of.__annotations__, "return": Maps}
-        _TABLE[of.__name__] = Method(function, run, frozenset(needs), cost)
+        function = published(of, "activations" in needs)
+        _TABLE[of.__name__] = Method(function, vars(function)["run"], frozenset(needs), cost)
         return function
 
     return register
+
+
+def published(of: Callable[P, Outcome], of_layer: bool) -> Callable[P, Maps]:
+    """The public function of a method: it gives the maps alone, and warns of what is to be said about them.
+
+    For compositions it carries `run`, which gives all of the outcome, and whether the method is of a layer.
+    """
+
+    @functools.wraps(of)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Outcome:
+        with _compat.unnarrowed():
+            return of(*args, **kwargs)
+
+    @functools.wraps(of)
+    def function(*args: P.args, **kwargs: P.kwargs) -> Maps:
+        outcome = run(*args, **kwargs)
+        for finding in outcome.findings:
+            warn(finding.sentence)
+        return outcome.maps
+
+    function.__annotations__ = {**of.__annotations__, "return": Maps}
+    vars(function).update(run=run, of_layer=of_layer)
+    return function
 
 
 class Drawing(NamedTuple):
@@ -156,23 +174,25 @@ def drawn(
     names = subject.layers or ("",)  # of no layer: the map is of the input
     findings = () if _compat.transformed() else about_maps(signed, names, drawing.relu)
     result = maps if subject.several else maps[0]
-    return Outcome(result, subject.layers, tuple(grids), score.classes, clean, (), subject.forwards, 0, findings)
+    at = subject.layers, tuple(grids), score.classes, clean
+    return Outcome(result, *at, (), subject.forwards, 0, findings, single=score.single)
 
 
 def _on_grid(maps: Tensor, subject: Subject, axes: int, drawing: Drawing) -> Tensor:
-    size = _checked_size(drawing.size, subject, axes)
+    size = checked_size(drawing.size, subject.x, subject.key, axes)
     maps = maps if size is None else _maps.resize(maps, size)
     return _maps.normalize(maps, tuple(range(-axes, 0))) if drawing.normalize else maps
 
 
-def _checked_size(size: Size, subject: Subject, axes: int) -> tuple[int, ...] | None:
+def checked_size(size: Size, x: Inputs, key: Key, axes: int) -> tuple[int, ...] | None:
+    """The size that a map is wanted at, or `None`: the one that it has."""
     if size is None:
         return None
     if isinstance(size, str) and size == "input":
-        if subject.size is None:
-            found = "images of several sizes" if isinstance(subject.x, list) else f"shape {tuple(subject.image.shape)}"
+        size = size_of(x, key)
+        if size is None:
+            found = "images of several sizes" if isinstance(x, list) else f"shape {tuple(pick(x, key).shape)}"
             raise CamError(f'size="input" needs spatial axes in the input, of one size, and x has {found}')
-        size = subject.size
     whole = isinstance(size, Sequence) and all(isinstance(side, int) and side > 0 for side in size)
     if not whole or len(size) != axes:
         raise CamError(f'size={size!r} must be None, "input", or {axes} positive ints: the layer\'s grid has {axes} axes')

@@ -57,10 +57,12 @@ __all__ = [
     "Similarity",
     "Sum",
     "Top",
+    "as_probabilities",
     "at_columns",
     "boxes",
     "contrast",
     "distinct",
+    "is_plain",
     "log_probability",
     "logit",
     "logits_of",
@@ -87,6 +89,22 @@ def named(target: Target) -> Named:
         return Function(target)
     mixed = isinstance(target, (list, tuple)) and any(one is None or callable(one) or isinstance(one, Named) for one in target)
     return Each(tuple(map(named, target))) if mixed else OfClasses(target)
+
+
+def is_plain(target: Target) -> bool:
+    """Is it classes and nothing else, so that what one stands for is the method's to say?"""
+    found = named(target)
+    return isinstance(found, Top) or (isinstance(found, OfClasses) and found.scale is None)
+
+
+def as_probabilities(target: Target) -> Named:
+    """For methods whose papers score by the softmax: plain classes on that scale; what says its own is left alone."""
+    found = named(target)
+    if isinstance(found, Each):
+        return Each(tuple(map(as_probabilities, found.targets)))
+    if not is_plain(found):
+        return found
+    return OfClasses(found.classes if isinstance(found, OfClasses) else found, "probability")
 
 
 def resolve(target: Target, output: Any, n: int, device: torch.device, scale: Scale = "logit") -> Score:

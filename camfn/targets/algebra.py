@@ -38,6 +38,10 @@ class Named:
         """What it means for this clean output."""
         raise NotImplementedError
 
+    def settled(self, clean: Clean) -> "Named":
+        """A target that means for other outputs what this one means for the clean one."""
+        return Settled(self.resolve(clean))
+
     def __add__(self, other: Any) -> "Sum":
         return Sum(_terms(self) + _terms(other))
 
@@ -172,6 +176,10 @@ class Each(Named):
         every = torch.cat(classes) if len(classes) == clean.n else None
         return Score(of, rows, all(score.single for score in scores), every, all(score.linear for score in scores))
 
+    def settled(self, clean: Clean) -> "Each":
+        """Each of its own: a plain class among them stays plain."""
+        return Each(tuple(target.settled(clean.of(image)) for image, target in enumerate(self.targets)))
+
 
 def _of_image(target: Named, clean: Clean, image: int) -> Score:
     try:
@@ -211,7 +219,19 @@ def _names_of_choice(parts: tuple[Kind, ...], row: tuple[Tensor, tuple[Any, ...]
     return parts[int(which)].names(*parts[int(which)].told, rows[int(which)])
 
 
-# ------------------------------------------------------------------------------------------------------ a function
+# ------------------------------------------------------------------------------------- what depends on no other output
+
+
+@dataclasses.dataclass(frozen=True)
+class Settled(Named):
+    """What a target meant on a clean output."""
+
+    score: Score
+
+    def resolve(self, clean: Clean) -> Score:
+        """The same on any."""
+        clean.refuse_probabilities("a target settled on another input")
+        return self.score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +239,10 @@ class Function(Named):
     """A callable of the caller's, from one sample's output to a scalar or `(t,)`."""
 
     function: Callable[[Any], Any]
+
+    def settled(self, clean: Clean) -> "Function":
+        """It reads nothing of the clean output."""
+        return self
 
     def resolve(self, clean: Clean) -> Score:
         """Tried once on the clean output, which tells how many scores it gives."""

@@ -31,12 +31,21 @@ class OfClasses(Named):
         kind = Kind(read_logits, _of_classes, _names_of_classes, (scale,))
         return Score(kind, classes, single, classes, linear=scale == "logit")
 
+    def settled(self, clean: Clean) -> "OfClasses":
+        """The classes as they are found; what one stands for is still the recipe's, where that was so."""
+        classes, single = resolve_classes(self.classes, _class_logits(clean), clean.n)
+        return OfClasses(classes[:, 0] if single else classes, self.scale)
+
 
 @dataclasses.dataclass(frozen=True)
 class Top(Named):
     """The k classes with the highest logits."""
 
     k: int
+
+    def settled(self, clean: Clean) -> OfClasses:
+        """The classes as they are found."""
+        return OfClasses(self).settled(clean)
 
     def resolve(self, clean: Clean) -> Score:
         """The classes, on the recipe's scale."""

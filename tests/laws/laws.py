@@ -5,6 +5,7 @@ is about ReLU or min-max, signed and unscaled maps are compared: min-max makes m
 """
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,12 +18,20 @@ from torch import Tensor, nn
 
 import camfn
 from camfn.masks import Recipe, recipe_of
-from camfn.targets import Contrast, OfClasses, Output, Sum, resolve, score_rows
+from camfn.targets import Contrast, OfClasses, Output, Sum, is_plain, resolve, score_rows
 from camfn.testing import Case, Spec, TinyNet
 
 TOLERANCE = 1e-9
 """Of the largest value compared: float64's rounding (2e-16), where a map is a difference of large terms. Of nine thousand
 examples the worst was 1e-12, and such cases get ten times as rare where they get ten times as bad."""
+
+
+COMPOSED = {
+    "augment(smooth(grad_cam))": camfn.augment(camfn.smooth(camfn.grad_cam, 2), factors=(0.9,)),
+    "integrate(score_cam)": camfn.integrate(camfn.score_cam, 2),
+    "ensemble(grad_cam, score_cam)": camfn.ensemble([camfn.grad_cam, camfn.score_cam]),
+}
+"""Methods made of methods, which laws must hold for too."""
 
 
 class Variant(NamedTuple):
@@ -32,24 +41,36 @@ class Variant(NamedTuple):
     options: dict[str, Any]
 
     @property
+    def function(self) -> Callable[..., Any]:
+        return COMPOSED[self.method] if self.method in COMPOSED else camfn.METHODS[self.method].function
+
+    @property
     def recipe(self) -> Recipe:
         return recipe_of(self.options.get("recipe", "torchcam"))
 
     @property
-    def linear_head(self) -> bool:
-        return "linear head" in camfn.METHODS[self.method].needs
+    def has(self) -> set[str]:
+        """What its method needs (as METHODS has it), and its options by name; and whether it is of a layer."""
+        needs = () if self.method in COMPOSED else camfn.METHODS[self.method].needs
+        return {*needs, *inspect.signature(self.function).parameters, *(["a layer"] if vars(self.function)["of_layer"] else [])}
 
     @property
-    def swept(self) -> bool:
-        return "masked inputs" in camfn.METHODS[self.method].needs
+    def linear_head(self) -> bool:
+        return "linear head" in self.has
 
     def but(self, **options: Any) -> "Variant":
-        """The variant with other options, where its method has them; a method without a sweep has none of a sweep's."""
-        return self._replace(options={**self.options, **options}) if self.swept else self
+        """The variant with other options, where its method has them."""
+        return self._replace(options={**self.options, **{name: options[name] for name in options if name in self.has}})
 
 
-OPTIONS = {"cam": {"fc": "fc"}, "ss_cam": {"num_samples": 3}, "is_cam": {"num_samples": 3}}
-VARIANTS = {name: Variant(name, OPTIONS.get(name, {})) for name in LAYERED} | {
+OPTIONS = {
+    "cam": {"fc": "fc"},
+    "ss_cam": {"num_samples": 3},
+    "is_cam": {"num_samples": 3},
+    "rise": {"num_samples": 6, "cells": 2},
+    "group_cam": {"blur": (3, 1.0)},
+}
+VARIANTS = {name: Variant(name, OPTIONS.get(name, {})) for name in (*LAYERED, *COMPOSED)} | {
     "cam, eigen": Variant("cam", {"fc": "fc", "combine": "eigen"}),
     "score_cam, eigen": Variant("score_cam", {"combine": "eigen"}),
     "score_cam, pytorch-grad-cam": Variant("score_cam", {"recipe": "pytorch-grad-cam"}),
@@ -59,13 +80,12 @@ VARIANTS = {name: Variant(name, OPTIONS.get(name, {})) for name in LAYERED} | {
     "ss_cam, activation": Variant("ss_cam", {"num_samples": 2, "noise": "activation", "std": 0.3}),
     "ss_cam, input": Variant("ss_cam", {"num_samples": 2, "noise": "input"}),
     "is_cam, linear": Variant("is_cam", {"num_samples": 2, "path": "linear", "recipe": "paper"}),
+    "group_cam, two groups": Variant("group_cam", {"groups": 2, "percentile": 70}),
 }
 
 Law = Callable[[Variant, Case], None]
 LAWS: dict[str, Law] = {}
-ABOUT: dict[
-    str, str
-] = {}  # what a method needs (as METHODS has it) for a law to say anything about it; of all where it is not here
+ABOUT: dict[str, str] = {}  # what a variant must have for a law to say anything about it; of all where it is not here
 
 
 def law(function: Law) -> Law:
@@ -82,7 +102,7 @@ def law_about(need: str) -> Callable[[Law], Law]:
 
 
 def speaks_of(name: str, variant: Variant) -> bool:
-    return ABOUT.get(name) in (None, *camfn.METHODS[variant.method].needs)
+    return ABOUT.get(name) in (None, *variant.has)
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
@@ -96,7 +116,17 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 
 def maps(variant: Variant, case: Case, **options: Any) -> Any:
-    return camfn.METHODS[variant.method].function(*case, **{**variant.options, **options})
+    return variant.function(*asked(variant, case), **{**variant.options, **options})
+
+
+def asked(variant: Variant, case: Case) -> Case:
+    """The case, without its layer for a method that has none."""
+    return case if "a layer" in variant.has else case._replace(layer=None)
+
+
+def grid_of(variant: Variant, case: Case) -> tuple[int, ...]:
+    """Of a map of no other size."""
+    return activation(case).shape[2:] if "a layer" in variant.has else case.x.shape[2:]
 
 
 def raw(variant: Variant, case: Case, **options: Any) -> Any:
@@ -220,8 +250,8 @@ def unit(values: Tensor, axes: int) -> Tensor:
 def form(variant: Variant, case: Case) -> None:
     """A map per image (and target) on the layer's grid, or at the size asked for, in [0, 1] with both ends reached, unless
     it is flat: zeros then. In the dtype of the model."""
-    grid, n = activation(case).shape[2:], len(case.x)
-    outcome = camfn.METHODS[variant.method].run(*case, **variant.options)
+    grid, n = grid_of(variant, case), len(case.x)
+    outcome = vars(variant.function)["run"](*asked(variant, case), **variant.options)
     for size, shape in ((None, grid), ("input", case.x.shape[2:]), ([2] * len(grid), (2,) * len(grid))):
         found = maps(variant, case, size=size)
         t = () if found.ndim == 1 + len(grid) else (outcome.scores.shape[1],)
@@ -231,8 +261,9 @@ def form(variant: Variant, case: Case) -> None:
         assert bool(((low == 0) & ((high == 1) | (high == 0))).all()), f"from {low} to {high}"
     half = case._replace(model=copy.deepcopy(case.model).float(), x=case.x.float())
     assert maps(variant, half).dtype == torch.float32
-    (alone,) = maps(variant, case._replace(layer=[case.layer]))
-    assert torch.equal(alone, maps(variant, case))
+    if "a layer" in variant.has:
+        (alone,) = maps(variant, case._replace(layer=[case.layer]))
+        assert torch.equal(alone, maps(variant, case))
 
 
 @law
@@ -258,8 +289,7 @@ def _linear(values: Tensor, size: Any, **options: Any) -> Tensor:
 @law
 def same_size(variant: Variant, case: Case) -> None:
     """A map resized to the size that it has is the same, to the bit."""
-    grid = activation(case).shape[2:]
-    assert torch.equal(maps(variant, case, size=grid), maps(variant, case))
+    assert torch.equal(maps(variant, case, size=grid_of(variant, case)), maps(variant, case))
     assert torch.equal(camfn.maps.resize(case.x, case.x.shape[2:]), case.x)
 
 
@@ -272,7 +302,7 @@ def scale_of_the_map(variant: Variant, case: Case) -> None:
         assert torch.equal(camfn.maps.normalize(k * signed, axes), normal)
 
 
-@law
+@law_about("a layer")
 def flat_map(variant: Variant, case: Case) -> None:
     """Where no channel varies over positions, the map is flat, and zeros once it is scaled."""
 
@@ -305,7 +335,7 @@ def neighbours(variant: Variant, case: Case) -> None:
         close(raw(variant, case._replace(x=case.x[only], target=for_images(case.target, only))), together[only])
 
 
-@law
+@law_about("activations")
 def channels_permuted(variant: Variant, case: Case) -> None:
     """The order of the layer's channels, and of what reads them, does not matter."""
     order = shuffled(activation(case).shape[1], case)
@@ -348,7 +378,7 @@ def flipped(variant: Variant, case: Case) -> None:
 # ------------------------------------------------------------------------------- the activation, the masks, the scores
 
 
-@law_about("masked inputs")
+@law_about("recipe")
 def activation_scaled(variant: Variant, case: Case) -> None:
     """An activation k times as large, which the next layer divides by k, gives a map k times as large.
 
@@ -361,7 +391,7 @@ def activation_scaled(variant: Variant, case: Case) -> None:
         close(raw(variant.but(recipe=variant.recipe._replace(eps=k * eps)), other), k * before)
 
 
-@law
+@law_about("activations")
 def activation_moved(variant: Variant, case: Case) -> None:
     """A constant b_k added to each channel, flat ones too, and taken off by the next layer, changes no mask: no weight, and
     the map by `sum_k w_k b_k`."""
@@ -375,7 +405,7 @@ def activation_moved(variant: Variant, case: Case) -> None:
     close(raw(variant, other), before + moved)
 
 
-@law
+@law_about("activations")
 def zero_channel(variant: Variant, case: Case) -> None:
     """One more channel, of zeros, adds nothing to the map, but takes its share of the softmax from the others:
     `e^S_0 / (e^S_0 + sum_k e^S_k)`, where `S_0` is the score of an input of zeros."""
@@ -386,7 +416,7 @@ def zero_channel(variant: Variant, case: Case) -> None:
     c = activation(case).shape[1]
     other = rechanneled(variant, case, grow, lambda z: z[:, :c], lambda w: torch.cat([w, torch.ones_like(w[:, :1])], 1))
     before, axes = raw(variant, case), case.x.ndim - 2
-    if variant.swept and variant.recipe.weights == "softmax":
+    if "recipe" in variant.has and variant.recipe.weights == "softmax":
         scores = weights_of(variant.but(recipe=variant.recipe._replace(weights="score")), case)
         zero = score(case.model, case, variant.recipe, torch.zeros_like(case.x))
         share = torch.softmax(torch.cat([scores, zero[..., None]], -1), -1)[..., -1]
@@ -394,7 +424,7 @@ def zero_channel(variant: Variant, case: Case) -> None:
     close(raw(variant, other), before)
 
 
-@law_about("masked inputs")
+@law_about("recipe")
 def between_the_channels(variant: Variant, case: Case) -> None:
     """Weights that are a softmax are positive and sum to one: at no position is the map outside of the channels' values."""
     seen, signed = activation(case), raw(variant, case)
@@ -407,14 +437,16 @@ def between_the_channels(variant: Variant, case: Case) -> None:
 
 @law
 def logits_shifted(variant: Variant, case: Case) -> None:
-    """A constant added to every logit does not change the map."""
+    """A constant added to every logit does not change the map; but of a target that is a logit and the weight itself."""
+    if variant.method in ("score_cam_pp", "rise") and not is_plain(case.target):
+        return
     model = copy.deepcopy(case.model)
     with torch.no_grad():
         model.fc.bias += 3
     close(raw(variant, case._replace(model=model)), raw(variant, case))
 
 
-@law
+@law_about("a layer")
 def upsampled_layer(variant: Variant, case: Case) -> None:
     """A layer that is the upsampled activation has the upsampled map: its masks are the same, as they are upsampled first."""
 
@@ -454,7 +486,7 @@ KIN = {
 }
 
 
-@law_about("masked inputs")
+@law_about("recipe")
 def kin(variant: Variant, case: Case) -> None:
     """Score-CAM is SS-CAM without noise, however many draws, and IS-CAM of one step."""
     other, still, options = KIN.get(variant.method, ("score_cam", {}, {}))
@@ -477,7 +509,7 @@ class Front(nn.Module):
         return self.model(x * self.k)
 
 
-@law_about("masked inputs")
+@law_about("recipe")
 def path_of_inputs(variant: Variant, case: Case) -> None:
     """The scores are the mean of Score-CAM's scores of networks that take 1/N, 2/N, ... N/N times the masked input; of the
     cumulative path, the sums of these up to each."""
@@ -502,7 +534,7 @@ def repeated(variant: Variant, case: Case) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@law_about("masked inputs")
+@law_about("sweep")
 def chunk_size(variant: Variant, case: Case) -> None:
     """How many masked inputs go through the model at once does not matter."""
     default = raw(variant, case)
@@ -510,7 +542,7 @@ def chunk_size(variant: Variant, case: Case) -> None:
         close(raw(variant, case, sweep=camfn.Sweep(chunk=chunk)), default)
 
 
-@law_about("masked inputs")
+@law_about("sweep")
 def folded(variant: Variant, case: Case) -> None:
     """The model sees a chunk as its batch, or one row at a time: the map is the same."""
     close(raw(variant, case, sweep=camfn.Sweep(fold=False)), raw(variant, case))
@@ -538,7 +570,7 @@ def many_targets(variant: Variant, case: Case) -> None:
         close(together[:, t], raw(variant, case._replace(target=rows[:, t])))
 
 
-@law
+@law_about("a layer")
 def several_layers(variant: Variant, case: Case) -> None:
     """Several layers have the maps that each has of a call of its own."""
     other = "stem.0" if case.layer != "stem.0" else "features"
@@ -560,6 +592,10 @@ _NOISE_NOT_A_PATH = "its scores are of inputs with noise, all of one scale"
 _NOT_A_SOFTMAX = "its weights are the scores themselves, and do not sum to one"
 _CENTERED = "what all positions of a channel share has no part in a principal component"
 _OF_THE_GRID = "what goes with what is asked of the positions that there are, and upsampling makes others"
+_GROUPED = [name for name, variant in VARIANTS.items() if variant.method == "group_cam"]
+_SCALE_MATTERS = "its masks are not min-max of the channels: their zero counts"
+_NEXT_TO_EACH_OTHER = "its groups are of channels that are next to each other"
+_MEAN_OF_MAPS = "it is a mean of maps that have gone through these steps"
 _SCALED_FIRST = "its masks are scaled before they are upsampled, and upsampling does not reach all extremes"
 
 EXCEPT = {
@@ -582,6 +618,15 @@ EXCEPT = {
     ("flat_map", "score_cam, authors"): "flat channels are left out: where there is no other, the call is an error",
     **{("path_of_inputs", name): _NOISE_NOT_A_PATH for name in _NOISY},
     **{("several_layers", name): "CAM is of the one layer before the pooling: several are an error" for name in _ONE_LAYER},
+    ("flipped", "rise"): "its random masks are not flipped",
+    ("last_steps", "score_cam_pp"): "its gates are upsampled before their tanh",
+    ("activation_moved", "score_cam_pp"): _SCALE_MATTERS,
+    **{("last_steps", name): "its masks begin at zero where they are upsampled, not on the grid" for name in _GROUPED},
+    **{("activation_moved", name): _SCALE_MATTERS for name in _GROUPED},
+    ("channels_permuted", "group_cam, two groups"): _NEXT_TO_EACH_OTHER,
+    ("zero_channel", "group_cam, two groups"): _NEXT_TO_EACH_OTHER,
+    **{("last_steps", name): _MEAN_OF_MAPS for name in COMPOSED},
+    ("flipped", "augment(smooth(grad_cam))"): _PIXELS_NOISE,
 }
 """Why a law does not hold for a variant. The tests see to it that it indeed does not."""
 

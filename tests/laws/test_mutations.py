@@ -13,7 +13,7 @@ from torch import nn
 
 from laws.laws import EXCEPT, LAWS, VARIANTS, fixed_cases
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps at layer:camfn.CamWarning")
+pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarning")
 
 
 class Mutation(NamedTuple):
@@ -185,6 +185,11 @@ def noise_goes_on_at_the_next_layer(noise_stream):
         return noise_stream(variation._replace(seed=len(begun)), *args)
 
     return stream
+
+
+@mutation("methods.sampled:random_cells", repeated="rise")
+def cells_from_the_global_generator(random_cells):
+    return lambda seed, *args: random_cells(int(torch.randint(1 << 30, ())), *args)
 
 
 # --------------------------------------------------------------------------------------------- the sweep, the target

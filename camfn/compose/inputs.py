@@ -1,0 +1,166 @@
+"""Compositions that give the mean of a method's maps of other inputs: noisy ones, those on a path, flipped and scaled ones."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from camfn._errors import CamError
+from camfn._types import Maps
+from camfn.compose.asking import Clean, Made, Question, composed, each_layer, joined, look_at, made, scaled
+from camfn.masks import Variation, noise_stream
+from camfn.methods.sweeps import check_noise, check_samples
+from camfn.methods.table import Outcome
+
+Part = tuple[Outcome, Maps]
+"""What a method made of one input, and its maps as they go into the mean."""
+
+
+def smooth(
+    method: Callable[..., Maps], num_samples: int = 4, std: float = 0.3, seed: int | torch.Generator = 0
+) -> Callable[..., Maps]:
+    """A method of the mean over noisy inputs.
+
+    `L = mean_i norm(L(x + e_i))` with `e_i ~ N(0, std^2)` for each value of the input: the mean of **normalised** maps, so that
+    no draw outshouts the others. `num_samples` times the method's cost, and one forward.
+
+    What it gives is a method like any other, of the same arguments (`camfn.score_cam` tells them) and the given method's own;
+    `masked=` says which of several inputs is the picture. The target is resolved once, on the clean input: `None` is the
+    class predicted there, in all draws. `seed` is an int, or a `torch.Generator`, which is copied and not advanced; the
+    images of a batch share their noise.
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    >>> method = camfn.smooth(camfn.grad_cam, num_samples=2)
+    >>> method(model, "1", torch.randn(2, 3, 8, 8)).shape
+    torch.Size([2, 6, 6])
+
+    Smilkov et al., SmoothGrad, 2017 (arXiv 1706.03825), whose mean is of gradients: this one is of maps.
+    """
+    check_samples("smooth", num_samples)
+    check_noise("smooth", std, seed)
+    inner = made(method)
+
+    def parts(clean: Clean) -> Iterator[Part]:
+        variation = Variation((1.0,) * num_samples, "input", std, seed)
+        noise = noise_stream(variation, 1, tuple(clean.image.shape[1:]), clean.image.device)
+        for draw in range(num_samples):
+            drawn: Any = noise(torch.tensor([[draw, 0]], device="cpu"))
+            outcome = clean.put_to(inner, clean.image + drawn.to(clean.image.dtype), normalize=True)
+            yield outcome, outcome.maps
+
+    return _mean_of("smooth", inner, parts)
+
+
+def integrate(method: Callable[..., Maps], steps: int = 20, baseline: float | Tensor = 0.0) -> Callable[..., Maps]:
+    """A method of the mean along the straight path from a baseline to the input.
+
+    `L = 1/N sum_i L(b + (x - b) i / N)`, i = 1..N, N being `steps`: the mean of **raw** maps, normalised once. Of
+    `camfn.grad_cam` and with a zero baseline it is Integrated Grad-CAM, with the ReLU of every step before the sum, and A(b)
+    left out of `A - A(b)`, both as in its authors' code. (Which runs i over 0..N-1: the baseline is in it, and not the
+    input.) N times the method's cost, and one forward.
+
+    `baseline`: a number, or a tensor that can be broadcast to the input. What it gives is a method like any other
+    (`camfn.smooth` says how).
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> once = camfn.integrate(camfn.grad_cam, steps=1)
+    >>> torch.equal(once(model, "1", x), camfn.grad_cam(model, "1", x))
+    True
+
+    Sattarzadeh et al., Integrated Grad-CAM, ICASSP 2021 (arXiv 2102.07805).
+    """
+    check_samples("integrate", steps)
+    if not isinstance(baseline, (int, float, Tensor)):
+        raise CamError(f"baseline must be a number or a tensor, found {type(baseline).__name__}")
+    inner = made(method)
+
+    def parts(clean: Clean) -> Iterator[Part]:
+        image = clean.image
+        start = _broadcast(baseline, image) if isinstance(baseline, Tensor) else baseline
+        for step in range(1, steps + 1):
+            # From the input backwards: at the last step it is the input to the bit.
+            outcome = clean.put_to(inner, image - (image - start) * (1 - step / steps), normalize=False)
+            yield outcome, outcome.maps
+
+    return _mean_of("integrate", inner, parts)
+
+
+def _broadcast(baseline: Tensor, image: Tensor) -> Tensor:
+    try:
+        return baseline.to(image).expand_as(image)
+    except RuntimeError as error:
+        raise CamError(
+            f"baseline has shape {tuple(baseline.shape)}, which cannot be broadcast to the input's {tuple(image.shape)}"
+        ) from error
+
+
+def augment(
+    method: Callable[..., Maps], flips: Sequence[int] = (-1,), factors: Sequence[float] = (0.9, 1.0, 1.1)
+) -> Callable[..., Maps]:
+    """A method of the mean over flipped and scaled inputs, the maps flipped back.
+
+    The mean of **normalised** maps of `f * flip(x)`, for every subset of the axes `flips` (negative, counted from the last: -1
+    is left to right) and every factor f. By default six inputs, those of pytorch-grad-cam's `aug_smooth`. So many times
+    the method's cost, and one forward. What it gives is a method like any other (`camfn.smooth` says how).
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    >>> method = camfn.augment(camfn.smooth(camfn.grad_cam))
+    >>> method(model, "1", torch.randn(2, 3, 8, 8)).shape
+    torch.Size([2, 6, 6])
+
+    pytorch-grad-cam's `aug_smooth`; there is no paper.
+    """
+    flips, factors = tuple(flips), tuple(factors)
+    if not all(isinstance(axis, int) and axis < 0 for axis in flips) or len(set(flips)) < len(flips):
+        raise CamError(f"flips={flips} must be different negative axes: -1 flips left to right, -2 upside down")
+    if not factors:
+        raise CamError("factors is empty: (1.0,) leaves the input as it is")
+    inner = made(method)
+    subsets = [axes for count in range(len(flips) + 1) for axes in itertools.combinations(flips, count)]
+
+    def parts(clean: Clean) -> Iterator[Part]:
+        spatial = clean.image.ndim - 2
+        if any(-axis > spatial for axis in flips):
+            raise CamError(f"flips={flips} of an input with {spatial} spatial axes")
+        for axes, factor in itertools.product(subsets, factors):
+            outcome = clean.put_to(inner, clean.image.flip(axes) * factor, normalize=True)
+
+            def back(found: Tensor, axes: tuple[int, ...] = axes) -> Tensor:
+                if axes and clean.axes_of(found) != spatial:
+                    raise CamError(
+                        f"the input has {spatial} spatial axes and its map {clean.axes_of(found)}: which of them is flipped is "
+                        "not known; flips=() leaves flips out"
+                    )
+                return found.flip(axes)
+
+            yield outcome, each_layer(back, outcome.maps)
+
+    return _mean_of("augment", inner, parts)
+
+
+def _mean_of(name: str, method: Made, parts: Callable[[Clean], Iterator[Part]]) -> Callable[..., Maps]:
+    """The method whose map is the mean of these."""
+
+    def answer(question: Question) -> Outcome:
+        clean = look_at(question)
+        outcomes, found = zip(*parts(clean))
+
+        def mean(*each: Tensor) -> Tensor:
+            total = sum(each[1:], each[0]) / len(each)
+            return scaled(total, clean.axes_of(total), question.normalize)
+
+        return joined(each_layer(mean, *found), outcomes, clean.outcome)
+
+    return composed(f"{name}({method.name})", answer, method.of_layer)

@@ -1,0 +1,134 @@
+"""Compositions of several maps of one input: a method's at several layers, and several methods'."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from camfn import maps as _maps
+from camfn._errors import CamError
+from camfn._types import Layer, Maps, Weights
+from camfn.compose.asking import Question, composed, each_layer, joined, made, scaled
+from camfn.inputs import key_of, plain
+from camfn.methods.table import Outcome, checked_size
+from camfn.ports import is_several
+
+How = Literal["max", "mean", "product", "winsorised"]
+
+
+def fuse_layers(
+    method: Callable[..., Maps], layers: Sequence[Layer], how: How = "max", *, percentile: float = 90.0
+) -> Callable[..., Maps]:
+    """A method whose map is fused of a method's maps at several layers.
+
+    The **normalised** maps are brought to the size that is asked for (by default the largest of each axis), and then
+
+    - `"max"`: their maximum, as torchcam's `fuse_cams`;
+    - `"mean"`: their mean, as pytorch-grad-cam's maps of several layers;
+    - `"product"`: their product: Refine-CAM, of `camfn.grad_cam_pp` in its paper;
+    - `"winsorised"`: `sum_l v_l L_l`: Winsor-CAM. A layer's importance is the mean of its channels' weights, zero if that is
+      negative. Of those that are not zero, what is above their `percentile` is cut down to it, and v is the rest,
+      min-max scaled to [0.1, 1]. Of methods whose weights the card has.
+
+    One call of the method for all layers, which share its forward. What it gives is a method like any other (`camfn.smooth`
+    says how), but for the layer, which is `None`: the layers have been named.
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    >>> method = camfn.fuse_layers(camfn.grad_cam, ["0", "1"], how="product")
+    >>> method(model, None, torch.randn(2, 3, 8, 8)).shape
+    torch.Size([2, 6, 6])
+
+    How to Evaluate and Refine your CAM, 2026 (arXiv 2605.14641); Wall et al., Winsor-CAM, TPAMI 2026 (arXiv 2507.10846).
+    """
+    inner = made(method)
+    if not is_several(layers) or not layers:
+        raise CamError(f"layers must be a sequence of names or modules, with at least one in it; found {layers!r}")
+    if how not in get_args(How):
+        raise CamError(f"how={how!r} must be one of {', '.join(map(repr, get_args(How)))}")
+    if not 0 <= percentile <= 100:
+        raise CamError(f"percentile={percentile!r} must be from 0 to 100")
+
+    def answer(question: Question) -> Outcome:
+        outcome = question._replace(layer=layers).put_to(inner, size=None, normalize=True)
+        lead, x = 1 if outcome.single else 2, plain(question.x)
+        size = checked_size(question.size, x, key_of(x, question.masked, False), outcome.maps[0].ndim - lead)
+        fused = _fused(_resized(tuple(outcome.maps), size, lead), how, outcome, percentile)
+        return joined(scaled(fused, fused.ndim - lead, question.normalize), [outcome], outcome)
+
+    return composed(f"fuse_layers({inner.name})", answer, False)
+
+
+def _resized(found: Sequence[Tensor], to: Sequence[int] | None, lead: int) -> Tensor:
+    """Maps in one size, one upon the other: by default the largest side of each axis."""
+    if len({m.ndim for m in found}) > 1:
+        raise CamError(f"the maps to bring together have different axes: {[tuple(m.shape[lead:]) for m in found]}")
+    to = to or tuple(max(sides) for sides in zip(*(m.shape[lead:] for m in found)))
+    return torch.stack([_maps.resize(m, to) for m in found])
+
+
+def _fused(found: Tensor, how: How, outcome: Outcome, percentile: float) -> Tensor:
+    if how == "max":
+        return found.amax(0)
+    if how == "mean":
+        return found.mean(0)
+    if how == "product":
+        return found.prod(0)
+    if not outcome.weights:
+        raise CamError('how="winsorised" needs weights of channels, and the method has none')
+    shares = _shares(outcome.weights, percentile)
+    shares = shares[..., 0] if outcome.single else shares
+    return (found * shares.reshape(*shares.shape, *[1] * (found.ndim - shares.ndim))).sum(0)
+
+
+def _shares(weights: Sequence[Weights], percentile: float) -> Tensor:
+    """Winsor-CAM's `v`, `(l, n, t)`."""
+    importance = torch.relu(torch.stack([w.flatten(2).mean(-1) for w in weights]))
+    counts = importance > 0
+    bound = torch.where(counts, importance, torch.nan).nanquantile(percentile / 100, dim=0)
+    cut = torch.where(counts, torch.minimum(importance, bound), 0)
+    low, high = torch.where(counts, cut, torch.inf).amin(0), cut.amax(0)
+    even = ~(high > low)  # one layer that counts, or several that count the same, or none
+    scaled_ = 0.1 + 0.9 * (cut - torch.where(even, 0, low)) / torch.where(even, 1, high - low)
+    return torch.where(counts, torch.where(even, 1, scaled_), 0)
+
+
+def ensemble(methods: Sequence[Callable[..., Maps]]) -> Callable[..., Maps]:
+    """A method of the mean of several methods' maps of one input.
+
+    The mean of **normalised** maps, each at the size that is asked for, or else on its own grid and then brought to the
+    largest. The cost of all of them. What it gives is a method like any other (`camfn.smooth` says how), but only of the
+    arguments that all methods share: `functools.partial` sets the options of one. A method without a layer gets none.
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    >>> method = camfn.ensemble([camfn.grad_cam, camfn.score_cam])
+    >>> method(model, "1", torch.randn(2, 3, 8, 8)).shape
+    torch.Size([2, 6, 6])
+    """
+    inner = [made(method) for method in methods]
+    if not inner:
+        raise CamError("methods is empty: name one at least")
+    name = f"ensemble({', '.join(one.name for one in inner)})"
+
+    def answer(question: Question) -> Outcome:
+        if question.own:
+            raise CamError(
+                f"{name} has no option {', '.join(question.own)}: functools.partial sets those of one of its methods"
+            )
+        layers = [question.layer if one.of_layer else None for one in inner]
+        outcomes = [question._replace(layer=layer).put_to(one, normalize=True) for one, layer in zip(inner, layers)]
+        lead = 1 if outcomes[0].single else 2
+
+        def mean(*found: Tensor) -> Tensor:
+            total = _resized(found, None, lead).mean(0)
+            return scaled(total, total.ndim - lead, question.normalize)
+
+        return joined(each_layer(mean, *(outcome.maps for outcome in outcomes)), outcomes, outcomes[0])
+
+    return composed(name, answer, any(one.of_layer for one in inner))

@@ -1,0 +1,89 @@
+"""Methods that look at no layer: what the model makes of masked inputs is all they know."""
+
+from functools import partial, reduce
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from camfn import layouts
+from camfn._errors import CamError
+from camfn._types import FlatMaps, Inputs, Layers, Layout, Scores, Size, State, Target, wide
+from camfn.execution import Sweep
+from camfn.inputs import Key
+from camfn.masks import Rule, Variation, mask_of, random_cells
+from camfn.methods.sweeps import check_noise, check_samples, sweep_in_full
+from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, without_layer
+from camfn.subject import look, without_graph
+from camfn.targets import as_probabilities, resolve
+
+_AT_ONCE = 64  # masks at the input's size
+
+
+@method("masked inputs", cost="4000 + 1")
+def rise(
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target = None,
+    *,
+    num_samples: int = 4000,
+    cells: int = 7,
+    probability: float = 0.5,
+    seed: int | torch.Generator = 0,
+    masked: Key = None,
+    sweep: Sweep = Sweep(),
+    state: State | None = None,
+    layout: Layout = "auto",
+    size: Size = None,
+    relu: bool = False,
+    normalize: bool = True,
+) -> Outcome:
+    """RISE: the mean of random masks, weighted by the scores of the inputs seen through them.
+
+    `L = sum_i s(x * M_i) M_i / (N p)` over N = `num_samples` masks: `cells` cells along each axis, each of them 1 with
+    `probability` p and 0 else, stretched linearly over the breadth of `cells + 1` and cut to the input's size at a random
+    place. It looks at no layer (`layer` is `None`): a reference for those that do. N forwards, for any number of targets.
+
+    - A plain class stands for its probability, as in the paper; `camfn.targets.logit(c)` for the raw output.
+    - The defaults are the paper's for VGG-16; it has N = 8000 for ResNet-50, and its code `cells=8, probability=0.1`.
+    - `seed`: an int, or a `torch.Generator`, which is copied and not advanced. The i-th mask depends on nothing else: all
+      images share it, on every device.
+    - The map is of the input's size, and `size=` resizes it. No more masks than a few are held at that size.
+
+    The other arguments, and what is returned and raised, are those of `camfn.score_cam`, without a recipe and a budget, and
+    without a dtype of the sweep; `layout` says nothing here.
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    >>> camfn.rise(model, None, torch.randn(2, 3, 8, 8), num_samples=100).shape
+    torch.Size([2, 8, 8])
+
+    Petsiuk et al., RISE: Randomized Input Sampling for Explanation of Black-box Models, BMVC 2018 (arXiv 1806.07421).
+    """
+    without_layer("rise", layer)
+    check_samples("rise", num_samples)
+    check_noise("rise", 0.0, seed)
+    if not isinstance(cells, int) or cells < 1 or not 0 < probability <= 1:
+        raise CamError(f"rise needs a whole number of cells >= 1 and a probability in (0, 1]; found {cells!r}, {probability!r}")
+    subject = look(model, None, x, state, masked, masks=True, taps=False)
+    with without_graph():
+        image, spatial = subject.image, tuple(subject.image.shape[2:])
+        score = resolve(as_probabilities(target), subject.output, subject.n, image.device)
+        clean = clean_scores(subject, score)
+        drawn_cells, shifts = random_cells(seed, num_samples, cells, spatial, probability)
+        some = drawn_cells.to(image.device, wide(image.dtype))
+        rows = layouts.read(some.expand(subject.n, *some.shape), "channels_first", spatial, "", subject.n)
+        (swept,) = sweep_in_full("rise", subject, score, [rows], Variation(form="shifted", shifts=shifts), sweep)
+        summed = _weighted(swept.scores, some, shifts.to(image.device), spatial) / (num_samples * probability)
+        outcome = drawn(subject, score, clean, [summed], [spatial], Drawing(relu, size, normalize))
+        return outcome._replace(forwards=outcome.forwards + swept.forwards)
+
+
+def _weighted(scores: Scores, cells: Tensor, shifts: Tensor, size: tuple[int, ...]) -> FlatMaps:
+    """`sum_i S_i M_i`, some masks at a time; made again, which costs nothing beside the forwards."""
+    mask = partial(mask_of, Rule(size=size, dtype=cells.dtype, form="shifted"))
+    pieces = zip(scores.split(_AT_ONCE, 1), cells.split(_AT_ONCE), shifts.split(_AT_ONCE))
+    return reduce(torch.add, (s.mT @ vmap(mask)(some, shift).flatten(1).to(s.dtype) for s, some, shift in pieces))

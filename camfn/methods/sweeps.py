@@ -1,0 +1,68 @@
+"""What the methods that sweep masked inputs share: one runner for all layers, and checks of what they are asked for."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from camfn._errors import CamError
+from camfn.execution import Sweep, checked, counter
+from camfn.layouts import Read
+from camfn.masks import Variation
+from camfn.runner import runner_of
+from camfn.scoring import Plan, Scoring, Swept, plan, sweep_all
+from camfn.subject import Subject
+from camfn.targets import Score
+
+
+def sweep_layers(
+    subject: Subject,
+    score: Score,
+    plans: Sequence[Plan],
+    ways: Sequence[Callable[[Scoring], Swept]],
+    rows: int,
+    variation: Variation,
+    sweep: Sweep,
+    under: Tensor | None = None,
+) -> list[Swept]:
+    """Each layer's plan, swept its way, `rows` masked inputs in all; one runner for all of them."""
+    runner, tick = runner_of(subject, score, sweep, rows), counter(sweep.progress, rows)
+    found = [way(Scoring(subject, runner, score, todo, variation, sweep, tick, under)) for todo, way in zip(plans, ways)]
+    tick(None)
+    runner.room.tell()
+    return found
+
+
+def sweep_in_full(
+    method: str,
+    subject: Subject,
+    score: Score,
+    reads: Sequence[Read],
+    variation: Variation,
+    sweep: Sweep,
+    under: Tensor | None = None,
+) -> list[Swept]:
+    """All masks of each layer, each one scored; for methods whose maps are not those of `camfn.precision`."""
+    if checked(sweep).dtype is not None:
+        raise CamError(
+            f"Sweep(dtype={sweep.dtype}) is not for {method}: it needs channels that can be scored again, weighed as "
+            "score_cam and its kin weigh them; leave dtype= out"
+        )
+    plans = [plan(read, variation) for read in reads]
+    rows = sum(todo.rows_in_all for todo in plans)
+    return sweep_layers(subject, score, plans, [sweep_all] * len(plans), rows, variation, sweep, under)
+
+
+def check_samples(method: str, num_samples: int) -> None:
+    """A number of draws, or of whatever there is a mean of."""
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise CamError(f"{method} needs a whole num_samples >= 1, found {num_samples!r}")
+
+
+def check_noise(method: str, std: float, seed: int | torch.Generator) -> None:
+    """Noise of a deviation, from a seed."""
+    if not (0 <= std < math.inf):
+        raise CamError(f"{method} needs a finite std >= 0, found {std!r}")
+    if not isinstance(seed, (int, torch.Generator)):
+        raise CamError(f"seed must be an int or a torch.Generator, found {seed!r}")
