@@ -8,6 +8,7 @@ from camfn import figures, images, layouts, maps, metrics, targets, weights
 from camfn._errors import CamError, CamWarning
 from camfn.capture import Captured, pure, state_of, tap
 from camfn.compose import augment, ensemble, fuse_layers, integrate, multi_scale, smooth
+from camfn.concepts import Concepts, factorize
 from camfn.execution import Sweep
 from camfn.explanation import Explanation, explain
 from camfn.heads import Head, head
@@ -18,14 +19,21 @@ from camfn.methods import (
     ag_cam,
     attention_rollout,
     cam,
+    eigen_cam,
+    eigen_grad_cam,
+    fem,
     grad_cam,
     gradient_attention,
     group_cam,
     is_cam,
+    kpca_cam,
     legrad,
+    mean_cam,
+    random_cam,
     rise,
     score_cam,
     score_cam_pp,
+    seg_eigen_cam,
     ss_cam,
 )
 
@@ -38,6 +46,7 @@ __all__ = [
     "CamWarning",
     "Candidate",
     "Captured",
+    "Concepts",
     "Explanation",
     "Head",
     "Recipe",
@@ -47,8 +56,12 @@ __all__ = [
     "augment",
     "cam",
     "candidate_layers",
+    "eigen_cam",
+    "eigen_grad_cam",
     "ensemble",
     "explain",
+    "factorize",
+    "fem",
     "figures",
     "fuse_layers",
     "grad_cam",
@@ -58,15 +71,19 @@ __all__ = [
     "images",
     "integrate",
     "is_cam",
+    "kpca_cam",
     "layouts",
     "legrad",
     "maps",
+    "mean_cam",
     "metrics",
     "multi_scale",
     "pure",
+    "random_cam",
     "rise",
     "score_cam",
     "score_cam_pp",
+    "seg_eigen_cam",
     "smooth",
     "ss_cam",
     "state_of",

@@ -1,5 +1,6 @@
 """The first component of a matrix of channels and positions, from the smaller of its Gram matrices. Tensors only."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from camfn import _compat
 
 Sign = Literal["sum", "peak"]
+Kernel = Literal["sigmoid", "rbf", "poly", "linear"]
 
 
 class First(NamedTuple):
@@ -46,6 +48,45 @@ def first(values: Float[Tensor, "*b c p"], sign: Sign = "sum") -> First:
     return First(turn * scores, turn * loadings)
 
 
+def kernel_first(values: Float[Tensor, "*b c p"], kernel: Kernel, gamma: float | None) -> Float[Tensor, "*b p"]:
+    """The first kernel principal component of the positions: `sqrt(l) a`, of the largest eigenvalue l of the centred matrix
+    `k(x_p, x_q)`. What is largest in size is positive.
+
+    `gamma` is 1/c for `None`. A constant in a kernel is taken out by the centring, and left out here: then small values keep
+    their digits, and equal ones have exactly nothing.
+    """
+    gamma = 1 / values.shape[-2] if gamma is None else gamma
+    matrix = KERNELS[kernel](values.mT @ values, gamma)
+    rows = matrix.mean(-1, keepdim=True)
+    matrix = matrix - rows - rows.mT + rows.mean(-2, keepdim=True)
+    vector = top(matrix)
+    value = (vector * times(matrix, vector)).sum(-1, keepdim=True)
+    none = value <= 0  # of zeros; a kernel that grows with x.y has a positive eigenvalue else
+    scores = torch.where(none, 0, torch.where(none, 1, value).sqrt() * vector)
+    sums = values.detach().sum(-2)
+    size = (sums.square().sum(-1) * scores.detach().square().sum(-1)).sqrt()
+    return orientation((sums * scores).sum(-1) / torch.where(size == 0, 1, size), scores, "peak") * scores
+
+
+def _sigmoid(gram: Tensor, gamma: float) -> Tensor:
+    """`tanh(g + 1) - tanh(1)`"""
+    return torch.tanh(gamma * gram) * (1 - math.tanh(1) * torch.tanh(gamma * gram + 1))
+
+
+def _rbf(gram: Tensor, gamma: float) -> Tensor:
+    """`exp(-gamma |x - y|^2) - 1`"""
+    square = gram.diagonal(dim1=-2, dim2=-1)
+    return torch.expm1(-gamma * (square[..., None] + square[..., None, :] - 2 * gram))
+
+
+def _poly(gram: Tensor, gamma: float) -> Tensor:
+    """`(g + 1)^3 - 1`"""
+    return gamma * gram * ((gamma * gram) ** 2 + 3 * gamma * gram + 3)
+
+
+KERNELS = {"sigmoid": _sigmoid, "rbf": _rbf, "poly": _poly, "linear": lambda gram, gamma: gram}
+
+
 def orientation(along: Float[Tensor, "*b"], scores: Float[Tensor, "*b p"], sign: Sign = "sum") -> Float[Tensor, "*b 1"]:
     """1 or -1: the sign that makes `along`, of a size up to one, positive; or what is largest in `scores`."""
     along, high, low = along.detach()[..., None], scores.detach().amax(-1, keepdim=True), scores.detach().amin(-1, keepdim=True)
@@ -65,8 +106,7 @@ def top(matrix: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m"]:
     `eigh` has a derivative where all eigenvalues are apart, and is NaN where two are equal, as those of two dead channels.
     One eigenvector has one where its own is apart from the others; what then is not determined counts as constant.
     """
-    sound = torch.isfinite(matrix).all(-1).all(-1)[..., None]
-    values, vectors = torch.linalg.eigh(torch.where(sound[..., None], matrix, 0).detach())
+    values, vectors = spectrum(matrix)
     vector, others = vectors[..., -1], vectors[..., :-1]
     if matrix.requires_grad or _compat.transformed():
         gaps = values[..., -1:] - values[..., :-1]
@@ -80,7 +120,15 @@ def top(matrix: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m"]:
             off = moved - (start * moved).sum(-1, keepdim=True) * vector
             vector = vector + times(others, inverse * times(others.mT, off))
         vector = vector / vector.square().sum(-1, keepdim=True).sqrt()
-    return torch.where(sound, vector, torch.nan)
+        vector = start + (vector - vector.detach())  # the value that it has without a derivative, to the bit
+    return vector
+
+
+def spectrum(matrix: Float[Tensor, "*b m m"]) -> tuple[Float[Tensor, "*b m"], Float[Tensor, "*b m m"]]:
+    """`eigh` as a constant, with NaN in the place of an error where a matrix is not finite: for that matrix alone."""
+    sound = torch.isfinite(matrix).all(-1).all(-1)[..., None]
+    values, vectors = torch.linalg.eigh(torch.where(sound[..., None], matrix, 0).detach())
+    return torch.where(sound, values, torch.nan), torch.where(sound[..., None], vectors, torch.nan)
 
 
 def times(matrix: Float[Tensor, "*b i j"], vector: Float[Tensor, "*b j"]) -> Float[Tensor, "*b i"]:

@@ -25,12 +25,14 @@ def combine(weights: Weights, activations: Activations) -> FlatMaps:
     return weights.to(dtype) @ activations.to(dtype)
 
 
-def component(weights: Weights | Gradients, activations: Activations) -> FlatMaps:
+def component(
+    weights: Weights | Gradients, activations: Activations, *, center: bool = True, sign: eigen.Sign = "sum"
+) -> FlatMaps:
     """The first principal component over positions of `w_k A_k`, for weights `(n, t, c)` or `(n, t, c, p)`.
 
-    `L = X v`, `X_pk = w_k A_kp - mean_p w_k A_kp`, v the unit vector that makes `L` longest. The mean of L over positions is
-    0, and its sign is that of its product with what `combine` gives. pytorch-grad-cam's `eigen_smooth`, up to the sign that is
-    left to chance there.
+    `L = X v`, `X_pk = w_k A_kp - mean_p w_k A_kp`, v the unit vector that makes `L` longest; without the mean taken off unless
+    `center`. Its sign is that of its product with what `combine` gives; with `sign="peak"`, what is largest in size is
+    positive. As `combine` goes, pytorch-grad-cam's `eigen_smooth`, up to the sign, that is left to chance there.
 
     >>> import torch
     >>> component(torch.ones(1, 1, 2), torch.tensor([[[3.0, 0.0, -3.0], [0.0, 0.0, 0.0]]])).tolist()
@@ -39,7 +41,8 @@ def component(weights: Weights | Gradients, activations: Activations) -> FlatMap
     dtype = wide(torch.promote_types(weights.dtype, activations.dtype))
     values, weights = activations.to(dtype), (weights if weights.ndim == 4 else weights[..., None]).to(dtype)
     # One target after the other: together they would take t times the memory of the activation.
-    found = [eigen.first(centered(each * values, activations.dtype)).scores for each in weights.unbind(1)]
+    weighed = (each * values for each in weights.unbind(1))
+    found = [eigen.first(centered(each, activations.dtype) if center else each, sign).scores for each in weighed]
     return torch.stack(found, 1)
 
 

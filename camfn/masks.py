@@ -179,6 +179,14 @@ def _generator_for(given: int | torch.Generator, device: torch.device) -> tuple[
     return generator, 0 if device.type == "cpu" else int(torch.randint(1 << 62, (), generator=generator, device=device))
 
 
+@_compat.eager
+def uniform(seed: int | torch.Generator, count: int) -> Tensor:
+    """So many numbers in [0, 1), on the CPU: the same for every device, and for all that `vmap` maps over."""
+    with _compat.outside_transforms():
+        generator, _ = _generator_for(seed, torch.device("cpu"))
+        return torch.rand(count, generator=generator, device="cpu", dtype=torch.float64)
+
+
 _EVERY = 256  # 5 kB each: who goes back draws up to so many pieces again
 
 

@@ -1,8 +1,10 @@
 """One pure function per formula: how much each channel counts. Tensors only, no spatial axis is named."""
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from camfn._types import Gradients, Scores, Weights
+from camfn._types import Activations, Gradients, Scores, Weights, wide
 
 
 def softmax(scores: Scores) -> Weights:
@@ -18,6 +20,36 @@ def softmax(scores: Scores) -> Weights:
 def score(scores: Scores) -> Weights:
     """`w_k = S_k`: the weights of the Score-CAM authors' code, with probabilities for S."""
     return scores.mT
+
+
+def mean_cam(activations: Activations) -> Float[Tensor, "n c"]:
+    """`w_k = 1/c`: LaFAM (Karjauv and Albayrak, 2024)."""
+    return torch.ones_like(activations[..., 0], dtype=wide(activations.dtype)) / activations.shape[1]
+
+
+def means(activations: Activations) -> Float[Tensor, "n c"]:
+    """`w_k = mean_p A_kp`: FEM (Fuad et al., 2020)."""
+    return activations.to(wide(activations.dtype)).mean(-1)
+
+
+def far_above(activations: Activations, k: float) -> Activations:
+    """`B_kp = 1` where `A_kp > mu_k + k sigma_k`, over positions, by more than rounding; 0 elsewhere: FEM's binary maps.
+
+    >>> import torch
+    >>> far_above(torch.tensor([[[0.0, 0.0, 0.0, 0.0, 5.0]]]), 1.9).tolist()
+    [[[0.0, 0.0, 0.0, 0.0, 1.0]]]
+    """
+    values = activations.detach().to(wide(activations.dtype))
+    off = values - values.mean(-1, keepdim=True)
+    sigma = off.square().mean(-1, keepdim=True).sqrt()
+    # One position alone above zero is sqrt(p - 1) deviations above the mean: with five, two, and rounding must not tell.
+    rounding = 16 * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
+    return (off > k * sigma + rounding).to(values.dtype)
+
+
+def random_cam(drawn: Float[Tensor, "*c"], activations: Activations) -> Float[Tensor, "n c"]:
+    """`w_k = 2 u_k - 1`, of `u_k` in [0, 1), for each image."""
+    return (2 * drawn - 1).to(activations.device, wide(activations.dtype)).expand(activations.shape[0], -1)
 
 
 def grad_cam(gradients: Gradients) -> Weights:

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import functools
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from camfn import CamError
 
 AT_A_LAYER = [name for name, row in camfn.METHODS.items() if row.needs <= {"activations", "gradients"}]
 SWEPT = [name for name, row in camfn.METHODS.items() if "masked inputs" in row.needs]
-FEW = {"ss_cam": {"num_samples": 2}, "is_cam": {"num_samples": 2}}
+FEW = {"ss_cam": {"num_samples": 2}, "is_cam": {"num_samples": 2}, "fem": {"k": 0.75}}
 
 
 # ------------------------------------------------------------------------------------- images of several sizes, in a list
@@ -74,16 +75,16 @@ def test_grad_cam_of_a_list_is_that_of_a_hook():
 def test_methods_without_masks_take_a_list(method):
     if method == "cam":
         return  # it needs classes
-    function, x = camfn.METHODS[method].function, images()
+    function, x = functools.partial(camfn.METHODS[method].function, relu=False, **FEW.get(method, {})), images()
     kept = [image.clone() for image in x]
-    maps = function(detector(), "body", x, certain, relu=False)
+    maps = function(detector(), "body", x, certain)
     assert maps.shape == (3, 5, 6)
     for image, before in zip(x, kept):
         assert torch.equal(image, before)
     # A list of one size is a batch of it.
     one_size, batched = [image[:, :4, :4] for image in x], Batched(detector())
-    ours = function(detector(), "body", one_size, certain, relu=False, size="input")
-    assert_close(ours, function(batched, "detector.body", torch.stack(one_size), certain, relu=False, size="input"), 1e-12)
+    ours = function(detector(), "body", one_size, certain, size="input")
+    assert_close(ours, function(batched, "detector.body", torch.stack(one_size), certain, size="input"), 1e-12)
 
 
 class Batched(nn.Module):

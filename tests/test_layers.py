@@ -67,7 +67,7 @@ def alike(layout: str, size: tuple[int, ...], prefix: int = 0) -> Positions:
 
 
 SIZES = {"line": (32,), "picture": (16, 24), "volume": (8, 12, 16)}
-OPTIONS = {"ss_cam": {"num_samples": 3, "std": 0.5}, "is_cam": {"num_samples": 3}, "cam": {"fc": "fc"}}
+OPTIONS = {"ss_cam": {"num_samples": 3, "std": 0.5}, "is_cam": {"num_samples": 3}, "cam": {"fc": "fc"}, "fem": {"k": 0.75}}
 AT_A_LAYER = [name for name, row in camfn.METHODS.items() if "activations" in row.needs]
 
 

@@ -1,6 +1,7 @@
 """The package's shape: public names, arrows between files, a light import."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import camfn
 PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
-    *("_errors", "_types", "_compat", "draws", "shell", "ports", "capture", "inputs", "keep", "heads", "eigen", "maps"),
+    *("_errors", "_types", "_compat", "draws", "shell", "ports", "capture", "inputs", "keep", "heads", "eigen", "nmf", "maps"),
     *("findings", "metrics", "layouts"),
     *(
         "targets.scores",
@@ -46,6 +47,7 @@ ORDER = (
         "methods.activation",
         "methods.gradient",
         "methods.sweeps",
+        "methods.eigen",
         "methods.masked",
         "methods.sampled",
         "methods.summed",
@@ -57,7 +59,7 @@ ORDER = (
         "compose.several",
         "compose",
     ),
-    *("explanation", "testing", "images", "figures"),
+    *("concepts", "explanation", "testing", "images", "figures"),
     *("demo.scenes", "demo.network", "demo", "demo.train", "checkpoints", "downloads", "libraries", "zoo"),
     *("cli.files", "cli.options", "cli.cards", "cli.explain", "cli.tables", "cli.demo", "cli", "__main__"),
 )
@@ -126,7 +128,7 @@ def test_public_names_are_documented():
         assert getattr(camfn, name).__doc__, name
     for name, method in camfn.METHODS.items():
         assert ">>>" in method.function.__doc__, f"{name} needs an example that runs"
-        assert "arXiv" in method.function.__doc__, f"{name} needs its source"
+        assert re.search(r"\((arXiv|doi)\s", method.function.__doc__), f"{name} needs its source"
 
 
 LIGHT = "import sys, camfn; print(' '.join(m for m in {heavy} if m in sys.modules))"

@@ -17,7 +17,7 @@ from camfn import CamError, _compat
 
 AT_A_LAYER = [name for name, row in camfn.METHODS.items() if "activations" in row.needs]
 GRADIENT = [name for name in AT_A_LAYER if "gradients" in camfn.METHODS[name].needs]
-OPTIONS = {"ss_cam": {"num_samples": 2}, "is_cam": {"num_samples": 2}, "cam": {"fc": "fc"}}
+OPTIONS = {"ss_cam": {"num_samples": 2}, "is_cam": {"num_samples": 2}, "cam": {"fc": "fc"}, "fem": {"k": 0.75}}
 every_method = pytest.mark.parametrize("method", AT_A_LAYER)
 
 

@@ -1,6 +1,7 @@
 """The methods, by family; each is a composition: look, resolve the target, weigh, draw the map."""
 
-from camfn.methods.activation import cam
+from camfn.methods.activation import cam, fem, mean_cam, random_cam
+from camfn.methods.eigen import eigen_cam, eigen_grad_cam, kpca_cam, seg_eigen_cam
 from camfn.methods.gradient import grad_cam
 from camfn.methods.masked import is_cam, score_cam, ss_cam
 from camfn.methods.sampled import rise
@@ -15,13 +16,20 @@ __all__ = [
     "ag_cam",
     "attention_rollout",
     "cam",
+    "eigen_cam",
+    "eigen_grad_cam",
+    "fem",
     "grad_cam",
     "gradient_attention",
     "group_cam",
     "is_cam",
+    "kpca_cam",
     "legrad",
+    "mean_cam",
+    "random_cam",
     "rise",
     "score_cam",
     "score_cam_pp",
+    "seg_eigen_cam",
     "ss_cam",
 ]

@@ -65,6 +65,7 @@ class Variant(NamedTuple):
 
 OPTIONS = {
     "cam": {"fc": "fc"},
+    "fem": {"k": 0.75},
     "ss_cam": {"num_samples": 3},
     "is_cam": {"num_samples": 3},
     "rise": {"num_samples": 6, "cells": 2},
@@ -72,6 +73,9 @@ OPTIONS = {
 }
 VARIANTS = {name: Variant(name, OPTIONS.get(name, {})) for name in (*LAYERED, *COMPOSED)} | {
     "cam, eigen": Variant("cam", {"fc": "fc", "combine": "eigen"}),
+    "eigen_cam, centered": Variant("eigen_cam", {"center": True}),
+    "fem, share": Variant("fem", {"form": "share", "k": 1.0}),
+    "kpca_cam, rbf": Variant("kpca_cam", {"kernel": "rbf", "gamma": 0.3}),
     "score_cam, eigen": Variant("score_cam", {"combine": "eigen"}),
     "score_cam, pytorch-grad-cam": Variant("score_cam", {"recipe": "pytorch-grad-cam"}),
     "score_cam, authors": Variant("score_cam", {"recipe": "authors"}),
@@ -136,7 +140,9 @@ def raw(variant: Variant, case: Case, **options: Any) -> Any:
 
 def weights_of(variant: Variant, case: Case) -> Tensor:
     """`(n, t, c)`."""
-    return camfn.METHODS[variant.method].run(*case, **variant.options).weights[0]
+    found = camfn.METHODS[variant.method].run(*case, **variant.options).weights
+    assert found, "it has no weight for a channel as a whole"
+    return found[0]
 
 
 def activation(case: Case) -> Tensor:
@@ -342,7 +348,8 @@ def channels_permuted(variant: Variant, case: Case) -> None:
     back = order.argsort()
     other = rechanneled(variant, case, lambda z: z[:, order], lambda z: z[:, back], lambda w: w[:, order])
     close(raw(variant, other), raw(variant, case))
-    close(weights_of(variant, other), weights_of(variant, case)[..., order])
+    if camfn.METHODS[variant.method].run(*case, **variant.options).weights:
+        close(weights_of(variant, other), weights_of(variant, case)[..., order])
 
 
 @law
@@ -585,6 +592,9 @@ def several_layers(variant: Variant, case: Case) -> None:
 _NOISY = [name for name, variant in VARIANTS.items() if variant.method == "ss_cam"]
 _ONE_LAYER = [name for name, variant in VARIANTS.items() if variant.method == "cam"]
 _EIGEN = [name for name, variant in VARIANTS.items() if variant.options.get("combine") == "eigen"]
+_KERNEL = [name for name, variant in VARIANTS.items() if variant.method == "kpca_cam"]
+_FEM = [name for name, variant in VARIANTS.items() if variant.method == "fem"]
+_OF_G = ["eigen_grad_cam", "seg_eigen_cam"]
 _CHANNELS_NOISE = "the noise belongs to the number of a channel"
 _CHANNELS_NOISE_AND_DRAWS = "the noise is counted over draws and channels: one channel more moves that of the second draw"
 _PIXELS_NOISE = "the noise belongs to a pixel, and is not flipped"
@@ -612,8 +622,15 @@ EXCEPT = {
     ("upsampled_layer", "ss_cam, input"): _SCALED_FIRST,
     ("upsampled_layer", "is_cam"): _SCALED_FIRST,
     ("upsampled_layer", "score_cam, pytorch-grad-cam"): "its masks are upsampled with aligned corners, a map never is",
-    **{("activation_moved", name): _CENTERED for name in _EIGEN},
-    **{("upsampled_layer", name): _OF_THE_GRID for name in _EIGEN},
+    **{("activation_moved", name): _CENTERED for name in (*_EIGEN, "eigen_cam, centered", *_KERNEL)},
+    **{("activation_moved", name): "what moves with the activation is its product with the gradient" for name in _OF_G},
+    ("activation_moved", "eigen_cam"): "its weights are of the activation as it is, and go where it goes",
+    ("activation_moved", "fem"): "its weights are the means of the channels, and move with them",
+    **{("upsampled_layer", name): _OF_THE_GRID for name in (*_EIGEN, "eigen_cam", "eigen_cam, centered", *_KERNEL, *_FEM)},
+    **{("flat_map", name): "gradients that vary make of channels that do not a product that does" for name in _OF_G},
+    ("channels_permuted", "random_cam"): "a weight belongs to the number of a channel",
+    ("zero_channel", "mean_cam"): "a mean is over one channel more",
+    ("zero_channel", "kpca_cam"): "its gamma is one over the number of channels",
     ("between_the_channels", "score_cam, eigen"): _CENTERED,
     ("flat_map", "score_cam, authors"): "flat channels are left out: where there is no other, the call is an error",
     **{("path_of_inputs", name): _NOISE_NOT_A_PATH for name in _NOISY},
@@ -641,11 +658,15 @@ def fixed_case(spec: Spec, layer: str, target: Any, n: int = 3) -> Case:
     return Case(TinyNet(spec), layer, x, target)
 
 
-def fixed_cases() -> list[Case]:
-    """A few cases that every variant takes, with what goes wrong easily: uneven sides, per-image targets, dead channels."""
+def fixed_cases(variant: Variant) -> list[Case]:
+    """A few cases that every variant takes, with what goes wrong easily: uneven sides, per-image targets, dead channels; and,
+    where gradients count, one with a layer that is not the last, and a score that is not linear behind it."""
     square = Spec(sides=(6, 6), channels=4, classes=4, dead=1, inplace=True, training=True, seed=1)
     oblong = Spec(sides=(5, 6), block="residual", channels=4, classes=4, inplace=True, seed=2)
+    graded = "gradients" in camfn.METHODS[variant.method].needs
+    curved = [fixed_case(oblong, "block", camfn.targets.rest([3, 0, 1]))] if graded else []
     return [
+        *curved,
         fixed_case(square, "features", [2, 0, 1]),
         fixed_case(oblong, "features", torch.tensor([[0, 3], [1, 2], [3, 0]])),
         fixed_case(Spec(sides=(9,), block="dense", channels=3, stride=1, dead=1, seed=3), "features", None),

@@ -1,0 +1,66 @@
+"""Non-negative matrix factorization: `V ~ W H`, with nothing below zero. Tensors only; the same in every run."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from camfn import eigen
+
+
+class Factors(NamedTuple):
+    """`V ~ W H`, the parts in the order of their size."""
+
+    left: Float[Tensor, "i k"]
+    right: Float[Tensor, "k j"]
+
+
+def factors(values: Float[Tensor, "i j"], parts: int, steps: int) -> Factors:
+    """The factors of a matrix without negative entries, by so many sweeps of coordinate descent on `|V - W H|^2`.
+
+    A sweep sets each column of W, and then each row of H, to what is best while all else stays (HALS: Cichocki and Phan, 2009),
+    so that the error never grows. It begins where the singular vectors are, less their negative halves (NNDSVD:
+    Boutsidis and Gallopoulos, 2008), and draws nothing. A matrix of a lower rank leaves parts of zeros.
+
+    >>> import torch
+    >>> left, right = factors(torch.tensor([[2.0, 0.0, 4.0], [0.0, 3.0, 0.0]]), 2, 10)
+    >>> (left @ right).round(decimals=4).tolist()
+    [[2.0, 0.0, 4.0], [0.0, 3.0, 0.0]]
+    """
+    left, right = _beginning(values.detach(), parts)
+    for _ in range(steps):
+        left = _swept(left.mT, right @ values.mT, right @ right.mT).mT
+        right = _swept(right, left.mT @ values, left.mT @ left)
+    order = (left.square().sum(0) * right.square().sum(1)).argsort(descending=True)
+    return Factors(left[:, order], right[order])
+
+
+def _swept(rows: Float[Tensor, "k j"], product: Float[Tensor, "k j"], gram: Float[Tensor, "k k"]) -> Float[Tensor, "k j"]:
+    """Each row at its best, in turn: `h_a <- relu(h_a + (w_a'V - w_a'W H) / |w_a|^2)`."""
+    found = list(rows)
+    for a in range(len(found)):
+        size = gram[a, a]
+        off = product[a] - gram[a] @ torch.stack(found)
+        found[a] = torch.where(size > 0, torch.relu(found[a] + off / torch.where(size > 0, size, 1)), found[a])
+    return torch.stack(found)
+
+
+def _beginning(values: Float[Tensor, "i j"], parts: int) -> Factors:
+    """Of each of the largest singular pairs the halves, both positive or both negative, that are larger."""
+    wide = values.shape[0] <= values.shape[1]
+    _, vectors = eigen.spectrum(values @ values.mT if wide else values.mT @ values)
+    short = vectors.flip(-1)[:, :parts]
+    long = (values.mT if wide else values) @ short  # times the singular values
+    left, right = (short, long) if wide else (long, short)
+    halves = [(torch.relu(sign * left), torch.relu(sign * right)) for sign in (1, -1)]
+    sizes = [(w.square().sum(0) * h.square().sum(0)).sqrt() for w, h in halves]
+    positive = sizes[0] >= sizes[1]
+    w, h = (torch.where(positive, plus, minus) for plus, minus in zip(*halves))
+    # The two of a length, that is the root of their product's: what one has more of, the other has less.
+    lengths = w.square().sum(0).sqrt(), h.square().sum(0).sqrt()
+    scale = [
+        torch.where(length > 0, other / torch.where(length > 0, length, 1), 0).sqrt()
+        for length, other in zip(lengths, lengths[::-1])
+    ]
+    return Factors(w * scale[0], (h * scale[1]).mT)
