@@ -7,13 +7,15 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar, cast
 
 import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def compiling() -> bool:
@@ -164,6 +166,12 @@ def _autocast_dtype(kind: str) -> torch.dtype:
     if hasattr(torch, "get_autocast_dtype"):  # torch 2.4
         return torch.get_autocast_dtype(kind)
     return torch.get_autocast_gpu_dtype() if kind == "cuda" else torch.get_autocast_cpu_dtype()
+
+
+def apart(function: Callable[[], T]) -> T:
+    """What `function` gives where no transform is: in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(copy_context().run, function).result()
 
 
 def is_fast(dtype: torch.dtype, device: torch.device) -> bool:

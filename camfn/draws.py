@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from camfn import _compat
 from camfn._errors import CamError
 
-_ONE_AT_A_TIME = threading.RLock()
+TURNS = threading.RLock()
 """torch makes an operator's Python handle when a mode first meets it, without a lock: two threads that meet it at once can
 crash. So forwards under the mode, one for each call of a method, take turns; sweeps do not."""
 
@@ -23,7 +23,7 @@ def refusing_draws() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    with _ONE_AT_A_TIME, _NoDraws():
+    with TURNS, _NoDraws():
         yield
 
 
@@ -31,12 +31,17 @@ class _NoDraws(TorchDispatchMode):
     """Inside, in this thread only, an operation that draws random numbers raises; nothing has been drawn then."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs or {}):
-            raise CamError(
-                f"the model draws random numbers in eval mode ({func}): its scores would differ from forward to forward; "
-                "make the layer that draws obey self.training"
-            )
+        refuse_draw(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+def refuse_draw(func: Any, args: Any, kwargs: Any) -> None:
+    """Raise where an operation draws random numbers."""
+    if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
+        raise CamError(
+            f"the model draws random numbers in eval mode ({func}): its scores would differ from forward to forward; "
+            "make the layer that draws obey self.training"
+        )
 
 
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:

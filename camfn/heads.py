@@ -1,43 +1,52 @@
-"""What comes after a layer, as a function of its own: traced with the layer's output swapped in, all that is dead dropped."""
+"""What comes after a layer, as a function of its own: recorded with the layer's output swapped in, all that is dead dropped."""
 
+import dataclasses
 import functools
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functionalize
-from torch.fx import Graph, GraphModule
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from camfn import _compat
+from camfn._errors import layer_called
 from camfn._types import Inputs, Layer, State
 from camfn.capture import resolve_state, tap_from
-from camfn.draws import refusing_draws
-from camfn.keep import kept, structure
+from camfn.keep import kept, shapes, structure
 from camfn.ports import resolve_layers
+from camfn.recording import Record, record
 from camfn.shell import Shell, shell_of
+from camfn.targets.scores import fields_of, is_record
 
 
 class Head(NamedTuple):
     """What comes after a layer, as a function `(state, x, value) -> output`."""
 
-    graph: GraphModule
+    record: Record
     unflatten: Callable[[Any], Any]
     shell: Shell
 
     def __call__(self, state: State, x: Inputs, value: Tensor) -> Any:
-        leaves = tree_flatten((resolve_state(self.shell, state), x, value))[0]
-        return self.unflatten(self.graph(*(leaf for leaf in leaves if isinstance(leaf, Tensor))))
+        return self.at(resolve_state(self.shell, state), x)(value)
+
+    def at(self, state: State, x: Inputs) -> Callable[[Tensor], Any]:
+        """The head as a function of the value alone, for a state that is complete: the front has run, once."""
+        handed = self.handed(state, x)
+        return lambda value: self.unflatten(self.record.rest(value, *handed))
+
+    def handed(self, state: State, x: Inputs) -> tuple[Tensor, ...]:
+        """What the front hands on to the rest."""
+        return self.record.front(*_tensors((state, x)))
 
 
 def head(model: nn.Module, layer: Layer, x: Inputs, value: Tensor) -> Head:
     """The model with `value` in the place of the layer's output, and all that came before the layer gone.
 
-    Traced once for the shapes of `x` and `value` (its batch included: pad), then kept with the model for as long as its
+    Recorded once for the shapes of `x` and `value` (its batch included: pad), then kept with the model for as long as its
     structure stays the same. `x` still counts where it reaches the output by a way around the layer.
+
+    Raises `CamError` where what comes after the layer reads values in Python: a record of it would hold for them alone.
 
     >>> import camfn, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
@@ -49,83 +58,67 @@ def head(model: nn.Module, layer: Layer, x: Inputs, value: Tensor) -> Head:
     """
     shell = shell_of(model)
     (name,) = resolve_layers(shell, model, layer)
-    tensors = [t for t in tree_flatten((x, value))[0] if isinstance(t, Tensor)]
-    shapes = tuple((t.shape, t.dtype, t.device) for t in tensors), str(tree_flatten(x)[1])
-    key = "head", name, shapes, structure(shell), _compat.narrowing()
-    # The trace is made from a shell of its own: what is kept must not hold on to the model, which its key holds weakly.
-    graph, unflatten = kept(model, key, lambda: _trace(shell_of(model), name, x, value))
-    return Head(graph, unflatten, shell)
+    return Head(*_kept(model, name, x, value, _key(name, x, value, structure(shell))), shell)
 
 
-def _trace(shell: Shell, name: str, x: Inputs, value: Tensor) -> tuple[GraphModule, Callable[[Any], Any]]:
+def head_of(model: nn.Module, shell: Shell, known: Hashable, name: str, x: Inputs, value: Tensor) -> Head:
+    """`head` for a name in a shell at hand and the model's structure, which is `None` under a transform: what that hands us
+    cannot be recorded, but blanks of its shapes can."""
+    if known is not None:
+        return Head(*_kept(model, name, x, value, _key(name, x, value, known)), shell)
+    key = _key(name, x, value, structure(shell))
+    leaves, tree = tree_flatten((x, value))
+    forms = [(tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def on_blanks() -> Made:
+        blanks = [torch.zeros(f[0], dtype=f[1], device=f[2]) if isinstance(f, tuple) else f for f in forms]
+        blank_x, blank = tree_unflatten(blanks, tree)
+        return _kept(model, name, blank_x, blank, key)
+
+    return Head(*_compat.apart(on_blanks), shell)
+
+
+Made = tuple[Record, Callable[[Any], Any]]
+"""What is kept of a head: all but the shell."""
+
+
+def _key(name: str, x: Inputs, value: Tensor, known: Hashable) -> Hashable:
+    return "head", name, shapes((x, value)), _compat.narrowing(), known
+
+
+def _kept(model: nn.Module, name: str, x: Inputs, value: Tensor, key: Hashable) -> Made:
+    # The record is made from a shell of its own: what is kept must not hold on to the model, which its key holds weakly.
+    return kept(model, key, lambda: _record(shell_of(model), name, x, value))
+
+
+def _record(shell: Shell, name: str, x: Inputs, value: Tensor) -> Made:
     run = tap_from(shell, [name])
     leaves, tree = tree_flatten((shell.tensors, x, value))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    recorder = _Recorder()
     spec: Any = None
+    whole: Any = None  # where the output is a dataclass: that, empty
 
     def flat(*tensors: Tensor) -> list[Any]:
-        nonlocal spec
+        nonlocal spec, whole
         given = list(leaves)
         for place, tensor in zip(places, tensors):
             given[place] = tensor
         state, inputs, swap = tree_unflatten(given, tree)
-        out, spec = tree_flatten(run(state, inputs, None, (swap,)).output)
+        output = run(state, inputs, None, (swap,)).output
+        if is_record(output):
+            output, whole = fields_of(output), dataclasses.replace(output, **dict.fromkeys(fields_of(output)))
+        out, spec = tree_flatten(output)
         return out
 
-    arguments = [leaves[i].detach() for i in places]
-    for argument in arguments:
-        recorder.bind(argument, recorder.graph.placeholder(f"t{len(recorder.nodes)}"))
-    with torch.no_grad(), refusing_draws(), recorder:
-        # Mutations only: with views too, a view of a weight becomes a copy of it on every call.
-        out = functionalize(flat, remove="mutations")(*arguments)
-    return recorder.finish(out), functools.partial(_unflatten, spec)
+    state, inputs = (_tensors(part) for part in (shell.tensors, x))
+    made = record(flat, state, inputs, value, layer_called(name))
+    return made, functools.partial(_unflatten, spec, whole)
 
 
-class _Recorder(TorchDispatchMode):
-    """Writes down every operation that this thread runs, as a graph.
-
-    `make_fx` would do, but it patches `nn.Module` for the whole process while it traces, under the feet of other threads.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.graph = Graph()
-        self.nodes: dict[int, Any] = {}  # id of a tensor -> its node
-        self.alive: list[Tensor] = []  # so that no id comes twice
-        self.constants: dict[str, Tensor] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = tree_map(self.node_of, (tuple(args), kwargs or {}))
-        self.bind(out, self.graph.call_function(func, *given))
-        return out
-
-    def bind(self, out: Any, node: Any) -> None:
-        """From now on `node` stands for `out`."""
-        if isinstance(out, Tensor):
-            self.nodes[id(out)] = node
-            self.alive.append(out)
-        elif isinstance(out, (tuple, list)):
-            for i, part in enumerate(out):
-                self.bind(part, self.graph.call_function(operator.getitem, (node, i)))
-
-    def node_of(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if id(leaf) not in self.nodes:  # made by no operation that was seen: a constant of the model
-            name = f"constant{len(self.constants)}"
-            self.constants[name] = leaf
-            self.bind(leaf, self.graph.get_attr(name))
-        return self.nodes[id(leaf)]
-
-    def finish(self, out: Any) -> GraphModule:
-        self.graph.output(tree_map(self.node_of, out))
-        for node in reversed(self.graph.nodes):
-            if not node.users and node.op not in ("placeholder", "output"):
-                self.graph.erase_node(node)
-        return GraphModule(self.constants, self.graph)
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
-def _unflatten(spec: Any, out: Any) -> Any:
-    return tree_unflatten(out, spec)
+def _unflatten(spec: Any, whole: Any, out: Any) -> Any:
+    output = tree_unflatten(out, spec)
+    return output if whole is None else dataclasses.replace(whole, **output)

@@ -140,10 +140,11 @@ def _moved(form: Form, activation: Tensor) -> Tensor:
 
 
 def _restored(form: Form, activation: Tensor, values: Activations, images: Tensor | None = None) -> Tensor:
-    whole = _moved(form, activation if images is None else activation.index_select(int(form.sequence), images))
+    whole = _moved(form, activation)
     flat = values.to(activation.dtype)
     if form.prefix:
         before = whole.flatten(2)[..., : form.prefix]
+        before = before if images is None else before.index_select(0, images)
         flat = torch.cat([before.expand(len(flat), -1, -1), flat], -1)
     moved = flat.reshape(-1, *whole.shape[1:])
     batched = moved.movedim(1, -1) if form.last else moved

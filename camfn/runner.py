@@ -29,10 +29,11 @@ _SHARE = 0.5  # of the CPU's free memory, that a chunk of the default size may t
 
 
 class Room:
-    """How many masked inputs per forward memory has room for: fewer, once it ran out. Shared by all that one call sweeps."""
+    """How many rows per forward memory has room for: fewer, once it ran out. Shared by all that one call sweeps."""
 
-    def __init__(self, chunk: int) -> None:
+    def __init__(self, chunk: int, rows: str = "masked inputs") -> None:
         self.asked = self.chunk = chunk
+        self.rows = rows
 
     def halve(self, used: int) -> None:
         """`used` were too many."""
@@ -42,7 +43,7 @@ class Room:
         """Warn if memory ran out."""
         if self.chunk < self.asked:
             warn(
-                f"memory ran out at {self.asked} masked inputs per forward; {self.chunk} fitted "
+                f"memory ran out at {self.asked} {self.rows} per forward; {self.chunk} fitted "
                 f"(Sweep(chunk={self.chunk}) starts with that)"
             )
 
@@ -89,7 +90,7 @@ def rows_of(x: Inputs, key: Key, image: Tensor, n: int, masked: Tensor) -> Input
 def runner_of(subject: Subject, score: Score, options: Sweep, rows: int) -> Runner:
     """The model as it is best run for so many rows: as it is, or as a copy whose function is the same to rounding."""
     shell = shell_of(subject.model)  # the subject's own has ports
-    own = Runner(shell, subject.state, subject.known, False, options.fold is not False, Room(_chunk(subject, options)))
+    own = Runner(shell, subject.state, subject.known, False, options.fold is not False, Room(chunk_of(subject, options, CHUNK)))
     if _compat.transformed():
         return own
     takes = takes_batches(subject, score) if options.fold == "auto" and min(rows, own.room.chunk) > 1 else "whole"
@@ -250,21 +251,22 @@ def weakly(value: Any) -> Any:
     return _Same(value) if callable(value) else value
 
 
-def _chunk(subject: Subject, options: Sweep) -> int:
-    """Masked inputs per forward: what was asked for, or what fits."""
+def chunk_of(subject: Subject, options: Sweep, usual: int) -> int:
+    """Rows per forward: what was asked for, or what fits."""
     device, memory = subject.image.device, options.memory
     if _compat.transformed() or (memory is None and (options.chunk is not None or device.type != "cpu")):
-        return options.chunk or CHUNK
-    allowed = memory if isinstance(memory, int) else _share(_SHARE if memory is None else memory, device)
+        return options.chunk or usual
+    allowed = memory if isinstance(memory, int) else free_share(device, _SHARE if memory is None else memory)
     if allowed is None:
         if memory is None:
-            return CHUNK
+            return usual
         raise CamError(f"Sweep(memory={memory}): how much is free on {device} is not known; give bytes")
     pixels = subject.image[0].numel() * subject.image.element_size()
     fitting = max(1, allowed // (_row_bytes(subject) + 4 * pixels))
-    return min(fitting, options.chunk or (CHUNK if memory is None else 1024))
+    return min(fitting, options.chunk or (usual if memory is None else 1024))
 
 
-def _share(share: float, device: torch.device) -> int | None:
+def free_share(device: torch.device, share: float = _SHARE) -> int | None:
+    """A share of the memory that is free, in bytes; `None` where that is not known."""
     free = free_bytes(device)
     return None if free is None else int(share * free)

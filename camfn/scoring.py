@@ -104,7 +104,7 @@ def scorer(scoring: Scoring) -> Callable[[Tensor], Tensor]:
     def scored(index: Tensor) -> Tensor:
         if not len(index):
             return score_rows(score.of, subject.output, score.rows)[:0]
-        found = _in_chunks(kernel, rows_from, index, runner.room, tick)
+        found = in_chunks(kernel, rows_from, index, runner.room, tick)
         if not _compat.transformed() and not bool(torch.isfinite(found).all()):
             bad = index[(~torch.isfinite(found)).any(1).nonzero()[0]]
             _raise_nonfinite(subject, runner, rule, bad, rows_from(bad))
@@ -151,9 +151,10 @@ def _rows_from(subject: Subject, read: Read, variation: Variation, size: tuple[i
 # ----------------------------------------------------------------------------------------------------- in chunks
 
 
-def _in_chunks(
+def in_chunks(
     kernel: Kernel, rows_from: Callable[[Tensor], Rows], index: Tensor, room: Room, tick: Callable[[int | None], None]
 ) -> Tensor:
+    """The kernel's scores of the rows that are made from an index."""
     found = []
     while (start := sum(map(len, found))) < len(index):
         begun = time.perf_counter() if kernel.compiled else 0.0
@@ -187,7 +188,7 @@ def _scores(kernel: Kernel, rows: Rows, room: Room) -> Tensor:
 
 
 def _count(rows: Rows) -> int:
-    return len(rows["image"])
+    return len(next(iter(rows.values())))
 
 
 def _split(rows: Rows, chunk: int) -> Iterator[Rows]:

@@ -65,3 +65,21 @@ def gain(scores: Scores, groups: int) -> Weights:
     n, _, t = scores.shape
     own = scores[:, :-1].reshape(n, t, groups, t).diagonal(dim1=1, dim2=3)  # (n, g, t)
     return torch.relu(own - scores[:, -1:]).mT
+
+
+def ablation(scores: Scores, clean: Float[Tensor, "n t"]) -> Weights:
+    """`w_k = (y - y^k) / |y|`: Ablation-CAM (Desai & Ramaswamy, 2020); y^k is the score without channel k.
+
+    The paper divides by y, which turns the map about where y is negative. Where y is 0 it is the drop itself.
+
+    >>> import torch
+    >>> ablation(torch.tensor([[[1.5], [4.0]]]), torch.tensor([[2.0]])).tolist()
+    [[[0.25, -1.0]]]
+    """
+    size = clean.abs()
+    return ((clean[:, None] - scores) / torch.where(size == 0, 1, size)[:, None]).mT
+
+
+def contributions(multipliers: Gradients, activations: Activations) -> Weights:
+    """`w_k = sum_p m_kp A_kp`: LIFT-CAM (Jung & Oh, 2021), of DeepLIFT's multipliers with a baseline of zero."""
+    return (multipliers * activations[:, None]).sum(-1)

@@ -13,6 +13,17 @@ from torch import Tensor, nn
 
 import camfn
 
+CHEAP = {
+    "cam": {"fc": "fc"},
+    "fem": {"k": 0.75},
+    "group_cam": {"blur": (3, 1.0)},
+    "is_cam": {"num_samples": 3},
+    "opti_cam": {"steps": 2},
+    "rise": {"num_samples": 20, "cells": 3},
+    "ss_cam": {"num_samples": 3},
+}
+"""Options that keep a method's cost, and its warnings, down. (On a small grid nothing is two deviations above the mean.)"""
+
 REAL = Path(os.environ.get("CAMFN_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
 """A folder of trained networks and photos with a `load.py`; tests that want it are skipped where it is missing."""
 

@@ -209,11 +209,11 @@ def _summary(doc: str) -> str:
 
 
 def _paper(name: str, doc: str) -> str:
-    """`Wang et al., Score-CAM, CVPR workshops 2020 (arXiv 1910.01279)` as a link named by authors and year."""
-    found = re.search(r"\n\n *(\w[^,]*),(?:[^()]|\n)* (\d{4}) \(arXiv\s+([\d.]+\d)\)", doc)
+    """`Wang et al., Score-CAM, CVPR workshops 2020 (arXiv 1910.01279)`, or with a doi, as a link named by authors and year."""
+    found = re.search(r"\n\n *(\w[^,]*),(?:[^()]|\n)* (\d{4}) \((arXiv|doi)\s+([^\s)]+)\)", doc)
     assert found, f"{name}: no `Authors, Title, Venue YEAR (arXiv NUMBER)` in the docstring"
-    authors, year, number = found.groups()
-    return f"[{authors}, {year}](https://arxiv.org/abs/{number})"
+    authors, year, kind, number = found.groups()
+    return f"[{authors}, {year}]({'https://arxiv.org/abs' if kind == 'arXiv' else 'https://doi.org'}/{number})"
 
 
 SPEED = {

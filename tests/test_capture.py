@@ -128,7 +128,8 @@ def test_torchvision(name, layer, side, share):
 
 
 def operations(head) -> list[str]:
-    return [str(node.target) for node in head.graph.graph.nodes if node.op == "call_function"]
+    parts = head.record.front.graph.nodes, head.record.rest.graph.nodes
+    return [str(node.target) for nodes in parts for node in nodes if node.op == "call_function"]
 
 
 def test_head_of_a_pooled_network_is_its_last_operations():
@@ -543,7 +544,7 @@ def test_head_is_traced_once_and_freed_with_the_model(monkeypatch):
     from camfn import heads, keep
 
     traced = []
-    monkeypatch.setattr(heads, "_trace", lambda *args, trace=heads._trace: (traced.append(1), trace(*args))[1])
+    monkeypatch.setattr(heads, "record", lambda *args, record=heads.record: (traced.append(1), record(*args))[1])
     model, x = small_net(), inputs()
     for _ in range(3):
         head_output(model, x)

@@ -15,6 +15,7 @@ import warnings
 
 import numpy as np
 import pytest
+import support
 import torch
 import torch.nn.functional as F
 from support import LAYERED, SmallNet, assert_close, inputs, score_cam_loop, small_net
@@ -24,20 +25,7 @@ from torch.func import grad, jvp, vmap
 import camfn
 from camfn import _compat
 
-CHEAP = {
-    "cam": {"fc": "fc"},
-    "fem": {"k": 0.75},
-    "ss_cam": {"num_samples": 3},
-    "is_cam": {"num_samples": 3},
-    "rise": {"num_samples": 20, "cells": 3},
-    "group_cam": {"blur": (3, 1.0)},
-    "augment(smooth(grad_cam))": {"relu": False},
-    "multi_scale(ensemble)": {"relu": False},
-    "fuse_layers(grad_cam)": {"relu": False},
-}
-"""Options that keep a method's cost, and its warnings, down. (On a small grid nothing is two deviations above the mean.)"""
-
-WEIGHTLESS = ("eigen_grad_cam", "kpca_cam", "seg_eigen_cam")
+WEIGHTLESS = ("eigen_grad_cam", "kpca_cam", "seg_eigen_cam", "recipro_cam")
 """Methods that have no one weight for a channel."""
 
 # Where no group of channels adds to the blurred input, which is so for most classes, Group-CAM's map is flat.
@@ -50,6 +38,12 @@ def fused(net: nn.Module, layer: None, x, target=None, **options):
 
 
 vars(fused).update(of_layer=False)
+UNRECTIFIED = {"relu": False}
+CHEAP = support.CHEAP | {
+    "augment(smooth(grad_cam))": UNRECTIFIED,
+    "multi_scale(ensemble)": UNRECTIFIED,
+    "fuse_layers(grad_cam)": UNRECTIFIED,
+}
 COMPOSED = {
     "augment(smooth(grad_cam))": camfn.augment(camfn.smooth(camfn.grad_cam, 2), factors=(1.0,)),
     "integrate(score_cam)": camfn.integrate(camfn.score_cam, 2),
@@ -58,7 +52,8 @@ COMPOSED = {
 }
 METHODS = [*sorted(LAYERED), *COMPOSED]
 FUNCTIONS = {**{name: row.function for name, row in camfn.METHODS.items()}, **COMPOSED}
-SWEPT = [name for name in METHODS if name not in COMPOSED and "masked inputs" in camfn.METHODS[name].needs]
+SWEPT = [name for name in sorted(LAYERED) if "masked inputs" in camfn.METHODS[name].needs and name != "opti_cam"]
+CHUNKED = [name for name in sorted(LAYERED) if "sweep" in camfn.METHODS[name].function.__wrapped__.__kwdefaults__]
 OF_LAYER = [name for name in METHODS if vars(FUNCTIONS[name])["of_layer"]]
 """The others take `None` for a layer. Their maps are of the input's size, and so are those of `multi_scale`."""
 PROBABLE = ("group_cam", "score_cam_pp", "rise")
@@ -71,6 +66,7 @@ every_sweep = pytest.mark.parametrize("method", SWEPT)
 every_row = pytest.mark.parametrize("method", sorted(LAYERED))
 every_row_and_one = pytest.mark.parametrize("method", [*sorted(LAYERED), next(iter(COMPOSED))])
 """Of tests that take long: a composition says little there that its parts do not."""
+every_chunked = pytest.mark.parametrize("method", CHUNKED)
 can_compile = pytest.mark.skipif(bool(_compat.can_compile()), reason=_compat.can_compile() or "-")
 
 
@@ -89,7 +85,7 @@ def size_of(method: str, grid: tuple[int, ...], size: tuple[int, ...]) -> tuple[
 
 
 def in_chunks_of(method: str, chunk: int) -> dict:
-    return {"sweep": camfn.Sweep(chunk=chunk)} if method in SWEPT else {}
+    return {"sweep": camfn.Sweep(chunk=chunk)} if method in CHUNKED else {}
 
 
 # ---------------------------------------------------------------------------------------------- what must not change
@@ -323,7 +319,7 @@ def test_a_model_in_train_mode_is_explained_in_eval_mode(method):
     assert torch.equal(camfn.pure(training)(camfn.state_of(training), x), evaluated(x))
 
 
-@every_sweep
+@every_chunked
 def test_a_model_in_train_mode_has_the_scores_of_eval_mode(method):
     card = camfn.explain(Everything(), layer_of(method, "features"), inputs(), "all", method=method, **CHEAP.get(method, {}))
     evaluated = Everything().eval()
@@ -768,7 +764,8 @@ def test_masked_says_which_input_is_masked(method):
 def test_integer_inputs_beside_the_image_are_left_alone(method):
     net = TwoInputs()
     found = run(method, net, "inner.features", (inputs(3), GAIN, IDS), 2)
-    assert_close(found, run(method, net, "inner.features", (inputs(3), GAIN), 2), 1e-10 if method in SWEPT else 0.0)
+    scored = {"masked inputs", "head"} & camfn.METHODS[method].needs  # by logits, to which the integers add a constant
+    assert_close(found, run(method, net, "inner.features", (inputs(3), GAIN), 2), 1e-10 if scored else 0.0)
 
 
 @dataclasses.dataclass
@@ -846,7 +843,7 @@ def test_frozen_parameters_and_inputs_that_require_gradients_change_nothing(meth
     assert not expected.requires_grad
 
 
-@every_sweep
+@every_chunked
 def test_a_plain_call_of_a_sweep_gives_maps_without_a_graph(method):
     net, x = small_net(), inputs().requires_grad_()
     state = dict(net.named_parameters()) | dict(net.named_buffers())
@@ -856,7 +853,7 @@ def test_a_plain_call_of_a_sweep_gives_maps_without_a_graph(method):
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
-@every_sweep
+@every_chunked
 def test_the_size_of_chunks_does_not_matter(method, chunk):
     net, x = small_net(), inputs(3)
     expected = run(method, net, "features", x, "all", normalize=False)
@@ -1189,7 +1186,7 @@ def test_narrow_dtypes_with_a_flat_channel_give_nearly_the_wide_map(method, targ
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@every_sweep
+@every_chunked
 def test_maps_scores_and_weights_are_float32_or_wider(method, dtype):
     if not runs_in(dtype):
         pytest.skip(f"no {dtype} on this CPU with this torch")

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from support import assert_close, inputs, small_net, torchvision_models
+from support import CHEAP, assert_close, inputs, small_net, torchvision_models
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
@@ -67,7 +67,7 @@ def alike(layout: str, size: tuple[int, ...], prefix: int = 0) -> Positions:
 
 
 SIZES = {"line": (32,), "picture": (16, 24), "volume": (8, 12, 16)}
-OPTIONS = {"ss_cam": {"num_samples": 3, "std": 0.5}, "is_cam": {"num_samples": 3}, "cam": {"fc": "fc"}, "fem": {"k": 0.75}}
+OPTIONS = CHEAP | {"ss_cam": {"num_samples": 3, "std": 0.5}}
 AT_A_LAYER = [name for name, row in camfn.METHODS.items() if "activations" in row.needs]
 
 

@@ -14,7 +14,7 @@ import camfn
 PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
-    *("_errors", "_types", "_compat", "draws", "shell", "ports", "capture", "inputs", "keep", "heads", "eigen", "nmf", "maps"),
+    *("_errors", "_types", "_compat", "draws", "shell", "ports", "capture", "inputs", "keep", "eigen", "nmf", "maps"),
     *("findings", "metrics", "layouts"),
     *(
         "targets.scores",
@@ -25,6 +25,7 @@ ORDER = (
         "targets.detections",
         "targets",
     ),
+    *("memory", "recording", "heads"),
     *(
         "attention",
         "layers",
@@ -33,13 +34,14 @@ ORDER = (
         "relevance",
         "masks",
         "rewrite",
-        "memory",
         "execution",
         "gradients",
         "subject",
         "runner",
         "kernel",
         "scoring",
+        "perturb",
+        "rescale",
         "belief",
         "precision",
         "anytime",
@@ -48,7 +50,9 @@ ORDER = (
         "methods.gradient",
         "methods.sweeps",
         "methods.eigen",
+        "methods.head",
         "methods.masked",
+        "methods.optimised",
         "methods.sampled",
         "methods.summed",
         "methods.transformers",

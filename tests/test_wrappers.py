@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from support import SmallNet, assert_close, inputs, small_net
+from support import CHEAP, SmallNet, assert_close, inputs, small_net
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.data import Dataset
@@ -17,12 +17,11 @@ from camfn import CamError, _compat
 
 AT_A_LAYER = [name for name, row in camfn.METHODS.items() if "activations" in row.needs]
 GRADIENT = [name for name in AT_A_LAYER if "gradients" in camfn.METHODS[name].needs]
-OPTIONS = {"ss_cam": {"num_samples": 2}, "is_cam": {"num_samples": 2}, "cam": {"fc": "fc"}, "fem": {"k": 0.75}}
 every_method = pytest.mark.parametrize("method", AT_A_LAYER)
 
 
 def raw(method: str, model: nn.Module, layer, x, target=1, **options) -> Tensor:
-    options = {"relu": False, "normalize": False, **OPTIONS.get(method, {}), **options}
+    options = {"relu": False, "normalize": False, **CHEAP.get(method, {}), **options}
     return camfn.METHODS[method].function(model, layer, x, target, **options)
 
 
@@ -276,7 +275,7 @@ def test_every_method_under_autocast(method):
     expected = raw(method, model, "features", x)
     with torch.autocast("cpu", torch.bfloat16):
         ours = raw(method, model, "features", x)
-        card = camfn.explain(model, "features", x, 1, method=method, **OPTIONS.get(method, {}))
+        card = camfn.explain(model, "features", x, 1, method=method, **CHEAP.get(method, {}))
     assert ours.dtype == card.maps.dtype == torch.float32
     difference = float((ours - expected).abs().max()) / float(expected.abs().max())
     assert 1e-5 < difference < 0.1

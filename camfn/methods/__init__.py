@@ -3,7 +3,9 @@
 from camfn.methods.activation import cam, fem, mean_cam, random_cam
 from camfn.methods.eigen import eigen_cam, eigen_grad_cam, kpca_cam, seg_eigen_cam
 from camfn.methods.gradient import grad_cam
+from camfn.methods.head import ablation_cam, lift_cam, recipro_cam
 from camfn.methods.masked import is_cam, score_cam, ss_cam
+from camfn.methods.optimised import opti_cam
 from camfn.methods.sampled import rise
 from camfn.methods.summed import group_cam, score_cam_pp
 from camfn.methods.table import METHODS, Method, Outcome
@@ -13,6 +15,7 @@ __all__ = [
     "METHODS",
     "Method",
     "Outcome",
+    "ablation_cam",
     "ag_cam",
     "attention_rollout",
     "cam",
@@ -25,8 +28,11 @@ __all__ = [
     "is_cam",
     "kpca_cam",
     "legrad",
+    "lift_cam",
     "mean_cam",
+    "opti_cam",
     "random_cam",
+    "recipro_cam",
     "rise",
     "score_cam",
     "score_cam_pp",

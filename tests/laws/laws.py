@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from support import LAYERED
+from support import CHEAP, LAYERED
 from torch import Tensor, nn
 
 import camfn
@@ -63,14 +63,7 @@ class Variant(NamedTuple):
         return self._replace(options={**self.options, **{name: options[name] for name in options if name in self.has}})
 
 
-OPTIONS = {
-    "cam": {"fc": "fc"},
-    "fem": {"k": 0.75},
-    "ss_cam": {"num_samples": 3},
-    "is_cam": {"num_samples": 3},
-    "rise": {"num_samples": 6, "cells": 2},
-    "group_cam": {"blur": (3, 1.0)},
-}
+OPTIONS = CHEAP | {"fem": {"k": 0.75}, "rise": {"num_samples": 6, "cells": 2}}
 VARIANTS = {name: Variant(name, OPTIONS.get(name, {})) for name in (*LAYERED, *COMPOSED)} | {
     "cam, eigen": Variant("cam", {"fc": "fc", "combine": "eigen"}),
     "eigen_cam, centered": Variant("eigen_cam", {"center": True}),
@@ -606,6 +599,7 @@ _GROUPED = [name for name, variant in VARIANTS.items() if variant.method == "gro
 _SCALE_MATTERS = "its masks are not min-max of the channels: their zero counts"
 _NEXT_TO_EACH_OTHER = "its groups are of channels that are next to each other"
 _MEAN_OF_MAPS = "it is a mean of maps that have gone through these steps"
+_FROM_ZERO = "it sets the activation to zero, and moved, zero is another value"
 _SCALED_FIRST = "its masks are scaled before they are upsampled, and upsampling does not reach all extremes"
 
 EXCEPT = {
@@ -634,6 +628,10 @@ EXCEPT = {
     ("between_the_channels", "score_cam, eigen"): _CENTERED,
     ("flat_map", "score_cam, authors"): "flat channels are left out: where there is no other, the call is an error",
     **{("path_of_inputs", name): _NOISE_NOT_A_PATH for name in _NOISY},
+    **{("activation_moved", name): _FROM_ZERO for name in ("ablation_cam", "recipro_cam", "lift_cam")},
+    ("logits_shifted", "ablation_cam"): "its weights are shares of the logit",
+    ("logits_shifted", "recipro_cam"): "its maps are the logits themselves, and move with them",
+    ("flat_map", "recipro_cam"): "a head that reads every position by itself tells them apart, where their values do not",
     **{("several_layers", name): "CAM is of the one layer before the pooling: several are an error" for name in _ONE_LAYER},
     ("flipped", "rise"): "its random masks are not flipped",
     ("last_steps", "score_cam_pp"): "its gates are upsampled before their tanh",
@@ -656,6 +654,11 @@ def fixed_case(spec: Spec, layer: str, target: Any, n: int = 3) -> Case:
     generator = torch.Generator().manual_seed(100 + spec.seed)
     x = torch.randn(n, spec.colors, *spec.sides, generator=generator, dtype=torch.float64)
     return Case(TinyNet(spec), layer, x, target)
+
+
+def every_position() -> Case:
+    """One whose head tells positions apart: no method that needs pooling takes it."""
+    return fixed_case(Spec(sides=(5, 4), pooled=False, channels=3, stride=1, seed=5), "features", 1)
 
 
 def fixed_cases(variant: Variant) -> list[Case]:

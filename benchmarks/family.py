@@ -1,0 +1,139 @@
+"""The family beside Score-CAM: how fast are its methods, next to each other and next to pytorch-grad-cam?
+
+    python benchmarks/family.py                                  # every part, a few minutes
+    python benchmarks/family.py recipro --rounds 3               # one part
+
+Each part takes its calls in turn, one of each in a round; ratios are taken within a round, and their median counts. Before,
+each call is run once, untimed: what camfn finds out about a model once is kept then. A cold call gets a copy of the model, of which
+nothing is known. Networks have seeded random weights: of their values time does not ask.
+
+* `ablation`: Ablation-CAM of VGG-16's last convolution, 512 channels, after its ReLU. pytorch-grad-cam's runs the whole network
+  for each channel, and takes minutes: its time is that of its first `--channels` channels, two chunks of 32 by default, carried
+  on to all. camfn leaves out channels that are zero already; here none is, since the last bias is raised.
+* `recipro`: Recipro-CAM next to Grad-CAM, on ResNet-50's `layer4` of 49 positions, each warm and cold.
+"""
+
+import os
+
+os.environ["TQDM_DISABLE"] = "1"  # pytorch-grad-cam shows a bar; tqdm reads this when it is imported
+
+import argparse
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import common
+import torch
+from torch import Tensor, nn
+
+import camfn
+
+CHUNK = 32  # pytorch-grad-cam's own
+
+
+class Part(NamedTuple):
+    """What a part has measured."""
+
+    rows: dict[str, float]  # seconds of each call, median over rounds
+    ratios: dict[str, float]
+    told: dict[str, Any]
+
+
+def ablation(options: argparse.Namespace) -> Part:
+    case = common.Case("ablation_cam", "vgg16", "features.29", chunk=CHUNK)
+    model, x = common.model_and_input(case)
+    with torch.no_grad():
+        model.features[28].bias += 10
+    seen = _seen(model, case.layer, x)
+    card = camfn.explain(model, case.layer, x, 1, method="ablation_cam")
+    theirs = functools.partial(_their_ablation, model, x, seen[:, : options.channels])
+    calls = {
+        "camfn": lambda: camfn.ablation_cam(model, case.layer, x, 1),
+        f"pytorch-grad-cam, {options.channels} channels": theirs,
+    }
+    difference = float((card.weights[0][0, 0, : options.channels] - theirs()).abs().max())
+    found = common.interleaved(calls, options.rounds)
+    mine, part = found.values()
+    channels = seen.shape[1]
+    # Its first forward, of the whole input, is one more than the channels'.
+    share = (channels + 1) / (options.channels + 1)
+    seconds = {"camfn": mine.median, "pytorch-grad-cam, estimated": part.median * share}
+    ratio = share * common.ratio(part, mine)
+    told = {
+        "channels": channels,
+        "channels of pytorch-grad-cam's that were timed": options.channels,
+        "activations through the head": card.heads,
+        "largest difference of a weight": difference,
+    }
+    return Part(seconds, {"pytorch-grad-cam's time over camfn's": ratio}, told)
+
+
+def _seen(model: nn.Module, layer: str, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return camfn.tap(model, layer)(camfn.state_of(model), x)[1]
+
+
+def _their_ablation(model: nn.Module, x: Tensor, activation: Tensor) -> Tensor:
+    """The weights of the channels that it is handed: the first of the layer's."""
+    from pytorch_grad_cam import AblationCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    twin = copy.copy(model)
+    with AblationCAM(twin, [twin.features[29]], batch_size=CHUNK) as cam:
+        found = cam.get_cam_weights(x, twin.features[29], [ClassifierOutputTarget(1)], activation.numpy(), None)
+    return torch.as_tensor(found).flatten()
+
+
+def recipro(options: argparse.Namespace) -> Part:
+    model, x = common.model_and_input(common.Case("recipro_cam", "resnet50", "layer4"))
+    names = ("grad_cam", "recipro_cam")
+    calls = {f"{name}, warm": functools.partial(camfn.METHODS[name].function, model, "layer4", x, 1) for name in names}
+    for call in calls.values():
+        call()
+    copies = {name: iter([copy.deepcopy(model) for _ in range(options.rounds)]) for name in names}
+
+    def cold(name: str) -> None:
+        camfn.METHODS[name].function(next(copies[name]), "layer4", x, 1)
+
+    calls |= {f"{name}, cold": functools.partial(cold, name) for name in names}
+    found = common.interleaved(calls, options.rounds)
+    ratios = {when: common.ratio(found[f"recipro_cam, {when}"], found[f"grad_cam, {when}"]) for when in ("warm", "cold")}
+    return Part(
+        {name: timing.median for name, timing in found.items()},
+        {f"Recipro-CAM's time over Grad-CAM's, {when}": ratio for when, ratio in ratios.items()},
+        {"positions": 49},
+    )
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {"ablation": ablation, "recipro": recipro}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--rounds", type=common.positive, default=5)
+    parser.add_argument("--channels", type=common.positive, default=2 * CHUNK, help="of pytorch-grad-cam's that are timed")
+    parser.add_argument("--out", help="write the figures to this file; other parts in it stay as they are")
+    options = parser.parse_args()
+    common.require({"pytorch_grad_cam": "grad-cam", "torchvision": "torchvision"})
+    common.torchvision_models()
+    for name in options.parts or PARTS:
+        if name not in PARTS:
+            parser.error(f"no part {name!r}: choose of {', '.join(PARTS)}")
+        part = PARTS[name](options)
+        print(common.table([name, "seconds"], [[row, f"{seconds:.3f}"] for row, seconds in part.rows.items()]))
+        print("".join(f"{what}: {ratio:.2f}\n" for what, ratio in part.ratios.items()))
+        if options.out:
+            _written(options.out, name, part, options)
+
+
+def _written(out: str, name: str, part: Part, options: argparse.Namespace) -> None:
+    record = common.read(out) if os.path.exists(out) else {}
+    where = common.environment(["camfn", "torchvision", "grad-cam"])
+    record[name] = {**part._asdict(), "rounds": options.rounds, "environment": where}
+    common.write(out, record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Methods that change the layer's activation, or follow it, through what comes after the layer alone."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from camfn import _compat, weights
+from camfn._errors import CamError
+from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target
+from camfn.execution import Sweep, checked, counter
+from camfn.layouts import Read
+from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
+from camfn.perturb import Change, Scored, room_for, sweep_at
+from camfn.rescale import multipliers
+from camfn.subject import Subject, look, without_graph
+from camfn.targets import Score, resolve
+
+
+@method("activations", "head", cost="1, channels + 1 head")
+def ablation_cam(
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target = None,
+    *,
+    combine: Combine = "sum",
+    sweep: Sweep = Sweep(),
+    state: State | None = None,
+    layout: Layout = "auto",
+    size: Size = None,
+    relu: bool = True,
+    normalize: bool = True,
+) -> Outcome:
+    """Ablation-CAM: each channel is weighted by how far the score falls without it.
+
+    `w_k = (y - y^k) / |y|`, y^k being the score with channel k of the activation set to zero; `L = relu(sum_k w_k A_k)`. The
+    paper divides by y, which gives a map of what speaks against the class where y is negative; the drop itself is the weight
+    where y is 0. What comes after the layer is run for many channels at once, and not for channels that are zero already.
+
+    **Arguments**, beside those that all methods share (`camfn.score_cam` tells them): `combine`; `sweep`, of which chunk
+    (of changed activations, 64 by default), memory and progress count.
+
+    What comes after the layer is recorded in the first call. Where that cannot be, and under a transform, the model is run with
+    the activation swapped. What is returned and raised is what `camfn.score_cam` returns and raises.
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> card = camfn.explain(model, "1", x, 3, method="ablation_cam")
+    >>> drop = model[4].weight[3] * model[:2](x).mean((2, 3))  # on a pooled linear head
+    >>> torch.allclose(card.weights[0][:, 0], drop / card.scores.abs(), atol=1e-6)
+    True
+
+    Desai & Ramaswamy, Ablation-CAM, WACV 2020 (doi 10.1109/WACV45572.2020.9093360). pytorch-grad-cam's `AblationCAM`.
+    """
+    with without_graph():
+        swept = _swept(model, layer, x, target, sweep, state, layout, _without_channel, _channels)
+        found = [_drops(part, numbers, scored) for part, numbers, scored in zip(swept.reads, swept.wanted, swept.scored)]
+        outcome = _drawn(swept, combined(found, swept.reads, combine), Drawing(relu, size, normalize, checked_combine(combine)))
+        return outcome._replace(weights=tuple(found))
+
+
+@method("activations", "head", cost="1, positions head")
+def recipro_cam(
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target = None,
+    *,
+    window: Literal["gaussian"] | None = None,
+    sweep: Sweep = Sweep(),
+    state: State | None = None,
+    layout: Layout = "auto",
+    size: Size = None,
+    relu: bool = False,
+    normalize: bool = True,
+) -> Outcome:
+    """Recipro-CAM: each position has the score of the activation that is left there alone.
+
+    `L_p = s(head(A * 1_p))`, all channels at one position and zeros at the others; no ReLU. `window="gaussian"` leaves
+    `A * g_p`, with `g_p` the products of `(1/4, 1/2, 1/4)` along the axes around p, cut off at the border. Of tokens it is
+    ViT-ReciproCAM, for which the window matters: what is no position (a class token, a register) stays as it is.
+
+    An integer target is the logit, as everywhere; the papers' is its softmax, `camfn.targets.probability`.
+
+    **Arguments**, beside those that all methods share (`camfn.score_cam` tells them): `window`; `sweep`, as in
+    `camfn.ablation_cam`. What is returned and raised is what `camfn.score_cam` returns and raises.
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> raw = camfn.recipro_cam(model, "1", x, 3, normalize=False)
+    >>> cam = camfn.cam(model, "1", x, 3, fc="4", normalize=False)
+    >>> torch.allclose(raw, cam / 36 + model[4].bias[3], atol=1e-6)  # on a pooled linear head, with 36 positions
+    True
+
+    Byun & Lee, Recipro-CAM, CVPR workshops 2024 (arXiv 2209.14074), and ViT-ReciproCAM, 2023 (arXiv 2310.02588).
+    """
+    if window not in (None, "gaussian"):
+        raise CamError(f'window must be None or "gaussian", found {window!r}')
+    steps = (1.0, 0.0) if window is None else (0.5, 0.25, 0.0)
+    with without_graph():
+        swept = _swept(model, layer, x, target, sweep, state, layout, lambda part: _around_position(part, steps), _positions)
+        signed = [torch.stack(scored.scores).mT for scored in swept.scored]
+        return _drawn(swept, signed, Drawing(relu, size, normalize))
+
+
+@method("activations", "gradients", "head", cost="1, 1 backward, 2 head")
+def lift_cam(
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target = None,
+    *,
+    combine: Combine = "sum",
+    state: State | None = None,
+    layout: Layout = "auto",
+    size: Size = None,
+    relu: bool = True,
+    normalize: bool = True,
+) -> Outcome:
+    """LIFT-CAM: each channel is weighted by its part of the score, as DeepLIFT shares it out.
+
+    `w_k = sum_p m_kp A_kp`, with m the multipliers of DeepLIFT's rescale rule between the activation and one of zeros, so that
+    `sum_k w_k = s(A) - s(0)`; `L = relu(sum_k w_k A_k)`. Rules are there for operations that are affine in the activation, for
+    element-wise functions of it (ReLU and its kin) and for max-pooling. A score that is no logit is one function of all
+    outputs: its multipliers are its gradient, averaged between the two outputs.
+
+    The arguments, and what is returned, are those of `camfn.score_cam`, without those of a sweep.
+
+    **Raises** `CamError` where what comes after the layer has another operation, which it names.
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> after = [nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)]
+    >>> model, x = nn.Sequential(nn.Conv2d(3, 4, 3), *after), torch.randn(2, 3, 8, 8)
+    >>> card = camfn.explain(model, "0", x, 3, method="lift_cam")
+    >>> score_of_zeros = model[1:](torch.zeros(2, 4, 6, 6))[:, 3:4]
+    >>> torch.allclose(card.weights[0].sum(-1), card.scores - score_of_zeros, atol=1e-6)
+    True
+
+    Jung & Oh, Towards Better Explanations of Class Activation Mapping, ICCV 2021 (arXiv 2102.05228); the rule:
+    Shrikumar et al., 2017 (arXiv 1704.02685).
+    """
+    with without_graph():
+        subject, score, clean, reads = _looked(model, layer, x, target, state, layout)
+        found = []
+        for name, part, activation in zip(subject.layers, reads, subject.seen):
+            slopes = [part.view(slope) for slope in multipliers(subject, name, activation, score)]
+            found.append(weights.contributions(torch.stack(slopes, 1), part.values))
+        drawing = Drawing(relu, size, normalize, checked_combine(combine))
+        outcome = drawn(subject, score, clean, combined(found, reads, combine), [part.grid for part in reads], drawing)
+        heads = 2 * subject.n * len(reads)  # the activation and the zeros
+        return outcome._replace(weights=tuple(found), backwards=clean.numel() * len(reads), heads=heads)
+
+
+# ------------------------------------------------------------------------------------------------- what they share
+
+
+class _Swept(NamedTuple):
+    """A sweep at each layer."""
+
+    subject: Subject
+    score: Score
+    clean: Tensor
+    reads: list[Read]
+    wanted: list[list[Tensor]]  # of each layer and image, the numbers of the changes that were scored
+    scored: list[Scored]
+
+
+def _looked(
+    model: nn.Module, layer: Layers, x: Inputs, target: Target, state: State | None, layout: Layout
+) -> tuple[Subject, Score, Tensor, list[Read]]:
+    subject = look(model, layer, x, state, None, masks=False)
+    score = resolve(target, subject.output, subject.n, subject.image.device)
+    clean = clean_scores(subject, score)
+    return subject, score, clean, [read(subject, name, seen, layout) for name, seen in zip(subject.layers, subject.seen)]
+
+
+def _swept(
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target,
+    sweep: Sweep,
+    state: State | None,
+    layout: Layout,
+    change_of: Callable[[Read], Change],
+    wanted_of: Callable[[Read], list[Tensor]],
+) -> _Swept:
+    subject, score, clean, reads = _looked(model, layer, x, target, state, layout)
+    options = checked(sweep)
+    wanted = [wanted_of(part) for part in reads]
+    tick = counter(options.progress, sum(len(numbers) for each in wanted for numbers in each))
+    scored = []
+    for name, part, each in zip(subject.layers, reads, wanted):
+        change = change_of(part)
+        room = room_for(subject, options, change.ways)
+        scored.append(sweep_at(subject, name, part, score, change, each, room, tick))
+        room.tell()
+    tick(None)
+    return _Swept(subject, score, clean, reads, wanted, scored)
+
+
+def _drawn(swept: _Swept, signed: list[Tensor], drawing: Drawing) -> Outcome:
+    outcome = drawn(swept.subject, swept.score, swept.clean, signed, [part.grid for part in swept.reads], drawing)
+    forwards = outcome.forwards + sum(scored.forwards for scored in swept.scored)
+    return outcome._replace(forwards=forwards, heads=sum(scored.heads for scored in swept.scored))
+
+
+def _without_channel(part: Read) -> Change:
+    """Channel k set to zero; of as many channels as there are, none."""
+    channels = torch.arange(part.values.shape[1], device=part.values.device)
+
+    def make(activation: Tensor, numbers: Tensor) -> Tensor:
+        return torch.where((numbers[:, None] == channels)[..., None], 0, activation)
+
+    count = len(channels)
+    return Change(make, count + 1, lambda k: f"channel {k} set to zero" if k < count else "nothing changed")
+
+
+def _channels(part: Read) -> list[Tensor]:
+    """The channels that are not zero already, and the number that stands for none, of each image."""
+    n, c, _ = part.values.shape
+    if _compat.transformed():
+        return [torch.arange(c + 1, device=part.values.device)] * n
+    alive = torch.nn.functional.pad((part.values != 0).any(-1), (0, 1), value=True).cpu()
+    return [row.nonzero()[:, 0] for row in alive]
+
+
+def _drops(part: Read, wanted: list[Tensor], scored: Scored) -> Tensor:
+    """The weights. The score of the whole activation comes from the same sweep: so it is rounded as the others are."""
+    c = part.values.shape[1]
+    whole = torch.stack([scores[-1] for scores in scored.scores])
+    without = []
+    for y, numbers, scores in zip(whole, wanted, scored.scores):
+        every = scores if len(scores) > c else y.repeat(c + 1, 1).index_copy(0, numbers.to(y.device), scores)
+        without.append(every[:c])
+    return weights.ablation(torch.stack(without), whole)
+
+
+def _around_position(part: Read, steps: tuple[float, ...]) -> Change:
+    """Position p left, and what is around it by the weights that so many steps along each axis have; zeros elsewhere."""
+    device = part.values.device
+    axes = [torch.arange(side, device=device) for side in part.grid]
+    places = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")])
+    falls = torch.tensor(steps, dtype=part.values.dtype, device=device)
+
+    def make(activation: Tensor, numbers: Tensor) -> Tensor:
+        away = (places[:, None] - places.index_select(1, numbers)[..., None]).abs()
+        return falls[away.clamp(max=len(steps) - 1)].prod(0)[:, None] * activation
+
+    return Change(make, places.shape[1], lambda p: f"all but position {p} set to zero")
+
+
+def _positions(part: Read) -> list[Tensor]:
+    n, _, p = part.values.shape
+    return [torch.arange(p, device=part.values.device)] * n

@@ -1,0 +1,204 @@
+"""DeepLIFT's rescale rule, through what comes after a layer: how a score's difference from that of zeros is shared out.
+
+Every operation that is not affine in the activation is replaced by the affine one that agrees with it at the activation and at
+zeros. What comes after the layer is affine then; its slopes are the multipliers, and slopes times activation add up to the
+difference of the scores.
+"""
+
+import operator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import grad, vjp
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from camfn import _compat
+from camfn._errors import CamError, layer_called
+from camfn._types import wide
+from camfn.heads import Head, head_of
+from camfn.subject import Subject
+from camfn.targets import Score, score_rows
+
+_POINTS = 32  # of the quadrature between two outputs; of what is linear in the logits one is enough
+
+
+class Three(NamedTuple):
+    """A tensor for the activation, for zeros, and as the affine function that goes through both."""
+
+    line: Any
+    there: Any
+    base: Any
+
+
+@_compat.eager
+def multipliers(subject: Subject, layer: str, activation: Tensor, score: Score) -> list[Tensor]:
+    """For each target, the slopes `m` of the affine function, in the layer's own shape."""
+    dtype = wide(activation.dtype)
+    there, base = activation.to(dtype), torch.zeros_like(activation, dtype=dtype)
+    head = head_of(subject.model, subject.shell, subject.known, layer, subject.x, activation)
+    handed = [t.to(dtype) if t.is_floating_point() else t for t in head.handed(subject.state, subject.x)]
+    points, shares = _quadrature(1 if score.linear else _POINTS)
+
+    def scores(value: Tensor) -> Tensor:
+        output = _followed(head, layer, Three(value, there, base), handed)
+        parts = [score_rows(score.of, head.unflatten([_between(o, s) for o in output]), score.rows) for s in points]
+        return torch.stack([share * part for share, part in zip(shares, parts)]).sum(0)
+
+    pulled: Any = vjp(scores, there)
+    found, pull = pulled
+    one_hot = torch.eye(found.shape[1], dtype=found.dtype, device=found.device)
+    return [pull(row.expand_as(found))[0] for row in one_hot]
+
+
+def _quadrature(count: int) -> tuple[list[float], list[float]]:
+    """Points in [0, 1] and their shares (Gauss and Legendre's)."""
+    points, shares = np.polynomial.legendre.leggauss(count)
+    return ((points + 1) / 2).tolist(), (shares / 2).tolist()
+
+
+def _between(leaf: Any, share: float) -> Any:
+    """An output on the way from zeros' to the activation's, moving with the line: so the score's slopes are taken there."""
+    if not isinstance(leaf, Three):
+        return leaf
+    if not leaf.there.is_floating_point():
+        return leaf.there
+    return leaf.base + share * (leaf.there - leaf.base) + (leaf.line - leaf.there)
+
+
+def _followed(head: Head, layer: str, value: Three, handed: list[Tensor]) -> list[Any]:
+    """The outputs, operation by operation."""
+    *nodes, output = head.record.rest.graph.nodes
+    known: dict[Node, Any] = dict(zip(nodes, (value, *handed)))  # placeholders come first
+    for node in nodes[len(known) :]:
+        known[node] = _ruled(node, known, layer)
+    return [known[leaf] if isinstance(leaf, Node) else leaf for leaf in output.args[0]]
+
+
+# ----------------------------------------------------------------------------------------------------------- the rules
+
+
+def _named(names: str) -> frozenset[str]:
+    """Operations, as aten calls them."""
+    return frozenset(names.split())
+
+
+_NORMS = _named("native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm")
+_AFFINE = _NORMS | _named(
+    """
+    add sub rsub neg mul div sum mean cumsum mm bmm mv dot addmm addmv baddbmm linear convolution cat stack getitem view
+    _unsafe_view reshape expand permute transpose t squeeze unsqueeze slice select narrow split split_with_sizes chunk unbind
+    clone alias detach contiguous repeat roll flip as_strided diagonal index index_select gather where constant_pad_nd
+    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pixel_shuffle
+    pixel_unshuffle im2col col2im unfold upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d
+    upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+    _adaptive_avg_pool2d _adaptive_avg_pool3d zeros_like ones_like full_like new_zeros new_ones new_full
+    """
+)
+"""Affine in their tensors, where `_ONE_OF` and `_STILL` hold."""
+
+_ONE_OF = {name: {0, 1} for name in _named("mul mm bmm mv dot")} | {name: {1, 2} for name in _named("addmm addmv baddbmm")}
+"""Products: of these arguments one at most hangs on the activation."""
+
+_STILL = {name: {1, 2, 3, 4} for name in _named("div index index_select gather linear convolution") | _NORMS} | {"where": {0}}
+"""And of these none."""
+
+_CURVES = _named(
+    """
+    relu leaky_relu _prelu_kernel elu celu selu gelu silu mish sigmoid tanh softplus hardtanh hardswish hardsigmoid softshrink
+    hardshrink threshold clamp clamp_min clamp_max maximum minimum abs exp log log1p sqrt rsqrt reciprocal pow sin cos erf
+    """
+)
+"""Functions of each value of the first argument by itself."""
+
+_POOLS = {"max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "adaptive_max_pool2d": 2, "adaptive_max_pool3d": 3}
+"""Max-pooling over so many axes, the last; it tells where the maxima are."""
+
+
+def _ruled(node: Node, known: dict[Node, Any], layer: str) -> Three:
+    """What an operation gives, by the rule of its kind."""
+    target: Any = node.target
+    name = "getitem" if target is operator.getitem else target.overloadpacket.__name__
+    moving = {i for i, argument in enumerate(node.args) if _moves(argument, known)}
+    dtype: Any = node.kwargs.get("dtype", torch.float32)
+    if name == "_to_copy" and dtype.is_floating_point:
+        return known[node.all_input_nodes[0]]  # all is computed in one dtype
+    if name in _CURVES and moving == {0}:
+        return _curve(target, *(_given(node, known, i) for i in range(3)))
+    if name in _POOLS or (name in ("amax", "max") and moving == {0}):
+        return _maximum(name, target, *(_given(node, known, i) for i in range(3)))
+    product = len(moving & _ONE_OF.get(name, set())) > 1 or moving & _STILL.get(name, set())
+    if name not in _AFFINE or product or _is_rounded_or_trained(name, node):
+        raise CamError(
+            f"lift_cam has no rule for {target}{' of two that change' if product else ''}, after {layer_called(layer)}: it "
+            "follows what is affine in the activation, functions of single values and max-pooling; choose a later layer, or "
+            "another method"
+        )
+    return Three(*(target(*args, **kwargs) for args, kwargs in (_given(node, known, i) for i in range(3))))
+
+
+def _moves(argument: Any, known: dict[Node, Any]) -> bool:
+    found: list[Any] = []
+    map_arg(argument, lambda node: found.append(known[node]))
+    return any(isinstance(value, Three) for value in found)
+
+
+def _given(node: Node, known: dict[Node, Any], i: int) -> Any:
+    """The arguments of one of the three."""
+    return map_arg((node.args, node.kwargs), lambda n: known[n][i] if isinstance(known[n], Three) else known[n])
+
+
+def _is_rounded_or_trained(name: str, node: Node) -> bool:
+    """A division with a rounding mode; a batch norm by the batch's own statistics."""
+    return bool(node.kwargs.get("rounding_mode")) or (name.endswith("batch_norm") and node.args[5] is True)
+
+
+def _curve(target: Any, line: Any, there: Any, base: Any) -> Three:
+    """The line through both values; where they are as good as one, by the slope between them."""
+    ((z, *_), _), ((a, *rest), kwargs), ((b, *_), _) = line, there, base
+
+    def curve(value: Tensor) -> Tensor:
+        return target(value, *rest, **kwargs)
+
+    at, zero = curve(a), curve(b)
+    step = a - b
+    near = step.abs() <= torch.finfo(a.dtype).eps ** 0.5 * torch.maximum(a.abs(), b.abs())
+    middle = (a + b) / 2
+    between = (at - zero) / torch.where(near, 1, step)
+    # Not by `jvp`, whose levels belong to the process: another thread's may end in between.
+    slope = torch.where(near, grad(lambda value: curve(value).sum())(middle), between)
+    return Three(zero + slope * (z - b), at, zero)
+
+
+def _maximum(name: str, target: Any, line: Any, there: Any, base: Any) -> Three:
+    """What the maximum has above zeros' goes to its place, what it has below to the place of zeros' (as DeepSHAP has it)."""
+    z, a, b = (args[0] for args, _ in (line, there, base))
+    ends = [target(*args, **kwargs) for args, kwargs in (there, base)]
+    tells = isinstance(ends[0], tuple)  # where the maxima are, too
+    axes = tuple(range(-_POOLS[name], 0)) if name in _POOLS else _reduced(there)
+
+    def lay(value: Tensor) -> Tensor:
+        return value.movedim(axes, tuple(range(-len(axes), 0))).flatten(-len(axes))
+
+    if name in _POOLS:
+        i, j = (end[1].flatten(-len(axes)) for end in ends)
+    else:
+        i, j = (lay(value).argmax(-1, keepdim=True) for value in (a, b))
+    high, low = lay(a).gather(-1, i), lay(b).gather(-1, j)
+    top = torch.maximum(high, low)
+    # Where a value does not differ, its slope has no part in the difference: the derivative's at the activation.
+    rise, fall = high - lay(b).gather(-1, i), lay(a).gather(-1, j) - low
+    up = torch.where(rise == 0, 1, (top - low) / torch.where(rise == 0, 1, rise))
+    down = torch.where(fall == 0, 0, (high - top) / torch.where(fall == 0, 1, fall))
+    found = low + up * (lay(z).gather(-1, i) - lay(b).gather(-1, i)) + down * (lay(z).gather(-1, j) - low)
+    found = found.reshape((ends[0][0] if tells else ends[0]).shape)
+    return Three((found, ends[0][1]) if tells else found, *ends)
+
+
+def _reduced(there: Any) -> tuple[int, ...]:
+    """The axes that `amax` or `max` is over."""
+    (value, *rest), kwargs = there
+    dim = rest[0] if rest else kwargs.get("dim", ())
+    return tuple(dim if isinstance(dim, (list, tuple)) else (dim,)) or tuple(range(value.ndim))
