@@ -4,8 +4,8 @@
     python benchmarks/family.py recipro --rounds 3               # one part
 
 Each part takes its calls in turn, one of each in a round; ratios are taken within a round, and their median counts. Before,
-each call is run once, untimed: what camfn finds out about a model once is kept then. A cold call gets a copy of the model, of which
-nothing is known. Networks have seeded random weights: of their values time does not ask.
+each call is run once, untimed: what camfn finds out about a model once is kept then. A cold call gets a copy of the model, of
+which nothing is known. Networks have seeded random weights: of their values time does not ask.
 
 * `ablation`: Ablation-CAM of VGG-16's last convolution, 512 channels, after its ReLU. pytorch-grad-cam's runs the whole network
   for each channel, and takes minutes: its time is that of its first `--channels` channels, two chunks of 32 by default, carried

@@ -214,3 +214,36 @@ def watch(model: nn.Module, state: State, x: Inputs, see: Callable[[str, tuple[A
     for path, module in shell.distinct().items():
         watched(module, passes(path))
     return pure_from(shell, draws=False)(state, x)
+
+
+@_compat.eager
+def calls_from(shell: Shell, names: Sequence[str], *, draws: bool = True) -> Callable[..., tuple[Captured, tuple[str, ...]]]:
+    """`tap_from` for every call of these layers, in the order of execution: a layer may run several times, or not at all.
+
+    A nudge is a tensor for each call, or a function from what the layer gave to one. With what was seen come the layers' names.
+    """
+    inner = pure_from(shell, draws=draws)
+    seen: list[Tensor] = []
+    called: list[str] = []
+    nudges: Any = None
+
+    def passes(name: str) -> Callable[[tuple[Any, ...], Any], Any]:
+        def nudged(args: tuple[Any, ...], out: Tensor) -> Tensor:
+            nudge: Any = nudges(out) if callable(nudges) else nudges and nudges[len(seen)]
+            called.append(name)
+            seen.append(out.clone())
+            return out if nudge is None else out + nudge
+
+        return nudged
+
+    for name in names:
+        watched(shell.modules[name], passes(name))
+
+    def call(state: State, x: Inputs, nudge: Any = None) -> tuple[Captured, tuple[str, ...]]:
+        nonlocal nudges
+        nudges = nudge
+        seen.clear()
+        called.clear()
+        return Captured(inner(state, x), tuple(seen)), tuple(called)
+
+    return call

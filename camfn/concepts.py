@@ -83,7 +83,7 @@ def factorize(
             (right / torch.where(peaks > 0, peaks, 1)[:, None]).unflatten(-1, (len(part.values), *part.grid)).transpose(0, 1)
         )
         vectors = (left * peaks).mT
-        sides = checked_size(size, seen.subject.image, len(part.grid))
+        sides = checked_size(size, seen.subject.x, seen.subject.key, len(part.grid))
         shown = found if sides is None else maps.resize(found, sides)
         error = (values - left @ right).norm() / values.norm()
         scores = torch.stack([_scores(seen, vectors, image) for image in range(len(part.values))])

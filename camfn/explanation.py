@@ -116,8 +116,9 @@ def _card(shared: Shared, name: str, row: Method, arguments: tuple[Any, ...], op
     seconds = time.perf_counter() - start
     named = [p for p in _parameters(row).values() if p.kind == inspect.Parameter.KEYWORD_ONLY]
     settings = {p.name: options.get(p.name, p.default) for p in named}
-    told: dict[str, Any] = outcome._asdict() | {"findings": outcome.findings + _about(outcome, row, settings, shared.last)}
+    told: dict[str, Any] = outcome._asdict()
     del told["single"]
+    told["findings"] += told.pop("remarks") + _about(outcome, row, settings, shared.last)
     return Explanation(
         method=name, settings=MappingProxyType(settings), seconds=seconds, versions=MappingProxyType(_versions()), **told
     )

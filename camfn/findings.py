@@ -18,6 +18,7 @@ Kind = Literal[
     "one channel",
     "no gradient",
     "no position",
+    "parts left out",
 ]
 
 

@@ -15,8 +15,12 @@ from camfn.capture import Captured
 from camfn.targets import Score, score_rows
 
 Pull = Callable[..., dict[Any, Tensor]]
-"""`pull(of, last=False)`: the gradient of `of`, a function of the model's output to one number, at each layer, or only at the
-last, shaped as what the layer gave."""
+"""`pull(of, last=False, bent=False)`: the gradient of `of`, a function of the model's output to one number, at each layer, or
+only at the last, shaped as what the layer gave.
+
+`bent`: `(2, ...)`, the gradient G and how it changes along what the layer gave, A: the product H A with the score's Hessian at
+this layer. It is the gradient of `<G, A>`. Not by `jvp`: torch's forward mode has one level for all threads of a process, so
+that two of them at once fail, or are wrong without an error. """
 
 Run = Callable[..., Captured]
 """`(state, x, nudge)`: the tapped model; a nudge is a tensor for each layer, or a function of the layer's output to one."""
@@ -50,26 +54,55 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
         x = tree_map(functools.partial(copied, alone=True), x)
         output, seen = run(state, x, nudge)
 
-    def pull(of: Callable[[Any], Tensor], last: bool = False) -> dict[Any, Tensor]:
+    def pull(of: Callable[[Any], Tensor], last: bool = False, bent: bool = False) -> dict[Any, Tensor]:
+        at = dict([*zeros.items()][-1:]) if last else zeros
         with torch.inference_mode(False), torch.enable_grad():
-            return _gradients(of(output), dict([*zeros.items()][-1:]) if last else zeros)
+            slopes = _gradients(of(output), at, graph=bent)
+            if not bent:
+                return slopes
+            leans = {name: (slope * values[name]).sum() for name, slope in slopes.items()}
+            bends = {name: _gradients(lean, {name: at[name]})[name] for name, lean in leans.items()}
+        return {name: torch.stack([slope.detach(), bends[name]]) for name, slope in slopes.items()}
 
     detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
-    return Captured(detached, tuple(value.detach() for value in seen)), pull
+    values = dict(zip(zeros if names is None else names, (value.detach() for value in seen)))
+    return Captured(detached, tuple(values.values())), pull
 
 
-def _gradients(total: Tensor, zeros: dict[Any, Tensor]) -> dict[Any, Tensor]:
+def _gradients(total: Tensor, zeros: dict[Any, Tensor], graph: bool = False) -> dict[Any, Tensor]:
     """Zeros where the score has no slope at all, as a count has none."""
     found: Any = (None,) * len(zeros)
     if total.requires_grad:
-        found = torch.autograd.grad(total, tuple(zeros.values()), retain_graph=True, allow_unused=True)
+        leaves = tuple(zeros.values())
+        found = torch.autograd.grad(total, leaves, retain_graph=True, create_graph=graph, allow_unused=True)
     return {name: torch.zeros_like(zeros[name]) if slope is None else slope for name, slope in zip(zeros, found)}
 
 
 def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pull]:
     """The gradient can be differentiated, and mapped over. One forward more, which tells the layers' shapes."""
     x = tree_map(copied, x)
-    shapes = run(state, x, None).seen
+    zeros = tuple(map(torch.zeros_like, run(state, x, None).seen))
+    captured, back = _pulled(run, state, x, zeros)
+
+    def lean(of: Callable[[Any], Tensor], i: int, nudge: Tensor) -> Tensor:
+        slopes = _pulled(run, state, x, (*zeros[:i], nudge, *zeros[i + 1 :]))[1](of)
+        return (slopes[i] * captured.seen[i]).sum()
+
+    def pull(of: Callable[[Any], Tensor], last: bool = False, bent: bool = False) -> dict[Any, Tensor]:
+        slopes = back(of)
+        if bent:
+            bends = (grad(functools.partial(lean, of, i))(zero) for i, zero in enumerate(zeros))
+            slopes = tuple(map(torch.stack, zip(slopes, bends)))
+        found = dict(zip(range(len(zeros)) if names is None else names, slopes))
+        return dict([*found.items()][-1:]) if last else found
+
+    return captured, pull
+
+
+def _pulled(
+    run: Run, state: State, x: Inputs, nudges: tuple[Tensor, ...]
+) -> tuple[Captured, Callable[..., tuple[Tensor, ...]]]:
+    """The forward with these nudges, and the way back from its output to them."""
     fixed: list[Any] = []  # the leaves of the output that are no tensors, and whether a leaf is one, and has a slope
     spec: Any = None
 
@@ -80,20 +113,19 @@ def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> t
         fixed = [(None if isinstance(leaf, Tensor) else leaf, isinstance(leaf, Tensor), _has_slope(leaf)) for leaf in leaves]
         return [leaf for leaf in leaves if _has_slope(leaf)], ([leaf for leaf in leaves if isinstance(leaf, Tensor)], seen)
 
-    pulled: Any = vjp(forward, *map(torch.zeros_like, shapes), has_aux=True)
+    pulled: Any = vjp(forward, *nudges, has_aux=True)
     floats, back, (tensors, seen) = pulled
     rest = iter(tensors)
     leaves = [next(rest) if is_tensor else leaf for leaf, is_tensor, _ in fixed]
 
-    def pull(of: Callable[[Any], Tensor], last: bool = False) -> dict[Any, Tensor]:
+    def slopes(of: Callable[[Any], Tensor]) -> tuple[Tensor, ...]:
         def of_floats(given: list[Tensor]) -> Tensor:
             those = iter(given)
             return of(tree_unflatten([next(those) if slope else leaf for leaf, (*_, slope) in zip(leaves, fixed)], spec))
 
-        found = dict(zip(range(len(shapes)) if names is None else names, back(grad(of_floats)(floats))))
-        return dict([*found.items()][-1:]) if last else found
+        return back(grad(of_floats)(floats))
 
-    return Captured(tree_unflatten(leaves, spec), seen), pull
+    return Captured(tree_unflatten(leaves, spec), seen), slopes
 
 
 def _has_slope(leaf: Any) -> bool:

@@ -25,6 +25,8 @@ class Read(NamedTuple):
     restore: Callable[..., Tensor]
     """`restore(values, images=None)`: values `(m, c, p)` as the layer returns them. What is no position (a class token, a
     register) is as it was captured: for the m images of the batch, or for those that `images` `(m,)` tells."""
+    like: Layout
+    """The same layout, for an input of another size."""
 
 
 class Form(NamedTuple):
@@ -36,6 +38,12 @@ class Form(NamedTuple):
     last: bool = False  # where they are
     prefix: int = 0  # tokens before the grid
     sequence: bool = False  # `(tokens, n, channels)`, as torch's own transformers have it
+
+    @property
+    def like(self) -> Layout:
+        """It, without its grid."""
+        named = self.name.strip('"')
+        return named if named in _NAMED else Tokens(None, self.prefix)
 
 
 class Clues(NamedTuple):
@@ -89,8 +97,9 @@ def read(
     forms = forms_of(shape, layout, spatial, batch, clues)
     if len(forms) != 1:
         raise CamError(f"{layer_called(layer)} gives {shape}, {_unclear(forms, shape, layout, spatial)}")
-    view = functools.partial(_viewed, forms[0])
-    return Read(view(activation), forms[0].grid, view, functools.partial(_restored, forms[0], activation))
+    form = forms[0]
+    view, restore = functools.partial(_viewed, form), functools.partial(_restored, form, activation)
+    return Read(view(activation), form.grid, view, restore, form.like)
 
 
 def forms_of(shape: Sides, layout: Layout, spatial: Sides | None, batch: int, clues: Callable[[], Clues] = Clues) -> list[Form]:
@@ -167,7 +176,7 @@ def _by_callable(activation: Tensor, layout: Callable[[Tensor], Tensor], layer: 
             'say it as "channels_first", "channels_last" or camfn.layouts.tokens(grid, prefix)'
         )
 
-    return Read(moved.flatten(2), tuple(moved.shape[2:]), lambda other: layout(other).flatten(2), restore)
+    return Read(moved.flatten(2), tuple(moved.shape[2:]), lambda other: layout(other).flatten(2), restore, layout)
 
 
 # ------------------------------------------------------------------------------------------------------ inference

@@ -14,14 +14,16 @@ from camfn._types import Activations, FlatMaps, Gradients, Weights, wide
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
-def combine(weights: Weights, activations: Activations) -> FlatMaps:
-    """`L_tp = sum_k w_tk A_kp`, in float32 or wider.
+def combine(weights: Weights | Gradients, activations: Activations) -> FlatMaps:
+    """`L_tp = sum_k w_tk A_kp`, for weights `(n, t, c)` or `(n, t, c, p)`, in float32 or wider.
 
     >>> import torch
     >>> combine(torch.tensor([[[1.0, -1.0]]]), torch.tensor([[[1.0, 2.0], [0.5, 4.0]]])).tolist()
     [[[0.5, -2.0]]]
     """
     dtype = wide(torch.promote_types(weights.dtype, activations.dtype))
+    if weights.ndim == 4:
+        return torch.einsum("ntcp,ncp->ntp", weights.to(dtype), activations.to(dtype))
     return weights.to(dtype) @ activations.to(dtype)
 
 
@@ -130,6 +132,37 @@ def checked_blur(blur: tuple[int, float]) -> tuple[int, float]:
     if not pair or blur[0] < 1 or blur[0] % 2 == 0 or not blur[1] > 0:
         raise CamError(f"blur={blur!r} must be an odd number of pixels and a standard deviation, as in (51, 50.0)")
     return blur
+
+
+def cubic(image: Tensor, size: Sequence[int]) -> Tensor:
+    """An image `(n, k, *sides)` at another size, by cubic interpolation along one axis after the other.
+
+    >>> import torch
+    >>> cubic(torch.tensor([[[1.0, 1.0, 1.0]]]), (6,)).tolist()
+    [[[1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]]
+    """
+    found = image.to(wide(image.dtype))
+    for axis, side in enumerate(size, 2):
+        last = found.movedim(axis, -1)
+        flat = last.reshape(1, -1, last.shape[-1], 1)  # torch has it for two axes; along one of length 1 it changes nothing
+        longer = F.interpolate(flat, (side, 1), mode="bicubic", align_corners=False)
+        found = longer.reshape(*last.shape[:-1], side).movedim(-1, axis)
+    return found.to(image.dtype)
+
+
+def share(maps: Tensor, axes: int) -> Tensor:
+    """`L / max L` over the last `axes`; zeros where nothing is positive."""
+    high = maps.amax(tuple(range(-axes, 0)), keepdim=True)
+    return torch.where(high > 0, maps / torch.where(high > 0, high, 1), 0)
+
+
+def saliency(part: Tensor, size: Sequence[int], *, each: bool = False, align_corners: bool = True) -> Tensor:
+    """`sum_k U(norm(|part_k|))` of `(n, c, *grid)`: FullGrad's psi, summed over channels and brought to `size`.
+
+    norm is min-max over an image's channels and positions together; `each`: over each channel's positions.
+    """
+    axes = tuple(range(2 if each else 1, part.ndim))
+    return resize(normalize(part.abs(), axes).sum(1), size, align_corners=align_corners)
 
 
 def fuse(maps: Sequence[Tensor], size: Sequence[int] | None = None) -> Tensor:

@@ -168,6 +168,21 @@ def flat_channels(channels: Tensor) -> Tensor:
     return is_flat(channels.amin(-1), channels.amax(-1), channels.dtype)
 
 
+def check_noise(method: str, num_samples: Any, std: Any, seed: Any) -> None:
+    """A sentence about what is wrong with how a method draws."""
+    check_samples(method, num_samples)
+    if not (isinstance(std, (int, float)) and 0 <= std < math.inf):
+        raise CamError(f"{method} needs a finite std >= 0, found {std!r}")
+    if not isinstance(seed, (int, torch.Generator)):
+        raise CamError(f"seed must be an int or a torch.Generator, found {seed!r}")
+
+
+def check_samples(method: str, num_samples: Any) -> None:
+    """How often it draws, or steps."""
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise CamError(f"{method} needs a whole num_samples >= 1, found {num_samples!r}")
+
+
 def _generator_for(given: int | torch.Generator, device: torch.device) -> tuple[torch.Generator, int]:
     """A generator of our own on `device`, and a seed; the caller's generator is copied and does not advance."""
     generator = torch.Generator(device)
@@ -234,3 +249,11 @@ def noise_stream(
             return torch.stack([made[pair] for pair in asked])
 
     return take
+
+
+def noises(draws: int, std: float, seed: int | torch.Generator, like: Tensor) -> Tensor:
+    """Noise like one image `(k, *size)`, as often as is drawn: `(draws, k, *size)`, float32."""
+    take = noise_stream(Variation((1.0,) * draws, "input", std, seed), 1, tuple(like.shape), like.device)
+    found = take(torch.tensor([(draw, 0) for draw in range(draws)], device="cpu"))
+    assert found is not None
+    return found

@@ -1,6 +1,6 @@
 """What is explained: a model on inputs, checked, and captured once at the layers."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layers, State
+from camfn.attention import attended
 from camfn.capture import Captured, resolve_state, tap_from, watch
-from camfn.gradients import Pull, copied, with_pull
-from camfn.inputs import Key, check_inputs, key_of, pick, plain, size_of
+from camfn.gradients import Pull, Run, copied, with_pull
+from camfn.inputs import Key, check_inputs, key_of, pick, plain, size_of, with_input
 from camfn.keep import is_made, kept, shapes, structure
 from camfn.layers import choose
 from camfn.ports import is_several, resolve_layers
@@ -105,13 +106,8 @@ def look(
         forwards = n if layer is not None else 2 * n
     distinct = list(dict.fromkeys(names))
 
-    draws = trusted(subject)
-
-    def run(state: State, x: Inputs, nudge: Any = None) -> Captured:
-        # Under a transform, what a model writes to has to be made inside it.
-        tap = tap_from(shell if subject.known else shell_of(model), distinct, draws=draws)
-        return run_checked(tap, subject, state, x, nudge)
-
+    # Under a transform, what a model writes to has to be made inside it.
+    run = tapped(subject, distinct, shell if subject.known else None)
     if graph:
         _check_slopes(shell)
         captured, pull = with_pull(run, full, x, distinct)
@@ -122,6 +118,32 @@ def look(
     seen = tuple(captured.seen[distinct.index(name)] for name in names)
     told: dict[str, Any] = {"layers": tuple(names), "several": is_several(layer), "forwards": forwards}
     return subject._replace(output=captured.output, seen=seen, pull=pull, **told)
+
+
+def tapped(subject: Subject, names: Sequence[str], shell: Shell | None = None) -> Run:
+    """The model with ports at these layers; in this shell, which is then for one run, or for each run in one of its own."""
+    draws = trusted(subject)
+
+    def run(state: State, x: Inputs, nudge: Any = None) -> Captured:
+        return run_checked(tap_from(shell or shell_of(subject.model), names, draws=draws), subject, state, x, nudge)
+
+    return run
+
+
+def again(subject: Subject, image: Tensor, *, unfused: bool = False) -> Subject:
+    """Another image in the place of its own, looked at with a `pull`; `unfused`: with attention written out."""
+    other = subject._replace(x=with_input(subject.x, subject.key, image), slopes=None)
+    names = list(dict.fromkeys(subject.layers))
+    run = tapped(other, names)
+
+    def written_out(state: State, x: Inputs, nudge: Any = None) -> Captured:
+        return attended(lambda: run(state, x, nudge))[0]
+
+    captured, pull = with_pull(written_out if unfused else run, other.state, other.x, names)
+    trust(other)
+    return other._replace(
+        output=captured.output, seen=tuple(captured.seen[names.index(name)] for name in other.layers), pull=pull
+    )
 
 
 def introduced(

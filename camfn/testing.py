@@ -215,8 +215,8 @@ def cases(
     linear_head = method is None or "linear head" in METHODS[method].needs
     knobs = recipe_of(recipe)
     varied = varied or knobs.flat == "skip"  # a recipe that leaves flat channels out needs one that is not
-    if linear_head:
-        fields = {"pooled": True, **fields}
+    if linear_head or (method is not None and "any size" in METHODS[method].needs):
+        fields = {"pooled": True, **fields}  # as else only inputs of one size are taken
     if varied:
         fields = {"sides": st.lists(st.integers(3, 6), min_size=1, max_size=3).map(tuple), **fields}
     model = draw(models(**fields))

@@ -1,10 +1,14 @@
 """One pure function per formula: how much each channel counts. Tensors only, no spatial axis is named."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from camfn._types import Activations, Gradients, Scores, Weights, wide
+
+Alphas = Literal["paper", "authors"]
 
 
 def softmax(scores: Scores) -> Weights:
@@ -52,6 +56,9 @@ def random_cam(drawn: Float[Tensor, "*c"], activations: Activations) -> Float[Te
     return (2 * drawn - 1).to(activations.device, wide(activations.dtype)).expand(activations.shape[0], -1)
 
 
+# ------------------------------------------------------------------------- of gradients G `(n, t, c, p)`, float32 or wider
+
+
 def grad_cam(gradients: Gradients) -> Weights:
     """`w_k = mean_p G_kp`: Grad-CAM (Selvaraju et al., 2017)."""
     return gradients.mean(-1)
@@ -83,3 +90,67 @@ def ablation(scores: Scores, clean: Float[Tensor, "n t"]) -> Weights:
 def contributions(multipliers: Gradients, activations: Activations) -> Weights:
     """`w_k = sum_p m_kp A_kp`: LIFT-CAM (Jung & Oh, 2021), of DeepLIFT's multipliers with a baseline of zero."""
     return (multipliers * activations[:, None]).sum(-1)
+
+
+def grad_cam_pp(gradients: Gradients, activations: Activations, alphas: Alphas = "paper") -> Weights:
+    """`w_k = sum_p a_kp relu(G_kp)`, `a = G^2 / (2 G^2 + S_k G^3)`, `S_k = sum_p A_kp`: Grad-CAM++, equation 19.
+
+    `alphas="authors"`: as their code has it, alphas sum to one over a channel's positions of positive gradient.
+
+    >>> import torch
+    >>> grad_cam_pp(torch.tensor([[[[1.0, 2.0, -1.0]]]]), torch.tensor([[[1.0, 0.0, 1.0]]])).tolist()
+    [[[0.5833333730697632]]]
+    """
+    g, total = torch.relu(gradients), _total(activations)[:, None, :, None]
+    # Where G > 0, the only places that count, alpha is 1 / (2 + S G): a cube of small gradients would be 0.
+    below = 2 + total * g
+    # Where the denominator is not positive, alpha is 0. S can be negative, of which the paper does not speak: the exponential
+    # that equation 19 comes from has no such derivatives there. pytorch-grad-cam keeps the alpha, of the other sign.
+    counts = (below > 0) & (g > 0)
+    alpha = torch.where(counts, 1 / torch.where(counts, below, 1), 0)
+    if alphas == "authors":
+        alpha = alpha / torch.where(counts.any(-1), alpha.sum(-1), 1)[..., None]
+    return (alpha * g).sum(-1)
+
+
+def smooth_grad_cam_pp(means: Float[Tensor, "3 n t c p"], activations: Activations) -> Weights:
+    """`w_k = sum_p a_kp relu(D1_kp)`, `a = D2 / (2 D2 + S_k D3)`; D1, D2, D3 are means of G, G^2, G^3 over noisy inputs.
+
+    Smooth Grad-CAM++ (Omeiza et al., 2019). The paper prints D1 as the numerator of alpha; without noise that would not be
+    Grad-CAM++. D2 stands here, as in torchcam.
+    """
+    first, second, third = means.unbind(0)
+    below = 2 * second + _total(activations)[:, None, :, None] * third
+    counts = below > 0
+    alpha = torch.where(counts, second / torch.where(counts, below, 1), 0)
+    return (alpha * torch.relu(first)).sum(-1)
+
+
+def xgrad_cam(gradients: Gradients, activations: Activations) -> Weights:
+    """`w_k = sum_p G_kp A_kp / sum_p A_kp`: XGrad-CAM (Fu et al., 2020). 0 where A sums to zero up to its rounding.
+
+    >>> import torch
+    >>> xgrad_cam(torch.tensor([[[[1.0, 3.0], [1.0, 1.0]]]]), torch.tensor([[[2.0, 2.0], [1.0, -1.0]]])).tolist()
+    [[[2.0, 0.0]]]
+    """
+    total, size = _total(activations), _total(activations.abs())
+    # The paper's A comes out of a ReLU, and sums to zero only where it is zero. Of other layers a sum that cancels means
+    # nothing.
+    none = total.abs() <= 4 * torch.finfo(activations.dtype).eps * size
+    weighed = (gradients * activations[:, None]).sum(-1)
+    return torch.where(none[:, None], 0, weighed / torch.where(none, 1, total)[:, None])
+
+
+def grad_cam_elementwise(gradients: Gradients, activations: Activations) -> Gradients:
+    """`w_kp`, by which `w_kp A_kp = relu(G_kp A_kp)`: the gradient, where it has the sign of the activation."""
+    sign = torch.sign(activations)[:, None]
+    return torch.relu(gradients * sign) * sign
+
+
+def shapley_cam(gradients: Gradients, bends: Gradients) -> Weights:
+    """`w_k = mean_p (G - 1/2 H A)_kp`: ShapleyCAM (Cai, 2025); `H A` is what the score's Hessian makes of the activation."""
+    return (gradients - bends / 2).mean(-1)
+
+
+def _total(activations: Activations) -> Tensor:
+    return activations.to(wide(activations.dtype)).sum(-1)

@@ -15,11 +15,13 @@ import camfn
 
 CHEAP = {
     "cam": {"fc": "fc"},
+    "cameras": {"factors": (1.25,)},
     "fem": {"k": 0.75},
     "group_cam": {"blur": (3, 1.0)},
     "is_cam": {"num_samples": 3},
     "opti_cam": {"steps": 2},
     "rise": {"num_samples": 20, "cells": 3},
+    "smooth_grad_cam_pp": {"num_samples": 2},
     "ss_cam": {"num_samples": 3},
 }
 """Options that keep a method's cost, and its warnings, down. (On a small grid nothing is two deviations above the mean.)"""

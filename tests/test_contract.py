@@ -25,8 +25,10 @@ from torch.func import grad, jvp, vmap
 import camfn
 from camfn import _compat
 
-WEIGHTLESS = ("eigen_grad_cam", "kpca_cam", "seg_eigen_cam", "recipro_cam")
-"""Methods that have no one weight for a channel."""
+WEIGHTLESS = ("cameras", "eigen_grad_cam", "kpca_cam", "seg_eigen_cam", "recipro_cam")
+"""Methods of a layer that have no weights."""
+ELEMENTWISE = ("grad_cam_elementwise", "hires_cam", "layer_cam")
+"""Methods with a weight for each position of a channel."""
 
 # Where no group of channels adds to the blurred input, which is so for most classes, Group-CAM's map is flat.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps at layer '.*' are flat:camfn.CamWarning")
@@ -55,7 +57,7 @@ FUNCTIONS = {**{name: row.function for name, row in camfn.METHODS.items()}, **CO
 SWEPT = [name for name in sorted(LAYERED) if "masked inputs" in camfn.METHODS[name].needs and name != "opti_cam"]
 CHUNKED = [name for name in sorted(LAYERED) if "sweep" in camfn.METHODS[name].function.__wrapped__.__kwdefaults__]
 OF_LAYER = [name for name in METHODS if vars(FUNCTIONS[name])["of_layer"]]
-"""The others take `None` for a layer. Their maps are of the input's size, and so are those of `multi_scale`."""
+"""The others take `None` for a layer. Their maps are of the input's size, and so are those of `multi_scale` and `cameras`."""
 PROBABLE = ("group_cam", "score_cam_pp", "rise")
 """A class stands for its probability."""
 ROUNDING = 1e-12
@@ -81,7 +83,12 @@ def layer_of(method: str, layer):
 
 def size_of(method: str, grid: tuple[int, ...], size: tuple[int, ...]) -> tuple[int, ...]:
     """Of the maps of a method, where the layer's grid and the input are of these sizes."""
-    return grid if method in OF_LAYER and not method.startswith("multi_scale") else size
+    return grid if method in OF_LAYER and not method.startswith(("multi_scale", "cameras")) else size
+
+
+def signed(method: str) -> dict:
+    """The option by which no map of gradients is nowhere positive."""
+    return {"relu": False} if method not in COMPOSED and "gradients" in camfn.METHODS[method].needs else {}
 
 
 def in_chunks_of(method: str, chunk: int) -> dict:
@@ -662,7 +669,7 @@ def test_every_kind_of_target_gives_maps_of_its_shape(method, kind):
         and kind not in ("list", "logit", "logit of all")
     ):
         pytest.skip("cam's target is of classes")
-    found = run(method, NET, "features", X, target)
+    found = run(method, NET, "features", X, target, **signed(method))
     count = len(score(LOGITS[0], 0))
     grid = size_of(method, (4, 4), (8, 8))
     assert found.shape == ((2, count, *grid) if kind in SEVERAL else (2, *grid))
@@ -944,7 +951,7 @@ def test_the_real_compiler_gives_the_same_map_and_changes_nothing():
 
 
 ANY = {"None": None, "int": 2, "all": "all", "top": T.top(2), "contrast": T.contrast(), "probability": T.probability(1)}
-ANY |= {"callable": lambda y: y[0] * y[1]}
+ANY |= {"callable": lambda y: y[0] * y[2]}
 
 
 @pytest.mark.parametrize("kind", ANY)
@@ -1180,9 +1187,10 @@ def test_narrow_dtypes_with_a_flat_channel_give_nearly_the_wide_map(method, targ
     assert torch.isfinite(found).all()
     assert float(found.min()) == 0
     assert float(found.max()) == 1
-    # Activations, masks and logits are each rounded some times on their way; a map is of their size and scaled to one.
-    # Group-CAM's weights are small differences of probabilities.
-    assert_close(found, expected, (16 if method == "group_cam" else 4) * torch.finfo(dtype).eps, str(dtype))
+    # Activations, masks and logits are each rounded some times on their way; a map is of their size and scaled to one. Of
+    # gradients it is smaller than what it is the sum of, since their signs differ; Group-CAM's weights are small differences.
+    steps = 4 if method in COMPOSED or "gradients" not in camfn.METHODS[method].needs else 16
+    assert_close(found, expected, steps * torch.finfo(dtype).eps, str(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -1200,11 +1208,13 @@ def test_maps_scores_and_weights_are_float32_or_wider(method, dtype):
 
 @every_row
 def test_the_card_holds_the_maps_of_the_method(method):
-    card = camfn.explain(NET, layer_of(method, "features"), X, T.top(2), method=method, **CHEAP.get(method, {}))
-    assert torch.equal(card.maps, run(method, NET, "features", X, T.top(2)))
+    options = {**CHEAP.get(method, {}), **signed(method)}
+    card = camfn.explain(NET, layer_of(method, "features"), X, T.top(2), method=method, **options)
+    assert torch.equal(card.maps, run(method, NET, "features", X, T.top(2), **signed(method)))
     assert card.method == method
     assert card.layers == (("features",) if method in OF_LAYER else ())
     assert torch.equal(card.classes, LOGITS.topk(2, 1).indices)
     y = LOGITS.softmax(1) if method in PROBABLE else LOGITS
     assert torch.equal(card.scores, y.topk(2, 1).values)
-    assert [w.shape for w in card.weights] == ([(2, 2, 6)] if method in OF_LAYER and method not in WEIGHTLESS else [])
+    weights = [(2, 2, 6, 16) if method in ELEMENTWISE else (2, 2, 6)]
+    assert [w.shape for w in card.weights] == ([] if method in WEIGHTLESS or method not in OF_LAYER else weights)

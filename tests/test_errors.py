@@ -1025,7 +1025,8 @@ def test_the_inputs_size_where_the_input_has_none():
 @pytest.mark.parametrize("method", sorted(name for name in LAYERED if camfn.METHODS[name].of_layer))
 @pytest.mark.parametrize("layout", ["nchw", 5, None])
 def test_a_wrong_layout(method, layout):
-    with says('layout must be "auto", "channels_first", "channels_last", camfn.layouts.tokens() or a callable', repr(layout)):
+    others = ', "channels_first", "channels_last", camfn.layouts.tokens() or a callable'
+    with says('layout must be "auto"' + others * camfn.METHODS[method].of_layer, repr(layout)):
         explain(method=method, layout=layout, **({"fc": "fc"} if method == "cam" else {}))
 
 

@@ -63,7 +63,7 @@ def _judged(scene: demo.Scene, maps: Any) -> list[Shown]:
 
 def table(found: Sequence[Row]) -> Iterator[str]:
     """What is printed: a line for each method, and for comparison one for a map that is the same everywhere."""
-    head = f"{'method':12} {'energy inside':>13} {'hits':>9} {'forwards':>9} {'seconds':>8}"
+    head = f"{'method':20} {'energy inside':>13} {'hits':>9} {'forwards':>9} {'seconds':>8}"
     yield head
     yield "-" * len(head)
     shown = found[0].shown
@@ -75,7 +75,7 @@ def table(found: Sequence[Row]) -> Iterator[str]:
 
 def _line(name: str, shown: Sequence[Shown], cost: str) -> str:
     energy, hits = sum(one.energy for one in shown) / len(shown), sum(one.hit for one in shown)
-    return f"{name:12} {energy:13.1%} {f'{hits:.3g} of {len(shown)}':>9}{cost}"
+    return f"{name:20} {energy:13.1%} {f'{hits:.3g} of {len(shown)}':>9}{cost}"
 
 
 def picture(found: Sequence[Row]) -> Any:

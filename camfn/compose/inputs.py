@@ -10,8 +10,7 @@ from torch import Tensor
 from camfn._errors import CamError
 from camfn._types import Maps
 from camfn.compose.asking import Clean, Made, Question, composed, each_layer, joined, look_at, made, scaled
-from camfn.masks import Variation, noise_stream
-from camfn.methods.sweeps import check_noise, check_samples
+from camfn.masks import Variation, check_noise, check_samples, noise_stream
 from camfn.methods.table import Outcome
 
 Part = tuple[Outcome, Maps]
@@ -41,8 +40,7 @@ def smooth(
 
     Smilkov et al., SmoothGrad, 2017 (arXiv 1706.03825), whose mean is of gradients: this one is of maps.
     """
-    check_samples("smooth", num_samples)
-    check_noise("smooth", std, seed)
+    check_noise("smooth", num_samples, std, seed)
     inner = made(method)
 
     def parts(clean: Clean) -> Iterator[Part]:

@@ -1,8 +1,11 @@
 """The methods, by family; each is a composition: look, resolve the target, weigh, draw the map."""
 
 from camfn.methods.activation import cam, fem, mean_cam, random_cam
+from camfn.methods.averaged import cameras, smooth_grad_cam_pp
+from camfn.methods.biases import full_grad
 from camfn.methods.eigen import eigen_cam, eigen_grad_cam, kpca_cam, seg_eigen_cam
-from camfn.methods.gradient import grad_cam
+from camfn.methods.elementwise import grad_cam_elementwise, hires_cam, layer_cam
+from camfn.methods.gradient import grad_cam, grad_cam_pp, shapley_cam, xgrad_cam
 from camfn.methods.head import ablation_cam, lift_cam, recipro_cam
 from camfn.methods.masked import is_cam, score_cam, ss_cam
 from camfn.methods.optimised import opti_cam
@@ -19,14 +22,20 @@ __all__ = [
     "ag_cam",
     "attention_rollout",
     "cam",
+    "cameras",
     "eigen_cam",
     "eigen_grad_cam",
     "fem",
+    "full_grad",
     "grad_cam",
+    "grad_cam_elementwise",
+    "grad_cam_pp",
     "gradient_attention",
     "group_cam",
+    "hires_cam",
     "is_cam",
     "kpca_cam",
+    "layer_cam",
     "legrad",
     "lift_cam",
     "mean_cam",
@@ -37,5 +46,8 @@ __all__ = [
     "score_cam",
     "score_cam_pp",
     "seg_eigen_cam",
+    "shapley_cam",
+    "smooth_grad_cam_pp",
     "ss_cam",
+    "xgrad_cam",
 ]

@@ -1,25 +1,14 @@
-"""Methods that weigh an activation by the gradient of the score there."""
+"""Methods that weigh each channel of an activation by the gradient of the score there."""
 
-from typing import NamedTuple
-
-from torch import Tensor, nn
+from torch import nn
 
 from camfn import weights
+from camfn._errors import CamError
 from camfn._types import Combine, Gradients, Inputs, Layers, Layout, Size, State, Target
-from camfn.layouts import Read
-from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read, slopes_at
-from camfn.subject import Subject, look
-from camfn.targets import Score, resolve
-
-
-class Graded(NamedTuple):
-    """What one forward and one backward for each target give."""
-
-    subject: Subject
-    score: Score
-    clean: Tensor  # (n, t)
-    reads: list[Read]  # of each layer
-    slopes: list[Gradients]
+from camfn.methods.graded import Graded, grade, seen_of, weighed
+from camfn.methods.table import Drawing, Outcome, bends_at, checked_combine, method
+from camfn.subject import Subject, again, look
+from camfn.weights import Alphas
 
 
 @method("activations", "gradients", cost="1, 1 backward")
@@ -58,24 +47,142 @@ def grad_cam(
     Selvaraju et al., Grad-CAM, ICCV 2017 (arXiv 1610.02391).
     """
     graded = grade(model, layer, x, target, state, layout)
-    drawing = Drawing(relu, size, normalize, checked_combine(combine))
-    return weighed(graded, [weights.grad_cam(slopes) for slopes in graded.slopes], drawing)
+    return weighed(
+        graded, [weights.grad_cam(slopes) for slopes in graded.slopes], Drawing(relu, size, normalize, checked_combine(combine))
+    )
 
 
-# ------------------------------------------------------------------------------------------------- what they share
+@method("activations", "gradients", cost="1, 1 backward")
+def grad_cam_pp(
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target = None,
+    *,
+    alphas: Alphas = "paper",
+    combine: Combine = "sum",
+    state: State | None = None,
+    layout: Layout = "auto",
+    size: Size = None,
+    relu: bool = True,
+    normalize: bool = True,
+) -> Outcome:
+    """Grad-CAM++: each channel is weighted by its positive gradients, those of few and weak positions more.
+
+    `w_k = sum_p a_kp relu(G_kp)`, `a = G^2 / (2 G^2 + S_k G^3)`, `S_k = sum_p A_kp`, `L = relu(sum_k w_k A_k)`: equation 19,
+    with `G = d(score)/dA`. alpha is 0 where its denominator is not positive. One forward, and one backward for each target.
+
+    - `alphas="paper"`: that equation. It is derived for `Y = exp(score)`, which makes all weights of an image `exp(score)`
+      times as large: left out here, as in all libraries, since it cancels where the map is normalised.
+    - `alphas="authors"`: in their code alphas are divided by their sum over a channel's positions of positive gradient.
+
+    torchcam's `GradCAMpp` is another formula: a division that goes into a copy leaves `w_k = sum_p relu(G_kp)^3`. The other
+    arguments, and what is returned and raised, are those of `camfn.grad_cam`.
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    >>> camfn.grad_cam_pp(model, "1", torch.randn(2, 3, 8, 8), [1, 3]).shape
+    torch.Size([2, 6, 6])
+
+    Chattopadhyay et al., Grad-CAM++, WACV 2018 (arXiv 1710.11063).
+    """
+    if alphas not in ("paper", "authors"):
+        raise CamError(f'alphas must be "paper" or "authors", found {alphas!r}')
+    graded = grade(model, layer, x, target, state, layout)
+    found = [weights.grad_cam_pp(slopes, part.values, alphas) for slopes, part in zip(graded.slopes, graded.reads)]
+    return weighed(graded, found, Drawing(relu, size, normalize, checked_combine(combine)))
 
 
-def grade(model: nn.Module, layer: Layers, x: Inputs, target: Target, state: State | None, layout: Layout) -> Graded:
-    """Activations, scores and the scores' gradients."""
-    subject = look(model, layer, x, state, None, masks=False, graph=True)
-    score = resolve(target, subject.output, subject.n, subject.image.device)
-    clean = clean_scores(subject, score)
-    reads = [read(subject, name, activation, layout) for name, activation in zip(subject.layers, subject.seen)]
-    return Graded(subject, score, clean, reads, slopes_at(subject, score, layout))
+@method("activations", "gradients", cost="1, 1 backward")
+def xgrad_cam(
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target = None,
+    *,
+    combine: Combine = "sum",
+    state: State | None = None,
+    layout: Layout = "auto",
+    size: Size = None,
+    relu: bool = True,
+    normalize: bool = True,
+) -> Outcome:
+    """XGrad-CAM: each channel is weighted by the mean of the gradient over positions, in proportion to the activation.
+
+    `w_k = sum_p G_kp A_kp / sum_p A_kp`, `L = relu(sum_k w_k A_k)`. One forward, and one backward for each target. The sum of
+    the signed map is `<G, A>`, as HiResCAM's is. Meant for layers behind a ReLU: a channel of both signs may sum to nearly
+    nothing, and then has a weight out of all proportion; one that sums to zero, to rounding, has weight 0.
+
+    The arguments, and what is returned and raised, are those of `camfn.grad_cam`.
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> signed, other = (f(model, "1", x, 3, relu=False, normalize=False) for f in (camfn.xgrad_cam, camfn.hires_cam))
+    >>> torch.allclose(signed.sum((1, 2)), other.sum((1, 2)), atol=1e-5)
+    True
+
+    Fu et al., Axiom-based Grad-CAM, BMVC 2020 (arXiv 2008.02312). torchcam's `XGradCAM`, but for the 1e-8 in its denominator.
+    """
+    graded = grade(model, layer, x, target, state, layout)
+    found = [weights.xgrad_cam(slopes, part.values) for slopes, part in zip(graded.slopes, graded.reads)]
+    return weighed(graded, found, Drawing(relu, size, normalize, checked_combine(combine)))
 
 
-def weighed(graded: Graded, found: list[Tensor], drawing: Drawing) -> Outcome:
-    """The maps of weights `(n, t, c)`, or `(n, t, c, p)`, of each layer."""
-    subject, score, clean, reads, _ = graded
-    outcome = drawn(subject, score, clean, combined(found, reads, drawing.combine), [part.grid for part in reads], drawing)
-    return outcome._replace(weights=tuple(found), backwards=clean.numel())
+@method("activations", "gradients", cost="1, 2 backward")
+def shapley_cam(
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target = None,
+    *,
+    combine: Combine = "sum",
+    state: State | None = None,
+    layout: Layout = "auto",
+    size: Size = None,
+    relu: bool = True,
+    normalize: bool = True,
+) -> Outcome:
+    """ShapleyCAM: each channel is weighted by its share of the score, to second order in the activation.
+
+    `w_k = mean_p (G - 1/2 H A)_kp`, `L = relu(sum_k w_k A_k)`; H is the Hessian of the score at the layer. One forward, one
+    backward for each target, and one through it for the product `H A`. Where what comes after the layer is piecewise linear,
+    the logits have no curvature and it is `camfn.grad_cam`: the paper's target is `camfn.targets.rest()`, its "ReST".
+
+    The arguments, and what is returned and raised, are those of `camfn.grad_cam`. Fused attention has no second derivative: a
+    model that has it runs a second time, with its attention written out.
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> shapley, plain = (method(model, "1", x, 3, relu=False) for method in (camfn.shapley_cam, camfn.grad_cam))
+    >>> torch.allclose(shapley, plain, atol=1e-6)
+    True
+    >>> camfn.shapley_cam(model, "1", x, camfn.targets.rest(3), relu=False).shape
+    torch.Size([2, 6, 6])
+
+    Cai, CAMs as Shapley Value-based Explainers, 2025 (arXiv 2501.06261).
+    """
+    seen = seen_of(look(model, layer, x, state, None, masks=False, graph=True), target, layout)
+    subject, pairs = _bent(seen, layout)
+    found, seen = [weights.shapley_cam(*pair) for pair in pairs], seen._replace(subject=subject)
+    outcome = weighed(seen, found, Drawing(relu, size, normalize, checked_combine(combine)))
+    return outcome._replace(backwards=outcome.backwards * (1 + len(set(outcome.layers))))
+
+
+def _bent(seen: Graded, layout: Layout) -> tuple[Subject, list[tuple[Gradients, Gradients]]]:
+    """Gradients and Hessian products, and the subject that gave them."""
+    subject = seen.subject
+    try:
+        return subject, bends_at(subject, seen.score, layout)
+    except RuntimeError as error:
+        if "scaled_dot_product" not in str(error):
+            raise
+    other = again(subject, subject.image, unfused=True)
+    return other._replace(forwards=subject.forwards + subject.n), bends_at(other, seen.score, layout)

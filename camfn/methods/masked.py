@@ -12,8 +12,8 @@ from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target
 from camfn.anytime import Limits, Order, checked_limits, rows_within, sweep_some
 from camfn.execution import Sweep, checked, usable
 from camfn.inputs import Key
-from camfn.masks import Noise, Recipe, Variation, path_scales, recipe_of
-from camfn.methods.sweeps import check_noise, check_samples, sweep_layers
+from camfn.masks import Noise, Recipe, Variation, check_noise, check_samples, path_scales, recipe_of
+from camfn.methods.sweeps import sweep_layers
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read, slopes_at
 from camfn.precision import sweep_narrow
 from camfn.scoring import Scoring, Swept, plan, sweep_all
@@ -146,8 +146,7 @@ def ss_cam(
 
     Wang et al., SS-CAM: Smoothed Score-CAM, 2020 (arXiv 2006.14255). torchcam's `SSCAM` by default.
     """
-    check_samples("ss_cam", num_samples)
-    check_noise("ss_cam", std, seed)
+    check_noise("ss_cam", num_samples, std, seed)
     if noise not in ("mask", "activation", "input"):
         raise CamError(f'noise must be "mask", "activation" or "input", found {noise!r}')
     variation = Variation((1.0,) * num_samples, noise, std, seed, recipe_of(recipe))

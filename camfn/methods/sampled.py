@@ -11,8 +11,8 @@ from camfn._errors import CamError
 from camfn._types import FlatMaps, Inputs, Layers, Layout, Scores, Size, State, Target, wide
 from camfn.execution import Sweep
 from camfn.inputs import Key
-from camfn.masks import Rule, Variation, mask_of, random_cells
-from camfn.methods.sweeps import check_noise, check_samples, sweep_in_full
+from camfn.masks import Rule, Variation, check_noise, mask_of, random_cells
+from camfn.methods.sweeps import sweep_in_full
 from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, without_layer
 from camfn.subject import look, without_graph
 from camfn.targets import as_probabilities, resolve
@@ -64,8 +64,7 @@ def rise(
     Petsiuk et al., RISE: Randomized Input Sampling for Explanation of Black-box Models, BMVC 2018 (arXiv 1806.07421).
     """
     without_layer("rise", layer)
-    check_samples("rise", num_samples)
-    check_noise("rise", 0.0, seed)
+    check_noise("rise", num_samples, 0.0, seed)
     if not isinstance(cells, int) or cells < 1 or not 0 < probability <= 1:
         raise CamError(f"rise needs a whole number of cells >= 1 and a probability in (0, 1]; found {cells!r}, {probability!r}")
     subject = look(model, None, x, state, masked, masks=True, taps=False)

@@ -1,9 +1,7 @@
 """What the methods that sweep masked inputs share: one runner for all layers, and checks of what they are asked for."""
 
-import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from camfn._errors import CamError
@@ -52,17 +50,3 @@ def sweep_in_full(
     plans = [plan(read, variation) for read in reads]
     rows = sum(todo.rows_in_all for todo in plans)
     return sweep_layers(subject, score, plans, [sweep_all] * len(plans), rows, variation, sweep, under)
-
-
-def check_samples(method: str, num_samples: int) -> None:
-    """A number of draws, or of whatever there is a mean of."""
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise CamError(f"{method} needs a whole num_samples >= 1, found {num_samples!r}")
-
-
-def check_noise(method: str, std: float, seed: int | torch.Generator) -> None:
-    """Noise of a deviation, from a seed."""
-    if not (0 <= std < math.inf):
-        raise CamError(f"{method} needs a finite std >= 0, found {std!r}")
-    if not isinstance(seed, (int, torch.Generator)):
-        raise CamError(f"seed must be an int or a torch.Generator, found {seed!r}")

@@ -1,7 +1,7 @@
 """The table of methods, and what they share: look and resolve at the beginning, draw at the end. No arithmetic here."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, ParamSpec
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from camfn import _compat, layouts
 from camfn import maps as _maps
 from camfn._errors import CamError, warn
-from camfn._types import Combine, FlatMaps, Inputs, Layers, Layout, Maps, Size, Weights, wide
+from camfn._types import Activations, Combine, FlatMaps, Gradients, Inputs, Layers, Layout, Maps, Size, Weights, wide
 from camfn.findings import Finding, about_maps
 from camfn.gradients import slopes_of
 from camfn.inputs import Key, pick, size_of
@@ -40,6 +40,7 @@ class Outcome(NamedTuple):
     heads: int = 0  # activations that went through what comes after the layer, and nothing else
     errors: tuple[Tensor | None, ...] = ()  # for each layer, (n, t): how far a normalised map may be off, where that is not 0
     single: bool = True  # one map per image, without an axis of targets
+    remarks: tuple[Finding, ...] = ()  # what is no reason for a warning, and for a card alone
 
 
 class Method(NamedTuple):
@@ -47,7 +48,8 @@ class Method(NamedTuple):
 
     function: Callable[..., Maps]
     run: Callable[..., Outcome]  # the same, with how the maps came about
-    needs: frozenset[str]  # of "activations", "gradients", "masked inputs", "head", "linear head", "attention"
+    needs: frozenset[str]  # of "activations", "gradients", "masked inputs", "head", "linear head", "attention", "biases",
+    # "any size" (inputs of other sizes than x has)
     cost: str  # for each image and layer, at the defaults: inputs that go through the model ("35 x channels + 1"), then, where
     # there are such, gradients ("1 backward"), and activations through what comes after the layer ("channels + 1 head")
 
@@ -132,7 +134,7 @@ def clean_scores(subject: Subject, score: Score) -> Tensor:
     return scores
 
 
-def slopes_at(subject: Subject, score: Score, layout: Layout) -> list[Tensor]:
+def slopes_at(subject: Subject, score: Score, layout: Layout) -> list[Gradients]:
     """The gradient of each target's score at each layer, `(n, t, c, p)`, of a subject that was captured with a `pull`."""
     if subject.slopes is None or _compat.transformed():
         return _slopes_at(subject, score, layout)
@@ -143,15 +145,34 @@ def slopes_at(subject: Subject, score: Score, layout: Layout) -> list[Tensor]:
     return subject.slopes[key]
 
 
-def _slopes_at(subject: Subject, score: Score, layout: Layout) -> list[Tensor]:
+def _slopes_at(subject: Subject, score: Score, layout: Layout) -> list[Gradients]:
     assert subject.pull is not None
     found = slopes_of(subject.pull, subject.output, score)
-    views = [read(subject, name, found[0][name], layout).view for name in subject.layers]
-    slopes = [torch.stack([view(of[name]) for of in found], 1) for name, view in zip(subject.layers, views)]
-    return [of_layer.to(wide(of_layer.dtype)) for of_layer in slopes]
+    return stacked(subject, found, _views(subject, found[0], layout))
 
 
-def combined(found: Sequence[Tensor], reads: Sequence[Read], how: Combine = "sum") -> list[FlatMaps]:
+def bends_at(subject: Subject, score: Score, layout: Layout) -> list[tuple[Gradients, Gradients]]:
+    """Beside each gradient, the product of the score's Hessian and the activation."""
+    assert subject.pull is not None
+    found = slopes_of(functools.partial(subject.pull, bent=True), subject.output, score)
+    halves = [[{name: pair[half] for name, pair in of.items()} for of in found] for half in (0, 1)]
+    slopes, bends = (stacked(subject, half, _views(subject, half[0], layout)) for half in halves)
+    return list(zip(slopes, bends))
+
+
+def _views(subject: Subject, slopes: Mapping[str, Tensor], layout: Layout) -> list[Callable[[Tensor], Activations]]:
+    return [read(subject, name, slopes[name], layout).view for name in subject.layers]
+
+
+def stacked(
+    subject: Subject, found: Sequence[dict[str, Tensor]], views: Sequence[Callable[[Tensor], Activations]]
+) -> list[Gradients]:
+    """Of each layer, the targets' gradients side by side, in float32 or wider."""
+    seen = [[view(of[name]) for of in found] for name, view in zip(subject.layers, views)]
+    return [torch.stack(values, 1).to(wide(values[0].dtype)) for values in seen]
+
+
+def combined(found: Sequence[Weights | Gradients], reads: Sequence[Read], how: Combine = "sum") -> list[FlatMaps]:
     """`sum_k w_k A_k` at each layer, for weights `(n, t, c)` or `(n, t, c, p)`; or the first component of `w_k A_k`."""
     combine = _maps.combine if how == "sum" else _maps.component
     return [combine(weights, read.values) for weights, read in zip(found, reads)]

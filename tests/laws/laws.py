@@ -52,7 +52,9 @@ class Variant(NamedTuple):
     def has(self) -> set[str]:
         """What its method needs (as METHODS has it), and its options by name; and whether it is of a layer."""
         needs = () if self.method in COMPOSED else camfn.METHODS[self.method].needs
-        return {*needs, *inspect.signature(self.function).parameters, *(["a layer"] if vars(self.function)["of_layer"] else [])}
+        layer = ["a layer"] if vars(self.function)["of_layer"] else []
+        graded = ["a layer's gradient"] if layer and "gradients" in needs else []
+        return {*needs, *inspect.signature(self.function).parameters, *layer, *graded}
 
     @property
     def linear_head(self) -> bool:
@@ -63,7 +65,7 @@ class Variant(NamedTuple):
         return self._replace(options={**self.options, **{name: options[name] for name in options if name in self.has}})
 
 
-OPTIONS = CHEAP | {"fem": {"k": 0.75}, "rise": {"num_samples": 6, "cells": 2}}
+OPTIONS = CHEAP | {"cameras": {"factors": (1.5,)}, "rise": {"num_samples": 6, "cells": 2}}
 VARIANTS = {name: Variant(name, OPTIONS.get(name, {})) for name in (*LAYERED, *COMPOSED)} | {
     "cam, eigen": Variant("cam", {"fc": "fc", "combine": "eigen"}),
     "eigen_cam, centered": Variant("eigen_cam", {"center": True}),
@@ -78,6 +80,10 @@ VARIANTS = {name: Variant(name, OPTIONS.get(name, {})) for name in (*LAYERED, *C
     "ss_cam, input": Variant("ss_cam", {"num_samples": 2, "noise": "input"}),
     "is_cam, linear": Variant("is_cam", {"num_samples": 2, "path": "linear", "recipe": "paper"}),
     "group_cam, two groups": Variant("group_cam", {"groups": 2, "percentile": 70}),
+    "grad_cam, eigen": Variant("grad_cam", {"combine": "eigen"}),
+    "hires_cam, eigen": Variant("hires_cam", {"combine": "eigen"}),
+    "grad_cam_pp, authors": Variant("grad_cam_pp", {"alphas": "authors"}),
+    "full_grad, pytorch-grad-cam": Variant("full_grad", {"form": "pytorch-grad-cam"}),
 }
 
 Law = Callable[[Variant, Case], None]
@@ -123,7 +129,8 @@ def asked(variant: Variant, case: Case) -> Case:
 
 def grid_of(variant: Variant, case: Case) -> tuple[int, ...]:
     """Of a map of no other size."""
-    return activation(case).shape[2:] if "a layer" in variant.has else case.x.shape[2:]
+    own = "a layer" in variant.has and "any size" not in variant.has
+    return activation(case).shape[2:] if own else case.x.shape[2:]
 
 
 def raw(variant: Variant, case: Case, **options: Any) -> Any:
@@ -401,7 +408,8 @@ def activation_moved(variant: Variant, case: Case) -> None:
     w = weights_of(variant, case)
     close(weights_of(variant, other), w)
     before, axes = raw(variant, case), like.ndim - 2
-    moved = (w @ b).reshape(*before.shape[:-axes], *[1] * axes)
+    shift = torch.einsum("ntc...,c->nt...", w, b)  # one number, or one for each position
+    moved = shift.reshape(before.shape) if w.ndim > 3 else shift.reshape(*before.shape[:-axes], *[1] * axes)
     close(raw(variant, other), before + moved)
 
 
@@ -421,7 +429,67 @@ def zero_channel(variant: Variant, case: Case) -> None:
         zero = score(case.model, case, variant.recipe, torch.zeros_like(case.x))
         share = torch.softmax(torch.cat([scores, zero[..., None]], -1), -1)[..., -1]
         before = before * (1 - share).reshape(*before.shape[:-axes], *[1] * axes)
-    close(raw(variant, other), before)
+    close(raw(variant, other, layout="channels_first"), before)  # no layer has so many, and a line could be read either way
+
+
+# --------------------------------------------------------------------------------------------------- the gradients
+
+
+def rescored(case: Case, change: Callable[[Tensor], Tensor]) -> Case:
+    """The model with outputs that are a function of its own, and logits for targets."""
+    model = copy.deepcopy(case.model)
+    return case._replace(model=Changed(model, change), layer=f"model.{case.layer}")
+
+
+class Changed(nn.Module):
+    """A network, and a function of its output."""
+
+    def __init__(self, model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.change = model, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.model(x))
+
+
+CLASSES = torch.tensor([[0, 1]])
+
+
+@law_about("a layer's gradient")
+def activation_rescaled(variant: Variant, case: Case) -> None:
+    """An activation k times as large, which the next layer divides by k, has gradients k times as small, and the same map."""
+    before = raw(variant, case)
+    for k in (1e-2, 0.3, 50.0):
+        close(raw(variant, retapped(case, lambda z, k=k: z * k, lambda z, k=k: z / k)), before)
+
+
+@law_about("a layer's gradient")
+def score_scaled(variant: Variant, case: Case) -> None:
+    """A score k times as large gives a map k times as large."""
+    case = case._replace(target=CLASSES.expand(len(case.x), -1))
+    before = raw(variant, case)
+    for k in (1e-3, 0.3, 50.0):
+        close(raw(variant, rescored(case, lambda y, k=k: y * k)), k * before)
+
+
+@law_about("a layer's gradient")
+def scores_added(variant: Variant, case: Case) -> None:
+    """The map of a difference of two scores is the difference of their maps."""
+    first, second = raw(variant, case._replace(target=CLASSES.expand(len(case.x), -1))).unbind(1)
+    both = rescored(case, lambda y: y[:, :1] - 3 * y[:, 1:2])
+    close(raw(variant, both._replace(target=0)), first - 3 * second)
+
+
+@law_about("a layer's gradient")
+def unread_channel(variant: Variant, case: Case) -> None:
+    """One more channel, of whatever values, that nothing reads adds nothing."""
+
+    def grow(z: Tensor) -> Tensor:
+        return torch.cat([z, z[:, :1].sin() + 0.3], 1)
+
+    c = activation(case).shape[1]
+    other = retapped(case, grow, lambda z: z[:, :c])
+    close(raw(variant, other, layout="channels_first"), raw(variant, case))
 
 
 @law_about("recipe")
@@ -588,18 +656,26 @@ _EIGEN = [name for name, variant in VARIANTS.items() if variant.options.get("com
 _KERNEL = [name for name, variant in VARIANTS.items() if variant.method == "kpca_cam"]
 _FEM = [name for name, variant in VARIANTS.items() if variant.method == "fem"]
 _OF_G = ["eigen_grad_cam", "seg_eigen_cam"]
+_BY_POSITION = ("grad_cam_elementwise", "hires_cam", "hires_cam, eigen", "layer_cam")
+_PRODUCTS = ("grad_cam_elementwise", "shapley_cam", "xgrad_cam")
+_PLUSES = ("grad_cam_pp", "grad_cam_pp, authors", "smooth_grad_cam_pp")
 _CHANNELS_NOISE = "the noise belongs to the number of a channel"
 _CHANNELS_NOISE_AND_DRAWS = "the noise is counted over draws and channels: one channel more moves that of the second draw"
 _PIXELS_NOISE = "the noise belongs to a pixel, and is not flipped"
 _NOISE_NOT_A_PATH = "its scores are of inputs with noise, all of one scale"
 _NOT_A_SOFTMAX = "its weights are the scores themselves, and do not sum to one"
 _CENTERED = "what all positions of a channel share has no part in a principal component"
+_NOT_ADDITIVE = "the components of two maps do not add up to one of their sum"
 _OF_THE_GRID = "what goes with what is asked of the positions that there are, and upsampling makes others"
 _GROUPED = [name for name, variant in VARIANTS.items() if variant.method == "group_cam"]
 _SCALE_MATTERS = "its masks are not min-max of the channels: their zero counts"
 _NEXT_TO_EACH_OTHER = "its groups are of channels that are next to each other"
 _MEAN_OF_MAPS = "it is a mean of maps that have gone through these steps"
 _FROM_ZERO = "it sets the activation to zero, and moved, zero is another value"
+_NOT_LINEAR = "it takes positive gradients alone"
+_ALPHAS = "alphas depend on the score's size, and the weights on both"
+_READS_THE_ACTIVATION = "its weights depend on the activation itself"
+_UNEVEN_GRADIENT = "the gradient varies over positions, and so does its product with what does not"
 _SCALED_FIRST = "its masks are scaled before they are upsampled, and upsampling does not reach all extremes"
 
 EXCEPT = {
@@ -620,7 +696,7 @@ EXCEPT = {
     **{("activation_moved", name): "what moves with the activation is its product with the gradient" for name in _OF_G},
     ("activation_moved", "eigen_cam"): "its weights are of the activation as it is, and go where it goes",
     ("activation_moved", "fem"): "its weights are the means of the channels, and move with them",
-    **{("upsampled_layer", name): _OF_THE_GRID for name in (*_EIGEN, "eigen_cam", "eigen_cam, centered", *_KERNEL, *_FEM)},
+    **{("upsampled_layer", name): _OF_THE_GRID for name in ("eigen_cam", "eigen_cam, centered", *_KERNEL, *_FEM)},
     **{("flat_map", name): "gradients that vary make of channels that do not a product that does" for name in _OF_G},
     ("channels_permuted", "random_cam"): "a weight belongs to the number of a channel",
     ("zero_channel", "mean_cam"): "a mean is over one channel more",
@@ -632,6 +708,15 @@ EXCEPT = {
     ("logits_shifted", "ablation_cam"): "its weights are shares of the logit",
     ("logits_shifted", "recipro_cam"): "its maps are the logits themselves, and move with them",
     ("flat_map", "recipro_cam"): "a head that reads every position by itself tells them apart, where their values do not",
+    **{("upsampled_layer", name): _OF_THE_GRID for name in _EIGEN if "gradients" not in VARIANTS[name].has},
+    **{("scores_added", name): _NOT_ADDITIVE for name in _EIGEN if "gradients" in VARIANTS[name].has},
+    ("flipped", "smooth_grad_cam_pp"): _PIXELS_NOISE,
+    ("flipped", "cameras"): "at other sizes a strided kernel does not cover the input symmetrically",
+    ("activation_moved", "cameras"): "it has no weights that belong to one activation",
+    **{("activation_moved", name): _READS_THE_ACTIVATION for name in (*_PRODUCTS, *_PLUSES)},
+    **{("flat_map", name): _UNEVEN_GRADIENT for name in ("cameras", *_BY_POSITION)},
+    **{("score_scaled", name): _ALPHAS for name in _PLUSES},
+    **{("scores_added", name): _NOT_LINEAR for name in ("grad_cam_elementwise", "layer_cam", *_PLUSES)},
     **{("several_layers", name): "CAM is of the one layer before the pooling: several are an error" for name in _ONE_LAYER},
     ("flipped", "rise"): "its random masks are not flipped",
     ("last_steps", "score_cam_pp"): "its gates are upsampled before their tanh",
@@ -666,8 +751,7 @@ def fixed_cases(variant: Variant) -> list[Case]:
     where gradients count, one with a layer that is not the last, and a score that is not linear behind it."""
     square = Spec(sides=(6, 6), channels=4, classes=4, dead=1, inplace=True, training=True, seed=1)
     oblong = Spec(sides=(5, 6), block="residual", channels=4, classes=4, inplace=True, seed=2)
-    graded = "gradients" in camfn.METHODS[variant.method].needs
-    curved = [fixed_case(oblong, "block", camfn.targets.rest([3, 0, 1]))] if graded else []
+    curved = [fixed_case(oblong, "block", camfn.targets.rest([3, 0, 1]))] if "a layer's gradient" in variant.has else []
     return [
         *curved,
         fixed_case(square, "features", [2, 0, 1]),

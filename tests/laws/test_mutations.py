@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import camfn
 from laws.laws import EXCEPT, LAWS, VARIANTS, fixed_cases
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarning")
@@ -145,6 +146,52 @@ def mask_of_the_neighbouring_channel(rows_from):
         return rows_from(subject, read._replace(values=read.values.roll(1, 1)), *args)
 
     return rolled
+
+
+# ----------------------------------------------------------------------------------------------------- the gradients
+
+
+@mutation("weights:grad_cam", activation_rescaled="grad_cam", score_scaled="grad_cam", scores_added="grad_cam")
+def sign_of_the_gradient(grad_cam):
+    return lambda gradients: grad_cam(gradients.sign())
+
+
+@mutation("weights:grad_cam", scores_added="grad_cam")
+def only_positive_gradients(grad_cam):
+    return lambda gradients: grad_cam(gradients.relu())
+
+
+@mutation("weights:grad_cam", unread_channel="grad_cam", zero_channel="grad_cam")
+def weights_less_their_mean(grad_cam):
+    def centred(gradients):
+        weights = grad_cam(gradients)
+        return weights - weights.mean(-1, keepdim=True)
+
+    return centred
+
+
+@mutation("weights:shapley_cam", activation_rescaled="shapley_cam")
+def hessian_without_the_activation(shapley_cam):
+    return lambda gradients, bends: shapley_cam(gradients, bends / (bends.abs().amax(-1, keepdim=True) + 1e-9))
+
+
+@mutation("methods.graded:slopes_at", many_targets="hires_cam", score_scaled="layer_cam")
+def gradients_scaled_to_one(slopes_at):
+    return lambda *args: [slopes / slopes.abs().amax((1, 2, 3), keepdim=True) for slopes in slopes_at(*args)]
+
+
+@mutation("methods.averaged:noises", repeated="smooth_grad_cam_pp")
+def noisy_inputs_from_the_global_generator(noises):
+    return lambda draws, std, seed, like: std * torch.randn(draws, *like.shape)
+
+
+@mutation("maps:saliency", neighbours="full_grad")
+def saliency_over_the_batch(saliency):
+    def whole(part, size, *, each=False, align_corners=True):
+        high = part.abs().amax()
+        return camfn.maps.resize(part.abs().sum(1) / high, size, align_corners=align_corners)
+
+    return whole
 
 
 # --------------------------------------------------------------------------------------------------------- the noise
