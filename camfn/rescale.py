@@ -94,7 +94,8 @@ _AFFINE = _NORMS | _named(
     reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pixel_shuffle
     pixel_unshuffle im2col col2im unfold upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d
     upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
-    _adaptive_avg_pool2d _adaptive_avg_pool3d zeros_like ones_like full_like new_zeros new_ones new_full
+    _adaptive_avg_pool2d _adaptive_avg_pool3d slice_scatter select_scatter zeros_like ones_like full_like new_zeros
+    new_ones new_full
     """
 )
 """Affine in their tensors, where `_ONE_OF` and `_STILL` hold."""

@@ -158,7 +158,12 @@ def _first(subject: Subject, images: Tensor) -> Inputs:
 
 
 def _read(score: Score, output: Any, count: int) -> list[Tensor]:
-    """What counts of an output for `count` inputs: the logits, or what the targets make of it. Other parts do not."""
+    """What counts of an output for `count` inputs: it, or its logits, or what the targets make of it. Other parts do not.
+
+    One tensor counts as it is: rounding is of its size, and a difference of two of its values may be far smaller.
+    """
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return [output]
     if reads_logits(score.of) and not isinstance(output, list):
         return [logits_of(output)]
 

@@ -103,7 +103,7 @@ def _group_masks(part: Read, slopes: Gradients, groups: int, percentile: float |
     pieces = zip(weights.grad_cam(slopes).chunk(groups, -1), part.values.chunk(groups, 1))
     levels = torch.relu(torch.stack([maps.combine(w, values) for w, values in pieces], 2))
     if percentile is not None:
-        bound = levels.quantile(percentile / 100, dim=-1, keepdim=True)
+        bound = maps.percentile(levels, percentile)
         levels = torch.where(levels > bound, levels, 0)
     # Upsampling is linear: scaled on the grid by the extremes of what is upsampled, a map is upsampled to a scaled one.
     pieces = levels.flatten(0, 2).unflatten(-1, part.grid).split(_AT_ONCE)

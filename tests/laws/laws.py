@@ -57,6 +57,11 @@ class Variant(NamedTuple):
         return {*needs, *inspect.signature(self.function).parameters, *layer, *graded}
 
     @property
+    def given(self) -> dict[str, Any]:
+        """Its options, and how a layer is read: on tiny grids, with as few channels, that can be open."""
+        return {"layout": "channels_first", **self.options} if "a layer" in self.has else self.options
+
+    @property
     def linear_head(self) -> bool:
         return "linear head" in self.has
 
@@ -119,7 +124,12 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 
 def maps(variant: Variant, case: Case, **options: Any) -> Any:
-    return variant.function(*asked(variant, case), **{**variant.options, **options})
+    return variant.function(*asked(variant, case), **{**variant.given, **options})
+
+
+def told(variant: Variant, case: Case) -> Any:
+    """All that the method tells, not its maps alone."""
+    return vars(variant.function)["run"](*asked(variant, case), **variant.given)
 
 
 def asked(variant: Variant, case: Case) -> Case:
@@ -139,8 +149,8 @@ def raw(variant: Variant, case: Case, **options: Any) -> Any:
 
 
 def weights_of(variant: Variant, case: Case) -> Tensor:
-    """`(n, t, c)`."""
-    found = camfn.METHODS[variant.method].run(*case, **variant.options).weights
+    """`(n, t, c)`, or `(n, t, c, p)` of a method with a weight for each position."""
+    found = told(variant, case).weights
     assert found, "it has no weight for a channel as a whole"
     return found[0]
 
@@ -257,7 +267,7 @@ def form(variant: Variant, case: Case) -> None:
     """A map per image (and target) on the layer's grid, or at the size asked for, in [0, 1] with both ends reached, unless
     it is flat: zeros then. In the dtype of the model."""
     grid, n = grid_of(variant, case), len(case.x)
-    outcome = vars(variant.function)["run"](*asked(variant, case), **variant.options)
+    outcome = told(variant, case)
     for size, shape in ((None, grid), ("input", case.x.shape[2:]), ([2] * len(grid), (2,) * len(grid))):
         found = maps(variant, case, size=size)
         t = () if found.ndim == 1 + len(grid) else (outcome.scores.shape[1],)
@@ -348,8 +358,8 @@ def channels_permuted(variant: Variant, case: Case) -> None:
     back = order.argsort()
     other = rechanneled(variant, case, lambda z: z[:, order], lambda z: z[:, back], lambda w: w[:, order])
     close(raw(variant, other), raw(variant, case))
-    if camfn.METHODS[variant.method].run(*case, **variant.options).weights:
-        close(weights_of(variant, other), weights_of(variant, case)[..., order])
+    if told(variant, case).weights:
+        close(weights_of(variant, other), weights_of(variant, case)[:, :, order])
 
 
 @law
@@ -429,7 +439,7 @@ def zero_channel(variant: Variant, case: Case) -> None:
         zero = score(case.model, case, variant.recipe, torch.zeros_like(case.x))
         share = torch.softmax(torch.cat([scores, zero[..., None]], -1), -1)[..., -1]
         before = before * (1 - share).reshape(*before.shape[:-axes], *[1] * axes)
-    close(raw(variant, other, layout="channels_first"), before)  # no layer has so many, and a line could be read either way
+    close(raw(variant, other), before)
 
 
 # --------------------------------------------------------------------------------------------------- the gradients
@@ -489,7 +499,7 @@ def unread_channel(variant: Variant, case: Case) -> None:
 
     c = activation(case).shape[1]
     other = retapped(case, grow, lambda z: z[:, :c])
-    close(raw(variant, other, layout="channels_first"), raw(variant, case))
+    close(raw(variant, other), raw(variant, case))
 
 
 @law_about("recipe")
@@ -671,6 +681,9 @@ _GROUPED = [name for name, variant in VARIANTS.items() if variant.method == "gro
 _SCALE_MATTERS = "its masks are not min-max of the channels: their zero counts"
 _NEXT_TO_EACH_OTHER = "its groups are of channels that are next to each other"
 _MEAN_OF_MAPS = "it is a mean of maps that have gone through these steps"
+_GAINS = "its gains are of probabilities"
+_STEPS = "its steps are of one size, whatever the slope's, and its weights a softmax over the channels that there are"
+_OF_SCALES = ("zero_channel", "unread_channel", "activation_rescaled", "score_scaled", "scores_added")
 _FROM_ZERO = "it sets the activation to zero, and moved, zero is another value"
 _NOT_LINEAR = "it takes positive gradients alone"
 _ALPHAS = "alphas depend on the score's size, and the weights on both"
@@ -721,10 +734,19 @@ EXCEPT = {
     ("flipped", "rise"): "its random masks are not flipped",
     ("last_steps", "score_cam_pp"): "its gates are upsampled before their tanh",
     ("activation_moved", "score_cam_pp"): _SCALE_MATTERS,
-    **{("last_steps", name): "its masks begin at zero where they are upsampled, not on the grid" for name in _GROUPED},
+    ("last_steps", "group_cam"): "its masks begin at zero where they are upsampled, not on the grid",
     **{("activation_moved", name): _SCALE_MATTERS for name in _GROUPED},
     ("channels_permuted", "group_cam, two groups"): _NEXT_TO_EACH_OTHER,
     ("zero_channel", "group_cam, two groups"): _NEXT_TO_EACH_OTHER,
+    ("unread_channel", "group_cam, two groups"): _NEXT_TO_EACH_OTHER,
+    **{(name, grouped): _GAINS for name in ("score_scaled", "scores_added") for grouped in _GROUPED},
+    **{(name, "opti_cam"): _STEPS for name in _OF_SCALES},
+    (
+        "activation_rescaled",
+        "lift_cam",
+    ): "its weights are contributions, which no scale changes",
+    **{("scores_added", name): _NOT_ADDITIVE for name in _OF_G},
+    ("upsampled_layer", "ensemble(grad_cam, score_cam)"): _SCALED_FIRST,
     **{("last_steps", name): _MEAN_OF_MAPS for name in COMPOSED},
     ("flipped", "augment(smooth(grad_cam))"): _PIXELS_NOISE,
 }
