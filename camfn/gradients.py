@@ -50,7 +50,7 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
     nudge = next_zero if names is None else tuple(functools.partial(zero, name) for name in names)
 
     with torch.inference_mode(False), torch.enable_grad():
-        state = {name: t.clone() if t.is_inference() else t.detach() for name, t in state.items()}
+        state = tree_map(ungraphed, state)
         x = tree_map(functools.partial(copied, alone=True), x)
         output, seen = run(state, x, nudge)
 
@@ -145,12 +145,32 @@ def last_slope(pull: Pull, output: Any, score: Score) -> Tensor:
     return slope
 
 
+def slope_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The gradient of a function to one number: by a graph that begins at its argument, or, under a transform, by `grad`."""
+    if _compat.transformed():
+        return grad(function)
+
+    def slope(at: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            at = at.detach().clone().requires_grad_()
+            return _gradients(function(at), {0: at})[0]
+
+    return slope
+
+
 def _sums(output: Any, score: Score) -> list[Callable[[Any], Tensor]]:
     """For each target, the function of an output that sums its score over images."""
     with torch.inference_mode(False):
         rows = tree_map(torch.clone, score.rows)  # no inference tensors, whatever mode they were made in
     targets = score_rows(score.of, output, rows).shape[1]
     return [lambda output, t=t: score_rows(score.of, output, rows)[:, t].sum() for t in range(targets)]
+
+
+def ungraphed(leaf: Any) -> Any:
+    """A tensor that a graph may be made with, and that has none."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.clone() if leaf.is_inference() else leaf.detach()
 
 
 def copied(leaf: Any, alone: bool = False) -> Any:

@@ -595,7 +595,7 @@ def test_a_generator_or_seed_of_the_caller_is_not_advanced(method):
     first = run(method, net, "features", x, seed=generator)
     assert torch.equal(generator.get_state(), before)
     assert torch.equal(first, run(method, net, "features", x, seed=5))
-    noisy = method in ("ss_cam", "rise", "random_cam")  # the others draw for budgets alone
+    noisy = method in ("ss_cam", "rise", "random_cam", "smooth_grad_cam_pp")  # the others draw for budgets alone
     assert torch.equal(first, run(method, net, "features", x, seed=6)) != noisy
 
 
@@ -770,9 +770,9 @@ def test_masked_says_which_input_is_masked(method):
 @every_method
 def test_integer_inputs_beside_the_image_are_left_alone(method):
     net = TwoInputs()
-    found = run(method, net, "inner.features", (inputs(3), GAIN, IDS), 2)
-    scored = {"masked inputs", "head"} & camfn.METHODS[method].needs  # by logits, to which the integers add a constant
-    assert_close(found, run(method, net, "inner.features", (inputs(3), GAIN), 2), 1e-10 if scored else 0.0)
+    ids = torch.arange(3)[:, None]  # added to all logits alike
+    found = run(method, net, "inner.features", (inputs(3), GAIN, ids), 2)
+    assert_close(found, run(method, net, "inner.features", (inputs(3), GAIN), 2), 1e-10)
 
 
 @dataclasses.dataclass
@@ -1063,6 +1063,8 @@ ROUGH = 1e-9
 @pytest.mark.parametrize("wrt", ["x", "state="])
 @every_row_and_one
 def test_gradients_and_directional_derivatives_agree_with_finite_differences(method, wrt, flat, options):
+    if flat and method == "opti_cam":
+        pytest.skip("it divides a slope by its size, and a flat channel's is rounding alone")
     net, x = Smooth(flat), picture_of()
     sides = (9, 9) if "size" in options else size_of(method, (3, 3), (9, 9))
     weighing = torch.randn(2, *sides, generator=torch.Generator().manual_seed(8))
@@ -1077,7 +1079,7 @@ def test_gradients_and_directional_derivatives_agree_with_finite_differences(met
     else:
         along = directions(at, 1)
     expected = slope(maps, at, along)
-    assert expected.abs().max() > 1e-3
+    assert expected.abs().max() > 1e-4
     _, found = jvp(maps, (at,), (along,))
     scale = max(1.0, float(expected.abs().max()))
     assert_close(found / scale, expected / scale, ROUGH, "jvp")

@@ -5,18 +5,21 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
+from torch.func import vmap
+from torch.utils._pytree import tree_map
 
 from camfn import _compat, maps
 from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target, wide
 from camfn.execution import Sweep, checked, counter
+from camfn.gradients import slope_of, ungraphed
 from camfn.kernel import Kernel, Rows
 from camfn.layouts import Read
 from camfn.masks import unit
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
 from camfn.runner import Room, Runner, chunk_of, rows_of, runner_of
 from camfn.scoring import in_chunks
+from camfn.shell import shell_of
 from camfn.subject import Key, Subject, look, without_graph
 from camfn.targets import Score, resolve, rows_at, score_rows
 
@@ -73,8 +76,8 @@ def opti_cam(
     if not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
         raise CamError(f"opti_cam needs a finite rate > 0, found {rate!r}")
     drawing = Drawing(relu, size, normalize, checked_combine(combine))
-    subject = look(model, layer, x, state, masked, masks=True)
-    with without_graph():
+    with torch.inference_mode(False), without_graph():
+        subject = _bare(look(model, layer, x, state, masked, masks=True))
         score = resolve(target, subject.output, subject.n, subject.image.device)
         clean = clean_scores(subject, score)
         reads = [read(subject, name, activation, layout) for name, activation in zip(subject.layers, subject.seen)]
@@ -93,11 +96,20 @@ def opti_cam(
         return outcome._replace(weights=tuple(found), forwards=total, backwards=forwards)
 
 
+def _bare(subject: Subject) -> Subject:
+    """In a plain call a graph of its own is made of each step: nothing else may belong to one, or forbid it."""
+    if _compat.transformed():
+        return subject
+    x, state, seen = (tree_map(ungraphed, part) for part in (subject.x, subject.state, subject.seen))
+    return subject._replace(x=x, state=state, seen=seen)
+
+
 def _tell(tick: Callable[[int | None], None], steps: int, rows: int | None) -> None:
     """Of every row its forwards."""
     tick(None if rows is None else rows * steps)
 
 
+@_compat.eager
 def _weights(
     subject: Subject,
     runner: Runner,
@@ -115,7 +127,7 @@ def _weights(
     def found(rows: Rows) -> Tensor:
         u = torch.zeros(len(rows["image"]), c, dtype=wide(part.values.dtype), device=device)
         height = partial(_height, subject, runner, score, part, rows["image"], rows["target"])
-        return torch.softmax(climb(grad(height), u), -1)
+        return torch.softmax(climb(slope_of(height), u), -1)
 
     def rows(index: Tensor) -> Rows:
         return {"image": torch.div(index, targets, rounding_mode="floor"), "target": index % targets}
@@ -142,6 +154,8 @@ def _mask(size: tuple[int, ...], part: Read, level: Tensor) -> Tensor:
 
 
 def _scores(subject: Subject, runner: Runner, score: Score, image: Tensor, masked: Tensor) -> Tensor:
+    if _compat.transformed():  # a model may write to tensors that it holds if they are as new as the innermost transform
+        runner = runner._replace(shell=shell_of(subject.model))
     output = runner.call()(runner.state, rows_of(subject.x, subject.key, image, subject.n, masked))
     return score_rows(score.of, output, rows_at(score.rows, image))
 
