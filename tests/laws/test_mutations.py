@@ -242,7 +242,7 @@ def cells_from_the_global_generator(random_cells):
 # --------------------------------------------------------------------------------------------- the sweep, the target
 
 
-@mutation("scoring:_in_chunks", chunk_size="score_cam")
+@mutation("scoring:in_chunks", chunk_size="score_cam")
 def last_incomplete_chunk_dropped(in_chunks):
     def dropped(kernel, rows_of, index, room, tick):
         found = in_chunks(kernel, rows_of, index, room, tick)
