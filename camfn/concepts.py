@@ -10,9 +10,9 @@ from camfn import _compat, maps, nmf
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layer, Layout, Size, State, Target, wide
 from camfn.capture import is_several, tap_from
+from camfn.inputs import rows_of
 from camfn.methods.activation import Seen, look_at
 from camfn.methods.table import checked_size
-from camfn.runner import rows_of
 from camfn.shell import shell_of
 from camfn.subject import without_graph
 from camfn.targets import rows_at, score_rows
@@ -117,7 +117,7 @@ def _scores(seen: Seen, vectors: Tensor, image: int) -> Tensor:
     subject, (part,) = seen.subject, seen.reads
     numbers = torch.full((len(vectors),), image, device=vectors.device)
     values = vectors[..., None].expand(-1, -1, part.values.shape[-1]).to(part.values.dtype)
-    inputs = rows_of(subject.x, subject.key, numbers, subject.n, subject.image.index_select(0, numbers))
+    inputs = rows_of(subject.x, subject.place, numbers, subject.image.index_select(0, numbers))
     run = tap_from(shell_of(subject.model), subject.layers)
     output = run(subject.state, inputs, None, (part.restore(values, numbers),)).output
     return score_rows(seen.score.of, output, rows_at(seen.score.rows, numbers))

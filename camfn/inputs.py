@@ -1,11 +1,11 @@
 """The inputs of a model: what `x` may be, which of it has the pixels, and what is wrong with it."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from camfn import _compat
 from camfn._errors import CamError
@@ -13,6 +13,13 @@ from camfn._types import Inputs, State
 
 Key = str | int | None
 """Which input has the pixels; `None` where x is the only one."""
+
+
+class Place(NamedTuple):
+    """Where the pixels are among the inputs, and what goes with them."""
+
+    key: Key
+    rows: int  # inputs of so many rows have one for each image; 0: none has
 
 
 def plain(x: Any) -> Any:
@@ -37,6 +44,24 @@ def with_input(x: Inputs, key: Key, value: Tensor) -> Inputs:
     if isinstance(x, Mapping):
         return {**x, str(key): value}
     return tuple(value if i == key else item for i, item in enumerate(x))
+
+
+def beside(x: Inputs, key: Key, rows: int) -> list[Tensor]:
+    """The inputs beside the one with the pixels that have so many rows."""
+    others = with_input(x, key, torch.empty(())) if key is not None else None
+    return [leaf for leaf in tree_flatten(others)[0] if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows]
+
+
+def rows_of(x: Inputs, place: Place, image: Tensor, masked: Tensor) -> Inputs:
+    """The inputs of a chunk: the masked one, and of those that go with it the rows of the same images."""
+    if place.key is None:
+        return with_input(x, None, masked)
+
+    def pick(leaf: Any) -> Any:
+        goes_along = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == place.rows > 0
+        return leaf.index_select(0, image) if goes_along else leaf
+
+    return with_input(tree_map(pick, x), place.key, masked)
 
 
 def size_of(x: Inputs, key: Key) -> tuple[int, ...] | None:

@@ -18,10 +18,10 @@ from camfn import _compat, keep
 from camfn._errors import warn
 from camfn._types import Inputs, State
 from camfn.execution import Sweep
-from camfn.inputs import Key, pick, with_input
+from camfn.inputs import Place, pick, rows_of, with_input
 from camfn.masks import Rule, masked_input
 from camfn.memory import is_exhausted
-from camfn.runner import Runner, rows_of, weakly
+from camfn.runner import Runner, weakly
 from camfn.subject import Subject
 from camfn.targets import Score, rows_at, score_rows
 
@@ -47,22 +47,22 @@ def mask_row(rule: Rule, images: Tensor, row: Rows) -> Tensor:
 
 
 def folded(
-    call: Callable[[State, Inputs], Any], of: Any, rule: Rule, key: Key, state: State, x: Inputs, targets: Any, rows: Rows
+    call: Callable[[State, Inputs], Any], of: Any, rule: Rule, place: Place, state: State, x: Inputs, targets: Any, rows: Rows
 ) -> Tensor:
     """The scores `(b, t)` of a chunk of rows: masking and targets mapped, the chunk a batch of the model."""
-    images = pick(x, key)
+    images = pick(x, place.key)
     masked = vmap(functools.partial(mask_row, rule, images))(rows)
-    output = call(state, rows_of(x, key, rows["image"], images.shape[0], masked))
+    output = call(state, rows_of(x, place, rows["image"], masked))
     return score_rows(of, output, rows_at(targets, rows["image"]))
 
 
 def mapped(
-    call: Callable[[State, Inputs], Any], of: Any, rule: Rule, key: Key, state: State, x: Inputs, targets: Any, rows: Rows
+    call: Callable[[State, Inputs], Any], of: Any, rule: Rule, place: Place, state: State, x: Inputs, targets: Any, rows: Rows
 ) -> Tensor:
     """The same by the definition: one row, model and all, mapped over the chunk."""
 
     def one(row: Rows) -> Tensor:
-        return folded(call, of, rule, key, state, x, targets, {name: value[None] for name, value in row.items()})[0]
+        return folded(call, of, rule, place, state, x, targets, {name: value[None] for name, value in row.items()})[0]
 
     return vmap(one)(rows)
 
@@ -73,7 +73,7 @@ def kernel_of(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: 
     # Images with the channels last give masked inputs that have them last: nothing is left to be moved.
     image = subject.image.contiguous(memory_format=torch.channels_last) if runner.channels_last else subject.image
     x = with_input(subject.x, subject.key, image)
-    arguments = (runner.call(), score.of, rule, subject.key, runner.state, x, score.rows)
+    arguments = (runner.call(), score.of, rule, subject.place, runner.state, x, score.rows)
     eager = Kernel(functools.partial(body, *arguments), False)
     if options.compile is False or _compat.transformed():
         return eager
@@ -94,7 +94,7 @@ def kernel_of(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: 
 def _key(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: tuple[int, ...]) -> Any:
     state = tuple((t.dtype, t.device) for t in runner.state.values())
     of = weakly(score.of), keep.shapes(score.rows)
-    settings = (rule.static(), grid, subject.key, runner.folded, runner.channels_last, runner.room.asked, runner.dtype)
+    settings = (rule.static(), grid, subject.place, runner.folded, runner.channels_last, runner.room.asked, runner.dtype)
     return "kernel", of, settings, keep.shapes(subject.x), state, runner.known
 
 

@@ -18,11 +18,12 @@ from camfn._types import Inputs
 from camfn.capture import Captured, tap_from
 from camfn.execution import Sweep
 from camfn.heads import Head, head_of
+from camfn.inputs import rows_of
 from camfn.kernel import Kernel, Rows
 from camfn.layouts import Read
 from camfn.memory import is_exhausted
 from camfn.rewrite import is_close
-from camfn.runner import Room, chunk_of, free_share, rows_of
+from camfn.runner import Room, chunk_of, free_share
 from camfn.scoring import in_chunks
 from camfn.shell import shell_of
 from camfn.subject import Subject
@@ -133,7 +134,7 @@ class _Site(NamedTuple):
         subject, numbers = self.sweeper.subject, self.number.expand(count)
         if isinstance(subject.x, list):  # of several sizes, maybe
             return [subject.x[self.image].clone() for _ in range(count)]
-        return rows_of(subject.x, subject.key, numbers, subject.n, subject.image.index_select(0, numbers))
+        return rows_of(subject.x, subject.place, numbers, subject.image.index_select(0, numbers))
 
     def restored(self, values: Tensor) -> Tensor:
         """Activations `(b, c, p)` as the layer returns them."""

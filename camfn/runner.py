@@ -13,14 +13,12 @@ from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, State
 from camfn.capture import pure_from
-from camfn.draws import refusing_draws
 from camfn.execution import CHUNK, Sweep
-from camfn.inputs import Key, with_input
-from camfn.keep import kept, shapes
+from camfn.inputs import rows_of
 from camfn.memory import Ledger, free_bytes, is_exhausted
 from camfn.rewrite import channels_last, find_folds, is_close, merge_norms
 from camfn.shell import Shell, shell_of
-from camfn.subject import Subject
+from camfn.subject import Subject, once
 from camfn.targets import Score, distinct, logits_of, reads_logits, score_rows
 
 _WORTH = 24  # rows from which the forward that checks a rewritten model pays
@@ -75,18 +73,6 @@ class Runner(NamedTuple):
         return call
 
 
-def rows_of(x: Inputs, key: Key, image: Tensor, n: int, masked: Tensor) -> Inputs:
-    """The inputs of a chunk: the masked one, and of the others the rows of the same images."""
-    if key is None:
-        return with_input(x, None, masked)
-
-    def pick(leaf: Any) -> Any:
-        per_image = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == n
-        return leaf.index_select(0, image) if per_image else leaf
-
-    return with_input(tree_map(pick, x), key, masked)
-
-
 def runner_of(subject: Subject, score: Score, options: Sweep, rows: int) -> Runner:
     """The model as it is best run for so many rows: as it is, or as a copy whose function is the same to rounding."""
     shell = shell_of(subject.model)  # the subject's own has ports
@@ -106,7 +92,7 @@ def runner_of(subject: Subject, score: Score, options: Sweep, rows: int) -> Runn
 
 def _rewritten(subject: Subject, score: Score, own: Runner, rows: int) -> Runner:
     """Batch norms merged, channels last; less of it where the model does not take that, which one forward tells."""
-    folds, reuse = _once(subject, "folds", lambda: find_folds(subject.model, subject.state, _first(subject, _image(subject))))
+    folds, reuse = once(subject, "folds", lambda: find_folds(subject.model, subject.state, _first(subject, _image(subject))))
     if rows * reuse < _REUSED:
         return own
     images = any(tensor.ndim == 4 for tensor in own.state.values())
@@ -154,7 +140,7 @@ def _image(subject: Subject) -> Tensor:
 def _first(subject: Subject, images: Tensor) -> Inputs:
     """Inputs with these images, and with what belongs to the first image beside each."""
     first = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    return rows_of(subject.x, subject.key, first, subject.n, images)
+    return rows_of(subject.x, subject.place, first, images)
 
 
 def _read(score: Score, output: Any, count: int) -> list[Tensor]:
@@ -174,18 +160,6 @@ def _read(score: Score, output: Any, count: int) -> list[Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------- facts
-
-
-def _once(subject: Subject, what: Any, find: Callable[[], Any]) -> Any:
-    """What is true of a model of this structure on inputs of this shape, found once."""
-    key = "fact", what, shapes(subject.x, batch=False), subject.key, subject.known
-
-    def found() -> Any:
-        # Not in inference mode, whose tensors a model may not write to outside of it.
-        with torch.inference_mode(False), torch.no_grad(), refusing_draws():
-            return (find(),)  # in a tuple: a fact may be false
-
-    return kept(subject.model, key, found)[0]
 
 
 def takes_batches(subject: Subject, score: Score) -> Literal["whole", "mapped", "alone"]:
@@ -214,7 +188,7 @@ def takes_batches(subject: Subject, score: Score) -> Literal["whole", "mapped", 
         return "mapped" if gives(vmap(one)) else "alone"
 
     try:
-        return _once(subject, ("batches", read), find)
+        return once(subject, ("batches", read), find)
     except RuntimeError as error:
         if is_exhausted(error):  # which says nothing about the model; the sweep will see
             return "whole"
@@ -229,7 +203,7 @@ def _row_bytes(subject: Subject) -> int:
             pure_from(shell_of(subject.model))(subject.state, _first(subject, _image(subject)))
         return ledger.peak
 
-    return _once(subject, "bytes", find)
+    return once(subject, "bytes", find)
 
 
 class _Same:

@@ -13,11 +13,12 @@ from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Scores, wide
 from camfn.execution import Sweep, pays
+from camfn.inputs import rows_of
 from camfn.kernel import Kernel, Rows, kernel_of, mask_row
 from camfn.layouts import Read
 from camfn.masks import Rule, Variation, noise_stream
 from camfn.memory import is_exhausted
-from camfn.runner import Room, Runner, rows_of
+from camfn.runner import Room, Runner
 from camfn.subject import Subject, first_nonfinite
 from camfn.targets import Score, score_rows
 
@@ -121,7 +122,7 @@ def scores_of(score: Callable[[Tensor], Tensor], todo: Plan, variation: Variatio
 
 def _raise_nonfinite(subject: Subject, runner: Runner, rule: Rule, index: Tensor, rows: Rows) -> NoReturn:
     masked = vmap(partial(mask_row, rule, subject.image))(rows)
-    x = rows_of(subject.x, subject.key, rows["image"], subject.n, masked)
+    x = rows_of(subject.x, subject.place, rows["image"], masked)
     _, channel, image = index[0].tolist()
     where = first_nonfinite(subject.model, subject.state, x)
     if runner.dtype is not None:

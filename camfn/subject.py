@@ -13,13 +13,16 @@ from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layers, State
 from camfn.attention import attended
-from camfn.capture import Captured, resolve_state, tap_from, watch
+from camfn.capture import Captured, pure_from, resolve_state, tap_from, watch
+from camfn.draws import refusing_draws
 from camfn.gradients import Pull, Run, copied, with_pull
-from camfn.inputs import Key, check_inputs, key_of, pick, plain, size_of, with_input
+from camfn.inputs import Key, Place, beside, check_inputs, key_of, pick, plain, rows_of, size_of, with_input
 from camfn.keep import is_made, kept, shapes, structure
 from camfn.layers import choose
+from camfn.memory import is_exhausted
 from camfn.ports import is_several, resolve_layers
 from camfn.shell import Shell, is_quantised, shell_of
+from camfn.targets import logits_of
 
 
 class Subject(NamedTuple):
@@ -39,11 +42,17 @@ class Subject(NamedTuple):
     known: Hashable  # the model's structure; None under a transform
     pull: Pull | None = None  # where it was looked at with `graph=True`
     slopes: dict[Any, Any] | None = None  # where several methods share them
+    beside: int | None = None  # inputs of so many rows have one for each image: n where it is not found to be 0
 
     @property
     def image(self) -> Tensor:
         """The input that has the pixels, `(n, k, *size)`."""
         return pick(self.x, self.key)
+
+    @property
+    def place(self) -> Place:
+        """Where its pixels are among the inputs, and what goes with them."""
+        return Place(self.key, self.n if self.beside is None else self.beside)
 
     @property
     def size(self) -> tuple[int, ...] | None:
@@ -117,7 +126,43 @@ def look(
     trust(subject)
     seen = tuple(captured.seen[distinct.index(name)] for name in names)
     told: dict[str, Any] = {"layers": tuple(names), "several": is_several(layer), "forwards": forwards}
-    return subject._replace(output=captured.output, seen=seen, pull=pull, **told)
+    subject = subject._replace(output=captured.output, seen=seen, pull=pull, **told)
+    return subject._replace(beside=_rows_beside(subject))
+
+
+def _rows_beside(subject: Subject) -> int:
+    """Has an input of n rows one for each image, or only as many, as two texts for two images? A batch of the first image
+    twice tells, where the logits can be read: both have those that it had."""
+    n, x, key = subject.n, subject.x, subject.key
+    if subject.known is None or not beside(x, key, n):
+        return n
+
+    def find() -> int:
+        call, twice = pure_from(shell_of(subject.model)), torch.zeros(2, dtype=torch.long, device=subject.image.device)
+        for rows in (n, 0):
+            try:
+                expected = logits_of(subject.output)[twice]
+                found = logits_of(call(subject.state, rows_of(x, Place(key, rows), twice, subject.image[twice])))
+                if found.shape == expected.shape and bool(((found - expected).abs() <= 0.01 * expected.abs().amax()).all()):
+                    return rows
+            except Exception as error:
+                if is_exhausted(error):
+                    raise
+        return n
+
+    return once(subject, ("rows beside", n), find)
+
+
+def once(subject: Subject, what: Any, find: Callable[[], Any]) -> Any:
+    """What is true of a model of this structure on inputs of this shape, found once."""
+    key = "fact", what, shapes(subject.x, batch=False), subject.key, subject.known
+
+    def found() -> Any:
+        # Not in inference mode, whose tensors a model may not write to outside of it.
+        with torch.inference_mode(False), torch.no_grad(), refusing_draws():
+            return (find(),)  # in a tuple: a fact may be false
+
+    return kept(subject.model, key, found)[0]
 
 
 def tapped(subject: Subject, names: Sequence[str], shell: Shell | None = None) -> Run:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_close, torchvision_models
+from support import CHEAP, assert_close, torchvision_models
 from test_rewrite import Net, images, loop_maps, pair, seeded, signed_maps
 from torch import Tensor, nn
 
@@ -485,3 +485,29 @@ def test_an_option_read_from_a_file_is_as_good(name):
     model, x = seeded(Watched()), images()
     value = "".join(("au", "to"))  # equal to "auto", and another object
     assert torch.equal(signed_maps(model, LAYER, x, 3, sweep=Sweep(**{name: value})), signed_maps(model, LAYER, x, 3))
+
+
+class Compared(nn.Module):
+    """Images against texts, as CLIP has them: logits `(images, texts)`, and the texts' own."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.words = nn.Conv2d(3, 6, 3), nn.Embedding(20, 6)
+
+    def forward(self, pixels, texts):
+        seen = self.features(pixels).relu().mean((2, 3))
+        return {"logits_per_image": seen @ self.words(texts).mean(1).T, "texts": texts}
+
+
+@pytest.mark.parametrize("method", ["score_cam", "rise", "ablation_cam", "recipro_cam", "opti_cam"])
+@pytest.mark.parametrize("texts", [1, 2, 3])
+def test_as_many_texts_as_images_belong_to_all_images(method, texts):
+    torch.manual_seed(0)
+    model, x = Compared().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    words = torch.randint(20, (texts, 4))
+    function, given = camfn.METHODS[method].function, {**CHEAP.get(method, {}), "relu": False, "normalize": False}
+    layer = "features" if camfn.METHODS[method].of_layer else None
+    found = function(model, layer, {"pixels": x, "texts": words}, texts - 1, **given)
+    alone = [function(model, layer, {"pixels": x[i : i + 1], "texts": words}, texts - 1, **given) for i in range(2)]
+    assert_close(found, torch.cat(alone), 1e-12)
+    assert float(found.abs().max()) > 1e-3

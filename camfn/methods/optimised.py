@@ -13,11 +13,12 @@ from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target, wide
 from camfn.execution import Sweep, checked, counter
 from camfn.gradients import slope_of, ungraphed
+from camfn.inputs import rows_of
 from camfn.kernel import Kernel, Rows
 from camfn.layouts import Read
 from camfn.masks import unit
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
-from camfn.runner import Room, Runner, chunk_of, rows_of, runner_of
+from camfn.runner import Room, Runner, chunk_of, runner_of
 from camfn.scoring import in_chunks
 from camfn.shell import shell_of
 from camfn.subject import Key, Subject, check_slopes, look, without_graph
@@ -157,7 +158,7 @@ def _mask(size: tuple[int, ...], part: Read, level: Tensor) -> Tensor:
 def _scores(subject: Subject, runner: Runner, score: Score, image: Tensor, masked: Tensor) -> Tensor:
     if _compat.transformed():  # a model may write to tensors that it holds if they are as new as the innermost transform
         runner = runner._replace(shell=shell_of(subject.model))
-    output = runner.call()(runner.state, rows_of(subject.x, subject.key, image, subject.n, masked))
+    output = runner.call()(runner.state, rows_of(subject.x, subject.place, image, masked))
     return score_rows(score.of, output, rows_at(score.rows, image))
 
 
