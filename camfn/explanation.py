@@ -18,6 +18,7 @@ from camfn.findings import Finding
 from camfn.methods import METHODS, Method, Outcome
 from camfn.methods.table import read
 from camfn.subject import Shared, Subject
+from camfn.targets import Score, names
 
 
 class Explanation(NamedTuple):
@@ -30,6 +31,7 @@ class Explanation(NamedTuple):
     grids: tuple[tuple[int, ...], ...]  # of the layers
     classes: Tensor | None  # (n, t) class indices, where the target is of classes
     scores: Tensor  # (n, t): the target on the clean input
+    targets: tuple[tuple[str, ...], ...]  # for each image, what its scores are: "logit 281"; empty under a transform
     weights: tuple[Weights, ...]  # for each layer, (n, t, c), or (n, t, c, positions); empty where the method has none
     errors: tuple[Tensor | None, ...]  # for each layer, (n, t): how far its normalised map may be off, where it is not exact
     forwards: int  # inputs that went through the model; what methods of one call share is counted for each
@@ -75,8 +77,8 @@ def explain(
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
     >>> card = camfn.explain(model, "1", torch.randn(1, 3, 8, 8))
-    >>> card.maps.shape, card.layers, card.grids, card.forwards
-    (torch.Size([1, 6, 6]), ('1',), ((6, 6),), 5)
+    >>> card.maps.shape, card.layers, card.grids, card.targets, card.forwards
+    (torch.Size([1, 6, 6]), ('1',), ((6, 6),), (('logit 3',),), 5)
     >>> [card.backwards for card in camfn.explain(model, "1", torch.randn(1, 3, 8, 8), method=["grad_cam", "score_cam"])]
     [1, 0]
     """
@@ -118,10 +120,15 @@ def _card(shared: Shared, name: str, row: Method, arguments: tuple[Any, ...], op
     settings = {p.name: options.get(p.name, p.default) for p in named}
     told: dict[str, Any] = outcome._asdict()
     del told["single"]
+    told["targets"] = _named(told.pop("score"), outcome.scores)
     told["findings"] += told.pop("remarks") + _about(outcome, row, settings, shared.last)
     return Explanation(
         method=name, settings=MappingProxyType(settings), seconds=seconds, versions=MappingProxyType(_versions()), **told
     )
+
+
+def _named(score: Score, scores: Tensor) -> tuple[tuple[str, ...], ...]:
+    return () if _compat.transformed() else names(score, scores.shape[1])
 
 
 def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], subject: Subject | None) -> tuple[Finding, ...]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import SmallNet, assert_close, inputs, small_net
+from support import CHEAP, SmallNet, assert_close, inputs, small_net
 from torch import Tensor, nn
 
 import camfn
@@ -202,3 +202,31 @@ def test_findings_are_not_looked_for_under_a_transform():
 
     torch.func.grad(total)(x)
     assert found == [()]
+
+
+def test_the_card_names_what_was_scored_for_each_image():
+    net, x, t = small_net(), inputs(2), camfn.targets
+    for target, said in (
+        (None, [[f"logit {i}"] for i in net.eval()(x).argmax(1).tolist()]),
+        (t.probability([3, 1]), [["probability 3"], ["probability 1"]]),
+        (t.logit(torch.tensor([[0, 2], [1, 4]])), [["logit 0", "logit 2"], ["logit 1", "logit 4"]]),
+        (t.logit(3) - t.logit(1), [["logit 3 - logit 1"]] * 2),
+    ):
+        for method in ("score_cam", "grad_cam", "rise"):
+            row = camfn.METHODS[method]
+            card = camfn.explain(net, "features" if row.of_layer else None, x, target, method=method, **CHEAP.get(method, {}))
+            own = [[name.replace("logit", "probability") for name in names] for names in said]
+            assert [list(names) for names in card.targets] == (own if method == "rise" and target is None else said)
+            assert card.scores.shape == (2, len(said[0]))
+
+
+def test_a_card_made_under_a_transform_has_no_names():
+    net, x = small_net(), inputs(2)
+    kept = []
+
+    def maps(x):
+        kept.append(camfn.explain(net, "features", x, 1, method="grad_cam"))
+        return kept[-1].maps.sum()
+
+    torch.func.grad(maps)(x)
+    assert kept[0].targets == ()

@@ -89,7 +89,7 @@ def look_at(question: Question) -> Clean:
     told = subject.output, subject.n, subject.image.device
     score = resolve(target, *told)
     scores = clean_scores(subject, score)
-    outcome = Outcome((), (), (), score.classes, scores, (), subject.forwards, 0, (), single=score.single)
+    outcome = Outcome((), (), (), score.classes, scores, (), subject.forwards, 0, (), single=score.single, score=score)
     asked = question._replace(x=subject.x, target=named(target).settled(Output(*told)))
     return Clean(asked, subject.key, subject.image, outcome)
 
@@ -126,7 +126,7 @@ def joined(found: Maps, parts: Sequence[Outcome], clean: Outcome) -> Outcome:
     forwards, backwards, heads = (sum(costs) for costs in zip(*((p.forwards, p.backwards, p.heads) for p in every)))
     told = {finding.sentence: finding for part in parts for finding in part.findings}
     at = parts[0].layers, parts[0].grids, clean.classes, clean.scores
-    return Outcome(found, *at, (), forwards, backwards, tuple(told.values()), heads, single=clean.single)
+    return Outcome(found, *at, (), forwards, backwards, tuple(told.values()), heads, single=clean.single, score=clean.score)
 
 
 def each_layer(function: Callable[..., Tensor], *parts: Maps) -> Maps:

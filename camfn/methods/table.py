@@ -40,6 +40,7 @@ class Outcome(NamedTuple):
     heads: int = 0  # activations that went through what comes after the layer, and nothing else
     errors: tuple[Tensor | None, ...] = ()  # for each layer, (n, t): how far a normalised map may be off, where that is not 0
     single: bool = True  # one map per image, without an axis of targets
+    score: Score | None = None  # what was scored, to be named
     remarks: tuple[Finding, ...] = ()  # what is no reason for a warning, and for a card alone
 
 
@@ -196,7 +197,7 @@ def drawn(
     findings = () if _compat.transformed() else about_maps(signed, names, drawing.relu)
     result = maps if subject.several else maps[0]
     at = subject.layers, tuple(grids), score.classes, clean
-    return Outcome(result, *at, (), subject.forwards, 0, findings, single=score.single)
+    return Outcome(result, *at, (), subject.forwards, 0, findings, single=score.single, score=score)
 
 
 def _on_grid(maps: Tensor, subject: Subject, axes: int, drawing: Drawing) -> Tensor:
