@@ -40,7 +40,7 @@ def about_maps(signed: Sequence[FlatMaps], layers: Sequence[str], relu: bool) ->
         if flat.any():
             sentence = (
                 f"{int(flat.sum())} of {flat.numel()} maps{place} are flat: every position has the same value, "
-                "so there is nothing to see (a layer whose activation does not vary over positions?)"
+                "so there is nothing to see (an activation that does not vary over positions, or no channel that counts?)"
             )
             found.append(Finding("flat map", name, float(flat.float().mean()), sentence))
         below = negative & ~flat
