@@ -50,7 +50,7 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
     nudge = next_zero if names is None else tuple(functools.partial(zero, name) for name in names)
 
     with torch.inference_mode(False), torch.enable_grad():
-        state = tree_map(ungraphed, state)
+        state = {name: ungraphed(tensor) for name, tensor in state.items()}
         x = tree_map(functools.partial(copied, alone=True), x)
         output, seen = run(state, x, nudge)
 

@@ -84,19 +84,19 @@ def structure(shell: Shell) -> Hashable:
 
 
 _SKIPPED = frozenset(("_parameters", "_buffers", "_backward_hooks"))
-_PLAIN = (bool, int, str, type(None))  # of the attributes, those that are their own signature
+_PLAIN = frozenset((bool, int, str, type(None)))  # of the attributes, those that are their own signature
+_EMPTY = frozenset((dict, OrderedDict, set))  # what a module has no hooks in, say: most of its attributes
 
 
 def _signed(fields: dict[str, Any], paths: dict[int, str]) -> tuple[Hashable, ...]:
-    seen: set[int] = set()
-    return tuple(
-        (name, value if type(value) in _PLAIN else _sign(value, paths, seen))
-        for name, value in fields.items()
-        if name not in _SKIPPED and (type(value) not in _EMPTY or value)
-    )
-
-
-_EMPTY = (dict, OrderedDict)  # what a module has no hooks in, say: most of its attributes
+    signed, seen = [], set()
+    for name, value in fields.items():
+        kind = type(value)
+        if kind in _PLAIN:
+            signed.append((name, value))
+        elif (value or kind not in _EMPTY) and name not in _SKIPPED:
+            signed.append((name, _sign(value, paths, seen)))
+    return tuple(signed)
 
 
 def _sign(value: Any, paths: dict[int, str], seen: set[int]) -> Hashable:
