@@ -75,6 +75,23 @@ def choose(model: nn.Module, state: State, x: Inputs, spatial: Sides | None, n: 
     return Choice(chosen.name, why)
 
 
+def stages(model: nn.Module, state: State, x: Inputs, spatial: Sides | None, n: int) -> tuple[str, ...]:
+    """The chosen layer, and before it, of each size that is larger along every axis, the last layer; one forward.
+
+    Of one size, layers that stand in no other come first: the next stage's first convolutions can be of this one's size.
+    """
+    found = _outputs(model, state, x, spatial, n)
+    if not found.all:
+        raise CamError(none_on_a_grid(model, spatial))
+    last = _chosen(found)
+    usable = [out for out in found.all[: found.all.index(last)] if out.lone and out.form.channels not in found.classes]
+    ends = [last]
+    while finer := [out for out in usable if all(side > after for side, after in zip(out.form.grid, ends[0].form.grid))]:
+        same = [out for out in finer if out.form.grid == finer[-1].form.grid]
+        ends.insert(0, min(reversed(same), key=lambda out: out.name.count(".")))
+    return tuple(out.name for out in ends)
+
+
 def none_on_a_grid(model: nn.Module, spatial: Sides | None) -> str:
     """A sentence for where there is no candidate."""
     axes = "spatial axes" if spatial is None else f"{len(spatial)} spatial axes"

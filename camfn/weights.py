@@ -3,12 +3,13 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from camfn._types import Activations, Gradients, Scores, Weights, wide
 
 Alphas = Literal["paper", "authors"]
+Variant = Literal["+", "-", "+-"]
 
 
 def softmax(scores: Scores) -> Weights:
@@ -72,6 +73,23 @@ def gain(scores: Scores, groups: int) -> Weights:
     n, _, t = scores.shape
     own = scores[:, :-1].reshape(n, t, groups, t).diagonal(dim1=1, dim2=3)  # (n, g, t)
     return torch.relu(own - scores[:, -1:]).mT
+
+
+def poly_cam(scores: Scores, clean: Float[Tensor, "n t"], flat: Bool[Tensor, "n c"], variant: Variant = "+-") -> Weights:
+    """`s(x M_k)`, `relu(s(x) - s(x (1 - M_k)))`, or the ReLU of their sum: Poly-CAM (Englebert et al., 2022).
+
+    `scores` are of masks M, of masks 1 - M, or of both, one after the other. Where a channel is flat, M is zero.
+
+    >>> import torch
+    >>> kept, left, clean = torch.tensor([[[0.25], [0.5]]]), torch.tensor([[[0.25], [1.0]]]), torch.tensor([[0.5]])
+    >>> poly_cam(torch.cat([kept, left], 1), clean, torch.zeros(1, 2, dtype=torch.bool)).tolist()
+    [[[0.5, 0.0]]]
+    """
+    if variant == "+":
+        return scores.mT
+    left = torch.where(flat[..., None], clean[:, None], scores[:, -flat.shape[1] :])
+    fall = clean[:, None] - left
+    return torch.relu(fall if variant == "-" else scores[:, : flat.shape[1]] + fall).mT
 
 
 def ablation(scores: Scores, clean: Float[Tensor, "n t"]) -> Weights:

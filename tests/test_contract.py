@@ -30,6 +30,9 @@ WEIGHTLESS = ("cameras", "eigen_grad_cam", "kpca_cam", "seg_eigen_cam", "recipro
 ELEMENTWISE = ("grad_cam_elementwise", "hires_cam", "layer_cam")
 """Methods with a weight for each position of a channel."""
 
+DIFFERENCES = ("group_cam", "poly_cam")
+"""Their weights are differences of scores, the negative ones left out."""
+
 # Where no group of channels adds to the blurred input, which is so for most classes, Group-CAM's map is flat.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps at layer '.*' are flat:camfn.CamWarning")
 
@@ -58,7 +61,7 @@ SWEPT = [name for name in sorted(LAYERED) if "masked inputs" in camfn.METHODS[na
 CHUNKED = [name for name in sorted(LAYERED) if "sweep" in camfn.METHODS[name].function.__wrapped__.__kwdefaults__]
 OF_LAYER = [name for name in METHODS if vars(FUNCTIONS[name])["of_layer"]]
 """The others take `None` for a layer. Their maps are of the input's size, and so are those of `multi_scale` and `cameras`."""
-PROBABLE = ("group_cam", "score_cam_pp", "rise")
+PROBABLE = ("group_cam", "score_cam_pp", "rise", "poly_cam")
 """A class stands for its probability."""
 ROUNDING = 1e-12
 """Of float64 sums of some hundred terms of order one, in another order."""
@@ -676,7 +679,7 @@ def test_every_kind_of_target_gives_maps_of_its_shape(method, kind):
     assert found.dtype == torch.float64
     assert torch.equal(found.flatten(-2).amin(-1), torch.zeros(found.shape[:-2], dtype=torch.float64))
     high = found.flatten(-2).amax(-1)
-    assert bool(((high == 1) | ((high == 0) & (method == "group_cam"))).all())
+    assert bool(((high == 1) | ((high == 0) & (method in DIFFERENCES))).all())
 
 
 @every_method
@@ -884,8 +887,8 @@ def test_batch_neighbours_do_not_matter(method):
 
 @every_method
 def test_a_tuple_of_layers_gives_the_maps_of_each_layer(method):
-    if method == "cam" or method not in OF_LAYER:
-        pytest.skip("it has one layer, or none")
+    if method in ("cam", "poly_cam") or method not in OF_LAYER:
+        pytest.skip("it has one layer, or none, or one map of several")
     net, x = small_net(), inputs()
     layers = ("stem.0", net.features, "act")
     for layer, found in zip(layers, run(method, net, layers, x)):

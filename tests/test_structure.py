@@ -57,6 +57,7 @@ ORDER = (
         "methods.head",
         "methods.masked",
         "methods.optimised",
+        "methods.poly",
         "methods.sampled",
         "methods.summed",
         "methods.transformers",

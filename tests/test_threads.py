@@ -24,6 +24,7 @@ FEW = {
         for name in LAYERED
         if "sweep" in camfn.METHODS[name].function.__wrapped__.__kwdefaults__
     },
+    "poly_cam": {"variant": "+", **FOLDED},  # of differences none may be positive
     **{name: CHEAP[name] for name in ("cam", "cameras", "fem", "smooth_grad_cam_pp")},
 }
 # Of a logit ShapleyCAM is Grad-CAM, and the noise hardly counts.

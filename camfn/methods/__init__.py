@@ -9,6 +9,7 @@ from camfn.methods.gradient import grad_cam, grad_cam_pp, shapley_cam, xgrad_cam
 from camfn.methods.head import ablation_cam, lift_cam, recipro_cam
 from camfn.methods.masked import is_cam, score_cam, ss_cam
 from camfn.methods.optimised import opti_cam
+from camfn.methods.poly import poly_cam
 from camfn.methods.sampled import rise
 from camfn.methods.summed import group_cam, score_cam_pp
 from camfn.methods.table import METHODS, Method, Outcome
@@ -40,6 +41,7 @@ __all__ = [
     "lift_cam",
     "mean_cam",
     "opti_cam",
+    "poly_cam",
     "random_cam",
     "recipro_cam",
     "rise",

@@ -85,6 +85,8 @@ VARIANTS = {name: Variant(name, OPTIONS.get(name, {})) for name in (*LAYERED, *C
     "ss_cam, input": Variant("ss_cam", {"num_samples": 2, "noise": "input"}),
     "is_cam, linear": Variant("is_cam", {"num_samples": 2, "path": "linear", "recipe": "paper"}),
     "group_cam, two groups": Variant("group_cam", {"groups": 2, "percentile": 70}),
+    "poly_cam, +": Variant("poly_cam", {"variant": "+", "percentile": 0}),
+    "poly_cam, -": Variant("poly_cam", {"variant": "-", "percentile": 5}),
     "grad_cam, eigen": Variant("grad_cam", {"combine": "eigen"}),
     "hires_cam, eigen": Variant("hires_cam", {"combine": "eigen"}),
     "grad_cam_pp, authors": Variant("grad_cam_pp", {"alphas": "authors"}),
@@ -516,7 +518,7 @@ def between_the_channels(variant: Variant, case: Case) -> None:
 @law
 def logits_shifted(variant: Variant, case: Case) -> None:
     """A constant added to every logit does not change the map; but of a target that is a logit and the weight itself."""
-    if variant.method in ("score_cam_pp", "rise") and not is_plain(case.target):
+    if variant.method in ("score_cam_pp", "rise", "poly_cam") and not is_plain(case.target):
         return
     model = copy.deepcopy(case.model)
     with torch.no_grad():
@@ -678,6 +680,7 @@ _CENTERED = "what all positions of a channel share has no part in a principal co
 _NOT_ADDITIVE = "the components of two maps do not add up to one of their sum"
 _OF_THE_GRID = "what goes with what is asked of the positions that there are, and upsampling makes others"
 _GROUPED = [name for name, variant in VARIANTS.items() if variant.method == "group_cam"]
+_POLY = [name for name, variant in VARIANTS.items() if variant.method == "poly_cam"]
 _SCALE_MATTERS = "its masks are not min-max of the channels: their zero counts"
 _NEXT_TO_EACH_OTHER = "its groups are of channels that are next to each other"
 _MEAN_OF_MAPS = "it is a mean of maps that have gone through these steps"
@@ -734,6 +737,8 @@ EXCEPT = {
     ("flipped", "rise"): "its random masks are not flipped",
     ("last_steps", "score_cam_pp"): "its gates are upsampled before their tanh",
     ("activation_moved", "score_cam_pp"): _SCALE_MATTERS,
+    **{("upsampled_layer", name): _SCALED_FIRST for name in _POLY},
+    **{("several_layers", name): "a layer's map is made of those after it too" for name in _POLY},
     ("last_steps", "group_cam"): "its masks begin at zero where they are upsampled, not on the grid",
     **{("activation_moved", name): _SCALE_MATTERS for name in _GROUPED},
     ("channels_permuted", "group_cam, two groups"): _NEXT_TO_EACH_OTHER,
