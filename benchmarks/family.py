@@ -1,4 +1,4 @@
-"""The family beside Score-CAM: how fast are its methods, next to each other and next to pytorch-grad-cam?
+"""The family beside Score-CAM: how fast are its methods, next to each other and next to peers?
 
     python benchmarks/family.py                                  # every part, a few minutes
     python benchmarks/family.py recipro --rounds 3               # one part
@@ -11,6 +11,12 @@ which nothing is known. Networks have seeded random weights: of their values tim
   for each channel, and takes minutes: its time is that of its first `--channels` channels, two chunks of 32 by default, carried
   on to all. camfn leaves out channels that are zero already; here none is, since the last bias is raised.
 * `recipro`: Recipro-CAM next to Grad-CAM, on ResNet-50's `layer4` of 49 positions, each warm and cold.
+* `gradient`: Grad-CAM and its kin at `layer4` of ResNet-18 and ResNet-50, next to a forward and a backward from the score to
+  the layer in plain torch (`by_hand` in `capture.py`), and to torchcam's, whose hooks are in place. Each has a copy of the
+  model.
+* `eigen`: Eigen-CAM of ResNet-50's `layer4` of 2048 channels next to pytorch-grad-cam's: the whole call, and what is made of
+  the activation, since the forward is common to both. Both take the channels' means off.
+* `shared`: five methods of the gradient in one `camfn.explain`, next to five calls of it.
 """
 
 import os
@@ -25,11 +31,15 @@ from typing import Any, NamedTuple
 
 import common
 import torch
+from capture import by_hand
 from torch import Tensor, nn
 
 import camfn
+from camfn import eigen, maps
 
 CHUNK = 32  # pytorch-grad-cam's own
+TORCHCAMS = {"grad_cam": "GradCAM", "grad_cam_pp": "GradCAMpp", "xgrad_cam": "XGradCAM", "layer_cam": "LayerCAM"}
+KIN = (*TORCHCAMS, "hires_cam")
 
 
 class Part(NamedTuple):
@@ -106,7 +116,100 @@ def recipro(options: argparse.Namespace) -> Part:
     )
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {"ablation": ablation, "recipro": recipro}
+def gradient(options: argparse.Namespace) -> Part:
+    common.require({"torchcam": "torchcam"})
+    parts = [_kin(name, options.rounds) for name in ("resnet18", "resnet50")]
+    rows, ratios, differences = ({key: value for part in parts for key, value in part[i].items()} for i in range(3))
+    return Part(rows, ratios, {"largest difference of a map from torchcam's": differences})
+
+
+def _kin(name: str, rounds: int) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Seconds, ratios, and how far maps are from torchcam's."""
+    from torchcam import methods
+
+    model, x = common.model_and_input(common.Case("grad_cam", name, "layer4"))
+    calls = {method: functools.partial(camfn.METHODS[method].function, model, "layer4", x, 1) for method in KIN}
+    base = functools.partial(by_hand, copy.deepcopy(model), "layer4", x)
+    theirs = {method: _torchcams(getattr(methods, kind), copy.deepcopy(model), x) for method, kind in TORCHCAMS.items()}
+    differences = {f"{name}, {method}": float((calls[method]() - call()).abs().max()) for method, call in theirs.items()}
+    for call in (base, calls["hires_cam"]):
+        call()
+    found = common.interleaved(
+        {"forward and head backward": base, **calls, **{f"torchcam's {method}": call for method, call in theirs.items()}},
+        rounds,
+    )
+    ratios = {
+        f"{name}, {method}: over forward and head backward": common.ratio(found[method], found["forward and head backward"])
+        for method in KIN
+    }
+    ratios |= {
+        f"{name}, {method}: over torchcam's": common.ratio(found[method], found[f"torchcam's {method}"]) for method in theirs
+    }
+    return {f"{name}, {call}": timing.median for call, timing in found.items()}, ratios, differences
+
+
+def _torchcams(kind: Any, model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    extractor = kind(model, "layer4")
+    return lambda: extractor(1, model(x))[0]
+
+
+def eigen_cam(options: argparse.Namespace) -> Part:
+    from pytorch_grad_cam import EigenCAM
+    from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
+
+    model, x = common.model_and_input(common.Case("eigen_cam", "resnet50", "layer4"))
+    twin = copy.deepcopy(model)
+    seen = _seen(model, "layer4", x)
+    with EigenCAM(twin, [twin.layer4]) as cam:
+        calls = {
+            "camfn": lambda: camfn.eigen_cam(model, "layer4", x, center=True),
+            "pytorch-grad-cam": lambda: cam(x, None),
+            "camfn, from the activation": lambda: eigen.first(maps.centered(seen.flatten(2), seen.dtype), "peak").scores,
+            "pytorch-grad-cam, from the activation": lambda: torch.as_tensor(get_2d_projection(seen.numpy())).flatten(1),
+        }
+        for call in calls.values():
+            call()
+        found = common.interleaved(calls, options.rounds)
+    ours, theirs = (calls[name]() for name in list(calls)[2:])
+    sign = (ours * theirs).sum().sign()
+    return Part(
+        {name: timing.median for name, timing in found.items()},
+        {
+            "pytorch-grad-cam's time over camfn's": common.ratio(found["pytorch-grad-cam"], found["camfn"]),
+            "the same, from the activation": common.ratio(
+                *(found[f"{of}, from the activation"] for of in ("pytorch-grad-cam", "camfn"))
+            ),
+        },
+        {
+            "channels": seen.shape[1],
+            "largest difference, as a share": float((ours - sign * theirs).abs().max() / ours.abs().max()),
+        },
+    )
+
+
+def shared(options: argparse.Namespace) -> Part:
+    rows: dict[str, float] = {}
+    ratios: dict[str, float] = {}
+    for name in ("resnet18", "resnet50"):
+        model, x = common.model_and_input(common.Case("grad_cam", name, "layer4"))
+        together = functools.partial(camfn.explain, model, "layer4", x, 1, method=KIN)
+        alone = [functools.partial(camfn.explain, model, "layer4", x, 1, method=method) for method in KIN]
+        calls = {"together": together, "one by one": lambda alone=alone: [call() for call in alone]}
+        for call in calls.values():
+            call()
+        found = common.interleaved(calls, options.rounds)
+        rows |= {f"{name}, {call}": timing.median for call, timing in found.items()}
+        ratios[f"{name}: together over one by one"] = common.ratio(found["together"], found["one by one"])
+    return Part(rows, ratios, {"methods": KIN})
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
+    "ablation": ablation,
+    "recipro": recipro,
+    "gradient": gradient,
+    "eigen": eigen_cam,
+    "shared": shared,
+}
 
 
 def main() -> None:
@@ -130,7 +233,7 @@ def main() -> None:
 
 def _written(out: str, name: str, part: Part, options: argparse.Namespace) -> None:
     record = common.read(out) if os.path.exists(out) else {}
-    where = common.environment(["camfn", "torchvision", "grad-cam"])
+    where = common.environment(["camfn", "torchvision", "grad-cam", "torchcam"])
     record[name] = {**part._asdict(), "rounds": options.rounds, "environment": where}
     common.write(out, record)
 
