@@ -18,7 +18,7 @@ from camfn.draws import refusing_draws
 from camfn.gradients import Pull, Run, copied, with_pull
 from camfn.inputs import Key, Place, beside, check_inputs, key_of, pick, plain, rows_of, size_of, with_input
 from camfn.keep import is_made, kept, shapes, structure
-from camfn.layers import choose, stages
+from camfn.layers import choose
 from camfn.memory import is_exhausted
 from camfn.ports import is_several, resolve_layers
 from camfn.shell import Shell, is_quantised, shell_of
@@ -272,15 +272,6 @@ def _choose(model: nn.Module, state: State, x: Inputs, key: Key, n: int) -> list
     if not _compat.transformed():
         warn(f"layer=None: {name!r} was chosen, the {why}; name it to be sure")
     return [name]
-
-
-def staged(model: nn.Module | Shared, x: Inputs, state: State | None, masked: Key) -> tuple[str, ...]:
-    """The last layer of each stage, where none is named, for a method that looks at several."""
-    subject = introduced(model, x, state, masked, masks=True)
-    names = stages(subject.model, subject.state, subject.x, subject.size, subject.n)
-    if not _compat.transformed():
-        warn(f"layer=None: {', '.join(map(repr, names))} were chosen, the last layers of their sizes; name them to be sure")
-    return names
 
 
 def first_nonfinite(model: nn.Module, state: State, x: Inputs) -> str:

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from camfn import maps, weights
-from camfn._errors import CamError
+from camfn import _compat, maps, weights
+from camfn._errors import CamError, warn
 from camfn._types import Activations, FlatMaps, Inputs, Layers, Layout, Size, State, Target, wide
 from camfn.execution import Sweep
 from camfn.inputs import Key
+from camfn.layers import stages
 from camfn.masks import Variation, flat_channels
 from camfn.methods.sweeps import sweep_in_full
 from camfn.methods.table import Drawing, Outcome, clean_scores, combined, drawn, method, read
-from camfn.subject import look, staged, without_graph
+from camfn.subject import Shared, introduced, look, without_graph
 from camfn.targets import as_probabilities, resolve
 from camfn.weights import Variant
 
@@ -69,7 +70,7 @@ def poly_cam(
     (arXiv 2204.13359).
     """
     _check(variant, percentile)
-    subject = look(model, staged(model, x, state, masked) if layer is None else layer, x, state, masked, masks=True)
+    subject = look(model, _staged(model, x, state, masked) if layer is None else layer, x, state, masked, masks=True)
     if layer is None:  # the finest map of all, and one forward more, to choose
         subject = subject._replace(several=False, forwards=subject.forwards + subject.n)
     with without_graph():
@@ -92,6 +93,14 @@ def _check(variant: Variant, percentile: float) -> None:
         raise CamError(f'variant must be "+", "-" or "+-", found {variant!r}')
     if not isinstance(percentile, (int, float)) or not 0 <= percentile < 50:
         raise CamError(f"percentile={percentile!r} must be from 0 to less than 50 (0.1 is the authors')")
+
+
+def _staged(model: nn.Module | Shared, x: Inputs, state: State | None, masked: Key) -> tuple[str, ...]:
+    subject = introduced(model, x, state, masked, masks=True)
+    names = stages(subject.model, subject.state, subject.x, subject.size, subject.n)
+    if not _compat.transformed():
+        warn(f"layer=None: {', '.join(map(repr, names))} were chosen, the last layers of their sizes; name them to be sure")
+    return names
 
 
 def _check_order(names: Sequence[str], grids: Sequence[tuple[int, ...]]) -> None:
