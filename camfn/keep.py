@@ -94,7 +94,7 @@ def _signed(fields: dict[str, Any], paths: dict[int, str]) -> tuple[Hashable, ..
         kind = type(value)
         if kind in _PLAIN:
             signed.append((name, value))
-        elif (value or kind not in _EMPTY) and name not in _SKIPPED:
+        elif (kind not in _EMPTY or value) and name not in _SKIPPED:
             signed.append((name, _sign(value, paths, seen)))
     return tuple(signed)
 
