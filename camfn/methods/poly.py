@@ -66,8 +66,8 @@ def poly_cam(
     >>> [m.shape for m in camfn.poly_cam(model, ("1", "3"), torch.randn(2, 3, 9, 9))]
     [torch.Size([2, 7, 7]), torch.Size([2, 3, 3])]
 
-    Englebert et al., Poly-CAM: High resolution class activation map for convolutional neural networks, ICPR 2022
-    (arXiv 2204.13359).
+    Englebert et al., Poly-CAM: High resolution class activation map for convolutional neural networks,
+    ICPR 2022 (arXiv 2204.13359).
     """
     _check(variant, percentile)
     subject = look(model, _staged(model, x, state, masked) if layer is None else layer, x, state, masked, masks=True)
