@@ -51,7 +51,7 @@ def poly_cam(
       is the finest. One layer has the map of it alone. Of `None` the last layer of each size is taken, and the finest map
       returned.
     - `percentile`: a mask is 0 at this percentile of its channel and 1 at 100 less it, linear between; 0 is plain min-max.
-    - A plain class stands for its probability, as in the paper; `camfn.targets.logit(c)` for the raw output.
+    - A plain class stands for its probability, as in the authors' code; `camfn.targets.logit(c)` for the raw output.
 
     The other arguments, and what is returned and raised, are those of `camfn.score_cam`, without a recipe and a budget, and
     without a dtype of the sweep. It is what the authors' code computes, but for three things: that divides a mask by its upper
@@ -115,7 +115,7 @@ def _masks(values: Activations, flat: Tensor, variant: Variant, percentile: floa
     """Masks at the layer's grid, and what they leave. A flat channel has none, and leaves the input: both are zeros here."""
     values = values.to(wide(values.dtype))
     low, high = maps.percentile(values, percentile), maps.percentile(values, 100 - percentile)
-    # Hardly anything of a channel may be above its lowest value: then the mask is that.
+    # The authors divide by `high` alone. Hardly anything of a channel may be above its lowest value: then the mask is that.
     steep = maps.is_flat(low, high, values.dtype)
     levels = torch.where(steep, (values > high).to(values.dtype), (values - low) / torch.where(steep, 1, high - low))
     kept = torch.where(flat[..., None], 0, levels.clamp(0, 1))
@@ -130,5 +130,6 @@ def _refined(signed: Sequence[FlatMaps], grids: Sequence[tuple[int, ...]]) -> li
     for own, grid, deeper in zip(reversed(signed[:-1]), reversed(grids[:-1]), reversed(grids[1:])):
         coarse = maps.resize(torch.relu(own).unflatten(-1, grid), deeper)
         around, above = (maps.resize(each, grid).flatten(2) for each in (coarse, torch.relu(found[0]).unflatten(-1, deeper)))
+        # The authors' least divisor, 1e-12, would make of what D does not see the largest values of the map.
         found.insert(0, torch.where(around > 0, own / torch.where(around > 0, around, 1) * above, 0))
     return found
