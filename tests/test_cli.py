@@ -455,7 +455,7 @@ REFUSALS = {
     ),
     "an unknown method": (
         ["a.png", "--model", "net.py:pair", "--method", "scorecam"],
-        r"--method 'scorecam' is not known; closest: 'score_cam'.*; all: .*score_cam",
+        r"--method 'scorecam' is not known; closest: 'score_cam'.*; `camfn methods` lists all$",
     ),
     "a class out of range": (
         ["a.png", "--model", "net.py:pair", "--target", "4"],
@@ -481,7 +481,8 @@ REFUSALS = {
     ),
     "a seed where nothing is drawn": (
         ["a.png", "--model", "net.py:pair", "--seed", "0"],
-        r"--seed 0: score_cam draws no random numbers; leave it out, or take --method ss_cam or --method rise$",
+        r"--seed 0: score_cam draws no random numbers; leave it out, or take another method, such as "
+        r"random_cam, smooth_grad_cam_pp or ss_cam$",
     ),
     "a seed below 0": (
         ["a.png", "--model", "net.py:pair", "--method", "ss_cam", "--seed", "-1"],
@@ -493,7 +494,7 @@ REFUSALS = {
     ),
     "a chunk where nothing is swept": (
         ["a.png", "--model", "net.py:pair", "--method", "cam", "--chunk", "8"],
-        r"--chunk 8: cam has no sweep to cut up; leave it out, or take --method score_cam or .*--method is_cam$",
+        r"--chunk 8: cam has no sweep to cut up; leave it out, or take another method, such as ablation_cam, recipro_cam or score_cam$",
     ),
     "an unknown device": (
         ["a.png", "--model", "net.py:pair", "--device", "gpu"],

@@ -1,24 +1,31 @@
-"""`camfn demo`: every method that a convolutional network takes, on scenes of which it is known what is where."""
+"""`camfn demo`: methods on scenes of which it is known what is where."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import camfn
 from camfn import demo, figures, metrics
+from camfn._errors import CamError
 from camfn.cli import files, options
 
 if TYPE_CHECKING:
     import click
 
 LAYER, LINEAR = "features", "classify"
-METHODS = [name for name, method in camfn.METHODS.items() if "attention" not in method.needs]
+METHODS = ("mean_cam", "grad_cam", "layer_cam", "recipro_cam", "score_cam", "is_cam")
+"""Those that are shown where none is named."""
+FITTING = tuple(name for name, method in camfn.METHODS.items() if "attention" not in method.needs)
+"""Those that the network takes, which is convolutional."""
 CELL = 8  # pixels, of the layer's grid
 SHOWN = ((0, 1), (1, 1), (2, 1), (3, 2), (4, 2))
 """The scenes, by seed and number of objects: the first that there are, not chosen for their maps, and not trained on."""
+_METHOD = (
+    f"One that `camfn methods` lists, if it follows no attention; repeatable; or {options.ALL}.  [default: {', '.join(METHODS)}]"
+)
 _TITLE = "Where does the network see each shape?"
 _NOTE = "white line: the object that the map is of     +: the map's highest point     %: how much of the map is inside the line"
 
@@ -42,21 +49,36 @@ class Row(NamedTuple):
     seconds: float
 
 
-def rows(report: Callable[[str], None] = lambda method: None) -> Iterator[Row]:
-    """Every method on every object of every scene; `report` hears of each before it starts."""
+def chosen(named: Sequence[str]) -> tuple[str, ...]:
+    """The methods that are named, if the network takes them; `all` are those that it takes."""
+    if options.ALL in named:
+        return FITTING
+    found = options.methods_of(named)
+    for method in found:
+        if method not in FITTING:
+            raise CamError(f"--method {method} follows attention, and the demo's network has none: it takes {options.ALL} others")
+    return found
+
+
+def rows(methods: Sequence[str], report: Callable[[str], None] = lambda method: None) -> Iterator[Row]:
+    """Each method on every object of every scene; `report` hears of each before it starts."""
     model, scenes = demo.network(), [demo.scene(seed, objects) for seed, objects in SHOWN]
-    for method in METHODS:
+    for method in methods:
         report(method)
-        given: dict[str, Any] = {"fc": LINEAR} if options.takes(method, "fc") else {}
-        cards = []
-        for s in scenes:
-            x, classes = demo.preprocess(s.image)[None], torch.tensor([s.classes])
-            cards.append(camfn.explain(model, LAYER, x, classes, method=method, normalize=False, **given))
-        shown = [one for s, card in zip(scenes, cards) for one in _judged(s, card.maps[0])]
+        cards = [explained(model, s, method) for s in scenes]
+        shown = [one for s, card in zip(scenes, cards) for one in judged(s, card.maps[0])]
         yield Row(method, shown, sum(card.forwards for card in cards), sum(card.seconds for card in cards))
 
 
-def _judged(scene: demo.Scene, maps: Any) -> list[Shown]:
+def explained(model: nn.Module, scene: demo.Scene, method: str) -> Any:
+    """The card of a method's raw maps of all objects of a scene."""
+    layer = LAYER if camfn.METHODS[method].of_layer else None
+    given: dict[str, Any] = {"fc": LINEAR} if options.takes(method, "fc") else {}
+    x, classes = demo.preprocess(scene.image)[None], torch.tensor([scene.classes])
+    return camfn.explain(model, layer, x, classes, method=method, normalize=False, **given)
+
+
+def judged(scene: demo.Scene, maps: Any) -> list[Shown]:
     energy, hit = metrics.energy_pointing_game(maps, scene.masks), metrics.pointing_game(maps, scene.masks, tolerance=CELL)
     return [Shown(scene, i, maps[i], float(energy[i]), float(hit[i])) for i in range(len(scene.classes))]
 
@@ -67,7 +89,7 @@ def table(found: Sequence[Row]) -> Iterator[str]:
     yield head
     yield "-" * len(head)
     shown = found[0].shown
-    even = [_judged(one.scene, torch.ones_like(one.scene.masks, dtype=torch.float))[one.object] for one in shown]
+    even = [judged(one.scene, torch.ones_like(one.scene.masks, dtype=torch.float))[one.object] for one in shown]
     yield _line("(even map)", even, "")
     for row in found:
         yield _line(row.method, row.shown, f" {row.forwards:9} {row.seconds:8.2f}")
@@ -84,11 +106,11 @@ def picture(found: Sequence[Row]) -> Any:
     names = [demo.CLASSES[one.scene.classes[one.object]] for one in objects]
     panels = [[figures.Panel(one.scene.image) for one in objects]]
     for row in found:
-        panels.append([_panel(one) for one in row.shown])
+        panels.append([panel(one) for one in row.shown])
     return figures.grid(panels, rows=["scene", *(r.method for r in found)], columns=names, title=_TITLE, note=_NOTE)
 
 
-def _panel(one: Shown) -> figures.Panel:
+def panel(one: Shown) -> figures.Panel:
     """What of the map is positive, which is what its energy counts."""
     positive = camfn.maps.normalize(one.map.clamp(min=0), (-2, -1))
     return figures.Panel(one.scene.image.mean(0), positive, one.scene.masks[one.object], f"{one.energy:.0%}")
@@ -100,36 +122,37 @@ def command() -> "click.Command":
 
     place = click.Path(readable=False, path_type=Path)
 
-    @click.command("demo", short_help="Map shapes in drawn scenes by every method.")
+    @click.command("demo", short_help="Map shapes in drawn scenes by some methods, or all.")
+    @click.option("--method", "methods", multiple=True, default=METHODS, metavar="M", help=_METHOD)
     @click.option("--out", default="camfn-demo", show_default=True, metavar="DIR", type=place, help="Where the picture goes.")
     @options.no_progress
-    def demo_(out: Path, no_progress: bool) -> None:
-        """Map where a small network, which comes with camfn, sees shapes in drawn scenes: by every method that
-        convolutional networks take.
+    def demo_(methods: Sequence[str], out: Path, no_progress: bool) -> None:
+        """Map where a small network, which comes with camfn, sees shapes in drawn scenes.
 
         \b
         Example:
           camfn demo --out maps
+          camfn demo --method cam --method eigen_cam
 
         A table is printed, over all objects of all scenes: how much of a map's energy is inside the object's outline, how many
         maps have their highest point there, how many inputs went through the network, and the time. A picture of the maps
         is written, under a name that no file has yet.
         """
         with options.refusing() as stdout:
-            run(out, no_progress, lambda line: click.echo(line, file=stdout))
+            run(chosen(methods), out, no_progress, lambda line: click.echo(line, file=stdout))
 
     return demo_
 
 
-def run(out: Path, no_progress: bool, say: Callable[[str], None]) -> None:
+def run(methods: Sequence[str], out: Path, no_progress: bool, say: Callable[[str], None]) -> None:
     """Explain, draw, write, and say the table."""
     options.need("PIL", "matplotlib", "tqdm")
     from tqdm import tqdm
 
     files.make(out)
-    with tqdm(total=len(METHODS), unit="method", disable=no_progress or None, leave=False) as bar:
+    with tqdm(total=len(methods), unit="method", disable=no_progress or None, leave=False) as bar:
         found = []
-        for row in rows(bar.set_description):
+        for row in rows(methods, bar.set_description):
             found.append(row)
             bar.update()
     drawn = picture(found)

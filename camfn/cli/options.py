@@ -165,8 +165,9 @@ def methods_of(named: Sequence[str]) -> tuple[str, ...]:
     """The methods that are named, each once; `all` are those of the table."""
     for method in named:
         if method not in (*camfn.METHODS, ALL):
-            known = ", ".join(camfn.METHODS)
-            raise CamError(f"--method {method!r} is not known; closest: {closest(method, camfn.METHODS)}; all: {known}")
+            raise CamError(
+                f"--method {method!r} is not known; closest: {closest(method, camfn.METHODS)}; `camfn methods` lists all"
+            )
     return tuple(camfn.METHODS) if ALL in named else tuple(dict.fromkeys(named))
 
 
@@ -180,12 +181,12 @@ def method_options(methods: Sequence[str], seed: int | None, chunk: int | None) 
         given["seed"] = 0 if seed is None else seed
     elif seed is not None:
         verb = "draws" if one else "draw"
-        raise CamError(f"--seed {seed}: {some} {verb} no random numbers; leave it out, or take {_those(draws)}")
+        raise CamError(f"--seed {seed}: {some} {verb} no random numbers; leave it out, or take {_some(draws)}")
     if any(map(_sweeps, methods)):
         given["sweep"] = camfn.Sweep(chunk=chunk)
     elif chunk is not None:
         has = "has" if one else "have"
-        raise CamError(f"--chunk {chunk}: {some} {has} no sweep to cut up; leave it out, or take {_those(_sweeps)}")
+        raise CamError(f"--chunk {chunk}: {some} {has} no sweep to cut up; leave it out, or take {_some(_sweeps)}")
     return given
 
 
@@ -207,5 +208,7 @@ def _sweeps(method: str) -> bool:
     return takes(method, "sweep")
 
 
-def _those(fit: Callable[[str], bool]) -> str:
-    return " or ".join(f"--method {name}" for name in camfn.METHODS if fit(name))
+def _some(fit: Callable[[str], bool]) -> str:
+    """The first three methods that fit: all of them are too many for a sentence."""
+    *names, last = [name for name in camfn.METHODS if fit(name)][:3]
+    return f"another method, such as {', '.join(names)} or {last}"

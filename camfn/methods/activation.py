@@ -89,7 +89,7 @@ def mean_cam(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """The mean of all channels: where the layer is active, whatever for. The least that a method has to beat.
+    """LaFAM: the mean of all channels, where the layer is active, whatever for. The least that a method has to beat.
 
     `L = 1/c sum_k A_k`. One forward, no ReLU. It knows nothing of the target: its map is the same for each, and only the score
     that a card tells is of it. `combine="eigen"` draws the first component of the channels in place of their mean.
@@ -104,7 +104,7 @@ def mean_cam(
     >>> torch.allclose(camfn.mean_cam(model, "1", x, normalize=False), model[:2](x).mean(1))
     True
 
-    Karjauv and Albayrak, LaFAM, 2024 (arXiv 2407.06059).
+    Karjauv & Albayrak, LaFAM, 2024 (arXiv 2407.06059).
     """
     seen, drawing = look_at(model, layer, x, target, state, layout), Drawing(relu, size, normalize, checked_combine(combine))
     return alike_weighed(seen, [weights.mean_cam(part.values) for part in seen.reads], seen.reads, drawing)
@@ -174,7 +174,7 @@ def random_cam(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """Random weights for the channels: the control. A method that is no better has found nothing in its weights.
+    """RandomCAM: random weights for the channels. The control: a method that is no better has found nothing in its weights.
 
     `w_k ~ U(-1, 1)`, `L = sum_k w_k A_k`. One forward. It knows nothing of the target: its map is the same for each. No ReLU,
     which pytorch-grad-cam's has: behind a layer with a ReLU of its own, that leaves nothing of half of the maps.

@@ -53,7 +53,7 @@ def eigen_cam(
     >>> torch.allclose(camfn.eigen_cam(model, "1", x, normalize=False).norm(), values[0])
     True
 
-    Muhammad and Yeasin, Eigen-CAM, IJCNN 2020 (arXiv 2008.00299).
+    Muhammad & Yeasin, Eigen-CAM, IJCNN 2020 (arXiv 2008.00299).
     """
     seen, drawing = look_at(model, layer, x, target, state, layout), Drawing(relu, size, normalize)
     values = [part.values for part in seen.reads]
@@ -138,7 +138,7 @@ def eigen_grad_cam(
     >>> camfn.eigen_grad_cam(model, "1", torch.randn(2, 3, 8, 8), [1, 3]).shape
     torch.Size([2, 6, 6])
 
-    Muhammad and Yeasin, Eigen-CAM, IJCNN 2020 (arXiv 2008.00299), with the gradient as in pytorch-grad-cam's `EigenGradCAM`.
+    Muhammad & Yeasin, Eigen-CAM, IJCNN 2020 (arXiv 2008.00299), with the gradient as in pytorch-grad-cam's `EigenGradCAM`.
     """
     graded = grade(model, layer, x, target, state, layout)
     pairs = zip(graded.slopes, graded.reads)
@@ -177,7 +177,7 @@ def seg_eigen_cam(
     >>> camfn.seg_eigen_cam(model, "1", torch.randn(2, 3, 8, 8), [1, 3]).shape
     torch.Size([2, 6, 6])
 
-    Chung and Ying, Seg-Eigen-CAM, Applied Sciences 2025 (doi 10.3390/app15137562). pytorch-grad-cam's `SegEigenCAM`.
+    Chung & Ying, Seg-Eigen-CAM, Applied Sciences 2025 (doi 10.3390/app15137562). pytorch-grad-cam's `SegEigenCAM`.
     """
     graded = grade(model, layer, x, target, state, layout)
     pairs = zip(graded.slopes, graded.reads)
