@@ -23,7 +23,7 @@ class Panel(NamedTuple):
 
 
 def grid(
-    panels: Sequence[Sequence[Panel]],
+    panels: Sequence[Sequence[Panel | None]],
     *,
     rows: Sequence[str] = (),
     columns: Sequence[str] = (),
@@ -34,7 +34,7 @@ def grid(
 ) -> "Image":
     """Panels in rows and columns, with their names, a colour bar for the maps, and a note below: an RGB image.
 
-    `rows` and `columns` are names; `alpha` and `colormap` are those of `camfn.images.overlay`.
+    `rows` and `columns` are names; nothing is drawn where a panel is `None`; `alpha` and `colormap` are those of `camfn.images.overlay`.
 
     **Raises** `CamError` where rows differ in length, names are too few or too many, or matplotlib is missing.
 
@@ -48,19 +48,30 @@ def grid(
     axes = figure.subplots(height, width, squeeze=False)
     for row, line in enumerate(panels):
         for column, panel in enumerate(line):
-            _draw(axes[row, column], panel, alpha, colormap)
+            _draw(axes[row, column], panel, alpha, colormap) if panel else _leave_out(axes[row, column])
     for axis, name in zip(axes[:, 0], rows):
         axis.set_ylabel(name, fontsize=10)
     for axis, name in zip(axes[0], columns):
         axis.set_title(name, fontsize=10)
     figure.suptitle(title, fontsize=12)
     figure.supxlabel(note, fontsize=8)
-    if any(panel.map is not None for line in panels for panel in line):
+    if any(panel and panel.map is not None for line in panels for panel in line):
         _colour_bar(figure, axes, alpha, colormap)
     return _rendered(figure)
 
 
-def _checked(panels: Sequence[Sequence[Panel]], rows: Sequence[str], columns: Sequence[str]) -> tuple[int, int]:
+def lines(panels: Sequence[Panel], width: int) -> list[list[Panel | None]]:
+    """The panels in lines of that width, as `grid` takes them; the last is filled up with `None`.
+
+    >>> import torch
+    >>> [[panel is None for panel in line] for line in lines([Panel(torch.rand(3, 8, 8))] * 3, 2)]
+    [[False, False], [False, True]]
+    """
+    filled = [*panels, *[None] * (-len(panels) % width)]
+    return [filled[start : start + width] for start in range(0, len(filled), width)]
+
+
+def _checked(panels: Sequence[Sequence[Panel | None]], rows: Sequence[str], columns: Sequence[str]) -> tuple[int, int]:
     lengths = {len(line) for line in panels}
     if len(lengths) != 1 or 0 in lengths:
         raise CamError(f"a grid has a row at least, and all rows have as many panels; found {[len(line) for line in panels]}")
@@ -91,6 +102,11 @@ def _draw(axis: Any, panel: Panel, alpha: float, colormap: str) -> None:
         axis.contour(inside, levels=[0.5], colors="white", linewidths=1.2)
     if panel.map is not None:
         _cross(axis, _array(panel.map), picture.size)
+
+
+def _leave_out(axis: Any) -> None:
+    """Nothing but the names beside and above it."""
+    axis.set(xticks=[], yticks=[], frame_on=False)
 
 
 def _array(values: Any) -> np.ndarray:

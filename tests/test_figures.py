@@ -35,6 +35,19 @@ def test_panels_stand_in_rows_and_columns():
     assert boxes[0][0][0].stop < boxes[1][0][0].start
 
 
+def test_nothing_is_drawn_where_there_is_no_panel():
+    green = torch.tensor([0.0, 1, 0])[:, None, None].expand(3, 40, 40)
+    panels = [Panel(GREY), Panel(GREY, MAP), Panel(green)]
+    first, last = figures.lines(panels, 2)
+    assert (first, last) == (panels[:2], [panels[2], None])
+    found = pixels([first, last], columns=["one", "two"])
+    beside = panel_of(found, (0, 255, 0))
+    assert beside[0].stop > len(found) * 0.5
+    empty = found[beside[0], beside[1].stop + 5 : found.shape[1] * 3 // 4]  # as far as the colour bar
+    assert empty.shape[1] > 60
+    assert (empty == 255).all()
+
+
 def test_a_map_is_laid_over_its_picture_with_a_cross_at_its_maximum():
     plain, drawn = pixels([[Panel(GREY, MAP * 0)]]), pixels([[Panel(GREY, MAP)]])
     box = panel_of(plain, tuple(images.overlay(GREY, MAP * 0).getpixel((0, 0))))

@@ -180,9 +180,7 @@ def _write_grid(job: Job, path: Path, seen: Tensor, drawn: Sequence[tuple[Tensor
     panels = [figures.Panel(seen, camfn.maps.normalize(raw, (-2, -1)), caption=_caption(job, facts)) for raw, _, facts in drawn]
     width = len({facts["class"] for *_, facts in drawn})
     width = width if width > 1 else math.ceil(len(panels) ** 0.5)
-    lines = [panels[start : start + width] for start in range(0, len(panels), width)]
-    lines[-1] += [figures.Panel(torch.ones_like(seen))] * (width - len(lines[-1]))
-    picture = figures.grid(lines, title=path.name)
+    picture = figures.grid(figures.lines(panels, width), title=path.name)
     with files.claimed(job.wish.out, files.plain(f"{path.stem}-grid"), ("png",)) as base:
         picture.save(f"{base}.png")
     sys.stderr.write(f"note: {path}: all maps in one picture: {base}.png\n")
