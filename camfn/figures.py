@@ -105,8 +105,8 @@ def _draw(axis: Any, panel: Panel, alpha: float, colormap: str) -> None:
 
 
 def _leave_out(axis: Any) -> None:
-    """Nothing but the names beside and above it."""
-    axis.set(xticks=[], yticks=[], frame_on=False)
+    """Nothing but the names beside and above it, as if it were a square picture."""
+    axis.set(xticks=[], yticks=[], frame_on=False, box_aspect=1)
 
 
 def _array(values: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The tables of the pages that are made, not written: the methods, what works with each, how fast, how near.
 
     python tests/tables.py            # print them
-    python tests/tables.py --write    # put them into README.md and docs/budgeted-scoring.md
+    python tests/tables.py --write    # put them into README.md, docs/methods.md and docs/budgeted-scoring.md
 
 A cell is what came of trying: the checks are those of the contract tests, or stand here.
 """
@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import test_contract as contract
@@ -26,10 +27,12 @@ import camfn
 from camfn import _compat
 
 ROOT = Path(__file__).resolve().parents[1]
-README, BUDGETS = ROOT / "README.md", ROOT / "docs" / "budgeted-scoring.md"
+README, METHODS, BUDGETS = ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "docs" / "budgeted-scoring.md"
 RESULTS = ROOT / "benchmarks" / "results"
 WORKS, REFUSED, FAILS, UNKNOWN = "✓", "-", "✗", "?"
 COMPILED = "`torch.compile`"
+FLAT = r"\d+ of \d+ maps at layer '.*' are flat"
+"""Group-CAM's, where no group of channels adds to the blurred input: so it is for most classes of a network drawn at random."""
 
 Cells = dict[str, dict[str, str]]
 """What came of trying: by method, by column."""
@@ -37,12 +40,16 @@ Cells = dict[str, dict[str, str]]
 # ------------------------------------------------------------------------------------------------------- the checks
 
 
+TARGETS = {1: [4, 1], 2: [2, 1], 3: [2, 0]}
+"""By axes: classes of the two inputs to which some group of channels adds, so that Group-CAM has a map."""
+
+
 def dimensions(dims: int) -> Callable[[str], None]:
     """Maps of the grid's shape in [0, 1]; and a network with one axis more, of length 1, gives the same map."""
 
     def check(method: str) -> None:
-        signed = {"relu": False} if "gradients" in camfn.METHODS[method].needs else {}  # none of them is nowhere positive then
-        found = contract.run(method, small_net(dims=dims), "features", inputs(dims=dims), [3, 1], **signed)
+        signed = {"relu": False} if {"gradients", "head"} & camfn.METHODS[method].needs else {}  # then none is nowhere positive
+        found = contract.run(method, small_net(dims=dims), "features", inputs(dims=dims), TARGETS[dims], **signed)
         assert found.shape == (2, *contract.size_of(method, (4,) * dims, (8,) * dims))
         assert found.flatten(1).amin(1).tolist() == [0, 0]
         assert found.flatten(1).amax(1).tolist() == [1, 1]
@@ -50,8 +57,9 @@ def dimensions(dims: int) -> Callable[[str], None]:
             return  # its masks are other ones where there are more axes
         fewer = max(1, dims - 1)
         thin, x = small_net(dims=fewer), inputs(dims=fewer)
-        expected = contract.run(method, thin, "features", x, [3, 1], normalize=False, **signed)
-        thick = contract.run(method, thickened(thin, fewer), "features", x[..., None], [3, 1], normalize=False, **signed)
+        given = {"target": TARGETS[fewer], "normalize": False, **signed}
+        expected = contract.run(method, thin, "features", x, **given)
+        thick = contract.run(method, thickened(thin, fewer), "features", x[..., None], **given)
         assert_close(thick[..., 0], expected, contract.ROUNDING, f"{fewer} and {fewer + 1} axes")
 
     return check
@@ -83,7 +91,7 @@ def function_as_target(method: str) -> None:
     assert_close(
         contract.run(method, net, "features", x, lambda y: y[3]),
         contract.run(method, net, "features", x, camfn.targets.logit(3)),
-        0,
+        contract.ROUNDING,
     )
 
 
@@ -194,26 +202,71 @@ def cells_of(block: str) -> Cells:
     return {row[0].strip("`"): dict(zip(header[1:], row[1:])) for row in rows}
 
 
-def methods() -> str:
-    """The table of methods, as markdown: names, first sentences, costs and papers are those of the code."""
-    rows = [["method", "what it does", "forwards", "paper"], ["---"] * 4]
-    for name, method in camfn.METHODS.items():
-        doc = method.function.__doc__ or ""
-        rows.append([f"`{name}`", _summary(doc), method.cost, _paper(name, doc)])
+class Family(NamedTuple):
+    """Methods of a kind, as the pages have them."""
+
+    need: str  # of a method's needs, the one that makes it of this family and of none before
+    said: str  # a heading
+
+
+FAMILIES = {
+    "activation": Family("activations", "From the activation"),
+    "gradient": Family("gradients", "From the gradient"),
+    "head": Family("head", "At the layer"),
+    "masked": Family("masked inputs", "By masked inputs"),
+    "attention": Family("attention", "For transformers"),
+}
+"""A method is of the last of these of which it has the need."""
+
+
+def family(name: str) -> list[str]:
+    """The methods of a family, the oldest paper first."""
+    kin = [method for method, row in camfn.METHODS.items() if _family_of(row.needs) == name]
+    return sorted(kin, key=lambda method: _paper(method).year)
+
+
+def _family_of(needs: frozenset[str]) -> str:
+    return next(name for name in reversed(FAMILIES) if FAMILIES[name].need in needs)
+
+
+def methods(of: str) -> str:
+    """The table of a family, as markdown: names, first sentences, needs, costs and papers are those of the code."""
+    rows = [["method", "what it is", "needs", "forwards, and what else", "paper"], ["---"] * 5]
+    for name in family(of):
+        method, paper = camfn.METHODS[name], _paper(name)
+        needs = ["a layer"] * method.of_layer + sorted(method.needs - {"activations"})
+        rows.append([f"`{name}`", _summary(name), ", ".join(needs), method.cost, f"[{paper.authors}, {paper.year}]({paper.link})"])
     return _lines(rows)
 
 
-def _summary(doc: str) -> str:
-    """The first line, without the name that it begins with."""
-    return doc.splitlines()[0].partition(": ")[2].rstrip(".")
+def names() -> str:
+    """The methods of every family, by name, as markdown."""
+    links = {name: f"[{said}](docs/methods.md#{said.lower().replace(' ', '-')})" for name, (_, said) in FAMILIES.items()}
+    return "".join(f"- {link}: {', '.join(f'`{method}`' for method in family(name))}\n" for name, link in links.items())
 
 
-def _paper(name: str, doc: str) -> str:
-    """`Wang et al., Score-CAM, CVPR workshops 2020 (arXiv 1910.01279)`, or with a doi, as a link named by authors and year."""
-    found = re.search(r"\n\n *(\w[^,]*),(?:[^()]|\n)* (\d{4}) \((arXiv|doi)\s+([^\s)]+)\)", doc)
+def _summary(name: str) -> str:
+    """The first line of its docstring, without the name that it begins with."""
+    return _doc(name).splitlines()[0].partition(": ")[2].rstrip(".")
+
+
+def _doc(name: str) -> str:
+    return camfn.METHODS[name].function.__doc__ or ""
+
+
+class Paper(NamedTuple):
+    """`Wang et al., Score-CAM, CVPR workshops 2020 (arXiv 1910.01279)`, or with a doi."""
+
+    authors: str
+    year: int
+    link: str
+
+
+def _paper(name: str) -> Paper:
+    found = re.search(r"\n\n *(\w[^,]*),(?:[^()]|\n)* (\d{4})\s+\((arXiv|doi)\s+([^\s)]+)\)", _doc(name))
     assert found, f"{name}: no `Authors, Title, Venue YEAR (arXiv NUMBER)` in the docstring"
     authors, year, kind, number = found.groups()
-    return f"[{authors}, {year}]({'https://arxiv.org/abs' if kind == 'arXiv' else 'https://doi.org'}/{number})"
+    return Paper(authors, int(year), f"{'https://arxiv.org/abs' if kind == 'arXiv' else 'https://doi.org'}/{number}")
 
 
 SPEED = {
@@ -251,31 +304,31 @@ def budgets() -> str:
         cells = [near[name].get(f"{order} {budget:g}") for name in near for budget in (0.1, 0.2)]
         said = "true scores, the rest dropped" if order == "bound" else f'`order="{order}"`'
         rows.append([said, *(f"{c['mean pearson']:.3f} ({c['worst pearson']:.3f})" if c else "" for c in cells)])
-    head = [
-        "tolerance",
-        "stated error true",
-        "exceeded by at most",
-        "error within the tolerance",
-        "median stated",
-        "median true",
-        "median share of the forwards",
-    ]
-    lines = [head, ["---", *["--:"] * 6]]
+    first = next(row for levels in kept.values() for row in levels.values())
+    shown = {said: place for said, place in KEPT.items() if place[0] in first}  # an older record has fewer
+    lines = [["tolerance", *shown], ["---", *["--:"] * len(shown)]]
     for name, levels in kept.items():
         for level, row in levels.items():
-            lines.append([f"{name}, {level}", *_kept(row)])
+            lines.append([f"{name}, {level}", *(format(row[key], form) for key, form in shown.values())])
     return f"{_lines(rows)}\n{_lines(lines)}"
 
 
-def _kept(row: dict) -> list[str]:
-    shares = {"honest", "within", "median share"}
-    shown = ("honest", "exceeded by", "within", "median stated", "median true", "median share")
-    return [format(row[name], ".0%" if name in shares else ".3f") for name in shown]
+KEPT = {
+    "stated error true": ("honest", ".0%"),
+    "exceeded by at most": ("exceeded by", ".3f"),
+    "error within the tolerance": ("within", ".0%"),
+    "median stated": ("median stated", ".3f"),
+    "median true": ("median true", ".3f"),
+    "median share of the forwards": ("median share", ".0%"),
+}
 
 
 def precisions() -> str:
-    """How near maps in bfloat16 are, and how fast, from the record of `benchmarks/precision.py`."""
-    networks = json.loads((RESULTS / "precision.json").read_text(encoding="utf-8"))["networks"]
+    """How near maps in bfloat16 are, and how fast, from the record of `benchmarks/precision.py`: without one, nothing."""
+    record = RESULTS / "precision.json"
+    if not record.exists():
+        return ""
+    networks = json.loads(record.read_text(encoding="utf-8"))["networks"]
     rows = [["in brackets: no channel scored again", *networks], ["---", *["--:"] * len(networks)]]
     for said, (name, form) in PRECISION.items():
         shown = [
@@ -322,11 +375,14 @@ def block_of(text: str, name: str) -> str | None:
 
 def main() -> None:
     warnings.simplefilter("error", camfn.CamWarning)
-    cells = {method: {column: tried(method, column) for column in COLUMNS} for method in camfn.METHODS}
+    warnings.filterwarnings("ignore", FLAT, camfn.CamWarning)
     made = {
-        README: {"methods": methods(), "works": works(cells), "speed": speed()},
+        README: {"methods": names(), "speed": speed()},
         BUDGETS: {"budget": budgets(), "precision": precisions()},
+        METHODS: {name: methods(name) for name in FAMILIES},
     }
+    cells = {method: {column: tried(method, column) for column in COLUMNS} for method in camfn.METHODS}
+    made[METHODS]["works"] = works(cells)
     for blocks in made.values():
         sys.stdout.write("".join(f"<!-- {name} -->\n{block}<!-- /{name} -->\n\n" for name, block in blocks.items()))
     if "--write" in sys.argv[1:]:

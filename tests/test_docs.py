@@ -24,6 +24,7 @@ DOCUMENTS = [
 ]
 NAMES = [str(file.relative_to(ROOT)) for file in DOCUMENTS]
 
+pytestmark = pytest.mark.filterwarnings(rf"ignore:{tables.FLAT}:camfn.CamWarning")
 every_document = pytest.mark.parametrize("file", DOCUMENTS, ids=NAMES)
 
 
@@ -208,7 +209,7 @@ def test_links_and_names_that_are_not_there_are_found(apart):
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def made(name: str, page: Path = ROOT / "README.md") -> str:
+def made(name: str, page: Path = tables.METHODS) -> str:
     block = tables.block_of(page.read_text(encoding="utf-8"), name)
     assert block is not None, (
         f"{page.name} has no lines <!-- {name} --> and <!-- /{name} -->: python tests/tables.py prints what goes there"
@@ -216,14 +217,47 @@ def made(name: str, page: Path = ROOT / "README.md") -> str:
     return block
 
 
-def test_the_table_of_methods_is_that_of_the_code():
-    assert made("methods") == tables.methods(), "python tests/tables.py --write"
+def test_the_names_of_the_methods_are_those_of_the_code():
+    assert made("methods", tables.README) == tables.names(), "python tests/tables.py --write"
+
+
+@pytest.mark.parametrize("family", tables.FAMILIES)
+def test_the_tables_of_methods_are_those_of_the_code(family):
+    assert made(family) == tables.methods(family), "python tests/tables.py --write"
+
+
+def test_every_method_is_of_one_family():
+    families = {name: tables.family(name) for name in tables.FAMILIES}
+    assert sorted(method for kin in families.values() for method in kin) == sorted(camfn.METHODS)
+    assert families["activation"][0] == "cam"
+    assert {"grad_cam", "full_grad"} <= set(families["gradient"])
+    assert "ablation_cam" in families["head"]
+    assert {"group_cam", "rise"} <= set(families["masked"])  # one of them has a gradient too
+    assert len(families["attention"]) == 4
+
+
+COMPOSITIONS = [name for name in camfn.__all__ if getattr(camfn, name).__module__.startswith("camfn.compose")]
+
+
+def test_of_every_method_it_is_said_when_to_use_it():
+    """Below the table of its family, in its order; and of every function that makes methods of methods."""
+    heads = {said: tables.family(name) for name, (_, said) in tables.FAMILIES.items()}
+    heads |= {"Methods made of methods": COMPOSITIONS, "Concepts": ["factorize"]}
+    found = dict(re.findall(r"^## (.*)\n((?:(?!^## ).*\n)*)", tables.METHODS.read_text(encoding="utf-8"), re.MULTILINE))
+    for head, names in heads.items():
+        assert sorted(re.findall(r"^- `(\w+)`: ", found[head], re.MULTILINE)) == sorted(names), head
+        assert [name for name in re.findall(r"^\| `(\w+)`", found[head], re.MULTILINE) if name not in names] == [], head
+
+
+def test_the_changelog_names_every_method():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert [name for name in (*camfn.METHODS, *COMPOSITIONS, "factorize") if f"`{name}`" not in text] == []
 
 
 def test_the_tables_of_speed_and_budgets_are_those_of_the_records():
-    assert made("speed") == tables.speed(), "python tests/tables.py --write"
+    assert made("speed", tables.README) == tables.speed(), "python tests/tables.py --write"
     assert made("budget", tables.BUDGETS) == tables.budgets(), "python tests/tables.py --write"
-    assert made("precision", tables.BUDGETS) == tables.precisions(), "python tests/tables.py --write"
+    assert made("precision", tables.BUDGETS) == tables.precisions(), "python tests/tables.py --write"  # none without a record
 
 
 def test_the_table_of_what_works_has_every_method_and_use():

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import click
 
 LAYER, LINEAR = "features", "classify"
-METHODS = ("mean_cam", "grad_cam", "layer_cam", "recipro_cam", "score_cam", "is_cam")
+METHODS = ("mean_cam", "grad_cam", "layer_cam", "recipro_cam", "score_cam", "group_cam")
 """Those that are shown where none is named."""
 FITTING = tuple(name for name, method in camfn.METHODS.items() if "attention" not in method.needs)
 """Those that the network takes, which is convolutional."""
@@ -27,7 +27,7 @@ _METHOD = (
     f"One that `camfn methods` lists, if it follows no attention; repeatable; or {options.ALL}.  [default: {', '.join(METHODS)}]"
 )
 _TITLE = "Where does the network see each shape?"
-_NOTE = "white line: the object that the map is of     +: the map's highest point     %: how much of the map is inside the line"
+NOTE = "white line: the object that the map is of     +: the map's highest point     %: how much of the map is inside the line"
 
 
 class Shown(NamedTuple):
@@ -56,7 +56,7 @@ def chosen(named: Sequence[str]) -> tuple[str, ...]:
     found = options.methods_of(named)
     for method in found:
         if method not in FITTING:
-            raise CamError(f"--method {method} follows attention, and the demo's network has none: it takes {options.ALL} others")
+            raise CamError(f"--method {method} follows attention, and the demo's network has none: take another, or {options.ALL}")
     return found
 
 
@@ -107,7 +107,7 @@ def picture(found: Sequence[Row]) -> Any:
     panels = [[figures.Panel(one.scene.image) for one in objects]]
     for row in found:
         panels.append([panel(one) for one in row.shown])
-    return figures.grid(panels, rows=["scene", *(r.method for r in found)], columns=names, title=_TITLE, note=_NOTE)
+    return figures.grid(panels, rows=["scene", *(r.method for r in found)], columns=names, title=_TITLE, note=NOTE)
 
 
 def panel(one: Shown) -> figures.Panel:

@@ -1,0 +1,30 @@
+"""The pictures of the pages are those that are drawn."""
+
+from pathlib import Path
+
+import numpy as np
+import pictures
+import pytest
+from documents import ROOT
+from PIL import Image
+
+pytest.importorskip("safetensors")
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def blocks(picture: Image.Image) -> np.ndarray:
+    """Means over squares of 8 pixels: a panel has about twenty in each direction."""
+    size = [side // 8 for side in picture.size]
+    return np.asarray(picture.convert("RGB").resize(size, Image.Resampling.BOX)).astype(float)
+
+
+def test_the_picture_of_all_methods_is_this_one():
+    """To what its palette and rounding leave; one map of another method is far off."""
+    if f"matplotlib=={matplotlib.__version__}\n" not in (ROOT / "constraints.txt").read_text():
+        pytest.skip("another matplotlib lays the panels out otherwise")
+    path = Path(pictures.DOCS) / "methods.png"
+    with Image.open(path) as file:
+        shipped, made = blocks(file), blocks(pictures.methods())
+    assert shipped.shape == made.shape
+    assert (np.abs(shipped - made).max(-1) > 30).mean() < 0.0005  # a panel is a hundredth
+    assert path.stat().st_size < 400_000
