@@ -184,16 +184,23 @@ def tried(method: str, column: str) -> str:
 
 LEGEND = (
     f"{WORKS} tried by the tests and equal to an oracle: a plain loop or call, finite differences, the same in a wider dtype "
-    f"or in another number of dimensions; {REFUSED} refused, with a sentence that says why."
+    f"or in another number of dimensions; {REFUSED} refused by design, with a sentence that says why."
 )
+
+REASONS = {
+    "callable target": "`cam` weighs channels by a class's row of the linear layer, and a function has no row.",
+    "several layers": "`cam` is of the layer before the pooling; the others that refuse several layers are of none.",
+}
+"""Why a use is refused by design, by column."""
 
 
 def works(cells: Cells) -> str:
     """The table of what works, as markdown."""
     rows = [["", *COLUMNS], ["---", *(":-:" for _ in COLUMNS)]]
     rows += [[f"`{method}`", *(cells[method][column] for column in COLUMNS)] for method in cells]
-    failing = f" {FAILS} does not work." if any(FAILS in row.values() for row in cells.values()) else ""
-    return _lines(rows) + f"\n{LEGEND}{failing}\n"
+    failing = [f"{FAILS} does not work."] * any(FAILS in row.values() for row in cells.values())
+    refused = [REASONS[column] for column in COLUMNS if REFUSED in (row[column] for row in cells.values())]
+    return _lines(rows) + f"\n{' '.join([LEGEND, *refused, *failing])}\n"
 
 
 def cells_of(block: str) -> Cells:
