@@ -34,7 +34,8 @@ def grid(
 ) -> "Image":
     """Panels in rows and columns, with their names, a colour bar for the maps, and a note below: an RGB image.
 
-    `rows` and `columns` are names; nothing is drawn where a panel is `None`; `alpha` and `colormap` are those of `camfn.images.overlay`.
+    `rows` and `columns` are names; nothing is drawn where a panel is `None`; `alpha` and `colormap` are those of
+    `camfn.images.overlay`.
 
     **Raises** `CamError` where rows differ in length, names are too few or too many, or matplotlib is missing.
 

@@ -1,6 +1,6 @@
 """The pictures of the pages that are drawn, not taken.
 
-    python tests/pictures.py    # draw docs/demo.png and docs/methods.png
+python tests/pictures.py    # draw docs/demo.png and docs/methods.png
 """
 
 from collections.abc import Sequence

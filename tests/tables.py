@@ -242,7 +242,8 @@ def methods(of: str) -> str:
     for name in family(of):
         method, paper = camfn.METHODS[name], _paper(name)
         needs = ["a layer"] * method.of_layer + sorted(method.needs - {"activations"})
-        rows.append([f"`{name}`", _summary(name), ", ".join(needs), method.cost, f"[{paper.authors}, {paper.year}]({paper.link})"])
+        link = f"[{paper.authors}, {paper.year}]({paper.link})"
+        rows.append([f"`{name}`", _summary(name), ", ".join(needs), method.cost, link])
     return _lines(rows)
 
 

@@ -494,7 +494,8 @@ REFUSALS = {
     ),
     "a chunk where nothing is swept": (
         ["a.png", "--model", "net.py:pair", "--method", "cam", "--chunk", "8"],
-        r"--chunk 8: cam has no sweep to cut up; leave it out, or take another method, such as ablation_cam, recipro_cam or score_cam$",
+        r"--chunk 8: cam has no sweep to cut up; leave it out, or take another method, such as "
+        r"ablation_cam, recipro_cam or score_cam$",
     ),
     "an unknown device": (
         ["a.png", "--model", "net.py:pair", "--device", "gpu"],

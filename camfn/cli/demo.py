@@ -23,9 +23,7 @@ FITTING = tuple(name for name, method in camfn.METHODS.items() if "attention" no
 CELL = 8  # pixels, of the layer's grid
 SHOWN = ((0, 1), (1, 1), (2, 1), (3, 2), (4, 2))
 """The scenes, by seed and number of objects: the first that there are, not chosen for their maps, and not trained on."""
-_METHOD = (
-    f"One that `camfn methods` lists, if it follows no attention; repeatable; or {options.ALL}.  [default: {', '.join(METHODS)}]"
-)
+_METHOD = f"One of those that `camfn methods` lists, or {options.ALL}; repeatable.  [default: {', '.join(METHODS)}]"
 _TITLE = "Where does the network see each shape?"
 NOTE = "white line: the object that the map is of     +: the map's highest point     %: how much of the map is inside the line"
 
@@ -56,7 +54,9 @@ def chosen(named: Sequence[str]) -> tuple[str, ...]:
     found = options.methods_of(named)
     for method in found:
         if method not in FITTING:
-            raise CamError(f"--method {method} follows attention, and the demo's network has none: take another, or {options.ALL}")
+            raise CamError(
+                f"--method {method} follows attention, and the demo's network has none: take another, or {options.ALL}"
+            )
     return found
 
 
