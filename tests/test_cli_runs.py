@@ -23,7 +23,7 @@ import pytest
 from cli_support import CAMFN, ENVIRONMENT, explain, facts, invoke, picture, process
 from PIL import Image
 
-from camfn.cli import explain as explaining
+from camfn.cli import job
 
 here = cli_support.here
 PAIR = ("--model", "net.py:pair", "--layer", "2", "--target", "1", "--out", "maps")
@@ -295,7 +295,7 @@ class Terminal(io.StringIO):
 def test_the_bar_shows_forwards_done_and_time_left_on_a_terminal_only(monkeypatch):
     for stream, hidden in ((Terminal(), False), (Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stream)
-        with explaining._bar("dog.png", hidden) as report:
+        with job._bar("dog.png", hidden) as report:
             for done in (1, 2):
                 time.sleep(0.15)  # tqdm draws ten times a second at most
                 report(done, 8)
@@ -315,7 +315,7 @@ def test_the_bar_is_told_of_every_forward_of_the_sweep(here, monkeypatch):
     def bar(label, hidden):
         yield lambda done, total: told.append((label, done, total))
 
-    monkeypatch.setattr(explaining, "_bar", bar)
+    monkeypatch.setattr(job, "_bar", bar)
     explain("a.png", "--model", "net.py:pair", "--layer", "2", "--method", "is_cam", "--out", "maps")
     assert told == [("a.png 2", 32, 50), ("a.png 2", 50, 50)]  # 5 channels, 10 samples, 32 at a time
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import camfn
 from camfn._errors import CamError
-from camfn.cli import cards, demo, explain, files, options, tables
+from camfn.cli import cards, demo, explain, files, job, options, tables
 
 if TYPE_CHECKING:
     import click
@@ -123,7 +123,7 @@ def _explain() -> "click.Command":
     def command(as_json: bool, **values: Any) -> None:
         with options.refusing() as stdout:
             options.need("PIL", "tqdm")
-            wish = explain.Wish(**values)
+            wish = job.Wish(**values)
             paths, failed = files.pictures(wish.images), []
             for path, found in explain.run(wish, paths):
                 for line in cards.lines(path, found, as_json):

@@ -1,0 +1,130 @@
+"""What the command line asks for, and what the methods make of it."""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from camfn import zoo
+from camfn._errors import CamError, CamWarning
+from camfn._types import Size, Target
+from camfn.cli import options
+from camfn.explanation import prepared
+from camfn.targets import Top
+
+
+class Wish(NamedTuple):
+    """What the command line says."""
+
+    images: Sequence[Path]
+    model: str
+    weights: Path | None
+    no_pretrained: bool
+    device: str | None
+    layers: Sequence[str]
+    methods: Sequence[str]
+    target: str | None
+    size: str
+    seed: int | None
+    chunk: int | None
+    out: Path
+    no_progress: bool
+
+
+class Job(NamedTuple):
+    """What it means for every picture."""
+
+    wish: Wish
+    loaded: zoo.Loaded
+    layers: tuple[str | None, ...]
+    methods: tuple[str, ...]
+    device: torch.device | None
+    target: Target
+    size: Size
+    options: dict[str, Any]  # of the methods
+
+
+class Map(NamedTuple):
+    """What a method made of a layer."""
+
+    card: Any
+    raw: Tensor  # (t, h, w), one for each class
+    notes: tuple[str, ...]  # all that camfn had to say about them
+
+
+def through(job: Job, picture: Any) -> tuple[Tensor, Tensor]:
+    """The network's input and its outputs."""
+    x = options.input_of(job.loaded, picture, job.device)
+    return x, zoo.outputs_of(job.loaded, x)
+
+
+def maps_of(job: Job, path: Path, x: Tensor, layer: str | None) -> list[Map]:
+    """What each method makes of the layer. Of `all`, those that do not fit are left out, which a note of the others says."""
+    given, report = dict(job.options), _Report()
+    if "sweep" in given:
+        given["sweep"] = given["sweep"]._replace(progress=report)
+    made, left_out = [], []
+    for name, make in zip(job.methods, prepared(job.loaded.model, layer, x, job.target, job.methods, given)):
+        label = " ".join(filter(None, (path.name, layer, name if len(job.methods) > 1 else "")))
+        try:
+            with _bar(label, job.wish.no_progress) as report.to:
+                made.append(_map(job, name, make))
+        except CamError as error:
+            if options.ALL not in job.wish.methods:
+                raise
+            left_out.append((name, error))
+    if not made:
+        raise left_out[-1][1]
+    said = tuple(f"{name} is left out: {error}" for name, error in left_out)
+    return [made[0]._replace(notes=(*made[0].notes, *said)), *made[1:]]
+
+
+class _Report:
+    """Passes on to the bar of the method that is at work."""
+
+    to: Callable[[int, int], None]
+
+    def __call__(self, done: int, total: int) -> None:
+        self.to(done, total)
+
+
+def _map(job: Job, method: str, make: Callable[[], Any]) -> Map:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CamWarning)
+        what = "the model, on masked inputs," if options.takes(method, "sweep") else "the model"
+        with zoo.told(what, job.loaded.file):
+            card = make()
+    said = []
+    for warning in caught:
+        if issubclass(warning.category, CamWarning):
+            said.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    maps: Any = card.maps
+    raw = (maps[0] if isinstance(job.target, Top) else maps).detach().cpu()
+    check_grid(card.layers[0] if card.layers else method, raw.shape[1:])
+    return Map(card, raw, (*said, *card.notes))
+
+
+@contextmanager
+def _bar(label: str, hidden: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar of forwards done and time left, on stderr, if that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(desc=label, unit="forward", file=sys.stderr, disable=hidden or None, leave=False) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
+
+
+def check_grid(layer: str, grid: Sequence[int]) -> None:
+    if len(grid) != 2:
+        raise CamError(f"layer {layer!r} gives a map of shape {tuple(grid)}, and a picture needs (height, width)")
