@@ -15,16 +15,16 @@ from torch import Tensor
 
 import camfn
 from camfn import demo, metrics
+from camfn.cli.demo import FITTING
 from camfn.demo.train import FIRST, accuracy
 
 CELL = 8
 
 
 def maps_of(method: str, model: torch.nn.Module, x: Tensor, classes: Tensor) -> Tensor:
-    options = {"fc": "classify", "relu": True} if method == "cam" else {}
-    return torch.cat(
-        [camfn.METHODS[method].function(model, "features", a, b, **options) for a, b in zip(x.split(50), classes.split(50))]
-    )
+    function, of_layer = camfn.METHODS[method].function, camfn.METHODS[method].of_layer
+    layer, options = "features" if of_layer else None, {"fc": "classify", "relu": True} if method == "cam" else {}
+    return torch.cat([function(model, layer, a, b, **options) for a, b in zip(x.split(50), classes.split(50))])
 
 
 def measure(methods: Sequence[str], count: int) -> dict[str, dict[str, float]]:
@@ -52,7 +52,7 @@ def measure(methods: Sequence[str], count: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=common.positive, default=200)
-    parser.add_argument("--methods", nargs="+", default=list(camfn.METHODS), choices=list(camfn.METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(FITTING), choices=list(FITTING))
     parser.add_argument("--out", help="write the figures to this file")
     options = parser.parse_args()
     known = accuracy(demo.network(), range(1000))
