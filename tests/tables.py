@@ -82,7 +82,9 @@ def several_layers(method: str) -> None:
     net, x, layers = small_net(), inputs(), ("features", "act")
     if method not in contract.OF_LAYER:
         contract.FUNCTIONS[method](net, layers, x)
-    for layer, found in zip(layers, contract.run(method, net, layers, x)):
+    pairs = list(zip(layers, contract.run(method, net, layers, x), strict=True))
+    alone = pairs[-1:] if method == "poly_cam" else pairs  # its others build on this one: test_poly.py has a loop for them
+    for layer, found in alone:
         assert_close(found, contract.run(method, net, layer, x), contract.ROUNDING, layer)
 
 
