@@ -121,6 +121,8 @@ _POOLS = {"max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "adaptive_
 def _ruled(node: Node, known: dict[Node, Any], layer: str) -> Three:
     """What an operation gives, by the rule of its kind."""
     target: Any = node.target
+    if target is torch.ops.aten.as_strided_.default:  # adaptive pooling does so to its own result, where channels are last
+        target = torch.ops.aten.as_strided.default
     name = "getitem" if target is operator.getitem else target.overloadpacket.__name__
     moving = {i for i, argument in enumerate(node.args) if _moves(argument, known)}
     dtype: Any = node.kwargs.get("dtype", torch.float32)

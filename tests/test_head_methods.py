@@ -381,6 +381,7 @@ FOLLOWED = {  # each with something after it that is not affine, so that a wrong
     "maximum over positions": lambda h: h.amax((2, 3), keepdim=True).tanh(),
     "maximum over one axis": lambda h: h.max(3).values[..., None].tanh(),
     "average pooling": lambda h: F.avg_pool2d(h, 2).tanh(),
+    "pooling with the channels last": lambda h: F.adaptive_avg_pool2d(h.movedim(1, -1).contiguous().movedim(-1, 1), 1).tanh(),
     "adaptive average pooling": lambda h: F.adaptive_avg_pool2d(h, 3).tanh(),
     "reshaping and joining": lambda h: torch.cat([h.flip(2), h.mT, h * 0.5], 2).roll(1, 3)[:, :, ::2].tanh(),
     "addition to itself": lambda h: (h + F.relu(h - 0.1)).sigmoid(),
