@@ -14,6 +14,7 @@ from camfn._types import Inputs, State
 from camfn.capture import resolve_state, watch
 from camfn.inputs import Key, check_inputs, key_of, plain, size_of
 from camfn.layouts import Clues, Form, Sides, forms_of
+from camfn.linear import is_auxiliary, sides
 from camfn.ports import Place, tensors_of
 from camfn.shell import shell_of
 from camfn.targets import logits_of
@@ -37,8 +38,9 @@ def candidate_layers(model: nn.Module, x: Inputs, *, masked: Key = None, state: 
     """The layers that can be explained, in the order of execution, and which of them `layer=None` takes; one forward.
 
     That is the last one with a grid, but: where a class token leads the others, the last block but one, since after the
-    last block only the class token counts; before the first layer that returns a pyramid of grids, as detectors have it;
-    and no layer that ends in a channel for each class, which is an output and not a feature.
+    last block only the class token counts; before the first layer that returns a pyramid of grids, as detectors have it, unless
+    a linear head takes what comes after; and no layer that ends in a channel for each class, which is an output and not a
+    feature.
 
     `x`, `masked` and `state` are those of `camfn.score_cam`. Layers that do not run, and those whose layout cannot be told
     from their shape, are not among them.
@@ -120,6 +122,8 @@ class _Outputs(NamedTuple):
 
     all: list[_Output]
     classes: set[int]  # how many channels an output has, which is no feature
+    heads: set[int]  # how many channels the linear layers take that give the classes, once
+    linear: set[int]  # and how many any linear layer takes
     clues: Clues
     modules: dict[str, nn.Module]
 
@@ -149,7 +153,10 @@ def _outputs(model: nn.Module, state: State, x: Inputs, spatial: Sides | None, n
             place = Place(name, call if runs[name] > 1 else None, part if len(shapes) > 1 else ())
             lone = runs[name] == len(shapes) == 1
             found.append(_Output(str(place), type(modules[name]).__name__, shapes[part], form, lone, pyramid))
-    return _Outputs(found, _classes_of(output, n), clues, modules)
+    classes = _classes_of(output, n)
+    linear = {name: taken for name, module in modules.items() if (taken := sides(module)) is not None}
+    heads = {inside for name, (inside, outside) in linear.items() if outside in classes - {1} and runs[name] == 1}
+    return _Outputs(found, classes, heads, {inside for inside, _ in linear.values()}, clues, modules)
 
 
 def _on_grid(shape: Sides, spatial: Sides | None, n: int, clues: Clues) -> Form | None:
@@ -172,13 +179,19 @@ def _classes_of(output: Any, n: int) -> set[int]:
 
 def _chosen(outputs: _Outputs) -> _Output:
     """As torchcam's rule, the last layer, but for the model itself, class maps, pyramids and class tokens."""
-    found, classes, clues, modules = outputs
+    found, classes, heads, linear, clues, modules = outputs
+    known = clues.first | clues.last
     for usable in (
-        lambda out: out.lone and not any(part.startswith("aux") for part in out.name.lower().split(".")),
-        lambda out: not out.pyramid,
+        lambda out: out.lone and not is_auxiliary(out.name),
+        lambda out: out.form.channels in heads or not out.pyramid,
         lambda out: out.form.channels not in classes,
-        # Attention weights have the axes of a picture, and as many channels as it has heads.
-        lambda out: len(out.shape) == 3 or out.form.channels in (clues.last if out.form.last else clues.first),
+        # Attention weights have the axes of a picture, and as many channels as it has heads. What branches are joined to may
+        # have a width that only the linear layer behind it has.
+        lambda out: (
+            len(out.shape) == 3
+            or out.form.channels in (clues.last if out.form.last else clues.first)
+            or out.form.channels in linear - known
+        ),
     ):
         found = [out for out in found if usable(out)] or found
     if any(out.form.prefix and out.form.grid in clues.grids for out in found):

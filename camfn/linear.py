@@ -29,19 +29,25 @@ def find_linear(shell: Shell, model: nn.Module, fc: Layer | None, channels: int,
             raise CamError(f"fc={fc!r} names a layer, without a part or a call")
         _check_linear(name, modules[name], channels, classes)
         return name
-    linear = {name: module for name, module in modules.items() if _sides(module) is not None}
-    fitting = [name for name, module in linear.items() if _sides(module) == (channels, classes)]
+    linear = {name: taken for name, module in modules.items() if (taken := sides(module)) is not None}
+    fitting = [name for name, taken in linear.items() if taken == (channels, classes) and not is_auxiliary(name)]
     if len(fitting) == 1:
         if not _compat.transformed():
             warn(f"fc=None: {fitting[0]!r} was found, the only linear layer of {channels} channels and {classes} classes")
         return fitting[0]
     if fitting:
         raise CamError(f"several layers could be fc=: {', '.join(map(repr, fitting))}; name the one behind the pooling")
-    found = ", ".join(f"{name!r} {_sides(module)}" for name, module in linear.items()) or "no linear layer at all"
+    heads = [f"{name!r} {taken}" for name, taken in linear.items() if taken[1] == classes]  # of all there may be hundreds
+    found = ", ".join(heads) or ("no linear layer of so many classes" if linear else "no linear layer at all")
     raise CamError(
         f"cam needs a linear layer from the layer's {channels} channels to {classes} classes, behind global average pooling; "
         f"found {found}; name another layer, or another method"
     )
+
+
+def is_auxiliary(name: str) -> bool:
+    """Is it in a head that is there for training alone, as torchvision names them?"""
+    return any(part.startswith("aux") for part in name.lower().split("."))
 
 
 def matrix_of(shell: Shell, state: State, name: str) -> Tensor:
@@ -51,7 +57,7 @@ def matrix_of(shell: Shell, state: State, name: str) -> Tensor:
         return state[weight].flatten(1)
     # It is made anew in every forward (a parametrisation), or packed (a quantised one): then the layer itself tells.
     module = shell.modules[name]
-    channels, _ = _sides(module) or (0, 0)
+    channels, _ = sides(module) or (0, 0)
     own = {slot.removeprefix(f"{name}."): state[of] for slot, of in shell.slots.items() if slot.startswith(f"{name}.")}
     like = next((tensor for tensor in own.values() if tensor.is_floating_point()), torch.zeros(()))
     inputs = torch.eye(channels + 1, channels, dtype=like.dtype, device=like.device)  # the last gives what is added
@@ -61,16 +67,16 @@ def matrix_of(shell: Shell, state: State, name: str) -> Tensor:
 
 
 def _check_linear(name: str, module: nn.Module, channels: int, classes: int) -> None:
-    sides = _sides(module)
-    if sides is None:
+    taken = sides(module)
+    if taken is None:
         raise CamError(f"fc={name!r} is a {type(module).__name__}, not a Linear or a 1x1 convolution")
-    if sides[0] != channels:
-        raise CamError(f"fc={name!r} takes {sides[0]} inputs, and the layer has {channels} channels: CAM needs one for each")
-    if sides[1] != classes:
-        raise CamError(f"fc={name!r} gives {sides[1]} values, and the model gives {classes} classes")
+    if taken[0] != channels:
+        raise CamError(f"fc={name!r} takes {taken[0]} inputs, and the layer has {channels} channels: CAM needs one for each")
+    if taken[1] != classes:
+        raise CamError(f"fc={name!r} gives {taken[1]} values, and the model gives {classes} classes")
 
 
-def _sides(module: Any) -> tuple[int, int] | None:
+def sides(module: Any) -> tuple[int, int] | None:
     """Inputs and outputs of a layer that is linear in channels; else `None`."""
     if isinstance(module, nn.Linear) or (is_quantised(module) and hasattr(module, "in_features")):
         return module.in_features, module.out_features

@@ -896,6 +896,25 @@ def test_cam_without_a_linear_layer():
         cam(pooled(), layer="1")
 
 
+def test_cam_names_the_linear_layers_of_so_many_classes_alone():
+    with says("linear layer", "found '5' (3, 5); name another layer"):
+        cam(pooled(nn.Linear(4, 3), nn.Linear(3, 5)), layer="1")
+
+
+def test_a_head_for_training_alone_is_not_cams():
+    class Trained(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.aux1 = pooled(nn.Linear(4, 4)), nn.Linear(4, 4).double()
+
+        def forward(self, x):
+            return self.body(x)
+
+    model = Trained()
+    with pytest.warns(camfn.CamWarning, match="fc=None: 'body.4' was found"):
+        cam(model, layer="body.1")
+
+
 def test_cam_with_an_input_count_other_than_the_channels():
     with says("6 channels", "5 classes", "'fc' (96, 5)"):
         cam(small_net(dense=True))

@@ -210,6 +210,36 @@ class Levels(nn.Module):
         return collections.OrderedDict((str(i), nn.functional.max_pool2d(level, 2**i)) for i in range(3))
 
 
+class Joined(nn.Module):
+    """Levels that a convolution joins again, and a linear head behind it: a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.levels = nn.Conv2d(3, 6, 3, stride=2, padding=1), Levels()
+        self.join, self.side, self.fc = nn.Conv2d(5, 7, 3, padding=1), nn.Conv2d(7, 5, 1), nn.Linear(7, 2)
+
+    def forward(self, x):
+        joined = self.join(sum(nn.functional.interpolate(level, (4, 4)) for level in self.levels(self.trunk(x)).values()))
+        return self.fc((joined + self.side(joined).mean(1, keepdim=True)).mean((2, 3)))
+
+
+def test_behind_a_pyramid_the_layer_is_chosen_that_a_linear_head_takes():
+    assert chosen(camfn.candidate_layers(Joined(), inputs(side=16, dtype=torch.float32))) == "join"
+
+
+def test_of_branches_what_joins_them_is_chosen():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU())
+
+        def forward(self, x):
+            return torch.cat([self.one(x), self.other(x)], 1)
+
+    model = nn.Sequential(Branches(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 3))
+    assert chosen(camfn.candidate_layers(model, inputs(dtype=torch.float32))) == "0"
+
+
 def test_every_candidate_can_be_explained_as_it_is_named():
     torch.manual_seed(0)
     model, x = Pyramid().double(), inputs(side=16)

@@ -28,8 +28,8 @@ ORDER = (
     *("memory", "recording", "heads"),
     *(
         "attention",
-        "layers",
         "linear",
+        "layers",
         "weights",
         "relevance",
         "masks",
