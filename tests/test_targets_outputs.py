@@ -145,6 +145,17 @@ def test_a_segmentation_of_any_number_of_axes(dims):
     assert_close(T.score_rows(score.of, y, score.rows)[:, 0], torch.stack(expected), 1e-6)
 
 
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_a_segmentation_of_an_output_of_another_size(reduce):
+    """Which CAMERAS makes of the input at other sizes: the mask goes with the picture."""
+    score = T.resolve(T.segmentation(MASKS, 2, reduce=reduce), SEGMENTED, 2, X.device)
+    y, masks = torch.randn(2, 4, 8, 8, dtype=torch.float64), MASKS.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    expected = (y[:, 2] * masks).sum((1, 2)) / (masks.sum((1, 2)) if reduce == "mean" else 1)
+    assert_close(T.score_rows(score.of, y, score.rows)[:, 0], expected, 1e-12)
+    maps = camfn.cameras(segmenter(), "features", X, T.segmentation(MASKS, 2, reduce=reduce), factors=(2.0,), relu=False)
+    assert maps.shape == (2, 8, 8)
+
+
 def test_the_name_of_a_segmentation():
     score = T.resolve(T.segmentation(MASKS, torch.tensor([[0, 1], [2, 3]])), SEGMENTED, 2, X.device)
     assert T.names(score, 2)[0] == ("mean of logit 0 over 6 pixels", "mean of logit 1 over 6 pixels")

@@ -118,6 +118,8 @@ def _at_grid(mask: Tensor, grid: Sequence[int]) -> Tensor:
 
 def _of_segmentation(reduce: Reduce, y: Tensor, row: tuple[Tensor, Tensor]) -> Tensor:
     classes, masks = row
+    if masks.shape[1:] != y.shape[1:]:  # the input has another size than the clean one, as CAMERAS makes it
+        masks = F.interpolate(masks[None], size=y.shape[1:], mode="area")[0]
     scores = (y.to(wide(y.dtype)).index_select(0, classes) * masks).flatten(1).sum(1)
     return scores / masks.flatten(1).sum(1) if reduce == "mean" else scores
 
