@@ -59,6 +59,14 @@ def attended(run: Callable[[], T], nudge: Nudge = None, *, held: bool = False) -
     return out, Attention(tuple(mode.seen), tuple(mode.logits))
 
 
+@_compat.eager
+def unfused(run: Callable[[], T]) -> T:
+    """What `run()` returns, with attention of every kind written out: fused kernels have no second derivative, and no rule for
+    being mapped over."""
+    with _Unfused(None, False):
+        return run()
+
+
 def self_attention(attention: Attention, n: int) -> Attention:
     """The attention, where it is of all tokens of an image to all of them, the same ones in every layer; else an error."""
     shapes = [tuple(seen.shape) for seen in attention.seen]
@@ -284,6 +292,16 @@ class _WrittenOut(TorchFunctionMode):
                     f"a softmax of shape {shape} looks like attention, and what becomes of it cannot be followed to a product "
                     "with values (talking heads, or a product written in another way?)"
                 )
+
+
+class _Unfused(_WrittenOut):
+    """Nothing of it is followed, and nothing is wrong with it."""
+
+    def _softmax(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        return func(*args, **kwargs)
+
+    def _weigh(self, probabilities: Tensor, logits: Tensor, values: Tensor, product: Callable[..., Tensor]) -> Tensor:
+        return product(probabilities, values)
 
 
 _MULTI_HEAD = types.FunctionType(

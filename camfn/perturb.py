@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from camfn import _compat, keep
 from camfn._errors import CamError
 from camfn._types import Inputs
+from camfn.attention import unfused
 from camfn.capture import Captured, tap_from
 from camfn.execution import Sweep
 from camfn.heads import Head, head_of
@@ -237,8 +238,9 @@ def _by_swap(site: _Site, values: Tensor) -> Tensor:
     """By the model with the layer's output swapped: mapped over, so that what comes before runs once; else as a batch."""
     sweeper = site.sweeper
     if sweeper.maps:
+        mapped = vmap(lambda value: _swapped(site, value[None])[0])
         try:
-            scores = vmap(lambda value: _swapped(site, value[None])[0])(values)
+            scores = mapped(values) if _compat.transformed() else unfused(lambda: mapped(values))
             sweeper.forwards += 1
             return scores
         except RuntimeError as error:  # a model that adds in place what is mapped to what is not cannot be mapped

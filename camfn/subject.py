@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layers, State
-from camfn.attention import attended
+from camfn.attention import unfused as written_out
 from camfn.capture import Captured, pure_from, resolve_state, tap_from, watch
 from camfn.draws import refusing_draws
 from camfn.gradients import Pull, Run, copied, with_pull
@@ -105,7 +105,7 @@ def look(
     """
     if isinstance(model, Shared):
         return model.look(layer, x, state, masked, masks, graph, taps)
-    subject = introduced(model, x, state, masked, masks=masks)
+    subject = introduced(model, x, state, masked, masks=masks, named=taps and layer is not None)
     shell, full, x, n = subject.shell, subject.state, subject.x, subject.n
     if is_several(layer) and not layer:
         raise CamError("layer is an empty sequence: name one layer at least, or pass None to have one chosen")
@@ -182,10 +182,10 @@ def again(subject: Subject, image: Tensor, *, unfused: bool = False) -> Subject:
     check_slopes(subject.shell)
     run = tapped(other, names)
 
-    def written_out(state: State, x: Inputs, nudge: Any = None) -> Captured:
-        return attended(lambda: run(state, x, nudge))[0]
+    def openly(state: State, x: Inputs, nudge: Any = None) -> Captured:
+        return written_out(lambda: run(state, x, nudge))
 
-    captured, pull = with_pull(written_out if unfused else run, other.state, other.x, names)
+    captured, pull = with_pull(openly if unfused else run, other.state, other.x, names)
     trust(other)
     return other._replace(
         output=captured.output, seen=tuple(captured.seen[names.index(name)] for name in other.layers), pull=pull
@@ -193,15 +193,17 @@ def again(subject: Subject, image: Tensor, *, unfused: bool = False) -> Subject:
 
 
 def introduced(
-    model: nn.Module | Shared, x: Inputs, state: State | None, masked: Key = None, *, masks: bool = False
+    model: nn.Module | Shared, x: Inputs, state: State | None, masked: Key = None, *, masks: bool = False, named: bool = False
 ) -> Subject:
-    """The model and its inputs, checked; nothing has run."""
+    """The model and its inputs, checked; nothing has run. `named`: with a layer, and a layout comes with it if need be."""
     model = model.model if isinstance(model, Shared) else model
     shell = shell_of(model)
     full = resolve_state(shell, state)
     x = plain(x)
     key = key_of(x, masked, masks)
     n = check_inputs(x, key, full, masks)
+    if masks or not named:
+        _check_frames(shell, pick(x, key))
     known = None if _compat.transformed() else structure(shell)
     return Subject(model, shell, full, x, key, n, (), False, None, (), 0, known)
 
@@ -238,6 +240,17 @@ def run_checked(tap: Callable[..., Captured], subject: Subject, state: State, x:
     if wrong and any(value.ndim < pick(x, key).ndim + 1 for value in captured.seen):  # torch took it for one sample
         raise CamError(wrong)
     return captured
+
+
+def _check_frames(shell: Shell, image: Tensor) -> None:
+    """Frames before channels look like channels and three spatial axes, and masks would go over the wrong ones."""
+    first = next((m for m in shell.module.modules() if isinstance(m, _ConvNd)), None)
+    if image.ndim == 5 and first is not None and image.shape[1] != first.in_channels == image.shape[2]:
+        raise CamError(
+            f"the input has shape {tuple(image.shape)}, and {type(first).__name__} wants {first.in_channels} channels: it "
+            "seems that frames come before channels, and (n, channels, *size) is wanted: pass a module that takes this and "
+            "hands on x.transpose(1, 2)"
+        )
 
 
 _NO_LIST = (

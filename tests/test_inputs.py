@@ -261,3 +261,32 @@ def test_inputs_in_a_mapping_are_mapped_over():
 
     batch = camfn.grad_cam(two, "conv", {"numbers": numbers, "picture": x}, 1, normalize=False)
     assert_close(vmap(one)(x, numbers), batch, 1e-14)
+
+
+class OfFrames(nn.Module):
+    """Takes `(n, frames, channels, h, w)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.fc = nn.Conv3d(3, 5, 2, stride=2), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x.transpose(1, 2)).relu().flatten(2).mean(2))
+
+
+def test_frames_before_channels_are_told_from_a_volume():
+    net, x = OfFrames().double(), torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
+    for method, layer in (("score_cam", "features"), ("grad_cam", None), ("rise", None), ("full_grad", None)):
+        with pytest.raises(camfn.CamError, match=r"\(2, 4, 3, 8, 8\), and Conv3d wants 3 channels: it seems that frames"):
+            camfn.METHODS[method].function(net, layer, x, 1)
+    assert camfn.grad_cam(net, "features", x, 1, layout="channels_first", relu=False).shape == (2, 2, 4, 4)
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.transpose(1, 2))
+
+    assert camfn.score_cam(Turned(), "net.features", x.transpose(1, 2), 1).shape == (2, 2, 4, 4)

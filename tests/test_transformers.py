@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -541,3 +542,40 @@ def test_what_every_method_refuses(method):
 def test_a_query_that_is_no_token(method, query):
     with pytest.raises(camfn.CamError, match=r"query=.* must be one of the 17 tokens"):
         raw(method, vit("timm"), inputs(1, side=32), query=query)
+
+
+def test_methods_of_a_layer_do_not_mind_what_kind_of_attention_comes_after():
+    """A pooling of one query to all tokens: no map for those that follow attention, and all the same to a second derivative."""
+    torchvision_models()
+    kind = pytest.importorskip("timm").models.vision_transformer.VisionTransformer
+    model, x = randomised(kind(**{**TIMM, "class_token": False, "global_pool": "map"})), inputs(2, side=32)
+    expected = camfn.shapley_cam(unfused(model), "blocks.1", x, 3, relu=False, normalize=False)
+    assert_close(camfn.shapley_cam(model, "blocks.1", x, 3, relu=False, normalize=False), expected, 1e-12)
+    with pytest.raises(camfn.CamError, match="attention of 1 queries to 16 keys"):
+        camfn.attention_rollout(model, None, x)
+
+
+@pytest.mark.parametrize("method", ["ablation_cam", "recipro_cam"])
+def test_what_cannot_be_recorded_is_mapped_over_without_fused_attention(method):
+    """The fused kernels have no rule for that; torch says so once in a process, unless asked to say it always."""
+
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = vit("timm")
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.net(x)
+            return y if float(y.detach().sum()) < math.inf else -y  # a value that is read in Python
+
+    x, function = inputs(1, side=32), getattr(camfn, method)
+    expected = function(vit("timm"), "blocks.1", x, 3, relu=False, normalize=False)
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = function(Asking(), "net.blocks.1", x, 3, relu=False, normalize=False)
+    finally:
+        torch.set_warn_always(always)
+    assert_close(found, expected, 1e-12)
