@@ -150,7 +150,8 @@ def _outputs(model: nn.Module, state: State, x: Inputs, spatial: Sides | None, n
         forms = {part: form for part, shape in shapes.items() if (form := _on_grid(shape, spatial, n, clues)) is not None}
         pyramid = pyramid or len({form.grid for form in forms.values()}) >= _LEVELS
         for part, form in forms.items() if name else ():
-            place = Place(name, call if runs[name] > 1 else None, part if len(shapes) > 1 else ())
+            # A tensor that is alone is found by itself, but not in a tuple in a tuple.
+            place = Place(name, call if runs[name] > 1 else None, part if len(shapes) > 1 or len(part) > 1 else ())
             lone = runs[name] == len(shapes) == 1
             found.append(_Output(str(place), type(modules[name]).__name__, shapes[part], form, lone, pyramid))
     classes = _classes_of(output, n)

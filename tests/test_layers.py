@@ -210,6 +210,24 @@ class Levels(nn.Module):
         return collections.OrderedDict((str(i), nn.functional.max_pool2d(level, 2**i)) for i in range(3))
 
 
+def test_a_tensor_in_a_tuple_in_a_tuple_is_named_by_its_place():
+    class Nested(nn.Conv2d):
+        def forward(self, x):
+            return (super().forward(x),), 4, 4
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nested, self.fc = Nested(3, 6, 3, stride=2), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.fc(self.nested(x)[0][0].relu().mean((2, 3)))
+
+    (layer,) = camfn.candidate_layers(Net(), inputs(dtype=torch.float32))
+    assert layer.name == "nested:0:0"
+    assert camfn.grad_cam(Net(), layer.name, inputs(dtype=torch.float32), 1, relu=False).shape == (2, 3, 3)
+
+
 class Joined(nn.Module):
     """Levels that a convolution joins again, and a linear head behind it: a classifier."""
 
