@@ -1,0 +1,215 @@
+"""Every method on every kind of architecture, with nothing but a model and an input: docs/compatibility.md.
+
+    python tests/compatibility.py            # try all of them, some minutes on one core, and show the page
+    python tests/compatibility.py --write    # put it into docs/compatibility.md
+
+A cell is what came of `camfn.explain(model, None, x, method=...)`. What is neither a map nor a refusal that `REASONS` knows
+is a fault, and no page is written.
+"""
+
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from architectures import ARCHITECTURES, made
+
+import camfn
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cameras": {"factors": (1.25,)},
+    "group_cam": {"groups": 4},
+    "is_cam": {"num_samples": 1},
+    "opti_cam": {"steps": 2},
+    "rise": {"num_samples": 20, "cells": 3},
+    "smooth_grad_cam_pp": {"num_samples": 1},
+    "ss_cam": {"num_samples": 1},
+}
+"""What keeps the cost down, and nothing else."""
+
+MAP, NONE = "✓", "-"
+
+REASONS = {
+    "a": (
+        r"has no attention that could be seen",
+        "nothing in the network is attention of tokens to one another; use a method that takes a layer",
+    ),
+    "w": (
+        r"attention of shape .* over windows or groups|attention of \d+ queries to \d+ keys|number of tokens changes",
+        "the method wants attention of all tokens to all, the same ones in every layer, and some of it is over windows or "
+        "groups, pooled, of one token alone, or on grids of several sizes",
+    ),
+    "c": (
+        r"cam needs a linear layer|several layers could be fc=|its target must be classes",
+        "no linear layer, or no single one, takes the layer's channels and gives the classes, or the target is no class",
+    ),
+    "z": (r"cameras shows the model its input at other sizes", "the network takes pictures of one size only"),
+    "n": (
+        r"lift_cam has no rule for|hangs on values that are read in Python",
+        "DeepLIFT's rule is for what is affine, functions of single values and max-pooling, and behind the layer come a layer "
+        "norm, attention, a product of two that change, or a decision in Python",
+    ),
+    "f": (
+        r"frames come before channels",
+        "the model takes frames before channels, and camfn `(n, channels, *size)`: turn them",
+    ),
+    "s": (
+        r"masked= must say which|needs spatial axes in the input|in \d+ ways that fit alike|no layer of \w+ has 1 spatial",
+        "the input is a sound or a spectrogram without an axis of channels: methods that mask want `(n, channels, *size)`; for "
+        "others name a layer, and say by `layout=` where its positions are",
+    ),
+}
+"""By the mark of the table: how to know the refusal, and what it means."""
+
+
+class Row(NamedTuple):
+    """What came of an architecture."""
+
+    layer: str
+    grid: str
+    cells: dict[str, str]  # by method: a mark
+
+
+class FaultError(AssertionError):
+    """What neither gave a map nor was refused for a reason that the page tells."""
+
+
+def tried(name: str, methods: Iterable[str] = tuple(camfn.METHODS)) -> Row:
+    """All methods on an architecture."""
+    case, places, cells = made(name), set(), {}
+    for method in methods:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                card = camfn.explain(case.model, None, case.x, case.target, method=method, **OPTIONS.get(method, {}))
+            except camfn.CamError as error:
+                cells[method] = _mark(name, method, str(error))
+                continue
+            except Exception as error:
+                raise FaultError(f"{name}, {method}: {error!r}") from error
+        stray = [str(each.message) for each in said if not _EXPECTED.match(str(each.message))]
+        _check(name, method, card, stray)
+        cells[method] = MAP
+        if "any size" not in camfn.METHODS[method].needs and len(card.layers) == 1:  # the map is on the grid of the layer
+            places |= set(zip(card.layers, card.grids))
+    if len(places) > 1:
+        raise FaultError(f"{name}: several layers were chosen, {places}")
+    layer, grid = next(iter(places), (NONE, ()))
+    return Row(layer, " x ".join(map(str, grid)) or NONE, cells)
+
+
+_EXPECTED = re.compile(r"layer=None: '.*' (was|were) chosen|fc=None: '.*' was found")
+
+
+def _mark(name: str, method: str, refusal: str) -> str:
+    found = [mark for mark, (pattern, _) in REASONS.items() if re.search(pattern, refusal)]
+    if len(found) != 1:
+        raise FaultError(f"{name}, {method}: {refusal}")
+    return found[0]
+
+
+def _check(name: str, method: str, card: camfn.Explanation, stray: list[str]) -> None:
+    """A map is finite and has more than one position, and what is said of it is not that the layer was the wrong one."""
+    kinds = {finding.kind for finding in card.findings}
+    wrong = {
+        f"warns: {stray}": bool(stray),
+        "the map is not finite": not bool(torch.isfinite(card.maps).all()),
+        "the map has one position": any(torch.Size(grid).numel() < 2 for grid in card.grids),
+        "no gradient reaches the layer": "no gradient" in kinds,
+        "the map is flat": "flat map" in kinds and method not in _MAY_BE_FLAT,
+    }
+    if any(wrong.values()):
+        raise FaultError(f"{name}, {method}: {', '.join(fault for fault, here in wrong.items() if here)}")
+
+
+_MAY_BE_FLAT = ("fem", "group_cam", "poly_cam")
+"""On a grid of 2 x 2 no value is two deviations above the mean. In a random network no group of channels may add to the blurred
+picture, and a product over layers is zero where one of them says nothing."""
+
+# --------------------------------------------------------------------------------------------------------- the page
+
+
+def groups_of(rows: dict[str, Row]) -> list[tuple[str, ...]]:
+    """Methods with the same mark for every architecture, in the order of the table."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for method in camfn.METHODS:
+        found.setdefault(tuple(row.cells[method] for row in rows.values()), []).append(method)
+    return [tuple(methods) for methods in found.values()]
+
+
+def page(rows: dict[str, Row]) -> str:
+    """The document."""
+    groups = groups_of(rows)
+    head = ["architecture", "layer", "grid", *(chr(65 + i) for i in range(len(groups)))]
+    lines = [head, ["---"] * 3 + [":-:"] * len(groups)]
+    for name, row in rows.items():
+        layer = NONE if row.layer == NONE else f"`{row.layer}`"
+        lines.append([name, layer, row.grid, *(row.cells[method] for method, *_ in groups)])
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    columns = "".join(f"- {chr(65 + i)}: {', '.join(f'`{m}`' for m in methods)}\n" for i, methods in enumerate(groups))
+    marks = {cell for row in rows.values() for cell in row.cells.values()}
+    reasons = "".join(f"- {mark}: {said}.\n" for mark, (_, said) in REASONS.items() if mark in marks)
+    lowered = ", ".join(_call(method, options) for method, options in OPTIONS.items())
+    libraries = ", ".join(f"{library} {_version(library)}" for library in LIBRARIES)
+    sizes = {"count": len(rows), "methods": len(camfn.METHODS)}
+    parts = {"columns": columns, "table": table, "reasons": reasons, "lowered": lowered, "libraries": libraries}
+    return PROSE.format(**parts, **sizes)
+
+
+def _call(method: str, options: dict[str, Any]) -> str:
+    return f"`{method}({', '.join(f'{key}={value}' for key, value in options.items())})`"
+
+
+def _version(library: str) -> str:
+    """Without what a build adds."""
+    return version(library).partition("+")[0]
+
+
+LIBRARIES = ("torch", "torchvision", "timm", "transformers")
+
+PROSE = """# What works on which architecture
+
+{count} networks, each kind once, made small and with random weights, and {methods} methods: every one was called with nothing
+but the model and an input, `camfn.explain(model, None, x, method=...)`. So the layer is the one that camfn chose, and the class
+the predicted one; only detectors, segmentations and image towers, which predict no class, got a target. This page is made by
+`python tests/compatibility.py --write`, with {libraries}.
+
+A column is a group of methods that fared alike on all of them:
+
+{columns}
+{table}
+✓: a map; it is finite, a gradient reaches the layer, and nothing was warned of but which layer was chosen. A letter: a
+`camfn.CamError`, which says why:
+
+{reasons}
+`rise` and `full_grad` are of no layer, and their maps of the input's size, as those of `cameras` are. `poly_cam` takes the last
+layer of each size, and its map is on the finest grid of these. The methods that follow attention have maps on the grid of the
+tokens.
+
+`cam` takes a linear layer of the right widths. That nothing but average pooling comes between, which a class token or a norm
+is not, it does not see.
+
+What is refused may be had by naming more: `layer=` another layer, `fc=` the linear layer, `factors=()` of `cameras`.
+Detection tokens that come after the patches, as YOLOS has them, look like tokens before them: say where the patches are by
+`layout=`, a function, as in [layers](layers.md#where-the-channels-are).
+
+Options were lowered to save time: {lowered}.
+"""
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = {name: tried(name) for name in ARCHITECTURES}
+    sys.stdout.write(page(rows))
+    if "--write" in sys.argv[1:]:
+        PAGE.write_text(page(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
