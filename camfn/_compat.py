@@ -35,11 +35,11 @@ def transformed() -> bool:
 
 
 def modes_break() -> bool:
-    """Inside `jvp` on an old torch, whose decompositions fail under a dispatch mode."""
+    """Inside `jvp` on an old torch, whose decompositions fail under a dispatch mode; or so deep that it may be around."""
     if _version() >= (2, 3):
         return False
     level = _functorch.peek_interpreter_stack()
-    return level is not None and level.key() == _functorch.TransformType.Jvp
+    return level is not None and (level.level() > 1 or level.key() == _functorch.TransformType.Jvp)
 
 
 def _version() -> tuple[int, ...]:

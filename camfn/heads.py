@@ -66,14 +66,13 @@ def head_of(model: nn.Module, shell: Shell, known: Hashable, name: str, x: Input
     cannot be recorded, but blanks of its shapes can."""
     if known is not None:
         return Head(*_kept(model, name, x, value, _key(name, x, value, known)), shell)
-    key = _key(name, x, value, structure(shell))
     leaves, tree = tree_flatten((x, value))
     forms = [(tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def on_blanks() -> Made:
         blanks = [torch.zeros(f[0], dtype=f[1], device=f[2]) if isinstance(f, tuple) else f for f in forms]
         blank_x, blank = tree_unflatten(blanks, tree)
-        return _kept(model, name, blank_x, blank, key)
+        return _kept(model, name, blank_x, blank, _key(name, blank_x, blank, structure(shell_of(model))))
 
     return Head(*_compat.apart(on_blanks), shell)
 

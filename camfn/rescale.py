@@ -6,6 +6,7 @@ difference of the scores.
 """
 
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +15,12 @@ from torch import Tensor
 from torch.func import grad, vjp
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
 
 from camfn import _compat
 from camfn._errors import CamError, layer_called
 from camfn._types import wide
+from camfn.gradients import ungraphed
 from camfn.heads import Head, head_of
 from camfn.subject import Subject
 from camfn.targets import Score, score_rows
@@ -36,10 +39,17 @@ class Three(NamedTuple):
 @_compat.eager
 def multipliers(subject: Subject, layer: str, activation: Tensor, score: Score) -> list[Tensor]:
     """For each target, the slopes `m` of the affine function, in the layer's own shape."""
+    head = head_of(subject.model, subject.shell, subject.known, layer, subject.x, activation)
+    given = activation, head.handed(subject.state, subject.x), score.rows
+    with torch.inference_mode(False):
+        activation, handed, rows = given if _compat.transformed() else tree_map(ungraphed, given)
+        return _multipliers(head, layer, activation, handed, score._replace(rows=rows))
+
+
+def _multipliers(head: Head, layer: str, activation: Tensor, handed: Sequence[Tensor], score: Score) -> list[Tensor]:
     dtype = wide(activation.dtype)
     there, base = activation.to(dtype), torch.zeros_like(activation, dtype=dtype)
-    head = head_of(subject.model, subject.shell, subject.known, layer, subject.x, activation)
-    handed = [t.to(dtype) if t.is_floating_point() else t for t in head.handed(subject.state, subject.x)]
+    handed = [t.to(dtype) if t.is_floating_point() else t for t in handed]
     points, shares = _quadrature(1 if score.linear else _POINTS)
 
     def scores(value: Tensor) -> Tensor:
@@ -68,7 +78,7 @@ def _between(leaf: Any, share: float) -> Any:
     return leaf.base + share * (leaf.there - leaf.base) + (leaf.line - leaf.there)
 
 
-def _followed(head: Head, layer: str, value: Three, handed: list[Tensor]) -> list[Any]:
+def _followed(head: Head, layer: str, value: Three, handed: Sequence[Tensor]) -> list[Any]:
     """The outputs, operation by operation."""
     *nodes, output = head.record.rest.graph.nodes
     known: dict[Node, Any] = dict(zip(nodes, (value, *handed)))  # placeholders come first

@@ -178,7 +178,7 @@ class Symmetric(nn.Module):
 
 PARAMETRISED = {
     "symmetric": lambda module: parametrize.register_parametrization(module, "weight", Symmetric()),
-    "weight norm": parametrizations.weight_norm,
+    **({"weight norm": parametrizations.weight_norm} if hasattr(parametrizations, "weight_norm") else {}),  # torch 2.1
     "spectral norm": parametrizations.spectral_norm,
 }
 
@@ -214,7 +214,7 @@ def test_cam_reads_the_rows_of_a_weight_norm_of_old_torch_and_of_a_convolution()
     assert_close(raw("cam", model, "features", x), raw("cam", small_net(), "features", x), 1e-13)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 5, 1), nn.Flatten()).double()
     expected = raw("cam", net, "0", x, fc="2")
-    parametrizations.weight_norm(net[2])
+    PARAMETRISED.get("weight norm", nn.utils.weight_norm)(net[2])
     assert_close(raw("cam", net, "0", x, fc="2"), expected, 1e-13)
 
 
