@@ -247,9 +247,9 @@ def _check_frames(shell: Shell, image: Tensor) -> None:
     first = next((m for m in shell.module.modules() if isinstance(m, _ConvNd)), None)
     if image.ndim == 5 and first is not None and image.shape[1] != first.in_channels == image.shape[2]:
         raise CamError(
-            f"the input has shape {tuple(image.shape)}, and {type(first).__name__} wants {first.in_channels} channels: it "
-            "seems that frames come before channels, and (n, channels, *size) is wanted: pass a module that takes this and "
-            "hands on x.transpose(1, 2)"
+            f"x has shape {tuple(image.shape)}, and {type(first).__name__} wants {len(first.kernel_size) + 2} axes, the second "
+            f"of {first.in_channels} channels: if frames come before channels, pass a module that takes (n, channels, *size) and "
+            "hands on x.transpose(1, 2); or is there a batch axis too many?"
         )
 
 

@@ -751,7 +751,7 @@ EXCEPT = {
         "lift_cam",
     ): "its weights are contributions, which no scale changes",
     **{("scores_added", name): _NOT_ADDITIVE for name in _OF_G},
-    ("upsampled_layer", "ensemble(grad_cam, score_cam)"): _SCALED_FIRST,
+    **{("upsampled_layer", name): _SCALED_FIRST for name in ("ensemble(grad_cam, score_cam)", "integrate(score_cam)")},
     **{("last_steps", name): _MEAN_OF_MAPS for name in COMPOSED},
     ("flipped", "augment(smooth(grad_cam))"): _PIXELS_NOISE,
 }
