@@ -248,8 +248,8 @@ def _check_frames(shell: Shell, image: Tensor) -> None:
     if image.ndim == 5 and first is not None and image.shape[1] != first.in_channels == image.shape[2]:
         raise CamError(
             f"x has shape {tuple(image.shape)}, and {type(first).__name__} wants {len(first.kernel_size) + 2} axes, the second "
-            f"of {first.in_channels} channels: if frames come before channels, pass a module that takes (n, channels, *size) and "
-            "hands on x.transpose(1, 2); or is there a batch axis too many?"
+            f"of {first.in_channels} channels: if frames come before channels, pass a module that takes (n, channels, *size) "
+            "and hands on x.transpose(1, 2); or is there a batch axis too many?"
         )
 
 
