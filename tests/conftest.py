@@ -1,8 +1,14 @@
-"""Old torch maps some operations (`eigh`) by a loop, and says so."""
+"""What all tests run under: one thread for each process of `pytest -n`, and what old torch says let by."""
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes wait for each other on few cores: eight times as long
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it, and for processes that tests start
 
 import torch
 
 
 def pytest_configure(config):
     if tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 1):
+        # Old torch maps some operations (`eigh`) by a loop, and says so.
         config.addinivalue_line("filterwarnings", "ignore:There is a performance drop:UserWarning")
