@@ -48,8 +48,9 @@ def with_input(x: Inputs, key: Key, value: Tensor) -> Inputs:
 
 def beside(x: Inputs, key: Key, rows: int) -> list[Tensor]:
     """The inputs beside the one with the pixels that have so many rows."""
-    others = with_input(x, key, torch.empty(())) if key is not None else None
-    return [leaf for leaf in tree_flatten(others)[0] if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows]
+    if key is None:
+        return []
+    return [leaf for leaf in tree_flatten(_without(x, key))[0] if _has_rows(leaf, rows)]
 
 
 def rows_of(x: Inputs, place: Place, image: Tensor, masked: Tensor) -> Inputs:
@@ -58,10 +59,18 @@ def rows_of(x: Inputs, place: Place, image: Tensor, masked: Tensor) -> Inputs:
         return with_input(x, None, masked)
 
     def pick(leaf: Any) -> Any:
-        goes_along = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == place.rows > 0
-        return leaf.index_select(0, image) if goes_along else leaf
+        return leaf.index_select(0, image) if place.rows and _has_rows(leaf, place.rows) else leaf
 
-    return with_input(tree_map(pick, x), place.key, masked)
+    return with_input(tree_map(pick, _without(x, place.key)), place.key, masked)
+
+
+def _without(x: Inputs, key: Key) -> Inputs:
+    """Something small in the place of the pixels: what is done to the others would copy them for nothing."""
+    return with_input(x, key, torch.empty(()))
+
+
+def _has_rows(leaf: Any, rows: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
 
 
 def size_of(x: Inputs, key: Key) -> tuple[int, ...] | None:
