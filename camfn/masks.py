@@ -1,7 +1,7 @@
 """From an activation to masks, and from a mask to a masked input. One channel of one image; `vmap` makes the rows."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -251,9 +251,7 @@ def noise_stream(
     return take
 
 
-def noises(draws: int, std: float, seed: int | torch.Generator, like: Tensor) -> Tensor:
-    """Noise like one image `(k, *size)`, as often as is drawn: `(draws, k, *size)`, float32."""
-    take = noise_stream(Variation((1.0,) * draws, "input", std, seed), 1, tuple(like.shape), like.device)
-    found = take(torch.tensor([(draw, 0) for draw in range(draws)], device="cpu"))
-    assert found is not None
-    return found
+def noises(draws: int, std: float, seed: int | torch.Generator, like: Tensor) -> Iterator[Tensor]:
+    """Noise like one image `(k, *size)`, float32, one draw after the other."""
+    take: Any = noise_stream(Variation((1.0,) * draws, "input", std, seed), 1, tuple(like.shape), like.device)
+    return (take(torch.tensor([(draw, 0)], device="cpu"))[0] for draw in range(draws))

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from camfn._errors import CamError
 from camfn._types import Maps
 from camfn.compose.asking import Clean, Made, Question, composed, each_layer, joined, look_at, made, scaled
-from camfn.masks import Variation, check_noise, check_samples, noise_stream
+from camfn.masks import check_noise, check_samples, noises
 from camfn.methods.table import Outcome
 
 Part = tuple[Outcome, Maps]
@@ -44,11 +43,8 @@ def smooth(
     inner = made(method)
 
     def parts(clean: Clean) -> Iterator[Part]:
-        variation = Variation((1.0,) * num_samples, "input", std, seed)
-        noise = noise_stream(variation, 1, tuple(clean.image.shape[1:]), clean.image.device)
-        for draw in range(num_samples):
-            drawn: Any = noise(torch.tensor([[draw, 0]], device="cpu"))
-            outcome = clean.put_to(inner, clean.image + drawn.to(clean.image.dtype), normalize=True)
+        for noise in noises(num_samples, std, seed, clean.image[0]):
+            outcome = clean.put_to(inner, clean.image + noise.to(clean.image.dtype), normalize=True)
             yield outcome, outcome.maps
 
     return _mean_of("smooth", inner, parts)
