@@ -119,7 +119,6 @@ def _card(shared: Shared, name: str, row: Method, arguments: tuple[Any, ...], op
     named = [p for p in _parameters(row).values() if p.kind == inspect.Parameter.KEYWORD_ONLY]
     settings = {p.name: options.get(p.name, p.default) for p in named}
     told: dict[str, Any] = outcome._asdict()
-    del told["single"]
     told["targets"] = _named(told.pop("score"), outcome.scores)
     told["findings"] += told.pop("remarks") + _about(outcome, row, settings, shared.last)
     return Explanation(

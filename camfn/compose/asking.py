@@ -89,7 +89,7 @@ def look_at(question: Question) -> Clean:
     told = subject.output, subject.n, subject.image.device
     score = resolve(target, *told)
     scores = clean_scores(subject, score)
-    outcome = Outcome((), (), (), score.classes, scores, (), subject.forwards, 0, (), single=score.single, score=score)
+    outcome = Outcome((), (), (), score.classes, scores, score, (), subject.forwards, 0, ())
     asked = question._replace(x=subject.x, target=named(target).settled(Output(*told)))
     return Clean(asked, subject.key, subject.image, outcome)
 
@@ -125,8 +125,8 @@ def joined(found: Maps, parts: Sequence[Outcome], clean: Outcome) -> Outcome:
     every = {id(part): part for part in (*parts, clean)}.values()
     forwards, backwards, heads = (sum(costs) for costs in zip(*((p.forwards, p.backwards, p.heads) for p in every)))
     told = {finding.sentence: finding for part in parts for finding in part.findings}
-    at = parts[0].layers, parts[0].grids, clean.classes, clean.scores
-    return Outcome(found, *at, (), forwards, backwards, tuple(told.values()), heads, single=clean.single, score=clean.score)
+    at = parts[0].layers, parts[0].grids, clean.classes, clean.scores, clean.score
+    return Outcome(found, *at, (), forwards, backwards, tuple(told.values()), heads)
 
 
 def each_layer(function: Callable[..., Tensor], *parts: Maps) -> Maps:

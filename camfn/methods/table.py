@@ -33,15 +33,19 @@ class Outcome(NamedTuple):
     grids: tuple[tuple[int, ...], ...]  # of the layers
     classes: Tensor | None  # (n, t), where the target is of classes
     scores: Tensor  # (n, t), of the clean input
+    score: Score  # what was scored
     weights: tuple[Weights, ...]  # a layer's (n, t, c), of the methods that have one for each channel
     forwards: int  # inputs that went through the model
     backwards: int  # gradients of an input's score that were taken
     findings: tuple[Finding, ...]  # what is to be said about the maps
     heads: int = 0  # activations that went through what comes after the layer, and nothing else
     errors: tuple[Tensor | None, ...] = ()  # for each layer, (n, t): how far a normalised map may be off, where that is not 0
-    single: bool = True  # one map per image, without an axis of targets
-    score: Score | None = None  # what was scored, to be named
     remarks: tuple[Finding, ...] = ()  # what is no reason for a warning, and for a card alone
+
+    @property
+    def single(self) -> bool:
+        """One map per image, without an axis of targets?"""
+        return self.score.single
 
 
 class Method(NamedTuple):
@@ -196,8 +200,8 @@ def drawn(
     names = subject.layers or ("",)  # of no layer: the map is of the input
     findings = () if _compat.transformed() else about_maps(signed, names, drawing.relu)
     result = maps if subject.several else maps[0]
-    at = subject.layers, tuple(grids), score.classes, clean
-    return Outcome(result, *at, (), subject.forwards, 0, findings, single=score.single, score=score)
+    at = subject.layers, tuple(grids), score.classes, clean, score
+    return Outcome(result, *at, (), subject.forwards, 0, findings)
 
 
 def _on_grid(maps: Tensor, subject: Subject, axes: int, drawing: Drawing) -> Tensor:
