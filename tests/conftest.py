@@ -2,7 +2,7 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes wait for each other on few cores: eight times as long
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes wait for each other on few cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it, and for processes that tests start
 
 import torch

@@ -775,7 +775,9 @@ def test_integer_inputs_beside_the_image_are_left_alone(method):
     net = TwoInputs()
     ids = torch.arange(3)[:, None]  # added to all logits alike
     found = run(method, net, "inner.features", (inputs(3), GAIN, ids), 2)
-    assert_close(found, run(method, net, "inner.features", (inputs(3), GAIN), 2), 1e-10)
+    # By logits, to which the integers add a constant: those that only follow gradients do not see it.
+    scored = method in COMPOSED or {"masked inputs", "head"} & camfn.METHODS[method].needs
+    assert_close(found, run(method, net, "inner.features", (inputs(3), GAIN), 2), 1e-10 if scored else 0.0)
 
 
 @dataclasses.dataclass
@@ -1082,7 +1084,7 @@ def test_gradients_and_directional_derivatives_agree_with_finite_differences(met
     else:
         along = directions(at, 1)
     expected = slope(maps, at, along)
-    assert expected.abs().max() > 1e-4
+    assert expected.abs().max() > (1e-4 if method == "rise" else 1e-3)  # its masks are alike, and so are their scores
     _, found = jvp(maps, (at,), (along,))
     scale = max(1.0, float(expected.abs().max()))
     assert_close(found / scale, expected / scale, ROUGH, "jvp")
