@@ -79,7 +79,7 @@ def card(model: nn.Module, layer: str, x: Tensor, target: int | None, way: str) 
 
 
 def torchcam(model: nn.Module, layer: str, x: Tensor, target: int) -> Tensor:
-    """The peer, its chunk the same as camfn's."""
+    """The peer, in its own chunks."""
     from torchcam.methods import ScoreCAM
 
     with ScoreCAM(model, layer, batch_size=32) as extractor:

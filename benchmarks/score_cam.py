@@ -1,16 +1,16 @@
 """Score-CAM: is camfn as fast as the model itself, and how does it stand beside torchcam and pytorch-grad-cam?
 
-    python benchmarks/score_cam.py                                                     # ten minutes
+    python benchmarks/score_cam.py                                                     # a quarter of an hour
     python benchmarks/score_cam.py --size 64 --layer layer1 --rounds 1 --no-memory     # a look, in seconds
 
-Contenders, each from the model to the finished map as its documentation has it, all with the same chunk of masked inputs per
-forward, the same class and the same number of threads:
+Contenders, each from the model to the finished map as its documentation has it, with the same class and the same number of
+threads, and with as many masked inputs per forward as it takes by itself (`--chunk`: the same for all):
 
-* `plain`: the model alone on a batch of one chunk, eager, under `no_grad`, as often as there are channels to score. No masks,
-  no maps: the ceiling of a library that runs the model eagerly, as it is, and scores every channel.
-* `torchcam`, and `camfn`: `camfn.score_cam(..., recipe="torchcam")`, its default.
-* `grad-cam` (pytorch-grad-cam; its own chunk would be 16), and `camfn-as-grad-cam`: camfn with `recipe="pytorch-grad-cam"` and
-  `size="input"`.
+* `plain`: the model alone on a batch of 32, eager, under `no_grad`, as often as there are channels to score. No masks, no
+  maps: the ceiling of a library that runs the model eagerly, as it is, with torchcam's batch, and scores every channel.
+* `torchcam` (32), and `camfn`: `camfn.score_cam(..., recipe="torchcam")`, its default (on a CPU, what it finds fit).
+* `torchcam-best`: torchcam with the `batch_size` at which the plain forward is quickest here, if a user looks for it.
+* `grad-cam` (pytorch-grad-cam, 16), and `camfn-as-grad-cam`: camfn with `recipe="pytorch-grad-cam"` and `size="input"`.
 
 The network has seeded random weights, with batch norm statistics of noise and logits of a trained network's spread: without
 these all channels score nearly the same, and maps would agree whatever the scores are.
@@ -47,7 +47,6 @@ import json
 import math
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,7 +59,7 @@ from torch import Tensor, nn
 import camfn
 
 TOLERANCE = 1e-4
-PEERS = {"torchcam": "torchcam", "grad-cam": "pytorch_grad_cam"}  # contender (and distribution) -> module
+PEERS = {"torchcam": "torchcam", "torchcam-best": "torchcam", "grad-cam": "pytorch_grad_cam"}  # contender -> module
 
 
 class Job(NamedTuple):
@@ -71,16 +70,16 @@ class Job(NamedTuple):
     x: Tensor
     classes: list[int]
     channels: int
-    chunk: int
+    chunk: int | None
 
 
 # ----------------------------------------------------------------------------------------------------- contenders
 
 
 def plain(job: Job) -> None:
-    batch, rows = _noise(job, job.chunk), job.channels * len(job.x)
+    batch, rows = _noise(job, job.chunk or 32), job.channels * len(job.x)
     with torch.no_grad():
-        for start in range(0, rows, job.chunk):
+        for start in range(0, rows, len(batch)):
             job.model(batch[: rows - start])
     _wait(job)
 
@@ -103,34 +102,38 @@ def _limit_rows(job: Job) -> int:
     return math.ceil(job.channels * len(job.x) / batch) * batch
 
 
-_LIMITS: dict[int, tuple[Callable[[Tensor], Any], Tensor]] = {}
+_BATCHES = (4, 8, 16, 32, 64)
+_FOUND: dict[tuple[str, int], Any] = {}  # what was found out about a model, by its id
 
 
 def _limit_of(job: Job) -> tuple[Callable[[Tensor], Any], Tensor]:
-    if id(job.model) not in _LIMITS:
+    key = "limit", id(job.model)
+    if key not in _FOUND:
         last = copy.deepcopy(job.model).eval().to(memory_format=torch.channels_last)
         state = {name: t.detach() for name, t in (*last.named_parameters(), *last.named_buffers())}
         forward = torch.compile(lambda state, x: torch.func.functional_call(last, state, (x,)), dynamic=False)
-        runs = {rows: _noise(job, rows).contiguous(memory_format=torch.channels_last) for rows in (16, 32, 64)}
-
-        def run(batch: Tensor) -> Any:
-            return forward(state, batch)
-
-        best = min(runs.values(), key=lambda batch: _seconds_a_row(job, run, batch))
-        common.say(f"limit: the best batch is {len(best)}")
-        _LIMITS[id(job.model)] = run, best
-    return _LIMITS[id(job.model)]
+        run = functools.partial(forward, state)
+        noise = (_noise(job, rows).contiguous(memory_format=torch.channels_last) for rows in _BATCHES)
+        _FOUND[key] = run, _quickest(job, "limit", run, list(noise))
+    return _FOUND[key]
 
 
-def _seconds_a_row(job: Job, run: Callable[[Tensor], Any], batch: Tensor) -> float:
-    seconds = []
-    with torch.no_grad():
-        for _ in range(5):  # of which the first compiles
-            start = time.perf_counter()
+def _quickest(job: Job, name: str, run: Callable[[Tensor], Any], batches: list[Tensor]) -> Tensor:
+    """The batch with the least time for an input, median of five turns; each turn takes as many inputs."""
+    most = max(map(len, batches))
+
+    def turn(batch: Tensor) -> None:
+        for _ in range(most // len(batch)):
             run(batch)
-            _wait(job)
-            seconds.append((time.perf_counter() - start) / len(batch))
-    return statistics.median(seconds[1:])
+        _wait(job)
+
+    with torch.no_grad():
+        for batch in batches:
+            run(batch)  # which may compile
+        found = common.interleaved({str(len(batch)): functools.partial(turn, batch) for batch in batches}, 5)
+    best = min(batches, key=lambda batch: found[str(len(batch))].median)
+    common.say(f"{name}: the best batch is {len(best)}")
+    return best
 
 
 def _wait(job: Job) -> None:
@@ -138,13 +141,24 @@ def _wait(job: Job) -> None:
         torch.cuda.synchronize()
 
 
-def torchcam(job: Job) -> Tensor:
+def torchcam(job: Job, batch: int = 32) -> Tensor:
     from torchcam.methods import ScoreCAM
 
-    with ScoreCAM(job.model, job.layer, batch_size=job.chunk) as extractor:
+    with ScoreCAM(job.model, job.layer, batch_size=job.chunk or batch) as extractor:
         with torch.inference_mode():
             job.model(job.x)
         return extractor(job.classes)[0]
+
+
+def torchcam_best(job: Job) -> Tensor:
+    return torchcam(job, _best_batch(job))
+
+
+def _best_batch(job: Job) -> int:
+    key = "eager", id(job.model)
+    if key not in _FOUND:
+        _FOUND[key] = len(_quickest(job, "torchcam", job.model, [_noise(job, rows) for rows in _BATCHES]))
+    return _FOUND[key]
 
 
 def grad_cam(job: Job) -> Tensor:
@@ -152,7 +166,8 @@ def grad_cam(job: Job) -> Tensor:
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     with ScoreCAM(job.model, [job.model.get_submodule(job.layer)]) as extractor:
-        extractor.batch_size = job.chunk
+        if job.chunk:
+            extractor.batch_size = job.chunk
         return torch.from_numpy(extractor(job.x, [ClassifierOutputTarget(c) for c in job.classes]))
 
 
@@ -165,9 +180,18 @@ def as_camfn(
     return maps
 
 
+def prepare(name: str, job: Job) -> None:
+    """Look for the best batch, which is no part of a call."""
+    if name == "limit":
+        _limit_of(job)
+    elif name == "torchcam-best":
+        _best_batch(job)
+
+
 CONTENDERS: dict[str, Callable[[Job], Any]] = {
     "plain": plain,
     "torchcam": torchcam,
+    "torchcam-best": torchcam_best,
     "camfn": functools.partial(as_camfn, compile=False),
     "grad-cam": grad_cam,
     "camfn-as-grad-cam": functools.partial(as_camfn, recipe="pytorch-grad-cam", size="input", compile=False),
@@ -237,6 +261,7 @@ def warm_up(job: Job, names: list[str]) -> tuple[dict[str, Any], dict[str, dict[
     maps, rows = {}, {}
     for name in names:
         common.say(f"warm-up: {name}")
+        prepare(name, job)
         if name in COMPILED:  # a patched forward would be compiled in
             maps[name] = CONTENDERS[name](job)
             rows[name] = {"clean": 0, "masked": _limit_rows(job)} if name == "limit" else {**rows["camfn"]}
@@ -307,7 +332,8 @@ def measure(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
 def memory_of(name: str, job: Job) -> dict[str, float]:
     """In a fresh process: one call, with the contender's own imports done before."""
     if name in PEERS:
-        importlib.import_module("torchcam.methods" if name == "torchcam" else PEERS[name])
+        importlib.import_module("torchcam.methods" if "torchcam" in name else PEERS[name])
+    prepare(name, job)
     return common.peak_above(lambda: CONTENDERS[name](job))
 
 
@@ -347,7 +373,7 @@ def text(record: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"Score-CAM, {asked['model']} {asked['layer']}, {record['channels']} channels; images: {asked['images']}, "
-            f"of {asked['size']} px; chunk {asked['chunk']}; rounds: {asked['rounds']}",
+            f"of {asked['size']} px; chunk {asked['chunk'] or 'of its own'}; rounds: {asked['rounds']}",
             f"{where['processor']}, threads: {where['threads']}, busy with us {record['share_of_threads']:.0%} of the time",
             f"Python {where['python']}, {versions}",
             "",
@@ -386,13 +412,14 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--images", type=common.positive, default=1, help="batch of the input")
     parser.add_argument("--device", default="cpu", help='where model and input are: "cpu", "cuda"')
     parser.add_argument("--rounds", type=common.positive, default=3)
-    parser.add_argument("--chunk", type=common.positive, default=32, help="masked inputs per forward, for every contender")
+    chunks = "masked inputs per forward, for every contender; by default each has its own"
+    parser.add_argument("--chunk", type=common.positive, help=chunks)
     parser.add_argument(
         "--methods",
         nargs="+",
         choices=CONTENDERS,
-        default=list(CONTENDERS)[:5],
-        help="contenders to run; the first five if none is named",
+        default=list(CONTENDERS)[:6],
+        help="contenders to run; the first six if none is named",
     )
     parser.add_argument("--out", metavar="FILE.json", help="where to write the record")
     parser.add_argument("--no-memory", action="store_true", help="leave out the fresh processes that measure memory")
@@ -406,7 +433,7 @@ def main(argv: list[str]) -> None:
     if options.memory_of:
         print(json.dumps(memory_of(options.memory_of, job_of(options))))
         return
-    common.require({PEERS[name]: name for name in options.methods if name in PEERS})
+    common.require({PEERS[name]: name.removesuffix("-best") for name in options.methods if name in PEERS})
     try:
         record = measure(options, argv)
     except (camfn.CamError, camfn.CamWarning) as found:

@@ -9,12 +9,14 @@ from camfn import _compat
 from camfn._errors import CamError, warn
 
 CHUNK = 32
+"""Masked inputs per forward, at most, where nothing else is asked for."""
 
 
 class Sweep(NamedTuple):
     """How a sweep is carried out. Nothing here changes the result beyond rounding, that of `dtype` if one is given.
 
-    - `chunk`: masked inputs per forward; 32 by default, fewer where the CPU's free memory would not do.
+    - `chunk`: masked inputs per forward; 32 by default, on a CPU fewer where so many would hold more than it is quick with, or
+      than half of what is free.
     - `memory`: how much the sweep may take, in bytes (an int) or as a share of what is free (a float in (0, 1]): the chunk is
       what fits, `chunk` being then the most. Where an allocator has no memory left, the chunk is halved, which a warning says.
     - `compile`: `True` compiles the kernel with `torch.compile(fullgraph=True)`; `"auto"` uses a compiled kernel where this

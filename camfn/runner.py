@@ -24,6 +24,7 @@ from camfn.targets import Score, distinct, logits_of, reads_logits, score_rows
 _WORTH = 24  # rows from which the forward that checks a rewritten model pays
 _REUSED = 1500  # how often a weight has to be used in a sweep for a copy of it to pay
 _SHARE = 0.5  # of the CPU's free memory, that a chunk of the default size may take
+_HELD = 48 << 20  # bytes that a forward may hold for each of a CPU's threads: with more, memory is slower than arithmetic
 
 
 class Room:
@@ -235,14 +236,22 @@ def chunk_of(subject: Subject, options: Sweep, usual: int) -> int:
     device, memory = subject.image.device, options.memory
     if _compat.transformed() or (memory is None and (options.chunk is not None or device.type != "cpu")):
         return options.chunk or usual
+    most = options.chunk or (1024 if memory is not None else min(usual, _best_on_cpu(subject)))
     allowed = memory if isinstance(memory, int) else free_share(device, _SHARE if memory is None else memory)
     if allowed is None:
         if memory is None:
-            return usual
+            return most
         raise CamError(f"Sweep(memory={memory}): how much is free on {device} is not known; give bytes")
     pixels = subject.image[0].numel() * subject.image.element_size()
-    fitting = max(1, allowed // (_row_bytes(subject) + 4 * pixels))
-    return min(fitting, options.chunk or (usual if memory is None else 1024))
+    return min(most, max(1, allowed // (_row_bytes(subject) + 4 * pixels)))
+
+
+def _best_on_cpu(subject: Subject) -> int:
+    """A power of two, so that threads have equal parts: few rows hold little, but each chunk reads all weights again, for
+    which it has to hold half as much as they do (`benchmarks/chunk.py` measures the rows, and by how much they matter)."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in subject.state.values())
+    rows = max(_HELD * max(2, torch.get_num_threads()), weights // 2) // max(1, _row_bytes(subject))
+    return 1 << max(1, rows).bit_length() - 1
 
 
 def free_share(device: torch.device, share: float = _SHARE) -> int | None:

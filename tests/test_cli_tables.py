@@ -221,4 +221,4 @@ def test_the_help_says_that_the_file_is_run_and_what_the_defaults_are():
 
 
 def test_the_default_chunk_that_the_help_tells_is_the_sweeps():
-    assert f"Masked inputs per forward. [default: {camfn.execution.CHUNK}]" in " ".join(command("explain", "-h").stdout.split())
+    assert f"Masked inputs per forward. [default: {camfn.execution.CHUNK};" in " ".join(command("explain", "-h").stdout.split())

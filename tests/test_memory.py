@@ -209,6 +209,27 @@ def test_the_default_chunk_is_smaller_where_little_is_free(monkeypatch):
     assert found[8] <= found[20] < 32
 
 
+@pytest.mark.parametrize(("held", "rows"), [(8.5, 8), (15.9, 8), (20, 16), (1.1, 1), (0.3, 1), (1000, 32)])
+def test_on_a_cpu_the_default_chunk_holds_what_it_is_quick_with(held, rows, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # who counts as two
+    monkeypatch.setattr(camfn.runner, "_HELD", int(held * Wide.row / 2))
+    assert chunk_of() == rows
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert chunk_of() == min(32, rows * 2 if held >= 1 else 1)
+    assert chunk_of(chunk=64) == 64
+
+
+def test_the_default_chunk_is_larger_where_the_weights_are_much_to_read(monkeypatch):
+    class Heavy(Wide):
+        def __init__(self):
+            super().__init__()
+            self.more = nn.Parameter(torch.zeros(2 * 17 * self.row // 8))
+
+    monkeypatch.setattr(camfn.runner, "_HELD", 1)
+    monkeypatch.setitem(globals(), "Wide", Heavy)
+    assert chunk_of() == 16
+
+
 def test_what_was_asked_for_is_not_made_smaller(monkeypatch):
     monkeypatch.setattr(camfn.runner, "free_bytes", lambda device: 4 * Wide.row)
     assert chunk_of(chunk=64) == 64

@@ -116,7 +116,9 @@ def _explain() -> "click.Command":
     @click.option("--target", metavar="T", help=options.TARGET)
     @click.option("--size", default="grid", show_default=True, metavar="S", help=options.SIZE)
     @click.option("--seed", type=int, metavar="N", help="Of the noise, where a method draws any.")
-    @click.option("--chunk", type=click.IntRange(1), metavar="N", help="Masked inputs per forward.  [default: 32]")
+    @click.option(
+        "--chunk", type=click.IntRange(1), metavar="N", help="Masked inputs per forward.  [default: 32; fewer of large ones]"
+    )
     @click.option("--out", default="camfn-maps", show_default=True, metavar="DIR", type=place, help="Where the files go.")
     @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each image, layer, method and class.")
     @options.no_progress
