@@ -218,6 +218,14 @@ def test_what_the_library_warns_of_is_a_note_on_stderr_and_on_the_card(here):
     assert len(result.stdout.splitlines()) == 1
 
 
+def test_what_several_methods_find_is_said_once_and_is_on_the_card_of_each(here):
+    command = ("--model", "net.py:root_preprocess", "--layer", "3", "--target", "1", "--out", "maps")
+    result = invoke("a.png", *command, "--method", "mean_cam", "--method", "fem")
+    said = "the overlay's colours are stretched: preprocess does more than scale each channel"
+    assert all(said in facts(f"maps/a-3-{method}-1.json")["notes"] for method in ("mean_cam", "fem"))
+    assert [line for line in result.stderr.splitlines() if "stretched" in line] == [f"note: a.png: {said}"]
+
+
 def test_the_models_folder_is_importable_only_while_the_command_runs(here):
     before = list(sys.path)
     explain("a.png", "--model", "net.py:pair", "--layer", "2", "--out", "maps")  # beside.py at load, beside_later.py after

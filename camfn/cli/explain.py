@@ -111,13 +111,14 @@ def _explain(job: Job, path: Path, picture: Any) -> list[Written]:
     """All maps of a picture, then all its files: a layer that fails leaves none of another's."""
     x, outputs = through(job, picture)
     seen, true_colours = images.as_seen(x[0], job.loaded.preprocess, picture.size)
-    drawn = []
+    drawn, told = [], set[str]()  # notes: methods may find the same
     for layer in job.layers:
         for made in maps_of(job, path, x, layer):
             if not true_colours:
                 said = "the overlay's colours are stretched: preprocess does more than scale each channel"
                 made = made._replace(notes=(*made.notes, said))
-            for note in made.notes:
+            for note in (note for note in dict.fromkeys(made.notes) if note not in told):
+                told.add(note)
                 sys.stderr.write(f"note: {path}: {options.one_line(note)}\n")
             saved = _sized(job, x, made.raw)
             for number in range(len(made.raw)):
