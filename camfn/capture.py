@@ -105,7 +105,8 @@ class _Run(nn.Module):
 def _run(run: _Run, shell: Shell, state: State, x: Inputs, nudges: Any = (), swaps: Any = ()) -> tuple[Any, Any]:
     # Buffers are copied: a forward may write to them even in eval mode, and they are the caller's.
     own = {name: t.clone() if name in shell.buffers else t for name, t in state.items()}
-    tensors = {f"model.{slot}": own[name] for slot, name in shell.slots.items()}
+    inside = {} if _compat.compiling() else shell.tensors  # what need not be put in
+    tensors = {f"model.{slot}": own[name] for slot, name in shell.slots.items() if own[name] is not inside.get(name)}
     # Every place is named once: `tie_weights` would name a place that has two paths twice, and restore it wrongly.
     return functional_call(run, tensors, (x, nudges, swaps), tie_weights=False)
 

@@ -170,7 +170,9 @@ def ungraphed(leaf: Any) -> Any:
     """A tensor that a graph may be made with, and that has none."""
     if not isinstance(leaf, Tensor):
         return leaf
-    return leaf.clone() if leaf.is_inference() else leaf.detach()
+    if leaf.is_inference():
+        return leaf.clone()
+    return leaf.detach() if leaf.requires_grad else leaf
 
 
 def copied(leaf: Any, alone: bool = False) -> Any:

@@ -58,7 +58,7 @@ def head(model: nn.Module, layer: Layer, x: Inputs, value: Tensor) -> Head:
     """
     shell = shell_of(model)
     (name,) = resolve_layers(shell, model, layer)
-    return Head(*_kept(model, name, x, value, _key(name, x, value, structure(shell))), shell)
+    return Head(*_kept(model, name, x, value, _key(name, x, value, structure(model, shell))), shell)
 
 
 def head_of(model: nn.Module, shell: Shell, known: Hashable, name: str, x: Inputs, value: Tensor) -> Head:
@@ -72,7 +72,7 @@ def head_of(model: nn.Module, shell: Shell, known: Hashable, name: str, x: Input
     def on_blanks() -> Made:
         blanks = [torch.zeros(f[0], dtype=f[1], device=f[2]) if isinstance(f, tuple) else f for f in forms]
         blank_x, blank = tree_unflatten(blanks, tree)
-        return _kept(model, name, blank_x, blank, _key(name, blank_x, blank, structure(shell_of(model))))
+        return _kept(model, name, blank_x, blank, _key(name, blank_x, blank, structure(model, shell_of(model))))
 
     return Head(*_compat.apart(on_blanks), shell)
 

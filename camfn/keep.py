@@ -75,12 +75,36 @@ def shapes(x: Inputs, batch: bool = True) -> Hashable:
     return tuple(signed), str(tree)
 
 
-def structure(shell: Shell) -> Hashable:
+class Structure:
     """Two shells with the same structure run the same code on the same shapes; only the state may differ."""
-    paths = shell.paths()
-    modules = tuple((path, type(module), _signed(vars(module), paths)) for path, module in shell.distinct().items())
-    tensors = tuple((name, t.shape, t.dtype, t.device) for name, t in shell.tensors.items())
-    return modules, tensors, tuple(shell.slots.items())
+
+    __slots__ = ("hash", "parts")
+
+    def __init__(self, shell: Shell) -> None:
+        paths = shell.paths()
+        modules = tuple((path, type(module), _signed(vars(module), paths)) for path, module in shell.distinct().items())
+        tensors = tuple((name, t.shape, t.dtype, t.device) for name, t in shell.tensors.items())
+        self.parts = modules, tensors, tuple(shell.slots.items())
+        self.hash = hash(self.parts)  # once: it is large, and part of every key
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and self.hash == other.hash and self.parts == other.parts
+
+
+_LAST: "weakref.WeakKeyDictionary[nn.Module, Structure]" = weakref.WeakKeyDictionary()
+
+
+def structure(model: nn.Module, shell: Shell) -> Structure:
+    """That of a model: one object while it stays the same, so that it is compared once in a call, and not with every key."""
+    found = Structure(shell)
+    with _LOCK:
+        last = _LAST.get(model)
+        if last != found:
+            last = _LAST[model] = found
+        return last
 
 
 _SKIPPED = frozenset(("_parameters", "_buffers", "_backward_hooks"))
@@ -102,6 +126,8 @@ def _signed(fields: dict[str, Any], paths: dict[int, str]) -> tuple[Hashable, ..
 def _sign(value: Any, paths: dict[int, str], seen: set[int]) -> Hashable:
     if type(value) in ATOMS:
         return (type(value).__name__, repr(value)) if isinstance(value, (slice, float)) else value
+    if type(value) is tuple:  # before the others, since there are many
+        return "tuple", *(item if type(item) in _PLAIN else _sign(item, paths, seen) for item in value)
     if isinstance(value, nn.Module) and id(value) in paths:
         return "module", paths[id(value)]
     if isinstance(value, Tensor):  # a plain attribute becomes a constant of what is traced: its values count

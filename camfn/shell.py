@@ -69,10 +69,7 @@ def _copy(value: Any, twins: dict[int, Any]) -> Any:
         return value
     if id(value) in twins:
         return twins[id(value)]
-    for kind, copier in _COPIERS:
-        if isinstance(value, kind):
-            return copier(value, twins)
-    return _copy_object(value, twins)
+    return _copier_of(type(value))(value, twins)
 
 
 def _copy_module(module: nn.Module, twins: dict[int, Any]) -> nn.Module:
@@ -83,12 +80,15 @@ def _copy_module(module: nn.Module, twins: dict[int, Any]) -> nn.Module:
     _refuse(module)
     twin = twins[id(module)] = object.__new__(type(module))
     own = twin.__dict__
+    own.update(vars(module))
     for name, value in vars(module).items():
         if type(value) in ATOMS:
-            own[name] = value
-        elif name in ("_parameters", "_buffers") or (type(value) in _CONTAINERS and not value):
+            continue
+        if name in ("_parameters", "_buffers") or (type(value) in _CONTAINERS and not value):
             own[name] = value.copy()  # the tensors are shared: functional_call puts the state in their place
-        elif name not in _LEFT_OUT:
+        elif name in _LEFT_OUT:
+            del own[name]
+        else:
             own[name] = _copy(value, twins)
     own["training"] = False
     own["_backward_hooks"], own["_backward_pre_hooks"] = OrderedDict(), OrderedDict()  # no part of a forward; grad refuses them
@@ -139,6 +139,8 @@ def _copy_namespace(value: types.SimpleNamespace, twins: dict[int, Any]) -> type
 
 
 def _copy_fixed(value: Any, twins: dict[int, Any]) -> Any:
+    if type(value) is tuple and ATOMS.issuperset(map(type, value)):  # a kernel's size, say: most are
+        return value
     items = [item if type(item) in ATOMS else _copy(item, twins) for item in value]
     if all(new is old for new, old in zip(items, value)):
         return value
@@ -207,6 +209,12 @@ _COPIERS: tuple[tuple[Any, Callable[[Any, dict[int, Any]], Any]], ...] = (
     (types.SimpleNamespace, _copy_namespace),
     (types.MappingProxyType, _copy_view),
 )
+
+
+@functools.lru_cache(maxsize=256)
+def _copier_of(cls: type) -> Callable[[Any, dict[int, Any]], Any]:
+    return next((copier for kind, copier in _COPIERS if issubclass(cls, kind)), _copy_object)
+
 
 _LEFT_OUT = frozenset(("_compiled_call_impl",))
 """What `module.compile()` left: it would run the caller's module."""
@@ -328,9 +336,10 @@ def _own_hidden(module: nn.Module, twins: dict[int, Any]) -> None:
 
 
 def _named(shell: Shell) -> Shell:
-    """Fill in the names: parameters before buffers, each tensor under the first of its names."""
+    """Fill in the names: parameters before buffers, each tensor under the first of its names. The modules then hold what the
+    state holds, so that of a forward with that very state nothing but the buffers is put in."""
     names: dict[int, str] = {}  # id of a tensor -> its first name
-    filled: set[tuple[int, str]] = set()
+    places: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}  # where a tensor stands, and its name
     for kind in ("_parameters", "_buffers"):
         for path, owner in shell.modules.items():
             for key, tensor in owner.__dict__[kind].items():
@@ -345,7 +354,9 @@ def _named(shell: Shell) -> Shell:
                         shell.optional.update(
                             {name} & {f"{path}.{k}" if path else k for k in owner._non_persistent_buffers_set}
                         )
-                if (id(owner), key) not in filled:
-                    filled.add((id(owner), key))
+                if (id(owner), key) not in places:
+                    places[id(owner), key] = owner.__dict__[kind], name
                     shell.slots[full] = name
+    for (_, key), (holder, name) in places.items():
+        holder[key] = shell.tensors[name]
     return shell

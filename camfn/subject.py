@@ -204,7 +204,7 @@ def introduced(
     n = check_inputs(x, key, full, masks)
     if masks or not named:
         _check_frames(shell, pick(x, key))
-    known = None if _compat.transformed() else structure(shell)
+    known = None if _compat.transformed() else structure(model, shell)
     return Subject(model, shell, full, x, key, n, (), False, None, (), 0, known)
 
 
