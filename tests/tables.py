@@ -287,6 +287,7 @@ SPEED = {
     "camfn-budget-bfloat16": "`budget=0.1`, bfloat16",
     "camfn-top5": "five classes at once",
     "camfn-all": "all classes at once",
+    "torchcam-best": "torchcam, with the batch that is best here",
     "grad-cam": "pytorch-grad-cam",
 }
 
