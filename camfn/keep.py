@@ -101,8 +101,7 @@ def structure(model: nn.Module, shell: Shell) -> Structure:
     """That of a model: one object while it stays the same, so that it is compared once in a call, and not with every key."""
     found = Structure(shell)
     with _LOCK:
-        last = _LAST.get(model)
-        if last != found:
+        if (last := _LAST.get(model)) is None or last != found:
             last = _LAST[model] = found
         return last
 
