@@ -69,7 +69,7 @@ def _copy(value: Any, twins: dict[int, Any]) -> Any:
         return value
     if id(value) in twins:
         return twins[id(value)]
-    return _copier_of(type(value))(value, twins)
+    return _copier_of(value.__class__)(value, twins)  # not `type`: a weak proxy of a module says that it is one
 
 
 def _copy_module(module: nn.Module, twins: dict[int, Any]) -> nn.Module:

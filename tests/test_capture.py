@@ -1,5 +1,6 @@
 """The tap: read, nudge and swap at a layer of any model, against plain hooks on a copy of it."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -617,3 +618,24 @@ def test_the_structure_of_a_model_is_one_object_until_it_changes():
     assert now() == first
     assert hash(now()) == hash(first)
     assert keep.structure(copy.deepcopy(model), shell_of(model)) == first
+
+
+def test_a_module_behind_a_weak_proxy_is_never_the_callers():
+    class Inner(nn.Module):
+        def forward(self, x):
+            return self.up.norm(x)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.inner = nn.BatchNorm2d(3), Inner()
+            object.__setattr__(self.inner, "up", weakref.proxy(self))
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model = Outer().train()
+    before = model.norm.running_mean.clone()
+    with contextlib.suppress(TypeError):  # such a model cannot be copied
+        camfn.pure(model)(camfn.state_of(model), torch.randn(2, 3, 4, 4))
+    assert torch.equal(model.norm.running_mean, before)
