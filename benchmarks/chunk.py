@@ -16,7 +16,7 @@ from typing import Any
 
 import common
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import camfn
 
@@ -38,8 +38,11 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     layer, size = CASES[name]
     torch.manual_seed(0)
     model = getattr(common.torchvision_models(), name.partition(",")[0])(weights=None).eval()
-    x, last = torch.randn(1, 3, size, size), layer == "features" and name.startswith("swin")
-    first = (lambda a: a[..., :CHANNELS].movedim(-1, 1)) if last else (lambda a: a[:, :CHANNELS])
+    x = torch.randn(1, 3, size, size)
+
+    def first(activation: Tensor) -> Tensor:
+        return (activation.movedim(-1, 1) if name == "swin_t" else activation)[:, :CHANNELS]
+
     call = functools.partial(camfn.score_cam, model, layer, x, 1, layout=first)
     sweeps = {str(chunk): camfn.Sweep(chunk=chunk, compile=False) for chunk in CHUNKS} | {"own": camfn.Sweep(compile=False)}
     own = chunk_of(model, functools.partial(call, sweep=sweeps["own"]))

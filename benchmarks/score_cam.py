@@ -23,16 +23,17 @@ call in a fresh process, above what was resident just before it, with imports, m
 
 Typical output:
 
-    Score-CAM, resnet18 layer4, 512 channels; images: 1, of 224 px; chunk 32; rounds: 3
-    AMD EPYC, threads: 2, busy with us 99% of the time
+    Score-CAM, resnet18 layer4, 512 channels; images: 1, of 224 px; chunk of its own; rounds: 3
+    Intel(R) Xeon(R) Processor, threads: 2, busy with us 100% of the time
     Python 3.11.7, torch 2.13.0+cpu, torchvision 0.28.0, numpy 2.4.6, camfn 0.1.0, torchcam 0.5.0, grad-cam 1.5.7
 
-                       seconds  masked/s  masked  clean  peak MiB  difference  x torchcam  x plain
-    plain                17.71      28.9     512      0       240                   0.996    1.000
-    torchcam             17.78      28.8     512      2       249                   1.000    1.004
-    camfn                17.92      28.6     512      1       256     1.4e-06       1.007    1.012
-    grad-cam             17.48      29.3     512      1       681                   0.984    0.986
-    camfn-as-grad-cam    17.25      29.7     512      1       268     9.5e-07       0.966    0.970
+                       seconds  masked/s  masked  clean  peak MiB  difference  x torchcam  x plain  of limit
+    plain                 9.25      55.4     512      0       269                    1.01     1.00      0.60
+    torchcam              9.60      53.4     512      2       283                    1.00     0.99      0.58
+    torchcam-best         7.92      64.6     512      2        93                    1.17     1.16      0.70
+    camfn                 5.63      91.0     512      2       130     1.8e-06        1.65     1.64      0.99
+    ...
+    limit                 5.57      91.9     512      0        55                    1.72     1.66      1.00
 """
 
 import os
