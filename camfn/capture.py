@@ -213,7 +213,8 @@ def watch(model: nn.Module, state: State, x: Inputs, see: Callable[[str, tuple[A
         return show
 
     for path, module in shell.distinct().items():
-        watched(module, passes(path))
+        if not isinstance(getattr(type(module), "forward", None), property):
+            watched(module, passes(path))
     return pure_from(shell, draws=False)(state, x)
 
 

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import functools
 import re
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -79,6 +78,9 @@ def _resolve_layer(shell: Shell, model: nn.Module, layer: Layer, paths: dict[int
 
 # ------------------------------------------------------------------------------------------------------- the ports
 
+Passes = Callable[[tuple[Any, ...], Any], Any]
+"""`(positional arguments, output) -> output`: what is done to what a layer returns."""
+
 
 class Port:
     """What passes at one place: `seen` out, `nudge` and `swap` in."""
@@ -117,11 +119,13 @@ class Ports:
     def __init__(self, shell: Shell, names: Sequence[str]) -> None:
         self.ports: list[Port] = []
         self.gates: dict[str, _Gate] = {}
+        self.modules = shell.modules
         for name in names:
             place = place_of(name, shell.modules)
             assert place is not None
             if place.module not in self.gates:
                 self.gates[place.module] = _Gate()
+                check_port(place.module, shell.modules[place.module])
                 watched(shell.modules[place.module], self.gates[place.module])
             self.ports.append(Port(place))
             self.gates[place.module].ports.append(self.ports[-1])
@@ -150,27 +154,49 @@ class Ports:
                     if calls
                     else "did not run in this forward; choose one that does"
                 )
-                raise CamError(f"{layer_called(port.name)} {often}")
+                raise CamError(f"{layer_called(port.name)} {often}{self._why(port)}")
+
+    def _why(self, port: Port) -> str:
+        """A reason why a layer that was called may not have been seen to run."""
+        place = place_of(port.name, self.gates)
+        kind = type(self.modules[place.module]) if place else nn.Module
+        if kind.__call__ is nn.Module.__call__:
+            return ""
+        return f" (`__call__` of its class, {kind.__name__}, may not reach `forward`, where camfn reads it)"
 
 
-def watched(module: nn.Module, passes: Callable[[tuple[Any, ...], Any], Any]) -> None:
-    """From now on, what the layer returns goes through `passes`, which sees its positional arguments too."""
-    module.__dict__["_camfn_passes"] = passes
-    module.__class__ = _tapped(type(module))
+def watched(module: nn.Module, passes: Passes) -> None:
+    """From now on, what the layer's `forward` returns goes through `passes`, which gets the positional arguments too.
+
+    The port lies inside `forward`, on the copy's own instance: before the caller's forward hooks, so that what a hook records is
+    what was seen, nudged or swapped; and the class stays the user's, for a forward that asks for it.
+    """
+    run = module.forward
+    inside = False
+
+    @functools.wraps(run)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        if inside:  # a forward that calls itself is one call of the layer
+            return run(*args, **kwargs)
+        inside = True
+        try:
+            out = run(*args, **kwargs)
+        finally:
+            inside = False
+        return passes(args, out)
+
+    module.__dict__["forward"] = forward
 
 
-@functools.lru_cache(maxsize=256)
-def _tapped(cls: type[nn.Module]) -> type[nn.Module]:
-    """The layer's class with ports: the same name, attributes, state keys and `isinstance`."""
-
-    run: Any = cls.__call__
-
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        # Around `__call__`, not `forward`: the caller's own hooks are part of what the layer returns.
-        return self.__dict__["_camfn_passes"](args, run(self, *args, **kwargs))
-
-    body = {"__call__": __call__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(body))
+def check_port(name: str, module: nn.Module) -> None:
+    """Raise where a port in `forward` cannot be reached."""
+    kind = type(module)
+    if isinstance(getattr(kind, "forward", None), property):
+        raise CamError(
+            f"{layer_called(name)} is a {kind.__name__}, whose `forward` is a property: it cannot be read at. Choose a layer inside "
+            "or around it, or define `forward` as a method"
+        )
 
 
 def _through(port: Port, out: Any) -> Any:

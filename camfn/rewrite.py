@@ -31,11 +31,9 @@ class Found(NamedTuple):
     reuse: float  # for how many positions a convolution's weight is used, on average over weights: what a copy is good for
 
 
-class _Passed(nn.Module):
-    """What a merged batch norm becomes: nothing."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+def _passed(x: Tensor) -> Tensor:
+    """What a merged batch norm computes: nothing."""
+    return x
 
 
 def find_folds(model: nn.Module, state: State, x: Inputs) -> Found:
@@ -126,7 +124,7 @@ def merge_norms(shell: Shell, state: State, folds: tuple[Fold, ...]) -> tuple[Sh
         norm = shell.module.get_submodule(fold.norm)
         for part in (*norm._parameters, *norm._buffers):
             slots.pop(f"{fold.norm}.{part}", None)
-        norm.__class__ = _Passed  # its tensors stay, for a forward that asks for their dtype or device
+        norm.__dict__["forward"] = _passed  # its class and tensors stay, for a forward that asks for them
     used = set(slots.values())
     return shell._replace(slots=slots), {name: tensor for name, tensor in state.items() if name in used}
 

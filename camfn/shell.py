@@ -7,6 +7,7 @@ given to one call and to nobody else.
 
 import enum
 import functools
+import inspect
 import sys
 import types
 import weakref
@@ -62,13 +63,15 @@ def _copy(value: Any, twins: dict[int, Any]) -> Any:
     """A copy of `value` in which every module that it leads to is a copy.
 
     Bound methods, partials and closures must be pointed to the copies, or the caller's batch norm would run, in train
-    mode, and move. Containers and plain objects are copied wherever they lead: a model that counts its calls in one must not
-    count ours.
+    mode, and move. Those that lead to no module and no tensor are shared, and so keep their identity. Containers are copied
+    wherever they lead: a model that counts its calls in one must not count ours.
     """
     if type(value) in ATOMS:
         return value
     if id(value) in twins:
         return twins[id(value)]
+    if isinstance(value, _SHARED_WHERE_BARREN) and not _leads_on(value):
+        return value
     return _copier_of(value.__class__)(value, twins)  # not `type`: a weak proxy of a module says that it is one
 
 
@@ -88,8 +91,12 @@ def _copy_module(module: nn.Module, twins: dict[int, Any]) -> nn.Module:
             own[name] = value.copy()  # the tensors are shared: functional_call puts the state in their place
         elif name in _LEFT_OUT:
             del own[name]
+        elif name == "forward":
+            own[name] = _copy(_own_forward(module), twins)
         else:
             own[name] = _copy(value, twins)
+    for name, item in slots_of(module):
+        object.__setattr__(twin, name, _copy(item, twins))
     own["training"] = False
     own["_backward_hooks"], own["_backward_pre_hooks"] = OrderedDict(), OrderedDict()  # no part of a forward; grad refuses them
     _write_out_attention(twin)
@@ -120,8 +127,8 @@ def _emptied(value: Any, twins: dict[int, Any]) -> Any:
 
 def _copy_dict(value: dict[Any, Any], twins: dict[int, Any]) -> dict[Any, Any]:
     twin = _emptied(value, twins)
-    for key, item in value.items():
-        twin[key] = item if type(item) in ATOMS else _copy(item, twins)
+    for key, item in value.items():  # a module may be a key
+        twin[key if type(key) in ATOMS else _copy(key, twins)] = item if type(item) in ATOMS else _copy(item, twins)
     return twin
 
 
@@ -182,9 +189,29 @@ def _copy_function(function: types.FunctionType, twins: dict[int, Any]) -> types
     return twin
 
 
+_SHARED_WHERE_BARREN = (types.FunctionType, functools.partial)
+
+
+def _leads_on(value: Any) -> bool:
+    """Does a Python object lead to a module or a tensor?"""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, (nn.Module, Tensor)):
+            return True
+        if type(found) in ATOMS or id(found) in seen:
+            continue
+        seen.add(id(found))
+        waiting.extend(held(found))
+    return False
+
+
 def _copy_object(value: Any, twins: dict[int, Any]) -> Any:
     fields = attributes(value)
-    if not fields:  # a sentinel is compared by identity, and anything of torch's or Python's own is left alone
+    # A sentinel is compared by identity, and anything of torch's or Python's own is left alone. A copy with a destructor
+    # would give the caller's file back to the system when it dies.
+    if not fields or hasattr(type(value), "__del__") or not _leads_on(value):
         return value
     try:
         twin = object.__new__(type(value))
@@ -229,9 +256,20 @@ def attributes(value: Any) -> list[tuple[str, Any]]:
     # A dataset, which a trainer leads to, is no part of a forward, and may be large.
     if foreign or isinstance(value, (type, enum.Enum, Dataset)):
         return []
-    slots = (name for base in cls.__mro__ for name in vars(base).get("__slots__", ()) if isinstance(name, str))
-    own = {name: getattr(value, name) for name in slots if name not in ("__dict__", "__weakref__") and hasattr(value, name)}
-    return [*own.items(), *getattr(value, "__dict__", {}).items()]
+    return [*slots_of(value), *getattr(value, "__dict__", {}).items()]
+
+
+def slots_of(value: Any) -> list[tuple[str, Any]]:
+    """What an object holds in the `__slots__` of its classes, by the names that Python has for them."""
+    found = []
+    for base in type(value).__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            private = name.startswith("__") and not name.endswith("__")
+            name = f"_{base.__name__.lstrip('_')}{name}" if private else name
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                found.append((name, getattr(value, name)))
+    return found
 
 
 def _filled(cell: types.CellType) -> bool:
@@ -244,10 +282,12 @@ def _filled(cell: types.CellType) -> bool:
 
 def held(value: Any) -> Iterable[Any]:
     """What a Python object holds, one step deep."""
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (dict, types.MappingProxyType)):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
         return list(value)
+    if isinstance(value, weakref.ref):
+        return (value(),)
     if isinstance(value, types.MethodType):
         return (value.__self__,)
     if isinstance(value, functools.partial):
@@ -277,17 +317,25 @@ def _refuse(module: nn.Module) -> None:
         raise CamError(f"{kind} was exported: its layers do not run any more, pass the model that was exported")
     if any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
         raise CamError(f"{kind} is a lazy module without shapes yet: run the model once before you explain it")
-    if "forward" in vars(module):
+    if "forward" in vars(module) and _own_forward(module) is None:
         raise CamError(
-            f"`forward` of {kind} was replaced on the instance (accelerate's hooks do this): it is bound to that very "
-            "module, and a copy would run yours; take it off first (accelerate.hooks.remove_hook_from_module), or "
-            "define it in the class"
+            f"`forward` of {kind} was replaced on the instance (accelerate's hooks do this), by what is no method of that very "
+            "module: a copy would run yours; take it off first (accelerate.hooks.remove_hook_from_module), or define it in the class"
         )
+
+
+def _own_forward(module: nn.Module) -> types.MethodType | None:
+    """The `forward` that stands on an instance, where it is a method of that very module, compiled or not."""
+    forward = vars(module)["forward"]
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    if getattr(forward, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":  # around a method, of torch's own
+        forward = inspect.unwrap(forward)
+    return forward if isinstance(forward, types.MethodType) and forward.__self__ is module else None
 
 
 def _write_out_attention(twin: nn.Module) -> None:
     """Keep torch off its fused attention path, which never calls the children: a tap there would read nothing."""
-    if isinstance(twin, nn.MultiheadAttention):
+    if type(twin) is nn.MultiheadAttention:  # a subclass may ask whether it is in training
         twin.training, twin.dropout = True, 0.0  # the path is for eval mode; without dropout the modes are equal
     elif isinstance(twin, nn.TransformerEncoderLayer):
         twin.activation_relu_or_gelu = 0  # read by the choice of path only

@@ -384,9 +384,23 @@ def test_at_multihead_attention():
     assert_close(camfn.pure(model)(camfn.state_of(model), x), copy.deepcopy(model).eval()(x), 1e-6)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_forward_on_the_instance_that_is_a_method_of_it_is_bound_to_the_copy(compiled):
+    model, x = small_net(), inputs()
+    expected = camfn.grad_cam(model, "features", x, 1)
+    method = model.features.forward
+    model.features.forward = torch.compile(method, backend="eager") if compiled else method
+    moved = {name: 2 * tensor for name, tensor in camfn.state_of(model).items()}
+    assert_close(camfn.grad_cam(model, "features", x, 1), expected, 0)
+    other = small_net()
+    other.load_state_dict(moved)
+    assert_close(camfn.grad_cam(model, "features", x, 1, state=moved), camfn.grad_cam(other, "features", x, 1), 1e-12)
+
+
 def test_forward_replaced_on_the_instance():
     model = small_net()
-    model.features.forward = model.features.forward  # what accelerate does, in essence: bound to the original
+    method = model.features.forward
+    model.features.forward = functools.update_wrapper(functools.partial(method), method)  # what accelerate does, in essence
     with pytest.raises(CamError, match=r"`forward` of Conv2d was replaced on the instance \(accelerate"):
         camfn.pure(model)
 
@@ -401,7 +415,7 @@ def test_hooks_of_the_caller_belong_to_the_model():
     state = camfn.state_of(model)
     output, seen = camfn.tap(model, "features")(state, x)
     assert_close(output, twin(x), 0)
-    assert_close(seen, twin.features(twin.stem(x)), 0)  # as the layer returns it: after its hook
+    assert_close(2 * seen, twin.features(twin.stem(x)), 0)  # what its `forward` returns: before its hook, which sees it
     for handle in handles:
         handle.remove()
     assert (camfn.pure(model)(state, x) - output).abs().max() > 1e-3

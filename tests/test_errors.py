@@ -406,7 +406,7 @@ def test_lazy_models_without_shapes():
 
 def test_a_forward_that_was_replaced_on_the_instance():
     net = small_net()
-    net.features.forward = types.MethodType(nn.Conv2d.forward, net.features)
+    net.features.forward = types.MethodType(nn.Conv2d.forward, net.stem)
     with says("`forward` of Conv2d", "replaced on the instance", "accelerate", "in the class"):
         explain(net)
 
