@@ -9,7 +9,7 @@ import functools
 import math
 import types
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,7 +22,6 @@ from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Inputs, State, wide
 from camfn.capture import watch
-from camfn.keep import kept, shapes
 
 T = TypeVar("T")
 
@@ -98,16 +97,12 @@ class Blocks(NamedTuple):
 
 
 @_compat.eager
-def blocks_of(model: nn.Module, known: Hashable, state: State, x: Inputs) -> Blocks:
-    """Found once for a model's structure (`known`) and its inputs' shapes, in a forward of the first image.
-
-    Each time under a transform, where the structure is not known.
-    """
+def blocks_of(model: nn.Module, state: State, x: Inputs) -> Blocks:
+    """Found in a forward of the first image."""
     batch: Any = [image[None] for image in x[:1]] if isinstance(x, list) else x
     first = tree_map(lambda leaf: leaf[:1].clone() if isinstance(leaf, Tensor) else leaf, batch)
     first = [image[0] for image in first] if isinstance(x, list) else first
-    found = functools.partial(_find_blocks, model, state, first)
-    return found() if known is None else kept(model, ("blocks", shapes(first), known), found)
+    return _find_blocks(model, state, first)
 
 
 def _find_blocks(model: nn.Module, state: State, x: Inputs) -> Blocks:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from camfn import _compat
 from camfn._errors import CamError, closest
@@ -107,8 +108,14 @@ def _run(run: _Run, shell: Shell, state: State, x: Inputs, nudges: Any = (), swa
     own = {name: t.clone() if name in shell.buffers else t for name, t in state.items()}
     inside = {} if _compat.compiling() else shell.tensors  # what need not be put in
     tensors = {f"model.{slot}": own[name] for slot, name in shell.slots.items() if own[name] is not inside.get(name)}
-    # Every place is named once: `tie_weights` would name a place that has two paths twice, and restore it wrongly.
-    return functional_call(run, tensors, (x, nudges, swaps), tie_weights=False)
+    # So may it to its inputs. Every place is named once: `tie_weights` would name a place that has two paths twice, and
+    # restore it wrongly.
+    return functional_call(run, tensors, (tree_map(copied, x), nudges, swaps), tie_weights=False)
+
+
+def copied(leaf: Any) -> Any:
+    """What the model writes to is not the caller's."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def pure_from(shell: Shell, *, draws: bool = True) -> Callable[[State, Inputs], Any]:

@@ -22,7 +22,7 @@ class Sweep(NamedTuple):
     - `compile`: `True` compiles the kernel with `torch.compile(fullgraph=True)`; `"auto"` uses a compiled kernel where this
       model and these shapes have one, and makes one where the work at hand pays for it (`camfn.execution.pays`).
     - `fold`: `True` gives the model the chunk as a batch; `False` maps through the model, which then sees one row at a time:
-      for models whose samples are not independent. `"auto"` finds out, once for each model and shape, by three forwards;
+      for models whose samples are not independent. `"auto"` finds out, in each call, by three forwards;
       under a transform it is `True`.
     - `dtype`: `torch.bfloat16` or `torch.float16` runs the sweep in it, faster where the processor has instructions for it
       and few channels carry the map; without instructions a warning says so, and it is left out, as it is under a transform.

@@ -51,7 +51,7 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
 
     with torch.inference_mode(False), torch.enable_grad():
         state = {name: ungraphed(tensor) for name, tensor in state.items()}
-        x = tree_map(functools.partial(copied, alone=True), x)
+        x = tree_map(ungraphed, x)
         output, seen = run(state, x, nudge)
 
     def pull(of: Callable[[Any], Tensor], last: bool = False, bent: bool = False) -> dict[Any, Tensor]:
@@ -80,7 +80,6 @@ def _gradients(total: Tensor, zeros: dict[Any, Tensor], graph: bool = False) -> 
 
 def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pull]:
     """The gradient can be differentiated, and mapped over. One forward more, which tells the layers' shapes."""
-    x = tree_map(copied, x)
     zeros = tuple(map(torch.zeros_like, run(state, x, None).seen))
     captured, back = _pulled(run, state, x, zeros)
 
@@ -173,10 +172,3 @@ def ungraphed(leaf: Any) -> Any:
     if leaf.is_inference():
         return leaf.clone()
     return leaf.detach() if leaf.requires_grad else leaf
-
-
-def copied(leaf: Any, alone: bool = False) -> Any:
-    """The caller's inputs stay what they are, whatever the model writes to. `alone`: it comes without its graph."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.detach().clone() if alone else leaf.clone()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +13,10 @@ from camfn import _compat
 from camfn._errors import layer_called
 from camfn._types import Inputs, Layer, State
 from camfn.capture import resolve_state, tap_from
-from camfn.keep import kept, shapes, structure
 from camfn.ports import resolve_layers
 from camfn.recording import Record, record
 from camfn.shell import Shell, shell_of
+from camfn.subject import Subject
 from camfn.targets.scores import fields_of, is_record
 
 
@@ -43,8 +43,8 @@ class Head(NamedTuple):
 def head(model: nn.Module, layer: Layer, x: Inputs, value: Tensor) -> Head:
     """The model with `value` in the place of the layer's output, and all that came before the layer gone.
 
-    Recorded once for the shapes of `x` and `value` (its batch included: pad), then kept with the model for as long as its
-    structure stays the same. `x` still counts where it reaches the output by a way around the layer.
+    It is recorded for the shapes of `x` and `value` (its batch included: pad). `x` still counts where it reaches the output by
+    a way around the layer.
 
     Raises `CamError` where what comes after the layer reads values in Python: a record of it would hold for them alone.
 
@@ -58,41 +58,32 @@ def head(model: nn.Module, layer: Layer, x: Inputs, value: Tensor) -> Head:
     """
     shell = shell_of(model)
     (name,) = resolve_layers(shell, model, layer)
-    return Head(*_kept(model, name, x, value, _key(name, x, value, structure(model, shell))), shell)
+    made = shell_of(model)
+    return Head(*_record(made, made.tensors, name, x, value), shell)
 
 
-def head_of(model: nn.Module, shell: Shell, known: Hashable, name: str, x: Inputs, value: Tensor) -> Head:
-    """`head` for a name in a shell at hand and the model's structure, which is `None` under a transform: what that hands us
-    cannot be recorded, but blanks of its shapes can."""
-    if known is not None:
-        return Head(*_kept(model, name, x, value, _key(name, x, value, known)), shell)
+def head_of(subject: Subject, name: str, x: Inputs, value: Tensor) -> Head:
+    """`head` for a subject. What a transform hands us cannot be recorded, but blanks of its shapes can."""
+    if subject.known is not None:
+        return Head(*_record(shell_of(subject.model), subject.state, name, x, value), subject.shell)
     leaves, tree = tree_flatten((x, value))
     forms = [(tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def on_blanks() -> Made:
         blanks = [torch.zeros(f[0], dtype=f[1], device=f[2]) if isinstance(f, tuple) else f for f in forms]
-        blank_x, blank = tree_unflatten(blanks, tree)
-        return _kept(model, name, blank_x, blank, _key(name, blank_x, blank, structure(model, shell_of(model))))
+        made = shell_of(subject.model)
+        return _record(made, made.tensors, name, *tree_unflatten(blanks, tree))
 
-    return Head(*_compat.apart(on_blanks), shell)
+    return Head(*_compat.apart(on_blanks), subject.shell)
 
 
 Made = tuple[Record, Callable[[Any], Any]]
-"""What is kept of a head: all but the shell."""
+"""What is recorded of a head: all but the shell."""
 
 
-def _key(name: str, x: Inputs, value: Tensor, known: Hashable) -> Hashable:
-    return "head", name, shapes((x, value)), _compat.narrowing(), known
-
-
-def _kept(model: nn.Module, name: str, x: Inputs, value: Tensor, key: Hashable) -> Made:
-    # The record is made from a shell of its own: what is kept must not hold on to the model, which its key holds weakly.
-    return kept(model, key, lambda: _record(shell_of(model), name, x, value))
-
-
-def _record(shell: Shell, name: str, x: Inputs, value: Tensor) -> Made:
+def _record(shell: Shell, state: State, name: str, x: Inputs, value: Tensor) -> Made:
     run = tap_from(shell, [name])
-    leaves, tree = tree_flatten((shell.tensors, x, value))
+    leaves, tree = tree_flatten((state, x, value))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     spec: Any = None
     whole: Any = None  # where the output is a dataclass: that, empty
@@ -102,15 +93,14 @@ def _record(shell: Shell, name: str, x: Inputs, value: Tensor) -> Made:
         given = list(leaves)
         for place, tensor in zip(places, tensors):
             given[place] = tensor
-        state, inputs, swap = tree_unflatten(given, tree)
-        output = run(state, inputs, None, (swap,)).output
+        own, inputs, swap = tree_unflatten(given, tree)
+        output = run(own, inputs, None, (swap,)).output
         if is_record(output):
             output, whole = fields_of(output), dataclasses.replace(output, **dict.fromkeys(fields_of(output)))
         out, spec = tree_flatten(output)
         return out
 
-    state, inputs = (_tensors(part) for part in (shell.tensors, x))
-    made = record(flat, state, inputs, value, layer_called(name))
+    made = record(flat, _tensors(state), _tensors(x), value, layer_called(name))
     return made, functools.partial(_unflatten, spec, whole)
 
 

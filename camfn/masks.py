@@ -31,9 +31,21 @@ RECIPES = {
 }
 
 
+_CHOICES = {
+    "masks": ("normalize_first", "upsample_first"),
+    "score": ("logit", "probability"),
+    "weights": ("softmax", "score"),
+    "flat": ("zero", "skip"),
+}
+
+
 def recipe_of(recipe: str | Recipe) -> Recipe:
     """A recipe by name, or itself."""
     if isinstance(recipe, Recipe):
+        for name, choices in _CHOICES.items():
+            if getattr(recipe, name) not in choices:
+                known = " or ".join(f'"{choice}"' for choice in choices)
+                raise CamError(f"a recipe's {name} must be {known}, found {getattr(recipe, name)!r}")
         return recipe
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise CamError(f"recipe {recipe!r} is not known; closest: {closest(str(recipe), RECIPES)}; all: {', '.join(RECIPES)}")

@@ -169,9 +169,9 @@ def _by_head(site: _Site, count: int) -> Callable[[Tensor], Tensor] | None:
         return None
     x = site.inputs(1)
     key = count, keep.shapes(x)
-    if key not in sweeper.heads:
-        sweeper.heads[key] = _recorded(site, x, count)
-    head = sweeper.heads[key]
+    head = sweeper.heads.get(key)
+    if key not in sweeper.heads or (head is not None and not _holds(head, site, x, count)):  # another image's, maybe
+        head = sweeper.heads[key] = _recorded(site, x, count)
     if head is None:
         return None
     sweeper.forwards += head.record.around
@@ -180,33 +180,16 @@ def _by_head(site: _Site, count: int) -> Callable[[Tensor], Tensor] | None:
 
 
 def _recorded(site: _Site, x: Inputs, count: int) -> Head | None:
-    """What comes after the layer, found once; `None` where it cannot be recorded, or does not hold for other activations."""
+    """What comes after the layer; `None` where it cannot be recorded, or does not hold for other activations."""
     subject, layer = site.sweeper.subject, site.sweeper.layer
-    seen = site.read.values
-    # The record's own key holds more, but wants the tensors that it is made with.
-    key = (
-        layer,
-        count,
-        keep.shapes((subject.x, seen), batch=False),
-        subject.key,
-        _compat.narrowing(),
-        subject.known,
-    )
-
-    def found() -> tuple[Any]:
-        value = site.restored(_checking(site, count))
-        try:
-            head = head_of(subject.model, subject.shell, subject.known, layer, x, value)
-            return (
-                head[:-1] if _holds(head, site, x, value, count) else None,
-            )  # without the shell, which holds on to the model
-        except Exception as error:  # a model that makes sure of its shapes, say
-            if is_exhausted(error):
-                raise
-            return (None,)
-
-    (made,) = keep.kept(subject.model, ("head of changes", *key), found)
-    return None if made is None else Head(made[0], made[1], subject.shell)
+    value = site.restored(_checking(site, count))
+    try:
+        head = head_of(subject, layer, x, value)
+        return head if _holds(head, site, x, count) else None
+    except Exception as error:  # a model that makes sure of its shapes, say
+        if is_exhausted(error):
+            raise
+        return None
 
 
 def _checking(site: _Site, count: int) -> Tensor:
@@ -215,10 +198,10 @@ def _checking(site: _Site, count: int) -> Tensor:
     return site.activation * share.index_fill(0, torch.zeros_like(site.number), 1)
 
 
-def _holds(head: Head, site: _Site, x: Inputs, value: Tensor, count: int) -> bool:
+def _holds(head: Head, site: _Site, x: Inputs, count: int) -> bool:
     """Does the activation itself give what the clean forward gave?"""
     subject = site.sweeper.subject
-    found = _sample(head.at(subject.state, x)(value), 0, count)
+    found = _sample(head.at(subject.state, x)(site.restored(_checking(site, count))), 0, count)
     clean = _sample(subject.output, site.image, subject.n)
     return 0 < len(found) == len(clean) and all(is_close(a, b, 1000) for a, b in zip(found, clean))
 

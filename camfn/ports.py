@@ -168,8 +168,8 @@ class Ports:
 def watched(module: nn.Module, passes: Passes) -> None:
     """From now on, what the layer's `forward` returns goes through `passes`, which gets the positional arguments too.
 
-    The port lies inside `forward`, on the copy's own instance: before the caller's forward hooks, so that what a hook records is
-    what was seen, nudged or swapped; and the class stays the user's, for a forward that asks for it.
+    The port lies inside `forward`, on the copy's own instance: before the caller's forward hooks, so that what a hook records
+    is what was seen, nudged or swapped; and the class stays the user's, for a forward that asks for it.
     """
     run = module.forward
     inside = False
@@ -194,8 +194,8 @@ def check_port(name: str, module: nn.Module) -> None:
     kind = type(module)
     if isinstance(getattr(kind, "forward", None), property):
         raise CamError(
-            f"{layer_called(name)} is a {kind.__name__}, whose `forward` is a property: it cannot be read at. Choose a layer inside "
-            "or around it, or define `forward` as a method"
+            f"{layer_called(name)} is a {kind.__name__}, whose `forward` is a property: it cannot be read at. Choose a layer "
+            "inside or around it, or define `forward` as a method"
         )
 
 

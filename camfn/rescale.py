@@ -39,7 +39,7 @@ class Three(NamedTuple):
 @_compat.eager
 def multipliers(subject: Subject, layer: str, activation: Tensor, score: Score) -> list[Tensor]:
     """For each target, the slopes `m` of the affine function, in the layer's own shape."""
-    head = head_of(subject.model, subject.shell, subject.known, layer, subject.x, activation)
+    head = head_of(subject, layer, subject.x, activation)
     given = activation, head.handed(subject.state, subject.x), score.rows
     with torch.inference_mode(False):
         activation, handed, rows = given if _compat.transformed() else tree_map(ungraphed, given)

@@ -9,11 +9,14 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten
 
 from camfn._types import Inputs, State, wide
 from camfn.capture import watch
+from camfn.guard import Watcher
 from camfn.shell import Shell, shell_of
 
 
@@ -37,16 +40,18 @@ def _passed(x: Tensor) -> Tensor:
 
 
 def find_folds(model: nn.Module, state: State, x: Inputs) -> Found:
-    """The pairs that can be merged, seen in one forward: plain layers, each run once, the norm on what the convolution made.
+    """The pairs that can be merged, seen in one forward: plain layers, each run once, where the convolution's output goes to
+    the norm and nowhere else.
 
-    Whether the convolution's output goes anywhere else shows only in the model's output: check that when merged.
+    A forward that reads a value in Python may take another way for a masked input: then none can.
     """
     shell = shell_of(model)
     modules, uses = shell.distinct(), Counter(shell.slots.values())
-    made: dict[int, tuple[str, int, Tensor]] = {}  # id of a convolution's output -> its name, its version, itself
-    found: list[Fold] = []
+    made: dict[int, str] = {}  # id of a convolution's output, which is kept alive -> its name
+    pairs: list[tuple[Fold, int]] = []
     runs: Counter[str] = Counter()
     weights, used = 0, 0
+    watcher = Watcher()
 
     def see(name: str, args: tuple[Any, ...], out: Any) -> None:
         runs[name] += 1
@@ -56,15 +61,15 @@ def find_folds(model: nn.Module, state: State, x: Inputs) -> Found:
             weights += module.weight.numel()
             used += module.weight.numel() * math.prod(out.shape[2:])
         if _is_plain(module, _CONVOLUTIONS) and all(uses[t] == 1 for t in _tensors_of(shell, name)):
-            made[id(out)] = name, out._version, out
+            made[id(out)] = name
+            watcher.follow(out)
         elif _is_plain(module, (_BatchNorm,)) and module.running_var is not None and args and id(args[0]) in made:
-            conv, version, given = made[id(args[0])]
-            if given._version == version:
-                found.append(Fold(conv, name))
+            pairs.append((Fold(made[id(args[0])], name), id(args[0])))
 
-    # Version counters tell whether a tensor was written to in between; inference mode has none.
-    with torch.inference_mode(False), torch.no_grad():
-        watch(model, state, x, see)
+    with torch.inference_mode(False), torch.no_grad(), watcher:
+        output = watch(model, state, x, see)
+    given = {id(leaf) for leaf in tree_flatten(output)[0]}
+    found = [fold for fold, i in pairs if watcher.consumers[i] == [F.batch_norm] and i not in given and not watcher.reads]
     once = tuple(fold for fold in found if runs[fold.conv] == runs[fold.norm] == 1)
     return Found(once, used / max(1, weights))
 

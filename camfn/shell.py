@@ -320,7 +320,8 @@ def _refuse(module: nn.Module) -> None:
     if "forward" in vars(module) and _own_forward(module) is None:
         raise CamError(
             f"`forward` of {kind} was replaced on the instance (accelerate's hooks do this), by what is no method of that very "
-            "module: a copy would run yours; take it off first (accelerate.hooks.remove_hook_from_module), or define it in the class"
+            "module: a copy would run yours; take it off first (accelerate.hooks.remove_hook_from_module), or define it in the "
+            "class"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from camfn import _compat
 from camfn._errors import CamError, warn
@@ -15,7 +15,7 @@ from camfn._types import Inputs, Layers, State
 from camfn.attention import unfused as written_out
 from camfn.capture import Captured, pure_from, resolve_state, tap_from, watch
 from camfn.draws import refusing_draws
-from camfn.gradients import Pull, Run, copied, with_pull
+from camfn.gradients import Pull, Run, with_pull
 from camfn.inputs import Key, Place, beside, check_inputs, key_of, pick, plain, rows_of, size_of, with_input
 from camfn.keep import is_made, kept, shapes, structure
 from camfn.layers import choose
@@ -40,6 +40,7 @@ class Subject(NamedTuple):
     seen: tuple[Tensor, ...]
     forwards: int
     known: Hashable  # the model's structure; None under a transform
+    facts: dict[Any, Any]  # what is found out of the model in this call
     pull: Pull | None = None  # where it was looked at with `graph=True`
     slopes: dict[Any, Any] | None = None  # where several methods share them
     beside: int | None = None  # inputs of so many rows have one for each image: n where it is not found to be 0
@@ -77,6 +78,8 @@ class Shared:
         """Of other inputs, as a method makes that smooths another, nothing is shared; nor is what taps no layer."""
         if x is not self.x or not taps:
             return look(self.model, layer, x, state, masked, masks=masks, graph=graph, taps=taps)
+        given = plain(x)  # what another method has asked for may be less than this one needs
+        check_inputs(given, key_of(given, masked, masks), {}, masks)
         layers = tuple(layer) if is_several(layer) else layer  # pyright: ignore[reportArgumentType]: it is a sequence then
         graph = graph or self.graph  # a sweep wants a gradient too, where it has a budget
         key = layers, masked, graph, masks and not graph  # with a `pull`, the maps have no graph either way
@@ -122,7 +125,7 @@ def look(
         captured, pull = with_pull(run, full, x, distinct)
     else:
         with without_graph() if masks else nullcontext():
-            captured, pull = run(full, tree_map(copied, x)), None
+            captured, pull = run(full, x), None
     trust(subject)
     seen = tuple(captured.seen[distinct.index(name)] for name in names)
     told: dict[str, Any] = {"layers": tuple(names), "several": is_several(layer), "forwards": forwards}
@@ -154,15 +157,12 @@ def _rows_beside(subject: Subject) -> int:
 
 
 def once(subject: Subject, what: Any, find: Callable[[], Any]) -> Any:
-    """What is true of a model of this structure on inputs of this shape, found once."""
-    key = "fact", what, shapes(subject.x, batch=False), subject.key, subject.known
-
-    def found() -> Any:
+    """A fact that hangs on the values of this call: found once in it, and not kept for another."""
+    if what not in subject.facts:
         # Not in inference mode, whose tensors a model may not write to outside of it.
         with torch.inference_mode(False), torch.no_grad(), refusing_draws():
-            return (find(),)  # in a tuple: a fact may be false
-
-    return kept(subject.model, key, found)[0]
+            subject.facts[what] = find()
+    return subject.facts[what]
 
 
 def tapped(subject: Subject, names: Sequence[str], shell: Shell | None = None) -> Run:
@@ -177,7 +177,7 @@ def tapped(subject: Subject, names: Sequence[str], shell: Shell | None = None) -
 
 def again(subject: Subject, image: Tensor, *, unfused: bool = False) -> Subject:
     """Another image in the place of its own, looked at with a `pull`; `unfused`: with attention written out."""
-    other = subject._replace(x=with_input(subject.x, subject.key, image), slopes=None)
+    other = subject._replace(x=with_input(subject.x, subject.key, image), slopes=None, facts={})
     names = list(dict.fromkeys(subject.layers))
     check_slopes(subject.shell)
     run = tapped(other, names)
@@ -205,7 +205,7 @@ def introduced(
     if masks or not named:
         _check_frames(shell, pick(x, key))
     known = None if _compat.transformed() else structure(model, shell)
-    return Subject(model, shell, full, x, key, n, (), False, None, (), 0, known)
+    return Subject(model, shell, full, x, key, n, (), False, None, (), 0, known, {})
 
 
 def trusted(subject: Subject) -> bool:

@@ -14,7 +14,7 @@ import camfn
 PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
-    *("_errors", "_types", "_compat", "draws", "shell", "ports", "capture", "inputs", "keep", "eigen", "nmf", "maps"),
+    *("_errors", "_types", "_compat", "draws", "guard", "shell", "ports", "capture", "inputs", "keep", "eigen", "nmf", "maps"),
     *("findings", "metrics", "layouts"),
     *(
         "targets.scores",
@@ -25,7 +25,7 @@ ORDER = (
         "targets.detections",
         "targets",
     ),
-    *("memory", "recording", "heads"),
+    *("memory", "recording"),
     *(
         "attention",
         "linear",
@@ -37,6 +37,7 @@ ORDER = (
         "execution",
         "gradients",
         "subject",
+        "heads",
         "runner",
         "kernel",
         "scoring",

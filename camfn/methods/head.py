@@ -42,7 +42,7 @@ def ablation_cam(
     **Arguments**, beside those that all methods share (`camfn.score_cam` tells them): `combine`; `sweep`, of which chunk
     (of changed activations, 64 by default), memory and progress count.
 
-    What comes after the layer is recorded in the first call. Where that cannot be, and under a transform, the model is run with
+    What comes after the layer is recorded in each call. Where that cannot be, and under a transform, the model is run with
     the activation swapped. What is returned and raised is what `camfn.score_cam` returns and raises.
 
     >>> import camfn, torch

@@ -271,7 +271,7 @@ def _followed(
 
 def _blocks(subject: Subject) -> Blocks:
     def find(state: State, x: Inputs, nudge: Any) -> Captured:
-        return Captured(blocks_of(subject.model, subject.known, state, x), ())
+        return Captured(blocks_of(subject.model, state, x), ())
 
     return run_checked(find, subject, subject.state, subject.x).output
 
