@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from camfn._errors import CamError
+from camfn._paths import kind
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema")
 """Where training scripts keep the tensors inside a checkpoint; the first that is there is taken."""
@@ -36,8 +37,9 @@ def read(file: Path) -> Checkpoint:
     **Raises** `CamError` where there is no such file, or it holds something else than tensors by name.
     """
     file = Path(file)
-    if not file.is_file():
-        raise CamError(f"weights file {str(file)!r} is {'a folder, not a file' if file.is_dir() else 'not there'}")
+    other = kind(file)
+    if other or not file.is_file():
+        raise CamError(f"weights file {str(file)!r} is {f'{other}, not a file' if other else 'not there'}")
     try:
         if not file.stat().st_size:
             raise CamError(f"weights file {str(file)!r} is empty")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from camfn import maps as _maps
 from camfn._errors import CamError, closest
+from camfn._paths import kind
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -198,10 +199,12 @@ def read(path: str | os.PathLike[str]) -> "Image":
     Grey, palette, CMYK and 16-bit pictures become RGB of 8 bits, and a transparent picture loses its opacity. Of several frames
     the first is read.
 
-    **Raises** `CamError`, in one sentence, where there is no such file, Pillow cannot read all of it, or it has more than 100
-    megapixels, which is seen before a pixel is decoded.
+    **Raises** `CamError`, in one sentence, where there is no such file, it is a folder, a pipe or a device, Pillow cannot read
+    all of it, or it has more than 100 megapixels, which is seen before a pixel is decoded.
     """
-    pillow, name = _pillow(), repr(os.fspath(path))
+    pillow, name, other = _pillow(), repr(os.fspath(path)), kind(path)
+    if other:
+        raise CamError(f"{name} is {other}, not a picture" + ("" if other == "a folder" else ": copy it to a file first"))
     try:
         # Not by its path: Pillow would map an uncompressed TIFF into memory, and garbles one that its tag turns on its side.
         with open(path, "rb") as stream, pillow.Image.open(stream) as file:
@@ -210,8 +213,6 @@ def read(path: str | os.PathLike[str]) -> "Image":
             return _rgb(pillow.ImageOps.exif_transpose(file), name)
     except FileNotFoundError:
         raise CamError(f"there is no file {name}") from None
-    except IsADirectoryError:
-        raise CamError(f"{name} is a folder, not a picture") from None
     except pillow.UnidentifiedImageError:
         raise CamError(f"{name} is not a picture that Pillow can read") from None
     except pillow.Image.DecompressionBombError:  # Pillow has a limit of its own, further up

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from camfn import checkpoints, downloads
 from camfn._errors import CamError, closest
+from camfn._paths import kind
 from camfn.checkpoints import Checkpoint
 
 
@@ -91,6 +92,8 @@ def _timm(name: str, weights: Checkpoint | None, pretrained: bool) -> Parts:
     if Path(name).is_dir() and name not in timm.list_models():
         name = f"local-dir:{name}"
     hosted, local = name.startswith(("hf-hub:", "hf_hub:")), name.startswith("local-dir:")
+    if local:
+        _check_folder(name.partition(":")[2])
     if not (hosted or local):
         _check_name(timm, name, pretrained)
     hint = "give timm:FOLDER" if hosted else "give --weights FILE, or --no-pretrained"
@@ -138,6 +141,8 @@ def _transformers(name: str, weights: Checkpoint | None, pretrained: bool) -> Pa
     library, remote = _imported("transformers"), not Path(name).is_dir()
     if remote and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise CamError(f"there is no folder {name!r}, and a model on the hub has a name like microsoft/resnet-50")
+    if not remote:
+        _check_folder(name)
     with downloads.bars(library.utils.logging, remote):
         config, processor, model = _found(library, name, pretrained, remote)
         if weights is not None:
@@ -220,6 +225,13 @@ def _imported(module: str) -> Any:
         raise CamError(f"{package} is not installed: pip install {package}") from None
     except Exception as error:
         raise _unusable(package, error) from error
+
+
+def _check_folder(name: str) -> None:
+    """The libraries open what they find in a model's folder, and would wait for a pipe."""
+    for path in sorted(Path(name).iterdir()) if Path(name).is_dir() else ():
+        if kind(path) not in (None, "a folder"):
+            raise CamError(f"{str(path)!r} is {kind(path)}, not a file: copy it to a file first")
 
 
 def _unusable(package: str, error: BaseException) -> CamError:

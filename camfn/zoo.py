@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from camfn import checkpoints, libraries
 from camfn._errors import CamError, closest
+from camfn._paths import kind
 from camfn.capture import pure, state_of
 from camfn.checkpoints import Checkpoint
 from camfn.targets import logits_of
@@ -99,8 +100,11 @@ def file_of(spec: str) -> tuple[Path, str]:
     path, _, name = spec.rpartition(":")
     if spec.endswith((".py", ".py:")):
         raise CamError(f"--model {spec!r} does not name a function: write path/to/file.py:function")
-    if not name or not (path.endswith(".py") or Path(path).is_file()):
+    other = kind(path) if path else None
+    if not name or not (path.endswith(".py") or other or Path(path).is_file()):
         raise CamError(f"--model {spec!r} is none of {FORMS}")
+    if other:
+        raise CamError(f"--model {spec!r}: {path!r} is {other}, not a Python file")
     if not Path(path).is_file():
         raise CamError(f"--model {spec!r}: there is no file {path!r}")
     return Path(path).resolve(), name

@@ -1,6 +1,7 @@
 """Weight files: what is read, that nothing in them is run, and that they must fit the model."""
 
 import argparse
+import os
 import pathlib
 import pickle
 import sys
@@ -158,6 +159,8 @@ DAMAGED = r"^weights file '.*w\.pth' is damaged, or not a checkpoint of torch: w
 UNREAD = {
     "nothing there": ("w.pth", lambda file: None, r"^weights file '.*w\.pth' is not there$"),
     "a folder": ("w.pth", lambda file: file.mkdir(), r"^weights file '.*w\.pth' is a folder, not a file$"),
+    "a pipe": ("w.pth", os.mkfifo, r"^weights file '.*w\.pth' is a pipe, not a file$"),
+    "a device": ("w.pth", lambda file: file.symlink_to("/dev/zero"), r"^weights file '.*w\.pth' is a device, not a file$"),
     "empty": ("w.pth", lambda file: file.touch(), r"^weights file '.*w\.pth' is empty$"),
     "cut": ("w.pth", cut, DAMAGED),
     "cut, old": ("w.pth", lambda file: cut(file, old_format), DAMAGED),

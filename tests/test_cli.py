@@ -1,6 +1,7 @@
 """`camfn explain`: what it prints and writes, and each refusal in one sentence."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -389,6 +390,10 @@ REFUSALS = {
     ),
     "no function": (["a.png", "--model", "net.py:"], r"--model 'net\.py:' does not name a function"),
     "no file": (["a.png", "--model", "nut.py:pair"], r"--model 'nut\.py:pair': there is no file 'nut\.py'"),
+    "a pipe": (["pipe", "--model", "net.py:pair"], r"^Error: 'pipe' is a pipe, not a picture: copy it to a file first$"),
+    "a device": (["/dev/zero", "--model", "net.py:pair"], r"^Error: '/dev/zero' is a device, not a picture: copy it"),
+    "a pipe for a model": (["a.png", "--model", "pipe:f"], r"^Error: --model 'pipe:f': 'pipe' is a pipe, not a Python file$"),
+    "a pipe for weights": (["a.png", "--model", "demo", "--weights", "pipe"], r"weights file 'pipe' is a pipe, not a file$"),
     "not Python": (["a.png", "--model", "notes.txt:f"], r"--model: 'notes\.txt' is not a Python file"),
     "an unknown function": (
         ["a.png", "--model", "net.py:pear"],
@@ -588,6 +593,7 @@ def test_a_device_that_is_not_there_is_refused_before_the_model_is_loaded(here):
 def test_what_cannot_be_done_is_one_sentence_on_stderr_and_exit_2(here, case):
     arguments, words = REFUSALS[case]
     torch.save(torch.nn.Linear(2, 3).state_dict(), "linear.pt")
+    os.mkfifo("pipe")
     result = invoke(*arguments)
     (sentence,) = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
     assert sentence.startswith("Error: ")

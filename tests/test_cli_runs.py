@@ -55,6 +55,19 @@ def test_a_folder_stands_for_its_pictures_by_ending_and_name_without_hidden_ones
     assert stems() == ["a", "b", "b", "c", "d", "e"]
 
 
+def test_pipes_and_devices_in_a_folder_are_no_pictures(here):
+    Path("pics").mkdir()
+    os.mkfifo("pics/a.png")
+    Path("pics/b.png").symlink_to("/dev/zero")
+    result = invoke("pics", *PAIR)
+    assert (result.exit_code, result.stderr.splitlines()[0][:48]) == (2, "Error: the folder 'pics' has no pictures in it (")
+    picture("a.png").save("pics/c.png")
+    Path("pics/d.png").symlink_to("nowhere")  # a picture is missing, and that is told
+    result = invoke("pics", *PAIR)
+    assert (result.exit_code, [line.partition(": ")[0] for line in result.stdout.splitlines()]) == (1, ["pics/c.png"])
+    assert result.stderr.splitlines()[0] == "Error: there is no file 'pics/d.png'"
+
+
 def test_a_folder_that_may_not_be_read_is_a_sentence(here, monkeypatch):
     def forbidden(self):
         raise PermissionError(13, "Permission denied", str(self))

@@ -1,5 +1,7 @@
 """Pictures: what an overlay is, pixel by pixel; colour maps against matplotlib; reading; what a network saw."""
 
+import os
+import socket
 import subprocess
 import sys
 
@@ -288,6 +290,22 @@ def test_files_that_are_no_pictures_are_errors_of_one_sentence(tmp_path):
         with pytest.raises(CamError, match=words) as caught:
             images.read(path)
         assert "\n" not in str(caught.value)
+
+
+def test_pipes_sockets_and_devices_are_no_pictures_and_are_not_opened(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "pipe.png")
+    monkeypatch.chdir(tmp_path)  # the name of a socket may have 107 bytes
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("socket.png")
+        for path, found in (
+            ("pipe.png", "a pipe"),
+            ("link.png", "a pipe"),
+            ("socket.png", "a socket"),
+            ("/dev/zero", "a device"),
+        ):
+            with pytest.raises(CamError, match=rf"^'{path}' is {found}, not a picture: copy it to a file first$"):
+                images.read(path)
 
 
 def test_a_picture_of_absurd_size_is_refused(tmp_path, monkeypatch):

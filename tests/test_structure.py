@@ -14,7 +14,8 @@ import camfn
 PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
-    *("_errors", "_types", "_compat", "draws", "guard", "shell", "ports", "capture", "inputs", "keep", "eigen", "nmf", "maps"),
+    *("_errors", "_types", "_compat", "_paths", "draws", "guard", "shell", "ports", "capture", "inputs", "keep"),
+    *("eigen", "nmf", "maps"),
     *("findings", "metrics", "layouts"),
     *(
         "targets.scores",

@@ -395,6 +395,10 @@ FOLDERS = {
         lambda: Path("saved/config.json").unlink(),
         r"^--model 'hf:saved' failed: \w+: .*config\.json",
     ),
+    "a pipe": (
+        lambda: os.mkfifo("saved/tokenizer.json"),
+        r"^--model 'hf:saved': 'saved/tokenizer\.json' is a pipe, not a file: copy it to a file first$",
+    ),
     "not JSON": (
         lambda: Path("saved/config.json").write_text("{"),
         r"^--model 'hf:saved' failed: OSError: .* not a valid JSON",

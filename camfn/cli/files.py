@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from camfn._errors import CamError
+from camfn._paths import kind
 
 WRITTEN = ("png", "npy", "json")
 
@@ -28,9 +29,9 @@ def pictures(paths: Iterable[Path]) -> list[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """The folder's pictures by name, without hidden files, and not those of folders inside it."""
+    """The folder's pictures by name, without hidden files, pipes and devices, and not those of folders inside it."""
     try:
-        files = sorted(path for path in folder.iterdir() if not path.is_dir())
+        files = sorted(path for path in folder.iterdir() if kind(path) is None)  # to read a pipe is to wait for it
     except OSError as error:
         raise CamError(f"the folder {str(folder)!r} cannot be read: {error.strerror}") from None
     known = _endings()
