@@ -223,6 +223,69 @@ def read(path: str | os.PathLike[str]) -> "Image":
         raise CamError(f"{name} cannot be read as a picture: {str(error) or type(error).__name__}") from error
 
 
+# ------------------------------------------------------------------------------------------- what preprocess makes
+
+
+ENLARGED = 16_000_000
+"""The pixels of the largest network input that is larger than its picture."""
+_NARROW = 32  # the aspect ratio from which on a picture is tried by a small one before it is preprocessed
+_PROBE_ASPECT = 8
+
+
+def check_narrow(preprocess: Callable[[Any], Any], size: tuple[int, int]) -> None:
+    """Refuse a narrow picture that `preprocess` would enlarge to a giant. A small picture tells, and no giant is made.
+
+    Most preprocessing scales the shorter side to a fixed length, so a picture of 1 x 10000 pixels grows beyond memory, and
+    a crop afterwards comes too late. `size` is (width, height).
+
+    **Raises** `CamError` with the size and the limit.
+    """
+    aspect = max(size) / min(size)
+    scaled = None if aspect < _NARROW else _scaled(preprocess, size[0] > size[1], min(*size, 64))
+    if scaled is None:
+        return
+    short, cropped = scaled
+    limit = LARGEST if cropped else max(ENLARGED, size[0] * size[1])
+    if short**2 * aspect > limit:
+        sides = (round(short * aspect), short) if size[0] > size[1] else (short, round(short * aspect))
+        raise _too_large(size, "would make", sides, limit)
+
+
+def _scaled(preprocess: Callable[[Any], Any], wide: bool, side: int) -> tuple[int, bool] | None:
+    """The length of the shorter side that `preprocess` scales a narrow picture to, and whether it crops then.
+
+    `None` where it keeps no aspect ratio, or takes no such picture. The probe's ends are white: a crop does not show them.
+    """
+    new, long = _pillow().Image.new, side * _PROBE_ASPECT
+    probe = new("RGB", (long, side) if wide else (side, long))
+    for start in (0, long - side):
+        probe.paste((255, 255, 255), (start, 0, start + side, side) if wide else (0, start, side, start + side))
+    try:
+        x = preprocess(probe).detach().double()
+        long, short = max(x.shape[-2:]), min(x.shape[-2:])
+        cropped = float((x.amax((-2, -1)) - x.amin((-2, -1))).max()) < 1e-3
+    except Exception:  # what is wrong with it, the picture itself will tell
+        return None
+    kept = long * 2 >= short * _PROBE_ASPECT
+    return (short, not kept) if kept or cropped else None
+
+
+def check_input(x: Tensor, size: tuple[int, int]) -> None:
+    """Refuse what `preprocess` made, `(..., h, w)`, of a picture of `size` (width, height), if it is a giant."""
+    height, width = x.shape[-2:]
+    limit = max(ENLARGED, size[0] * size[1])
+    if height * width > limit:
+        raise _too_large(size, "makes", (width, height), limit)
+
+
+def _too_large(size: tuple[int, int], verb: str, sides: tuple[int, int], limit: int) -> CamError:
+    made, found = (" x ".join(map(str, each)) for each in (sides, size))
+    return CamError(
+        f"preprocess {verb} an input of {made} pixels of the picture's {found}, more than {limit // 10**6} megapixels: "
+        "crop or pad the picture first"
+    )
+
+
 # ---------------------------------------------------------------------------------------------- what a network sees
 
 

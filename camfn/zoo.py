@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from camfn import checkpoints, libraries
+from camfn import checkpoints, images, libraries
 from camfn._errors import CamError, closest
 from camfn._paths import kind
 from camfn.capture import pure, state_of
@@ -160,11 +160,13 @@ def _loaded(spec: str, file: Path, made: Any) -> Loaded:
 
 def input_of(loaded: Loaded, picture: Any) -> Tensor:
     """What preprocess makes of a picture, as a batch of one on the model's device and in its dtype."""
+    images.check_narrow(loaded.preprocess, picture.size)
     with told("preprocess", loaded.file):
         x = loaded.preprocess(picture)
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim not in (3, 4) or (x.ndim == 4 and len(x) != 1):
         found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise CamError(f"preprocess must return a tensor of floats, of shape (channels, height, width); found {found}")
+    images.check_input(x, picture.size)
     tensors = itertools.chain(loaded.model.parameters(), loaded.model.buffers())
     like = next((tensor for tensor in tensors if tensor.is_floating_point()), x)
     x = x.detach().to(like.device, like.dtype)

@@ -123,6 +123,7 @@ class Watched(nn.Module):
         with open("seen.txt", "a") as file:
             print(*words, file=file)
 def watched(): return Watched(), preprocess
+def enlarges(): return Watched(), lambda picture: torch.zeros(1).expand(3, 4000, 4001)
 def slow(): return Watched(seconds=0.15), preprocess
 def talks(): return Watched("twice\\nas good"), preprocess
 def without_tensors(): return nn.Sequential(nn.ReLU(), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()), preprocess

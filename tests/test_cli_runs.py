@@ -253,6 +253,28 @@ def test_a_picture_of_100_megapixels_is_read_and_pillows_warning_of_its_size_is_
     assert result.returncode == 2
 
 
+@pytest.mark.parametrize("command", ["explain", "layers"])
+def test_a_narrow_picture_is_refused_before_it_is_enlarged(here, command):
+    Image.new("RGB", (1, 10_000)).save("tall.png")
+    result = cli_support.command(command, "tall.png", "--model", "demo")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.endswith(
+        "preprocess would make an input of 96 x 960000 pixels of the picture's 1 x 10000, more than 16 megapixels: "
+        "crop or pad the picture first\n"
+    )
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_input_that_preprocess_has_made_too_large_is_refused_before_a_forward(here):
+    result = invoke("a.png", "--model", "net.py:enlarges", "--layer", "net.2", "--method", "mean_cam")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        "Error: a.png: preprocess makes an input of 4001 x 4000 pixels of the picture's 9 x 11, more than 16 megapixels: "
+        "crop or pad the picture first\n"
+    )
+    assert not Path("seen.txt").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------- streams
 
 

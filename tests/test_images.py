@@ -408,6 +408,67 @@ def test_where_colours_cannot_be_undone_the_input_is_stretched_and_that_is_said(
     assert torch.allclose(seen, expected.permute(1, 2, 0), rtol=0, atol=1e-12)
 
 
+# ------------------------------------------------------------------------------------------------- what may be made
+
+
+def shorter_side(side, crop=None):
+    """As torchvision and timm preprocess, with what the largest picture on the way was."""
+
+    def preprocess(picture):
+        scale = side / min(picture.size)
+        width, height = (round(scale * each) for each in picture.size)
+        preprocess.largest = max(preprocess.largest, width * height)
+        picture = picture.resize((width, height))
+        if crop:
+            left, top = (width - crop) // 2, (height - crop) // 2
+            picture = picture.crop((left, top, left + crop, top + crop))
+        return (tensor(picture) - 0.5) / 0.25
+
+    preprocess.largest = 0
+    return preprocess
+
+
+@pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (7, 60_000)])
+def test_a_narrow_picture_that_would_become_a_giant_is_refused_before_it_is_one(size):
+    long = round(224 * max(size) / min(size))
+    sides = f"{long} x 224" if size[0] > size[1] else f"224 x {long}"
+    for preprocess, limit in ((shorter_side(224), 16), (shorter_side(224, crop=200), 100)):
+        with pytest.raises(CamError) as caught:
+            images.check_narrow(preprocess, size)
+        made = sides if limit == 16 else sides.replace("224", "200").replace(str(long), str(round(200 / 224 * long)))
+        assert str(caught.value) == (
+            f"preprocess would make an input of {made} pixels of the picture's {size[0]} x {size[1]}, "
+            f"more than {limit} megapixels: crop or pad the picture first"
+        )
+        assert preprocess.largest <= 224 * 224 * 8
+
+
+@pytest.mark.parametrize(
+    "preprocess",
+    [
+        shorter_side(20),
+        shorter_side(24, crop=20),
+        lambda p: tensor(p.resize((224, 224))),  # keeps no aspect ratio
+        lambda p: tensor(p),
+        lambda p: tensor(p.crop((0, 0, 224, 224))),  # pads
+        lambda p: 1 / 0,
+        lambda p: "no tensor",
+    ],
+)
+def test_a_narrow_picture_that_stays_small_is_not_refused(preprocess):
+    for size in ((1, 10_000), (10_000, 1), (100, 3200)):
+        images.check_narrow(preprocess, size)
+
+
+def test_an_input_may_be_as_large_as_its_picture_and_not_much_larger(monkeypatch):
+    images.check_input(torch.empty(1, device="meta").expand(3, 8000, 6000), (6000, 8000))
+    images.check_input(torch.empty(1, device="meta").expand(1, 3, 4000, 4000), (2, 2))
+    with pytest.raises(
+        CamError, match=r"^preprocess makes an input of 4000 x 4001 pixels of the picture's 2 x 3, more than 16 mega"
+    ):
+        images.check_input(torch.empty(1, device="meta").expand(1, 3, 4001, 4000), (2, 3))
+
+
 # ------------------------------------------------------------------------------------------------------ lazy imports
 
 
