@@ -19,6 +19,15 @@ def closest(name: str, known: Iterable[str]) -> str:
     return ", ".join(map(repr, get_close_matches(name, list(known), n=3, cutoff=0.4))) or "none is close"
 
 
+def escaped(name: object) -> str:
+    """A name as it is shown: its control characters and the like are spelt as `repr` spells them, so that none moves a cursor.
+
+    >>> print(escaped("a\\nb"), escaped("maße"))
+    a\\nb maße
+    """
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(name))
+
+
 def layer_called(name: str) -> str:
     """A layer at the start of a sentence; the empty name is the model's own."""
     return f"layer {name!r}" if name else "the model itself, as a layer,"

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from camfn import images
-from camfn._errors import CamError
+from camfn._errors import CamError, escaped
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,11 +51,11 @@ def grid(
         for column, panel in enumerate(line):
             _draw(axes[row, column], panel, alpha, colormap) if panel else _leave_out(axes[row, column])
     for axis, name in zip(axes[:, 0], rows):
-        axis.set_ylabel(name, fontsize=10)
+        axis.set_ylabel(_plain(name), fontsize=10)
     for axis, name in zip(axes[0], columns):
-        axis.set_title(name, fontsize=10)
-    figure.suptitle(title, fontsize=12)
-    figure.supxlabel(note, fontsize=8)
+        axis.set_title(_plain(name), fontsize=10)
+    figure.suptitle(_plain(title), fontsize=12)
+    figure.supxlabel(_plain(note), fontsize=8)
     if any(panel and panel.map is not None for line in panels for panel in line):
         _colour_bar(figure, axes, alpha, colormap)
     return _rendered(figure)
@@ -91,12 +91,17 @@ def _figure() -> Any:
     return Figure
 
 
+def _plain(name: str) -> str:
+    """A name as matplotlib draws it: a dollar would begin a formula, and a control character has no glyph."""
+    return "\n".join(map(escaped, name.split("\n"))).replace("$", r"\$")
+
+
 def _draw(axis: Any, panel: Panel, alpha: float, colormap: str) -> None:
     map = torch.zeros(1, 1) if panel.map is None else panel.map
     picture = images.overlay(panel.image, map, alpha=0 if panel.map is None else alpha, colormap=colormap)
     axis.imshow(picture, interpolation="nearest")
     axis.set(xticks=[], yticks=[])
-    axis.set_xlabel(panel.caption, fontsize=8, labelpad=2)
+    axis.set_xlabel(_plain(panel.caption), fontsize=8, labelpad=2)
     if panel.outline is not None:
         inside = _array(panel.outline).astype(float)
         axis.contour(inside, levels=[0.5], colors="black", linewidths=2.2)

@@ -86,6 +86,19 @@ def fails_when_masked():
     return Fails(), preprocess
 def tops(): return net(), preprocess, ["top1", "top2", "other", "more"]
 def accents(): return net(), preprocess, ["Füchse"] * 4
+def wild(): return net(), preprocess, ["two\\nlines\\x1b[2J"] * 4
+def wild_error():
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("one\\ntwo\\r\\x1b[2J\\u2028three")
+    return Fails()
+def wild_layer():
+    first, act, *rest = net()
+    model = nn.Sequential(first)
+    model.add_module("a\\x1b", act)
+    for number, module in enumerate(rest, 2):
+        model.add_module(str(number), module)
+    return model, preprocess
 def leaves_a_mark():
     open("loaded", "w").close()
     return net(), preprocess

@@ -374,6 +374,65 @@ def test_a_name_that_the_terminal_has_no_letters_for_is_spelt_out(here):
     assert facts("maps/maße-2-score_cam-1.json")["class_name"] == "Füchse"
 
 
+WILD = "a\n\x1b[31mb\r\t\u202e\u2028\udcff.png"
+SHOWN = r"a\n\x1b[31mb\r\t\u202e\u2028\udcff.png"
+
+
+def assert_plain(text: str) -> None:
+    assert not [letter for line in text.split("\n") for letter in line if not letter.isprintable()], text
+
+
+def test_control_characters_of_names_are_spelt_out_in_every_line(here):
+    Path(WILD).write_bytes(Path("a.png").read_bytes())
+    found = invoke(
+        WILD, "a.png", "none" + WILD, "--model", "net.py:wild", "--method", "fem", "--method", "mean_cam", "--out", WILD[:-4]
+    )
+    assert found.exit_code == 1
+    assert_plain(found.stdout + found.stderr)
+    first, last = found.stdout.splitlines()
+    assert first.startswith(rf"{SHOWN}: two\nlines\x1b[2J (class ")
+    assert first.count(f" {SHOWN[:-4]}/") == 2
+    assert last.startswith("a.png: ")
+    notes = found.stderr.splitlines()
+    assert notes[0].startswith(f"note: {SHOWN}: layer=None: ")
+    assert rf"note: {SHOWN}: all maps in one picture: {SHOWN[:-4]}/a___31mb_____-grid.png" in notes
+    assert notes[-2:] == [f"Error: there is no file 'none{SHOWN}'", rf"Error: 1 of 3 pictures failed: none{SHOWN}"]
+
+
+def test_a_picture_with_a_wild_name_that_fails_is_told_of_in_one_line(here):
+    Path(WILD).write_bytes(Path("a.png").read_bytes())
+    for function, words in (
+        ("wild_error", r"failed at .*: RuntimeError: one two \\x1b\[2J three"),
+        ("pair", "target 9 is not"),
+    ):
+        found = invoke(WILD, "--model", f"net.py:{function}", "--target", "9")
+        (line,) = found.stderr.splitlines()
+        assert line.startswith(f"Error: {SHOWN}: ")
+        assert re.search(words, line)
+        assert_plain(line)
+
+
+def test_json_of_a_wild_name_is_ascii_and_gives_the_name_back(here):
+    Path(WILD).write_bytes(Path("a.png").read_bytes())
+    found = invoke(WILD, "none" + WILD, "--model", "net.py:wild", "--layer", "2", "--json", "--out", "maps")
+    good, bad = found.stdout.splitlines()
+    assert good.isascii()
+    assert (json.loads(good)["image"], json.loads(bad)["image"]) == (WILD, "none" + WILD)
+    assert json.loads(good)["class_name"] == "two\nlines\x1b[2J"
+    written = json.loads(good)["files"]["json"]
+    assert facts(written)["image"] == WILD
+
+
+def test_layers_and_misuse_are_spelt_out_too(here):
+    found = cli_support.command("layers", "a.png", "--model", "net.py:wild_layer")
+    assert [line.split("  ")[0] for line in found.stdout.splitlines()] == ["layer", "0", r"a\x1b", "2", "3"]
+    for arguments in (["methods", WILD], ["--a" + WILD], ["methods", "--a" + WILD], [WILD]):
+        found = cli_support.command(*arguments)
+        assert found.exit_code == 2
+        assert_plain(found.stderr)
+        assert r"a\n\x1b[31mb\r\t\u202e\u2028\udcff" in found.stderr or r"a \x1b[31mb \u202e \udcff" in found.stderr
+
+
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 SLOWLY = [*CAMFN, "explain", *["a.png"] * 9, *["--model", "net.py:slow", "--layer", "net.2", "--target", "1", "--out", "maps"]]
 

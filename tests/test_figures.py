@@ -124,3 +124,8 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(CamError, match=r"needs matplotlib: pip install 'camfn\[cli\]'"):
         figures.grid([[Panel(GREY)]])
+
+
+def test_dollars_are_no_formula_and_control_characters_have_no_glyph():
+    for name in (r"a$\frac$b", "a$b", "a\x1b\udcff", r"\$"):
+        pixels([[Panel(GREY, caption=name)]], rows=[name], columns=[name], title=name, note=name)

@@ -5,11 +5,13 @@ Click is imported where it is used.
 
 import io
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import camfn
-from camfn._errors import CamError
+from camfn._errors import CamError, escaped
 from camfn.cli import cards, demo, explain, files, job, options, tables
 
 if TYPE_CHECKING:
@@ -78,7 +80,28 @@ def app() -> "click.Group":
     """The `camfn` command, for click."""
     import click
 
-    @click.group("camfn", help=_GROUP, context_settings={"help_option_names": ["-h", "--help"]})
+    class Group(click.Group):
+        """What click itself refuses is told as what we refuse is: in one line without control characters."""
+
+        def make_context(self, *arguments: Any, **more: Any) -> click.Context:
+            with escaping():
+                return super().make_context(*arguments, **more)
+
+        def invoke(self, ctx: click.Context) -> Any:
+            with escaping():
+                return super().invoke(ctx)
+
+    @contextmanager
+    def escaping() -> Iterator[None]:
+        try:
+            yield
+        except click.UsageError as error:
+            if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # its message is the whole help
+                raise
+            error.message = options.one_line(error.message)  # pyright: ignore[reportAttributeAccessIssue]
+            raise
+
+    @click.group("camfn", cls=Group, help=_GROUP, context_settings={"help_option_names": ["-h", "--help"]})
     @click.version_option(camfn.__version__, prog_name="camfn")
     def group() -> None:
         pass
@@ -134,7 +157,7 @@ def _explain() -> "click.Command":
                     if len(paths) == 1:
                         raise found
                     click.echo(f"Error: {options.one_line(found)}", err=True)
-                    failed.append(str(path))
+                    failed.append(escaped(path))
             if failed:
                 raise click.ClickException(f"{len(failed)} of {len(paths)} pictures failed: {', '.join(failed)}")
 

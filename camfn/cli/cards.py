@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camfn._errors import CamError
+from camfn._errors import CamError, escaped
 from camfn.cli.files import WRITTEN
 from camfn.cli.options import one_line
 
@@ -49,11 +49,11 @@ def lines(path: Path, found: Sequence[Written] | CamError, as_json: bool) -> Ite
     else:
         for index in dict.fromkeys(facts["class"] for facts, _ in found):
             own = [(facts, base) for facts, base in found if facts["class"] == index]
-            files = ", ".join(f"{base}.{{{','.join(WRITTEN)}}}" for _, base in own)
-            yield f"{path}: {_summary(own[0][0])} -> {files}"
+            files = ", ".join(f"{escaped(base)}.{{{','.join(WRITTEN)}}}" for _, base in own)
+            yield f"{escaped(path)}: {_summary(own[0][0])} -> {files}"
 
 
 def _summary(facts: Facts) -> str:
-    name = f"{one_line(facts['class_name'])} (class {facts['class']})" if facts["class_name"] else f"class {facts['class']}"
+    name = f"{escaped(facts['class_name'])} (class {facts['class']})" if facts["class_name"] else f"class {facts['class']}"
     probability = "" if facts["probability"] is None else f", probability {facts['probability']:.3g}"
     return f"{name}, score {facts['score']:.4g}{probability}"

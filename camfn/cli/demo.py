@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import demo, figures, metrics
-from camfn._errors import CamError
+from camfn._errors import CamError, escaped
 from camfn.cli import files, options
 
 if TYPE_CHECKING:
@@ -160,4 +160,4 @@ def run(methods: Sequence[str], out: Path, no_progress: bool, say: Callable[[str
         drawn.save(f"{base}.png")
     for line in table(found):
         say(line)
-    say(f"-> {base}.png")
+    say(f"-> {escaped(base)}.png")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import camfn
 from camfn import figures, images, layouts, zoo
-from camfn._errors import CamError
+from camfn._errors import CamError, escaped
 from camfn._types import Target
 from camfn.capture import state_of, tap
 from camfn.cli import files, options
@@ -55,7 +55,7 @@ def _attempt(path: Path, work: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return work(*arguments)
     except CamError as error:
-        return CamError(f"{path}: {error}")
+        return CamError(f"{escaped(path)}: {error}")
 
 
 # ---------------------------------------------------------------------------------------------------- the rehearsal
@@ -81,9 +81,9 @@ def _rehearse(job: Job, paths: Sequence[Path]) -> None:
 
 def _check_target(path: Path, target: Target, count: int) -> None:
     if isinstance(target, Top) and target.k > count:
-        raise CamError(f"{path}: target top{target.k} is of {target.k} classes: the model has {count}")
+        raise CamError(f"{escaped(path)}: target top{target.k} is of {target.k} classes: the model has {count}")
     if isinstance(target, int) and not 0 <= target < count:
-        raise CamError(f"{path}: target {target} is not a class: the model has classes 0 to {count - 1}")
+        raise CamError(f"{escaped(path)}: target {target} is not a class: the model has classes 0 to {count - 1}")
 
 
 def _check_layers(job: Job, path: Path, x: Tensor) -> None:
@@ -119,7 +119,7 @@ def _explain(job: Job, path: Path, picture: Any) -> list[Written]:
                 made = made._replace(notes=(*made.notes, said))
             for note in (note for note in dict.fromkeys(made.notes) if note not in told):
                 told.add(note)
-                sys.stderr.write(f"note: {path}: {options.one_line(note)}\n")
+                sys.stderr.write(f"note: {escaped(path)}: {options.one_line(note)}\n")
             saved = _sized(job, x, made.raw)
             for number in range(len(made.raw)):
                 explained = classes(made.card, number, outputs, job.loaded.names)
@@ -135,10 +135,10 @@ def _write_grid(job: Job, path: Path, seen: Tensor, drawn: Sequence[tuple[Tensor
     panels = [figures.Panel(seen, camfn.maps.normalize(raw, (-2, -1)), caption=_caption(job, facts)) for raw, _, facts in drawn]
     width = len({facts["class"] for *_, facts in drawn})
     width = width if width > 1 else math.ceil(len(panels) ** 0.5)
-    picture = figures.grid(figures.lines(panels, width), title=path.name)
+    picture = figures.grid(figures.lines(panels, width), title=escaped(path.name))
     with files.claimed(job.wish.out, files.plain(f"{path.stem}-grid"), ("png",)) as base:
         picture.save(f"{base}.png")
-    sys.stderr.write(f"note: {path}: all maps in one picture: {base}.png\n")
+    sys.stderr.write(f"note: {escaped(path)}: all maps in one picture: {escaped(base)}.png\n")
 
 
 def _caption(job: Job, facts: Facts) -> str:

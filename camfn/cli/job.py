@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from camfn import zoo
-from camfn._errors import CamError, CamWarning
+from camfn._errors import CamError, CamWarning, escaped
 from camfn._types import Size, Target
 from camfn.cli import options
 from camfn.explanation import prepared
@@ -70,7 +70,7 @@ def maps_of(job: Job, path: Path, x: Tensor, layer: str | None) -> list[Map]:
         given["sweep"] = given["sweep"]._replace(progress=report)
     made, left_out = [], []
     for name, make in zip(job.methods, prepared(job.loaded.model, layer, x, job.target, job.methods, given)):
-        label = " ".join(filter(None, (path.name, layer, name if len(job.methods) > 1 else "")))
+        label = escaped(" ".join(filter(None, (path.name, layer, name if len(job.methods) > 1 else ""))))
         try:
             with _bar(label, job.wish.no_progress) as report.to:
                 made.append(_map(job, name, make))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import camfn
 from camfn import zoo
-from camfn._errors import CamError, closest
+from camfn._errors import CamError, closest, escaped
 from camfn._types import Size, Target
 from camfn.images import LARGEST
 
@@ -46,8 +46,8 @@ def need(*modules: str) -> None:
 
 
 def one_line(message: object) -> str:
-    """For stderr: one line, whatever it quotes."""
-    return " ".join(str(message).split())
+    """A message as it is printed: on one line, whatever it quotes."""
+    return escaped(" ".join(str(message).split()))
 
 
 @contextmanager

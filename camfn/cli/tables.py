@@ -9,7 +9,7 @@ import numpy as np
 
 import camfn
 from camfn import images, zoo
-from camfn._errors import CamError
+from camfn._errors import CamError, escaped
 from camfn.cli import options
 from camfn.layers import none_on_a_grid
 
@@ -29,7 +29,7 @@ def lines(table: Table, as_json: bool) -> Iterator[str]:
     if as_json:
         yield from map(json.dumps, table.rows)
         return
-    cells = [table.heads, *map(table.cells, table.rows)]
+    cells = [[*map(escaped, row)] for row in (table.heads, *map(table.cells, table.rows))]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
