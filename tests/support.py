@@ -146,7 +146,7 @@ def assert_close(ours: Tensor, theirs: Tensor, atol: float, what: str = "") -> N
     """The largest difference is at most `atol`, or that times the largest expected value; says how large it is and where."""
     assert ours.shape == theirs.shape, f"{what}: shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
     difference = (ours.double() - theirs.double()).abs()
-    finite = theirs.double()[theirs.isfinite()].abs()
+    finite = theirs.detach().double()[theirs.isfinite()].abs()
     atol = atol * max(1.0, float(finite.max())) if finite.numel() else atol  # rounding is of the size of what is compared
     worst = int(difference.argmax()) if difference.numel() else 0
     assert bool((difference <= atol).all()), (

@@ -362,7 +362,7 @@ def test_what_is_found_out_about_a_model_is_found_out_once(method):
     assert trusted(introduced(model, x, None))
     PASSED.clear()
     raw(method, model, x)
-    assert len(PASSED) == (2 if method == "legrad" else 1)
+    assert len(PASSED) == (3 if method == "legrad" else 1)  # legrad finds its blocks in each call
 
 
 @every_method
