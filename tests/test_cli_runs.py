@@ -23,7 +23,7 @@ import pytest
 from cli_support import CAMFN, ENVIRONMENT, explain, facts, invoke, picture, process
 from PIL import Image
 
-from camfn.cli import job
+from camfn.cli import files, job
 
 here = cli_support.here
 PAIR = ("--model", "net.py:pair", "--layer", "2", "--target", "1", "--out", "maps")
@@ -431,6 +431,44 @@ def test_layers_and_misuse_are_spelt_out_too(here):
         assert found.exit_code == 2
         assert_plain(found.stderr)
         assert r"a\n\x1b[31mb\r\t\u202e\u2028\udcff" in found.stderr or r"a \x1b[31mb \u202e \udcff" in found.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- long names
+
+
+@pytest.mark.parametrize("stem", ["n" * 251, "é" * 125, "n" * 232])  # 255 bytes are the most; a grid's name is shorter
+def test_a_name_that_is_too_long_for_the_files_is_cut_and_that_is_told(here, stem):
+    Path(f"{stem}.png").write_bytes(Path("a.png").read_bytes())
+    methods = ("--method", "mean_cam", "--method", "grad_cam")
+    for number in ("", "-2"):
+        found = invoke(f"{stem}.png", "a.png", *PAIR, *methods)
+        assert found.exit_code == 0, found.output
+        written = sorted(Path("maps").glob(f"{stem[:50]}*-2-mean_cam-1{number}.npy"))
+        assert len(written) == 1
+        assert len(os.fsencode(written[0].name)) <= 255
+        assert f"{written[0].with_suffix('')}." in found.stdout
+        assert [line for line in found.stderr.splitlines() if "too long" in line] == [
+            f"note: {stem}.png: the name is too long for that of a file, and is cut, as in {written[0].stem}"
+        ]
+        assert facts(written[0].with_suffix(".json"))["image"] == f"{stem}.png"
+    assert len(list(Path("maps").iterdir())) == 2 * 2 * (2 * 3 + 1)
+
+
+def test_names_that_differ_in_the_middle_alone_differ_when_they_are_cut(tmp_path):
+    names = ["a" * 200 + letter + "b" * 200 for letter in "xyz"]
+    cut = [files.fitted(tmp_path, name) for name in names]
+    assert len(set(cut)) == 3
+    assert all(len(name) == 244 and name.startswith("a" * 99) and name.endswith("b" * 99) for name in cut)
+    assert files.fitted(tmp_path, names[0][:244]) == names[0][:244]
+
+
+def test_a_path_without_room_for_file_names_is_found_before_the_sweep(here):
+    out = "/".join(["o" * 250] * 16) + "/" + "p" * 60
+    assert len(out) < 4096
+    result = invoke("a.png", "--model", "net.py:watched", "--layer", "net.2", "--out", out)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"Error: --out '{out}' leaves no room for file names in a path: name a folder with a shorter path\n"
+    assert "rows 5" not in Path("seen.txt").read_text()  # no masked inputs
 
 
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -127,7 +127,10 @@ def _explain(job: Job, path: Path, picture: Any) -> list[Written]:
                 drawn.append((made.raw[number], saved[number], facts))
     if len(job.methods) > 1:
         _write_grid(job, path, seen, drawn)
-    return [_write(job, path, seen, *each) for each in drawn]
+    written = [_write(job, path, seen, *each) for each in drawn]
+    for cut in [base.name for facts, base in written if not base.name.startswith(files.plain(_name(path, facts)))][:1]:
+        sys.stderr.write(f"note: {escaped(path)}: the name is too long for that of a file, and is cut, as in {cut}\n")
+    return written
 
 
 def _write_grid(job: Job, path: Path, seen: Tensor, drawn: Sequence[tuple[Tensor, Tensor, Facts]]) -> None:
@@ -184,5 +187,8 @@ def _about_map(job: Job, made: Map, saved: Tensor) -> Facts:
 
 def _write(job: Job, path: Path, seen: Tensor, raw: Tensor, saved: Tensor, facts: Facts) -> Written:
     overlay = images.overlay(seen, camfn.maps.normalize(raw, (-2, -1)))
-    name = "-".join(str(part) for part in (path.stem, facts["layer"], facts["method"], facts["class"]) if part is not None)
-    return facts, files.write(job.wish.out, name, overlay, saved.numpy(), facts)
+    return facts, files.write(job.wish.out, _name(path, facts), overlay, saved.numpy(), facts)
+
+
+def _name(path: Path, facts: Facts) -> str:
+    return "-".join(str(part) for part in (path.stem, facts["layer"], facts["method"], facts["class"]) if part is not None)

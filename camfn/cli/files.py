@@ -1,5 +1,6 @@
 """Which files are read, and which are written."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -66,6 +67,8 @@ def make(folder: Path) -> None:
         raise CamError(f"--out {str(folder)!r} cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CamError(f"--out {str(folder)!r} cannot be written to")
+    if _room(folder) < 40:
+        raise CamError(f"--out {str(folder)!r} leaves no room for file names in a path: name a folder with a shorter path")
 
 
 def write(folder: Path, name: str, overlay: Any, raw: np.ndarray, facts: dict[str, Any]) -> Path:
@@ -80,6 +83,26 @@ def write(folder: Path, name: str, overlay: Any, raw: np.ndarray, facts: dict[st
 def plain(name: str) -> str:
     """A name of letters, digits and little else."""
     return re.sub(r"[^\w.+ -]", "_", name)
+
+
+def fitted(folder: Path, name: str) -> str:
+    """The name, or what fits of it in that folder: its beginning, digits that tell cut names apart, and its end."""
+    room, whole = _room(folder), name.encode()
+    if len(whole) <= room:
+        return name
+    mark = f"~{hashlib.sha256(whole).hexdigest()[:8]}~"
+    end = (room - len(mark)) // 2  # layer, method and class
+    start = room - len(mark) - end
+    return whole[:start].decode(errors="ignore") + mark + whole[-end:].decode(errors="ignore")
+
+
+def _room(folder: Path) -> int:
+    """The bytes of a file's name in that folder, less those of a number and an ending."""
+    try:
+        name, path = (os.pathconf(folder, limit) for limit in ("PC_NAME_MAX", "PC_PATH_MAX"))
+    except (AttributeError, OSError, ValueError):  # elsewhere than on Unix
+        name, path = 255, 4096
+    return min(name, path - len(os.fsencode(folder)) - len("/\0")) - len("-99999.json")
 
 
 @contextmanager
@@ -99,6 +122,7 @@ def claimed(folder: Path, name: str, endings: Sequence[str]) -> Iterator[Path]:
 
 def claim(folder: Path, name: str, endings: Sequence[str]) -> Path:
     """A path, less its ending, that no file has: the first of `name`, `name-2`, `name-3`, ... The last ending is taken."""
+    name = fitted(folder, name)
     for number in itertools.count(1):
         base = folder / (name if number == 1 else f"{name}-{number}")
         if not any(os.path.lexists(f"{base}.{ending}") for ending in endings):
