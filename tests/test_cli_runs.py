@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import os
+import pkgutil
 import pty
 import re
 import signal
@@ -11,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 import zlib
 from contextlib import contextmanager
@@ -506,6 +508,85 @@ def test_files_that_are_begun_when_a_run_is_stopped_are_taken_away(here, monkeyp
     result = invoke("a.png", *PAIR)
     assert (result.exit_code, result.stderr) == (130, "Interrupted: what was written is whole\n")
     assert not list(Path("maps").iterdir())
+
+
+NUMBERS = {"SIGINT": (130, "Interrupted"), "SIGTERM": (143, "Terminated"), "SIGHUP": (129, "Hung up")}
+
+
+@pytest.fixture
+def as_in_a_shell():
+    """No signal is ignored; a run of the tests in the background may be deaf to some."""
+    default = {"SIGINT": signal.default_int_handler}
+    before = {name: signal.signal(getattr(signal, name), default.get(name, signal.SIG_DFL)) for name in NUMBERS}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
+def sends(name: str, function):
+    """The function, after whose first call the process has the signal."""
+    sent = []
+
+    def then_sends(*arguments, **more):
+        found = function(*arguments, **more)
+        if not sent:
+            sent.append(os.kill(os.getpid(), getattr(signal, name)))
+        return found
+
+    return then_sends
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize(
+    ("place", "whole"),
+    [("files.claim", 3), ("files.np.save", 3), ("files.json.dumps", 3), ("explain._explain", 3), ("job._map", 0)],
+)
+def test_a_signal_leaves_all_files_of_a_map_or_none_and_says_one_line(here, monkeypatch, as_in_a_shell, name, place, whole):
+    owner, _, function = f"camfn.cli.{place}".rpartition(".")
+    monkeypatch.setattr(f"{owner}.{function}", sends(name, attribute(f"camfn.cli.{place}")))
+    result = invoke("a.png", "b.png", *PAIR)
+    status, word = NUMBERS[name]
+    assert (result.exit_code, result.stderr) == (status, f"{word}: what was written is whole\n")
+    written = list(Path("maps").iterdir())
+    assert len(written) == whole
+    assert all(path.stat().st_size for path in written)
+    assert all(facts(path) for path in written if path.suffix == ".json")
+
+
+def attribute(dotted: str):
+    place, name = dotted.rsplit(".", 1)
+    return getattr(pkgutil.resolve_name(place), name)
+
+
+def test_a_signal_that_is_ignored_stops_nothing_and_handlers_are_given_back(here, monkeypatch, as_in_a_shell):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    monkeypatch.setattr(job, "_map", sends("SIGHUP", job._map))
+    explain("a.png", *PAIR)
+    assert stems() == ["a"]
+    assert [signal.getsignal(getattr(signal, name)) for name in NUMBERS] == [
+        signal.default_int_handler,
+        signal.SIG_DFL,
+        signal.SIG_IGN,
+    ]
+
+
+def test_in_another_thread_a_command_leaves_signals_alone(here):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(invoke("a.png", *PAIR)))
+    thread.start()
+    thread.join()
+    assert found[0].exit_code == 0
+
+
+def test_sigterm_ends_a_process_with_143_one_line_and_whole_files(here):
+    running = subprocess.Popen(SLOWLY, **PIPES, env=ENVIRONMENT)
+    running.stdout.readline()  # the first picture is done
+    running.terminate()
+    _, said = running.communicate(timeout=60)
+    assert (running.returncode, said) == (143, "Terminated: what was written is whole\n")
+    written = list(Path("maps").iterdir())
+    assert 0 < len(written) < 27
+    assert len(written) % 3 == 0
 
 
 # ----------------------------------------------------------------------------------------------------------- extras

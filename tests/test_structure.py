@@ -72,7 +72,18 @@ ORDER = (
     ),
     *("concepts", "explanation", "testing", "images", "figures"),
     *("demo.scenes", "demo.network", "demo", "demo.train", "checkpoints", "downloads", "libraries", "zoo"),
-    *("cli.files", "cli.options", "cli.cards", "cli.job", "cli.explain", "cli.tables", "cli.demo", "cli", "__main__"),
+    *(
+        "cli.signals",
+        "cli.files",
+        "cli.options",
+        "cli.cards",
+        "cli.job",
+        "cli.explain",
+        "cli.tables",
+        "cli.demo",
+        "cli",
+        "__main__",
+    ),
 )
 """Every file may import from those before it, and from no other. A folder's own name is its `__init__.py`."""
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from camfn._errors import CamError
 from camfn._paths import kind
+from camfn.cli import signals
 
 WRITTEN = ("png", "npy", "json")
 
@@ -109,13 +110,14 @@ def _room(folder: Path) -> int:
 def claimed(folder: Path, name: str, endings: Sequence[str]) -> Iterator[Path]:
     """A name, less its ending, that no file has yet: all of the files with these endings are written under it, or none."""
     try:
-        base = claim(folder, name, endings)
-        try:
-            yield base
-        except BaseException:
-            for ending in endings:
-                Path(f"{base}.{ending}").unlink(missing_ok=True)
-            raise
+        with signals.held():
+            base = claim(folder, name, endings)
+            try:
+                yield base
+            except BaseException:
+                for ending in endings:
+                    Path(f"{base}.{ending}").unlink(missing_ok=True)
+                raise
     except OSError as error:
         raise CamError(f"the files cannot be written to {str(folder)!r}: {error.strerror}") from None
 

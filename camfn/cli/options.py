@@ -17,6 +17,7 @@ import camfn
 from camfn import zoo
 from camfn._errors import CamError, closest, escaped
 from camfn._types import Size, Target
+from camfn.cli import signals
 from camfn.images import LARGEST
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,15 +71,16 @@ def refusing() -> Iterator[TextIO]:
     said: set[str] = set()
     stdout = sys.stdout
     try:
-        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr), signals.raised():
             warnings.showwarning = note
             warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds")  # Pillow's; camfn has a limit of its own
             yield stdout
     except CamError as error:
         raise Refusal(one_line(error)) from None
-    except KeyboardInterrupt:
-        click.echo("Interrupted: what was written is whole", err=True)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as error:
+        line, status = signals.told(error)
+        click.echo(line, err=True)
+        raise SystemExit(status) from None
 
 
 def no_progress(command: F) -> F:
