@@ -74,6 +74,7 @@ ORDER = (
     *("demo.scenes", "demo.network", "demo", "demo.train", "checkpoints", "downloads", "libraries", "zoo"),
     *(
         "cli.signals",
+        "cli.streams",
         "cli.files",
         "cli.options",
         "cli.cards",

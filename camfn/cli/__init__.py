@@ -3,7 +3,6 @@
 Click is imported where it is used.
 """
 
-import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import camfn
 from camfn._errors import CamError, escaped
-from camfn.cli import cards, demo, explain, files, job, options, tables
+from camfn.cli import cards, demo, explain, files, job, options, streams, tables
 
 if TYPE_CHECKING:
     import click
@@ -113,16 +112,13 @@ def app() -> "click.Group":
 
 def main() -> None:
     """Run the command; without click, say what to install."""
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal has no letters for is no reason to stop
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     try:
+        streams.take()
         options.need("click")
-        command = app()
+        app()(prog_name="camfn")
     except CamError as error:
-        sys.stderr.write(f"Error: {error}\n")
+        sys.stderr.write(f"Error: {options.one_line(error)}\n")
         sys.exit(2)
-    command(prog_name="camfn")
 
 
 def _explain() -> "click.Command":
