@@ -1,4 +1,4 @@
-"""What all tests run under: one thread for each process of `pytest -n`, and what old torch says let by."""
+"""What all tests run under: one thread for each process of `pytest -n`, seeded searches, and what old torch says let by."""
 
 import os
 
@@ -6,6 +6,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes wait for
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it, and for processes that tests start
 
 import torch
+from hypothesis import settings
+
+# The same examples in each run: a test cannot fail by luck. CAMFN_ANEW=1 draws new ones.
+settings.register_profile("camfn", deadline=None, print_blob=True, derandomize=not os.environ.get("CAMFN_ANEW"))
+settings.load_profile("camfn")
 
 
 def pytest_configure(config):

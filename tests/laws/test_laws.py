@@ -1,6 +1,7 @@
 """Every law, tried on every method; and every exception, to see that it is one."""
 
 import os
+import random
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ UNSTEADY = ("opti_cam",)
 """Adam divides a slope by its size: of one that is rounding alone it makes a whole step. Such cases are drawn, not fixed."""
 STEADY = [pair for pair in HOLDING if pair[1] not in UNSTEADY]
 EXAMPLES = int(os.environ.get("CAMFN_EXAMPLES", "5"))
-"""For each pair. Drawn anew in each run: what five miss, a hundred runs find."""
+"""For each pair, the same in each run. To search for more: CAMFN_ANEW=1 CAMFN_EXAMPLES=200."""
 
 
 @pytest.mark.parametrize(("law", "name"), STEADY)
@@ -108,8 +109,9 @@ REACHED = {
 
 @pytest.mark.parametrize("what", REACHED)
 def test_cases_reach(what):
-    quick = settings(max_examples=500, database=None, phases=[Phase.generate])
-    find(cases("score_cam"), REACHED[what], settings=quick)
+    """The rarest kind is one case in a hundred: among 5,000 there is one, whatever the seed."""
+    enough = settings(max_examples=5000, database=None, phases=[Phase.generate])
+    find(cases("score_cam"), REACHED[what], settings=enough, random=random.Random(0))
 
 
 def test_fields_of_a_model_can_be_fixed_or_drawn():
