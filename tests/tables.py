@@ -20,7 +20,7 @@ import test_threads
 import test_transformers as transformers
 import torch
 import torch.nn.functional as F
-from support import SmallNet, assert_close, inputs, small_net
+from support import SmallNet, close, inputs, small_net
 from vits import vit
 
 import camfn
@@ -60,7 +60,7 @@ def dimensions(dims: int) -> Callable[[str], None]:
         given = {"target": TARGETS[fewer], "normalize": False, **signed}
         expected = contract.run(method, thin, "features", x, **given)
         thick = contract.run(method, thickened(thin, fewer), "features", x[..., None], **given)
-        assert_close(thick[..., 0], expected, contract.ROUNDING, f"{fewer} and {fewer + 1} axes")
+        close(thick[..., 0], expected, f"{fewer} and {fewer + 1} axes")
 
     return check
 
@@ -85,15 +85,14 @@ def several_layers(method: str) -> None:
     pairs = list(zip(layers, contract.run(method, net, layers, x), strict=True))
     alone = pairs[-1:] if method == "poly_cam" else pairs  # its others build on this one: test_poly.py has a loop for them
     for layer, found in alone:
-        assert_close(found, contract.run(method, net, layer, x), contract.ROUNDING, layer)
+        close(found, contract.run(method, net, layer, x), layer)
 
 
 def function_as_target(method: str) -> None:
     net, x = small_net(), inputs()
-    assert_close(
+    close(
         contract.run(method, net, "features", x, lambda y: y[3]),
         contract.run(method, net, "features", x, camfn.targets.logit(3)),
-        contract.ROUNDING,
     )
 
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_close, inputs, real_networks, small_net
+from support import assert_close, close, inputs, real_networks, small_net
 from torch import Tensor, nn
 
 import camfn
@@ -264,7 +264,7 @@ def test_a_published_order_takes_the_first_channels_and_gives_the_others_no_weig
             first = sorted(range(20), key=lambda k: -float(ranks[order][image, k]))[:count]
             expected = torch.zeros(20, dtype=torch.float64)
             expected[first] = torch.softmax(full[image, 0, first], 0)
-            assert_close(found.weights[0][image, 0], expected, 1e-10, order)
+            close(found.weights[0][image, 0], expected, order)
 
 
 def test_gradient_order_is_of_all_targets():
@@ -318,7 +318,7 @@ def test_slopes_are_those_of_the_tap(layers):
             return tap(state, x, nudge=nudge).output.gather(1, chosen).sum()
 
         for slope, chosen in zip(of_targets, targets.T[..., None]):
-            assert_close(slope, torch.func.grad(total)(zero, chosen), 1e-12, name)
+            close(slope, torch.func.grad(total)(zero, chosen), name)
 
 
 def test_slopes_are_finite_differences():
@@ -468,9 +468,9 @@ def test_one_channel_and_flat_images(limits, method):
         assert torch.isfinite(some.maps).all()
         assert torch.isfinite(some.weights[0]).all()
         black = [i for i, image in enumerate(x) if not image.any()]
-        assert_close(some.maps[black], plain.maps[black], 1e-12)
+        close(some.maps[black], plain.maps[black])
         if net is one:
-            assert_close(some.maps, plain.maps, 1e-12)
+            close(some.maps, plain.maps)
 
 
 # ------------------------------------------------------------------------------------------------------------- purity

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_close, inputs, torchvision_models
+from support import assert_close, close, inputs, torchvision_models
 from torch import Tensor, nn
 from vits import MAKERS, hooked, logits, randomised, told, unfused, vit
 
@@ -33,11 +33,11 @@ def test_it_sees_what_the_library_tells(name):
         theirs, plain = told(model, x), logits(model(x))
         output, attention = written_out(model, x)
     assert len(theirs) == len(attention.seen) == 3
-    atol = 1e-6 if name in ("ViT, sdpa", "CLIP, sdpa") else 1e-13  # their eager softmax is in float32, whatever the model is
+    dtype = torch.float32 if name in ("ViT, sdpa", "CLIP, sdpa") else None  # of their eager softmax, whatever the model is
     for ours, told_ in zip(attention.seen, theirs):
-        assert_close(ours, told_, atol)
+        close(ours, told_, dtype=dtype)
         assert float(ours.std()) * ours.shape[-1] > 0.5, "attention that is the same everywhere shows nothing"
-    assert_close(output, plain, 1e-13)
+    close(output, plain)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -45,7 +45,7 @@ def test_the_logits_are_those_of_the_softmax(name):
     with torch.no_grad():
         _, attention = written_out(vit(name), inputs(2, side=32))
     for seen, scaled in zip(*attention):
-        assert_close(torch.softmax(scaled, -1), seen, 1e-6 if "eager" in name else 1e-13)
+        close(torch.softmax(scaled, -1), seen, dtype=torch.float32 if "eager" in name else None)
 
 
 @pytest.mark.parametrize("name", ["timm", "BEiT", "EVA", "DeiT, distilled"])
@@ -54,7 +54,7 @@ def test_fused_and_eager_attention_are_seen_alike(name):
     with torch.no_grad():
         fused, eager = written_out(model, x)[1], written_out(unfused(model), x)[1]
     for ours, theirs in zip((*fused.seen, *fused.logits), (*eager.seen, *eager.logits)):
-        assert_close(ours, theirs, 1e-13)
+        close(ours, theirs)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -73,8 +73,8 @@ def test_multi_head_attention_in_every_form(need_weights, batch_first):
         plain, theirs = layer(x, x, x, key_padding_mask=padding, attn_mask=mask, average_attn_weights=False)
         (output, told_), attention = attended(run)
     (seen,) = self_attention(attention, 5).seen
-    assert_close(seen, theirs, 1e-14)
-    assert_close(output, plain, 1e-14)
+    close(seen, theirs)
+    close(output, plain)
     assert (told_ is None) is (not need_weights)
 
 
@@ -87,10 +87,10 @@ def test_the_transformer_layers_of_torch():
         output, attention = written_out(encoder, x)
         by_shell, of_shell = attended(lambda: pure_from(shell_of(encoder))(camfn.state_of(encoder), x))
     for seen in (attention.seen, of_shell.seen):
-        assert_close(seen[0], a, 1e-14)
-        assert_close(seen[1], b, 1e-14)
-    assert_close(output, plain, 1e-13)
-    assert_close(by_shell, plain, 1e-13)
+        close(seen[0], a)
+        close(seen[1], b)
+    close(output, plain)
+    close(by_shell, plain)
 
 
 class Written(nn.Module):
@@ -170,7 +170,7 @@ def test_a_nudge_goes_on_to_the_values(way):
             expected = (nudge[:, 0]) @ values[:, 0]
         else:
             expected = (nudge.reshape(values.shape[:2] + nudge.shape[2:]) @ values).transpose(1, 2).flatten(2)
-    assert_close(nudged - plain, expected, 1e-6 if way == "after casts" else 1e-13)
+    close(nudged - plain, expected, dtype=torch.float32 if way == "after casts" else None)
     assert torch.equal(again.seen[0], attention.seen[0]), "what is seen is what the model made, without the nudge"
 
 
@@ -210,10 +210,10 @@ def test_masks_and_scales(kind):
     else:
         plain = F.scaled_dot_product_attention(q, k, v, **options)
         output, attention = attended(lambda: F.scaled_dot_product_attention(q, k, v, **options))
-    assert_close(output, plain, 1e-14)
+    close(output, plain)
     eye = torch.eye(5, dtype=torch.float64).expand(2, 4, 5, 5)  # with one-hot values the output is the probabilities
     mask = options if kind != "positional" else {"attn_mask": MASKS["bool"]["attn_mask"]}
-    assert_close(attention.seen[0], F.scaled_dot_product_attention(q, k, eye, **mask), 1e-14)
+    close(attention.seen[0], F.scaled_dot_product_attention(q, k, eye, **mask))
 
 
 @pytest.mark.skipif("enable_gqa" not in F.scaled_dot_product_attention.__doc__, reason="this torch has no grouped queries")
@@ -221,10 +221,10 @@ def test_grouped_queries():
     q, k, v = qkv(kv_heads=2)
     plain = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     output, attention = attended(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
-    assert_close(output, plain, 1e-14)
+    close(output, plain)
     assert attention.seen[0].shape == (2, 4, 5, 5)
     whole = torch.softmax(q @ k.repeat_interleave(2, 1).mT / math.sqrt(8), -1)
-    assert_close(attention.seen[0], whole, 1e-14)
+    close(attention.seen[0], whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -375,7 +375,7 @@ def test_the_gradient_is_that_at_the_attention():
 
         nudged, _ = attended(lambda each=each: each(x), zero)
         for ours, expected in zip(torch.autograd.grad(nudged[:, 3].sum(), zeros), theirs):
-            assert_close(ours, expected, 1e-13)
+            close(ours, expected)
             assert float(expected.abs().max()) > 1e-3
 
 
@@ -421,7 +421,7 @@ def test_held_attention_lets_gradients_pass_by_the_residual_stream_alone(fused):
         return attended(lambda: run(x), nudges, held=True)[0][:, 3].sum()
 
     for ours, expected in zip(torch.func.grad(score, argnums=(0, 1, 2))(*zeros), theirs):
-        assert_close(ours, expected, 1e-13)
+        close(ours, expected)
     whole = torch.func.grad(lambda *n: attended(lambda: run(x), n)[0][:, 3].sum(), argnums=(0,))(*zeros)[0]
     assert float((whole - theirs[0]).detach().abs().max()) > 1e-3, "and the whole gradient is another"
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.random import default_rng
+from support import close
 
 from camfn import belief
 
@@ -88,7 +89,7 @@ def test_the_predictions_alone_are_believed_before_the_first_score():
     _, now = world.believe([])
     features, kernel = covariance_of(world, **CONSTANTS)
     unit = world.prediction.std()
-    np.testing.assert_allclose(now.mean.numpy(), unit * features @ np.array(CONSTANTS["slope"]), atol=1e-12)
+    close(now.mean, torch.as_tensor(unit * features @ np.array(CONSTANTS["slope"])))
     expected = unit**2 * (kernel + CONSTANTS["noise"] * np.eye(14))  # the unknown constant cancels in the weights
     np.testing.assert_allclose(now.covariance.numpy(), expected, atol=1e-9)
     assert now.unswept.tolist() == list(range(14))
@@ -381,8 +382,8 @@ def test_all_draws_or_no_noise_leave_nothing_open():
     rng = default_rng(2)
     scores, values = noisy(rng, 2, 10, 8, 1.0, 1.0), torch.from_numpy(rng.random((2, 10, 9)))
     ours, error = shrunk_by(scores, 8, values)
-    assert torch.allclose(ours, scores.mean(0), atol=1e-12)
-    assert error.abs().max() < 1e-12
+    close(ours, scores.mean(0))
+    close(error, torch.zeros_like(error), size=scores.abs().max())
     ours, error = shrunk_by(scores[:1].expand(8, -1, -1, -1), 3, values)
     assert torch.allclose(ours, scores[0], atol=1e-9)
     assert error.abs().max() < 1e-6
@@ -414,7 +415,7 @@ def test_fewer_draws_judge_each_image_by_the_channels_that_were_swept():
     assert torch.equal(other[swept], ours[swept])
     for i in range(3):
         one, its = shrunk_by(scores[:, i : i + 1], 3, values[i : i + 1], swept[i : i + 1])
-        assert torch.allclose(one[0][swept[i]], ours[i][swept[i]], atol=1e-12)
+        close(one[0][swept[i]], ours[i][swept[i]])
         assert torch.allclose(its[0], error[i], atol=1e-9)
         expected = shrunk_by_hand(scores[:3, i, swept[i], 0].numpy(), 8)
         np.testing.assert_allclose(ours[i, swept[i], 0].numpy(), expected, atol=1e-10)

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from support import SmallNet, assert_close, inputs, small_net, torchvision_models
+from support import SmallNet, assert_close, close, inputs, small_net, torchvision_models
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
@@ -176,7 +176,7 @@ def test_tied_weights_and_a_module_under_two_names():
         check_tap(model, layer, x)
     gradient = grad(lambda s: f(s, x).sum())(state)["a.weight"]
     loss = model(x).sum()
-    assert_close(gradient, torch.autograd.grad(loss, model.a.weight)[0], 1e-12)
+    close(gradient, torch.autograd.grad(loss, model.a.weight)[0])
 
 
 class Twice(nn.Module):
@@ -301,7 +301,7 @@ def test_modules_that_only_an_object_reaches_are_copied_and_in_eval_mode(way):
     y = model.features(x)
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     expected = (y - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
-    assert_close(output, expected.mean((2, 3)), 1e-12)
+    close(output, expected.mean((2, 3)))
 
 
 def test_layer_that_is_not_registered():
@@ -364,7 +364,7 @@ def test_inside_a_transformer_encoder(layer):
     x, direction = torch.randn(2, 2, 5, 8, dtype=torch.float64)  # the norm at the end makes a sum of squares constant
     f, state = camfn.tap(model, layer), camfn.state_of(model)
     output, seen = f(state, x)  # the fused path would call no child: nothing seen, a gradient of zero
-    assert_close(output, copy.deepcopy(model).eval()(x), 1e-12)
+    close(output, copy.deepcopy(model).eval()(x))
 
     def score(nudge: Tensor) -> Tensor:
         return (f(state, x, nudge).output * direction).sum()
@@ -428,15 +428,15 @@ def test_old_weight_norm():
     x, state = inputs(), camfn.state_of(model)
     kept = model[0].weight
     f = camfn.tap(model, "0")
-    assert_close(f(state, x).output, model(x).detach(), 1e-12)  # no batch norm in it: train mode is eval mode
+    close(f(state, x).output, model(x).detach())  # no batch norm in it: train mode is eval mode
     kept = model[0].weight
-    assert_close(f(state, x).output, model(x).detach(), 1e-12)
+    close(f(state, x).output, model(x).detach())
     assert model[0].weight is not kept, "the caller's own forward makes the weight anew"
     kept = model[0].weight
     f(state, x)
     assert model[0].weight is kept, "ours must not"
-    assert_close(f({**state, "0.weight_g": state["0.weight_g"] * 3}, x).seen - model[0].bias[:, None, None],
-                 3 * (f(state, x).seen - model[0].bias[:, None, None]), 1e-12)  # fmt: skip
+    close(f({**state, "0.weight_g": state["0.weight_g"] * 3}, x).seen - model[0].bias[:, None, None],
+                 3 * (f(state, x).seen - model[0].bias[:, None, None]))  # fmt: skip
 
 
 def test_parametrised_weight():
@@ -449,15 +449,15 @@ def test_tap_under_transforms():
     f, state = camfn.tap(model, "features"), camfn.state_of(model)
     output, seen = f(state, x)
     one_by_one = vmap(lambda image: f(state, image[None]).output[0])(x)
-    assert_close(one_by_one, output, 1e-12)
+    close(one_by_one, output)
     zero = torch.zeros_like(seen[:1])
     per_image = vmap(lambda image: grad(lambda nudge: f(state, image[None], nudge).output.square().sum())(zero))(x)
     whole = grad(lambda nudge: f(state, x, nudge).output.square().sum())(torch.zeros_like(seen))
-    assert_close(per_image[:, 0], whole, 1e-12)
+    close(per_image[:, 0], whole)
     with torch.inference_mode():
         assert_close(f(state, x).output, output, 0)
     with torch.no_grad():
-        assert_close(grad(lambda nudge: f(state, x, nudge).output.square().sum())(torch.zeros_like(seen)), whole, 1e-12)
+        close(grad(lambda nudge: f(state, x, nudge).output.square().sum())(torch.zeros_like(seen)), whole)
 
 
 def test_tap_compiles_as_one_graph():
@@ -471,7 +471,7 @@ def test_tap_compiles_as_one_graph():
     assert_close(whole.seen, seen, 0)
     score = lambda nudge: f(state, x, nudge).output.square().sum()  # noqa: E731
     compiled = torch.compile(grad(score), fullgraph=True, backend="eager")(torch.zeros_like(seen))
-    assert_close(compiled, grad(score)(torch.zeros_like(seen)), 1e-12)
+    close(compiled, grad(score)(torch.zeros_like(seen)))
 
 
 FRONT_CALLS = [0]
@@ -500,7 +500,7 @@ def test_vmap_over_swap_runs_the_front_once():
     outputs = vmap(f, in_dims=(None, None, None, 0))(state, x, None, swaps).output
     assert FRONT_CALLS[1:] == [tuple(x.shape)]
     for swap, output in zip(swaps, outputs):
-        assert_close(output, hooked(model, "features", x, swap=swap)[0], 1e-12)
+        close(output, hooked(model, "features", x, swap=swap)[0])
 
 
 # ------------------------------------------------------------------------------- a tap lives for one call, a head longer
@@ -582,9 +582,9 @@ def test_head_composes():
     seen = camfn.tap(model, "features")(state, x).seen
     h = camfn.head(model, "features", x, seen)
     full = lambda value: camfn.tap(model, "features")(state, x, None, value).output.square().sum()  # noqa: E731
-    assert_close(grad(lambda value: h(state, x, value).square().sum())(seen), grad(full)(seen), 1e-10)
+    close(grad(lambda value: h(state, x, value).square().sum())(seen), grad(full)(seen))
     swaps = torch.stack([seen, seen * 2])
-    assert_close(vmap(lambda value: h(state, x, value))(swaps)[1], h(state, x, swaps[1]), 1e-12)
+    close(vmap(lambda value: h(state, x, value))(swaps)[1], h(state, x, swaps[1]))
 
 
 @pytest.mark.parametrize("wrap", ["parallel", "compiled", "inner"])

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import camfn
-from tests.support import assert_close
+from tests.support import close
 
 SEEN: list[Tensor] = []  # every input of every forward; a global, since camfn copies all that the model itself holds
 PLAIN = camfn.Sweep(chunk=32, fold=True, compile=False)
@@ -131,7 +131,7 @@ def test_images_of_a_batch_have_flat_channels_of_their_own(recipe):
     rows, outcome = rows_of(x, lambda: raw("score_cam", x, [1, 3, 0], recipe=recipe))
     assert len(rows) == expected_rows(flats, recipe=recipe) == outcome.forwards - 3
     for i, c in enumerate([1, 3, 0]):
-        assert_close(outcome.maps[i : i + 1], loop(x[i : i + 1], c, recipe), 1e-12, recipe)
+        close(outcome.maps[i : i + 1], loop(x[i : i + 1], c, recipe), recipe)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -139,7 +139,7 @@ def test_images_of_a_batch_have_flat_channels_of_their_own(recipe):
 def test_a_flat_channel_keeps_its_share(k, recipe):
     """The map of the sweep without the cut: a zero mask is scored, and its channel takes part in the softmax."""
     x = images(FLATS[k])
-    assert_close(raw("score_cam", x, recipe=recipe).maps, loop(x, 1, recipe), 1e-12, recipe)
+    close(raw("score_cam", x, recipe=recipe).maps, loop(x, 1, recipe), recipe)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_layers_share_the_clean_forward_and_have_flat_channels_of_their_own():
         x, lambda: camfn.METHODS["score_cam"].run(Counted(), ("features", "more"), x, 1, sweep=PLAIN, normalize=False)
     )
     assert len(rows) == expected_rows([FLATS[3]]) + 3 == outcome.forwards - 1
-    assert_close(outcome.maps[0], loop(x, 1, "torchcam"), 1e-12)
+    close(outcome.maps[0], loop(x, 1, "torchcam"))
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
@@ -201,7 +201,7 @@ def test_a_layer_that_is_flat_throughout_is_one_row():
     x = images(FLATS[6])
     rows, outcome = rows_of(x, lambda: raw("score_cam", x))
     assert len(rows) == zeros_in(rows) == 1
-    assert_close(outcome.weights[0], torch.full((1, 1, CHANNELS), 1 / CHANNELS, dtype=torch.float64), 1e-15)
+    close(outcome.weights[0], torch.full((1, 1, CHANNELS), 1 / CHANNELS, dtype=torch.float64))
     assert "are flat" in outcome.findings[0].sentence
 
 
@@ -217,7 +217,7 @@ def test_the_authors_recipe_takes_an_image_that_is_flat_throughout_beside_one_th
     rows, outcome = rows_of(x, lambda: raw("score_cam", x, recipe="authors"))
     assert len(rows) == CHANNELS
     assert torch.equal(outcome.maps[0], torch.zeros(4, 4, dtype=torch.float64))
-    assert_close(outcome.maps[1:], loop(x[1:], 1, "authors"), 1e-12)
+    close(outcome.maps[1:], loop(x[1:], 1, "authors"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -251,7 +251,7 @@ def test_all_draws_of_a_zero_mask_in_is_cam_are_one(k, path, recipe):
     assert len(rows) == expected_rows(flats, draws, recipe) == outcome.forwards - 2
     assert zeros_in(rows) == (0 if recipe == "authors" else sum(1 for flat in flats if flat))
     coefficients = [i * (i + 1) / (2 * draws) if path == "cumulative" else i / draws for i in range(1, draws + 1)]
-    assert_close(outcome.maps, loop(x, 1, recipe, coefficients), 1e-12, f"{recipe} {path}")
+    close(outcome.maps, loop(x, 1, recipe, coefficients), f"{recipe} {path}")
 
 
 @pytest.mark.parametrize("noise", ["mask", "activation"])
@@ -281,7 +281,7 @@ def test_with_noise_on_the_input_a_zero_mask_gets_none_and_all_its_draws_are_one
         span = masked.max() - masked.min()
         return drawn[i, channel] / span if span > 0 else torch.zeros_like(masked)
 
-    assert_close(outcome.maps, loop(x, 1, recipe, (1.0,) * draws, noise_of), 1e-12, recipe)
+    close(outcome.maps, loop(x, 1, recipe, (1.0,) * draws, noise_of), recipe)
 
 
 # ----------------------------------------------------------------------------------------------------- no baseline
@@ -351,5 +351,5 @@ def test_without_the_cuts_under_a_transform_the_map_is_the_same(method, options,
         return maps.sum(), maps
 
     mapped = vmap(lambda image: function(model, "features", image[None], 1, **options)[0])(x)
-    assert_close(mapped, plain, 1e-12, "vmap")
-    assert_close(grad(loss, has_aux=True)(x)[1], plain, 1e-12, "grad")
+    close(mapped, plain, "vmap")
+    close(grad(loss, has_aux=True)(x)[1], plain, "grad")

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from support import assert_close, inputs, small_net, torchvision_models
+from support import assert_close, close, inputs, small_net, torchvision_models
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
@@ -35,8 +35,8 @@ def test_the_first_component_is_that_of_the_svd(channels, positions):
     values = drawn(channels, positions)
     scores, loadings = of_svd(values)
     found = eigen.first(values)
-    assert_close(found.scores, torch.from_numpy(scores), 1e-12)
-    assert_close(found.loadings, torch.from_numpy(loadings), 1e-12)
+    close(found.scores, torch.from_numpy(scores))
+    close(found.loadings, torch.from_numpy(loadings))
 
 
 def test_no_matrix_of_channels_is_made_where_there_are_fewer_positions(monkeypatch):
@@ -53,9 +53,9 @@ def test_a_batch_has_the_components_of_each():
     for i in range(2):
         for j in range(3):
             alone = eigen.first(values[i, j])
-            assert_close(together.scores[i, j], alone.scores, 1e-13)
-            assert_close(together.loadings[i, j], alone.loadings, 1e-13)
-    assert_close(vmap(vmap(lambda one: eigen.first(one).scores))(values), together.scores, 1e-13)
+            close(together.scores[i, j], alone.scores)
+            close(together.loadings[i, j], alone.loadings)
+    close(vmap(vmap(lambda one: eigen.first(one).scores))(values), together.scores)
 
 
 @pytest.mark.parametrize("sign", ["sum", "peak"])
@@ -69,8 +69,8 @@ def test_the_sign_is_fixed_and_turns_with_what_it_is_told_by(sign):
         assert scores.abs().max() == scores.max()
         assert scores[0] > 7
     opposite = eigen.first(-values, sign)
-    assert_close(opposite.scores, -scores if sign == "sum" else scores, 1e-13)
-    assert_close(opposite.loadings, loadings if sign == "sum" else -loadings, 1e-13)
+    close(opposite.scores, -scores if sign == "sum" else scores)
+    close(opposite.loadings, loadings if sign == "sum" else -loadings)
 
 
 def test_where_one_rule_leaves_the_sign_open_the_other_tells():
@@ -94,9 +94,9 @@ def test_rounding_does_not_tell_the_sign():
 def test_the_order_of_channels_and_positions_does_not_matter():
     values = drawn(7, 5)
     found = eigen.first(values)
-    assert_close(eigen.first(values.flip(0)).scores, found.scores, 1e-13)
-    assert_close(eigen.first(values.flip(0)).loadings, found.loadings.flip(0), 1e-13)
-    assert_close(eigen.first(values[:, [2, 0, 1, 4, 3]]).scores, found.scores[[2, 0, 1, 4, 3]], 1e-13)
+    close(eigen.first(values.flip(0)).scores, found.scores)
+    close(eigen.first(values.flip(0)).loadings, found.loadings.flip(0))
+    close(eigen.first(values[:, [2, 0, 1, 4, 3]]).scores, found.scores[[2, 0, 1, 4, 3]])
 
 
 @pytest.mark.parametrize("k", [2.0**-400, 2.0**400])
@@ -117,7 +117,7 @@ def test_nothing_has_the_component_nothing_and_what_is_not_finite_shows(shape):
         pair = torch.stack([drawn(*shape), drawn(*shape).index_fill(0, torch.tensor(1), bad)])
         scores = eigen.first(pair).scores
         assert torch.isnan(scores[1]).all()
-        assert_close(scores[0], eigen.first(pair[0]).scores, 1e-13)
+        close(scores[0], eigen.first(pair[0]).scores)
 
 
 def test_a_matrix_that_is_not_finite_has_no_eigenvector_and_spoils_no_other():
@@ -126,7 +126,7 @@ def test_a_matrix_that_is_not_finite_has_no_eigenvector_and_spoils_no_other():
     spoiled[2, 2] = torch.inf
     found = eigen.top(torch.stack([spoiled, sound]))
     assert torch.isnan(found[0]).all()
-    assert_close(found[1], eigen.top(sound), 1e-14)
+    close(found[1], eigen.top(sound))
 
 
 # ----------------------------------------------------------------------------------------------------- its derivative
@@ -157,8 +157,8 @@ def test_an_eigenvector_stays_a_unit_vector_in_second_derivatives():
         return eigen.top(matrix + at * along).square().sum()
 
     zero = torch.zeros((), dtype=torch.float64)
-    assert_close(grad(square)(zero), zero, 1e-14)
-    assert_close(grad(grad(square))(zero), zero, 1e-14)
+    close(grad(square)(zero), zero, size=1)
+    close(grad(grad(square))(zero), zero, size=1)
     assert_close(eigen.top(matrix), torch.linalg.eigh(matrix)[1][:, -1], 0)
 
 
@@ -174,7 +174,7 @@ def test_dead_channels_leave_the_derivative_finite(shape):
 
     found = grad(lambda values: eigen.first(values).scores.square().cumsum(0).sum())(values)
     assert torch.isfinite(found).all()
-    assert_close(found, grad(plain)(values), 1e-12)
+    close(found, grad(plain)(values))
     if shape[0] < shape[1]:
         gram = values @ values.mT
         assert not torch.isfinite(grad(lambda gram: torch.linalg.eigh(gram)[1][:, -1].cumsum(0).sum())(gram)).all()
@@ -210,7 +210,7 @@ def test_combined_by_eigen_a_map_is_the_first_principal_component_of_what_is_sum
     for n, a in enumerate(activation(net, x).flatten(2)):
         for t, w in enumerate(weights[n]):
             expected, _ = of_svd(w[:, None] * a, center=True)
-            assert_close(found[n, t].flatten(), torch.from_numpy(expected), 1e-11, f"image {n}, class {t}")
+            close(found[n, t].flatten(), torch.from_numpy(expected), f"image {n}, class {t}")
             assert (found[n, t] * (summed[n, t] - summed[n, t].mean())).sum() > 0
     assert (found - summed).abs().max() > 0.1
     rectified = function(net, "features", x, "all", combine="eigen", **LINEAR.get(method, {}), normalize=False, relu=True)
@@ -225,7 +225,7 @@ def test_a_map_combined_by_eigen_composes(method):
     def one(image: Tensor) -> Tensor:
         return camfn.METHODS[method].function(net, "features", image[None], 1, **options)[0]
 
-    assert_close(vmap(one)(x), camfn.METHODS[method].function(net, "features", x, 1, **options), 1e-11)
+    close(vmap(one)(x), camfn.METHODS[method].function(net, "features", x, 1, **options))
     along, step = inputs(3, seed=5), 1e-6
     expected = (vmap(one)(x + step * along) - vmap(one)(x - step * along)) / (2 * step)
     assert_close(jvp(vmap(one), (x,), (along,))[1], expected, 1e-6 * float(expected.abs().max()))
@@ -246,9 +246,9 @@ def test_weights_of_each_position_are_weights_too():
     for n in range(2):
         for t in range(3):
             expected, _ = of_svd(w[n, t] * a[n], center=True)
-            assert_close(found[n, t], torch.from_numpy(expected), 1e-12)
+            close(found[n, t], torch.from_numpy(expected))
     same = w.mean(-1)
-    assert_close(maps.component(same[..., None].expand_as(w), a), maps.component(same, a), 1e-12)
+    close(maps.component(same[..., None].expand_as(w), a), maps.component(same, a))
 
 
 def test_channels_that_are_flat_up_to_rounding_have_no_component():

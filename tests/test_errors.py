@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from support import LAYERED, assert_close, inputs, small_net
+from support import LAYERED, close, inputs, small_net
 from torch import nn
 
 import camfn
@@ -224,7 +224,7 @@ class AddsTheChannel(nn.Module):
 def test_a_model_that_brings_its_input_to_rank_itself_is_not_refused():
     net, x = AddsTheChannel().double(), inputs()[:, 0]
     expected = torch.einsum("c,nchw->nhw", net.fc.weight[1], net.conv(x[:, None])).detach()
-    assert_close(camfn.cam(net, "conv", x, 1, fc="fc", normalize=False), expected, 1e-12)
+    close(camfn.cam(net, "conv", x, 1, fc="fc", normalize=False), expected)
 
 
 def test_an_empty_batch():
@@ -706,7 +706,7 @@ def test_both_names_of_a_tied_weight_are_accepted_under_vmap():
     stacked["other.weight"], net = stacked["one.weight"], tied(9)
     found = torch.func.vmap(lambda state: explain(net, layer="conv", x=x, state=state))(stacked)
     for one, net in zip(found, nets):
-        assert_close(one, explain(net, layer="conv", x=x), 1e-12)
+        close(one, explain(net, layer="conv", x=x))
     stacked["other.weight"] = stacked["one.weight"] + 1
     with says("'one.weight'", "'other.weight'", "tied"):
         torch.func.vmap(lambda state: explain(net, layer="conv", x=x, state=state))(stacked)
@@ -717,7 +717,7 @@ def test_both_names_of_a_tied_weight_are_accepted_while_compiling():
     net, x = tied(), inputs()
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, state: explain(net, layer="conv", x=x, state=state), backend="eager")
-    assert_close(compiled(x, tied(1).state_dict()), explain(tied(1), layer="conv", x=x), 1e-12)
+    close(compiled(x, tied(1).state_dict()), explain(tied(1), layer="conv", x=x))
     torch._dynamo.reset()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import CHEAP, SmallNet, assert_close, inputs, small_net
+from support import CHEAP, SmallNet, close, inputs, small_net
 from torch import Tensor, nn
 
 import camfn
@@ -34,7 +34,7 @@ def test_a_card_tells_every_setting_of_its_method():
 def test_scores_are_those_of_the_model():
     net, x = small_net(), inputs()
     card = camfn.explain(net, "features", x, [3, 1], method="grad_cam")
-    assert_close(card.scores[:, 0], net.eval()(x).detach()[[0, 1], [3, 1]], 1e-12)
+    close(card.scores[:, 0], net.eval()(x).detach()[[0, 1], [3, 1]])
     assert (card.forwards, card.backwards, card.heads) == (2, 2, 0)
 
 
@@ -62,7 +62,7 @@ def test_several_methods_are_what_each_is_alone():
     for card in cards:
         own = {"num_samples": 2} if card.method == "is_cam" else {}
         alone = camfn.explain(net, "features", x, [3, 1], method=card.method, **own)
-        assert_close(card.maps, alone.maps, 1e-12)
+        close(card.maps, alone.maps)
         assert kinds(card) == kinds(alone)
 
 

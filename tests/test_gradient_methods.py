@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 import camfn
-from tests.support import CONVS, POOLS, SmallNet, assert_close, inputs, small_net
+from tests.support import CONVS, POOLS, SmallNet, assert_close, close, inputs, small_net
 
 # On random networks many a map is nowhere positive.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarning")
@@ -152,9 +152,9 @@ def test_maps_are_those_of_a_loop_written_from_the_paper(method, dims, kind, lay
     expected = by_paper(method, *hooked(net, layer, x, logit))
     size = float(expected.abs().max())
     assert size > 1e-3
-    assert_close(raw(method, net, layer, x), expected, 1e-11 * max(1.0, size), method)
+    close(raw(method, net, layer, x), expected, method)
     default = unscaled(method, net, layer, x)
-    assert_close(default, expected if method == "hires_cam" else expected.clamp(min=0), 1e-11 * max(1.0, size), "by default")
+    close(default, expected if method == "hires_cam" else expected.clamp(min=0), "by default")
 
 
 def test_the_loops_differ_so_that_a_wrong_method_would_show():
@@ -170,7 +170,7 @@ def test_the_alphas_of_the_paper_and_of_the_authors_code(alphas, layer):
     net, x = headed(), inputs(3)
     activation, gradient = hooked(net, layer, x, logit)
     expected = of_weights(lambda a, g: weight_grad_cam_pp(a, g, alphas == "authors"), activation, gradient)
-    assert_close(raw("grad_cam_pp", net, layer, x, alphas=alphas), expected, 1e-10)
+    close(raw("grad_cam_pp", net, layer, x, alphas=alphas), expected)
     other = of_weights(lambda a, g: weight_grad_cam_pp(a, g, alphas == "paper"), activation, gradient)
     assert float((expected - other).abs().max()) > 1e-3
 
@@ -184,7 +184,7 @@ def test_an_alpha_whose_denominator_is_not_positive_is_zero():
     activation, gradient = hooked(net, "features", x, logit)
     below = 2 + activation.flatten(2).sum(2)[..., None, None] * gradient.relu()
     assert bool(((below < 0) & (gradient > 0)).any())
-    assert_close(raw("grad_cam_pp", net, "features", x), by_paper("grad_cam_pp", activation, gradient), 1e-10)
+    close(raw("grad_cam_pp", net, "features", x), by_paper("grad_cam_pp", activation, gradient))
 
 
 def test_small_gradients_keep_their_alphas():
@@ -230,8 +230,8 @@ def test_on_a_pooled_linear_head_all_of_them_are_cam(dims):
     assert float(cam.max()) > 0.1
     for method in ("grad_cam", "xgrad_cam", "hires_cam", "shapley_cam"):
         found = z * getattr(camfn, method)(net, "act", x, CLASSES, relu=True, normalize=False)
-        assert_close(found, cam, 1e-12 * z, method)
-    assert_close(camfn.cam(net, "act", x, CLASSES, fc="fc", normalize=False).relu(), cam, 1e-12)
+        close(found, cam, method)
+    close(camfn.cam(net, "act", x, CLASSES, fc="fc", normalize=False).relu(), cam)
 
 
 @pytest.mark.parametrize("dims", DIMS)
@@ -239,7 +239,7 @@ def test_on_a_pooled_linear_head_layer_cam_and_the_elementwise_one_take_the_posi
     net, x, activation, rows, z = pooled(dims)
     expected = weighed(rows.relu(), activation) / z
     for method in ("layer_cam", "grad_cam_elementwise"):
-        assert_close(raw(method, net, "act", x), expected, 1e-12, method)
+        close(raw(method, net, "act", x), expected, method)
 
 
 @pytest.mark.parametrize("dims", DIMS)
@@ -248,9 +248,9 @@ def test_on_a_pooled_linear_head_the_weights_of_grad_cam_pp_have_a_closed_form(d
     net, x, activation, rows, z = pooled(dims)
     g, total = rows / z, activation.flatten(2).sum(2)
     found = camfn.METHODS["grad_cam_pp"].run(net, "act", x, CLASSES).weights[0][:, 0]
-    assert_close(found, z * g.relu() / (2 + g * total), 1e-12)
+    close(found, z * g.relu() / (2 + g * total))
     authors = camfn.METHODS["grad_cam_pp"].run(net, "act", x, CLASSES, alphas="authors").weights[0][:, 0]
-    assert_close(authors, g.relu(), 1e-12)
+    close(authors, g.relu())
 
 
 def test_a_leaky_relu_breaks_those_that_read_the_sign_of_the_activation():
@@ -260,12 +260,12 @@ def test_a_leaky_relu_breaks_those_that_read_the_sign_of_the_activation():
     assert float(activation.min()) < 0
     cam = weighed(rows, activation)
     for method in ("grad_cam", "hires_cam", "shapley_cam", "xgrad_cam"):
-        assert_close(z * raw(method, net, "act", x), cam, 1e-11, method)
-    assert_close(z * raw("layer_cam", net, "act", x), weighed(rows.relu(), activation), 1e-11)
+        close(z * raw(method, net, "act", x), cam, method)
+    close(z * raw("layer_cam", net, "act", x), weighed(rows.relu(), activation))
     elementwise = raw("grad_cam_elementwise", net, "act", x)
     assert float((elementwise - raw("layer_cam", net, "act", x)).abs().max()) > 1e-3
     by_hand = weighed(rows.relu(), activation.relu()) + weighed((-rows).relu(), (-activation).relu())
-    assert_close(z * elementwise, by_hand, 1e-11)
+    close(z * elementwise, by_hand)
     with torch.no_grad():
         net.fc.weight.mul_(20)
         net.features.bias.sub_(2)
@@ -274,7 +274,7 @@ def test_a_leaky_relu_breaks_those_that_read_the_sign_of_the_activation():
     formula, found = z * g.relu() / (2 + g * total), camfn.METHODS["grad_cam_pp"].run(net, "act", x, CLASSES).weights[0][:, 0]
     holds = 2 + g * total > 0
     assert bool((~holds & (g > 0)).any())
-    assert_close(found, torch.where(holds, formula, 0), 1e-12)
+    close(found, torch.where(holds, formula, 0))
 
 
 @pytest.mark.parametrize("dims", DIMS)
@@ -287,7 +287,7 @@ def test_on_a_head_of_two_layers_the_methods_differ(dims):
     for one, other in itertools.combinations(maps, 2):
         difference = float((maps[one] - maps[other]).abs().max())
         if {one, other} in equal:
-            assert difference < 1e-12, f"{one} and {other}"
+            close(maps[one], maps[other], f"{one} and {other}")
         else:
             assert difference > 1e-3, f"{one} and {other}"
     both = headed(dims=dims, act=nn.Tanh())
@@ -325,7 +325,7 @@ def test_shapley_cam_has_the_weights_of_the_whole_hessian(bend, kind):
     net, x = headed(bend), inputs(3)
     expected = hessian_weights(net, "act", x, score)
     found = camfn.METHODS["shapley_cam"].run(net, "act", x, target()).weights[0][:, 0]
-    assert_close(found, expected, 1e-12)
+    close(found, expected)
     plain = camfn.METHODS["grad_cam"].run(net, "act", x, target()).weights[0][:, 0]
     assert float((found - plain).abs().max()) > 0.01 * float(plain.abs().max())
 
@@ -335,7 +335,7 @@ def test_shapley_cam_of_several_layers_has_no_mixed_derivatives():
     for layers in (("stem", "act"), ("act", "stem"), ("act", "act")):
         outcome = camfn.METHODS["shapley_cam"].run(net, layers, x, target)
         for layer, found in zip(layers, outcome.weights):
-            assert_close(found[:, 0], hessian_weights(net, layer, x, SCORES["rest"][1]), 1e-11, layer)
+            close(found[:, 0], hessian_weights(net, layer, x, SCORES["rest"][1]), layer)
         assert outcome.backwards == 3 * (1 + len(set(layers)))
 
 
@@ -351,9 +351,9 @@ def test_what_shapley_cam_weighs_by_sums_to_the_score_where_that_is_a_quadratic_
     (slope, bend), seen = bent_of(net, "act", x, lambda y: y[1]), camfn.tap(net, "act")(camfn.state_of(net), x).seen
     without = camfn.tap(net, "act")(camfn.state_of(net), x, None, torch.zeros_like(seen)).output
     with_ = camfn.pure(net)(camfn.state_of(net), x)
-    assert_close(((slope - bend / 2) * seen).flatten(1).sum(1), with_[:, 1] - without[:, 1], 1e-10)
+    close(((slope - bend / 2) * seen).flatten(1).sum(1), with_[:, 1] - without[:, 1])
     found = camfn.METHODS["shapley_cam"].run(net, "act", x, 1).weights[0][:, 0]
-    assert_close(found, (slope - bend / 2).flatten(2).mean(2), 1e-12)
+    close(found, (slope - bend / 2).flatten(2).mean(2))
 
 
 def bent_of(net: nn.Module, layer: str, x: Tensor, score) -> tuple[Tensor, Tensor]:
@@ -403,7 +403,7 @@ def test_smooth_grad_cam_pp_without_noise_is_grad_cam_pp(layer):
     net, x = headed(), inputs(3)
     for draws in (1, 3):
         still = raw("smooth_grad_cam_pp", net, layer, x, num_samples=draws, std=0.0)
-        assert_close(still, raw("grad_cam_pp", net, layer, x), 1e-10)
+        close(still, raw("grad_cam_pp", net, layer, x))
 
 
 def test_the_defaults_of_smooth_grad_cam_pp():
@@ -433,11 +433,11 @@ def test_layer_cam_fused_as_in_the_paper(dims, size):
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[dims]
     expected = torch.stack([F.interpolate(p[:, None], sides, mode=mode, align_corners=False)[:, 0] for p in parts]).amax(0)
     asked = sides if size == "odd" else size
-    assert_close(unscaled("layer_cam", net, layers, x, fuse="paper", size=asked), expected, 1e-12)
+    close(unscaled("layer_cam", net, layers, x, fuse="paper", size=asked), expected)
     flat = expected.flatten(1)
     low, high = (edge.reshape(3, *[1] * dims) for edge in (flat.amin(1), flat.amax(1)))
     normal = camfn.layer_cam(net, layers, x, CLASSES, fuse="paper", size=asked, layout="channels_first")
-    assert_close(normal, (expected - low) / (high - low), 1e-12)
+    close(normal, (expected - low) / (high - low))
 
 
 def test_a_fused_map_of_several_targets_has_one_for_each():
@@ -445,7 +445,7 @@ def test_a_fused_map_of_several_targets_has_one_for_each():
     together = camfn.layer_cam(net, layers, x, torch.tensor([[0, 3], [1, 2], [4, 4]]), fuse="paper")
     assert together.shape == (3, 2, 8, 8)
     for t, classes in enumerate(([0, 1, 4], [3, 2, 4])):
-        assert_close(together[:, t], camfn.layer_cam(net, layers, x, classes, fuse="paper"), 1e-12)
+        close(together[:, t], camfn.layer_cam(net, layers, x, classes, fuse="paper"))
 
 
 def test_a_map_with_nothing_in_it_adds_nothing_to_a_fused_one():
@@ -486,7 +486,7 @@ def test_cameras_is_the_authors_steps(layer, at_once, monkeypatch):
     net, x = headed(), inputs(3)
     expected = cameras_by_hand(net, layer, x)
     outcome = camfn.METHODS["cameras"].run(net, layer, x, CLASSES, factors=FACTORS, relu=False, normalize=False)
-    assert_close(outcome.maps, expected, 1e-12)
+    close(outcome.maps, expected)
     assert (outcome.forwards, outcome.backwards) == (9, 9)
     assert float((expected - cameras_by_hand(net, layer, x, [[0]] * 3)).abs().max()) > 1e-4
 
@@ -509,7 +509,7 @@ def test_cameras_leaves_out_sizes_that_predict_another_class_where_none_is_given
             pair = hooked(net, "act", at, lambda y, _, c=classes: y[c[0]])
             parts.append([F.interpolate(v.detach(), (8, 8), mode="bilinear", align_corners=False) for v in pair])
         activation, gradient = (torch.stack(side).mean(0) for side in zip(*parts))
-        assert_close(found[i], (activation * gradient).sum(1)[0], 1e-12, f"image {i}")
+        close(found[i], (activation * gradient).sum(1)[0], f"image {i}")
     given = camfn.cameras(net, "act", x, predicted[0], factors=FACTORS, relu=False, normalize=False)
     assert float((given - found).abs().max()) > 1e-4
 
@@ -530,7 +530,7 @@ def test_cubic_interpolation_is_torchs_in_two_axes_and_along_each_of_others(dims
     else:
         planes = F.interpolate(x.flatten(1, 2), size[1:], **options).unflatten(1, (3, 9))
         expected = F.interpolate(planes.flatten(3), (13, 100), **options).unflatten(3, (5, 20))
-    assert_close(camfn.maps.cubic(x, size), expected, 1e-12)
+    close(camfn.maps.cubic(x, size), expected)
     assert torch.equal(camfn.maps.cubic(x, x.shape[2:]), x)
 
 
@@ -605,7 +605,7 @@ def test_full_grad_is_the_authors_steps(dims, form):
     each = form == "pytorch-grad-cam"
     expected = sum(psi(part, x.shape[2:], each, not each) for part in parts)
     found = camfn.full_grad(net, None, x, CLASSES, form=form, normalize=False)
-    assert_close(found, expected, 1e-12 * float(expected.max()))
+    close(found, expected)
 
 
 @pytest.mark.parametrize("dims", DIMS)
@@ -617,7 +617,7 @@ def test_full_grad_is_complete(make, dims):
     total = sum(part.flatten(1).sum(1) for part in parts)
     with torch.no_grad():
         scores = copy.deepcopy(net).eval()(x)[range(3), CLASSES]
-    assert_close(total, scores, 1e-12 * float(scores.abs().max()) * len(parts))
+    close(total, scores, size=max(part.abs().max() for part in parts) * parts[0][0].numel())
     assert float((parts[0].flatten(1).sum(1) - scores).abs().min()) > 1e-2  # without biases it is not
     assert not any("full_grad" in note for note in camfn.explain(net, None, x, CLASSES, method="full_grad").notes)
 
@@ -654,9 +654,9 @@ def test_full_grad_reads_linear_layers_with_the_channels_last():
     firsts = [x * slope, conv.detach() * net.conv.bias.detach()[:, None, None]]
     last = (mix * net.mix.bias).movedim(-1, 1).detach()
     expected = sum(psi(part, (8, 8), False, True) for part in (*firsts, last))
-    assert_close(camfn.full_grad(net, None, x, CLASSES, normalize=False), expected, 1e-12)
+    close(camfn.full_grad(net, None, x, CLASSES, normalize=False), expected)
     peer = camfn.full_grad(net, None, x, CLASSES, form="pytorch-grad-cam", normalize=False)
-    assert_close(peer, sum(psi(part, (8, 8), True, False) for part in firsts), 1e-12)
+    close(peer, sum(psi(part, (8, 8), True, False) for part in firsts))
 
 
 def test_full_grad_at_another_size_is_the_map_resized():
@@ -664,7 +664,7 @@ def test_full_grad_at_another_size_is_the_map_resized():
     raw = camfn.full_grad(net, None, x, CLASSES, normalize=False)
     assert torch.equal(camfn.full_grad(net, None, x, CLASSES, normalize=False, size="input"), raw)
     expected = F.interpolate(raw[:, None], (5, 11), mode="bilinear", align_corners=False)[:, 0]
-    assert_close(camfn.full_grad(net, None, x, CLASSES, normalize=False, size=(5, 11)), expected, 1e-12)
+    close(camfn.full_grad(net, None, x, CLASSES, normalize=False, size=(5, 11)), expected)
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
@@ -723,8 +723,8 @@ def test_which_of_several_pictures_is_changed_has_to_be_said(method, options):
     refused("masked= must say which input", method, net, "left.features", x, 1, **options)
     alone = raw(method, net.left, "features", x[0], 1, **options)
     for given, key in ((x, 0), ({"left": x[0], "right": x[1]}, "left")):
-        assert_close(raw(method, net, "left.features", given, 1, masked=key, **options), alone, 1e-12)
+        close(raw(method, net, "left.features", given, 1, masked=key, **options), alone)
     if method == "smooth_grad_cam_pp":
         other = raw(method, net, "left.features", x, 1, masked=1, **options)
-        assert_close(other, raw("grad_cam_pp", net.left, "features", x[0], 1), 1e-12)  # the noise does not reach the layer
+        close(other, raw("grad_cam_pp", net.left, "features", x[0], 1))  # the noise does not reach the layer
         assert float((other - alone).abs().max()) > 1e-6

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from support import CHEAP, assert_close, detectors, inputs, torchvision_models
+from support import CHEAP, assert_close, close, detectors, inputs, torchvision_models
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -71,7 +71,7 @@ def test_grad_cam_of_a_list_is_that_of_a_hook():
         gradient = torch.autograd.grad(score, kept[0], retain_graph=True)[0][i]
         expected.append((gradient.mean((1, 2))[:, None, None] * kept[0][i]).sum(0))
     ours = camfn.grad_cam(model, "body", x, certain, relu=False, normalize=False)
-    assert_close(ours, torch.stack(expected).detach(), 1e-14)
+    close(ours, torch.stack(expected).detach())
     assert ours.shape == (3, 5, 6)  # of the batch that the model made of them
 
 
@@ -88,7 +88,7 @@ def test_methods_without_masks_take_a_list(method):
     # A list of one size is a batch of it.
     one_size, batched = [image[:, :4, :4] for image in x], Batched(detector())
     ours = function(detector(), "body", one_size, certain, size="input")
-    assert_close(ours, function(batched, "detector.body", torch.stack(one_size), certain, size="input"), 1e-12)
+    close(ours, function(batched, "detector.body", torch.stack(one_size), certain, size="input"))
 
 
 class Batched(nn.Module):
@@ -107,7 +107,7 @@ def test_methods_with_masks_take_a_list_of_one_size(method):
     of_layer = camfn.METHODS[method].of_layer
     body, inner = ("body", "detector.body") if of_layer else (None, None)
     expected = function(Batched(detector()), inner, torch.stack(x), certain, normalize=False, **options)
-    assert_close(function(detector(), body, x, certain, normalize=False, **options), expected, 1e-12)
+    close(function(detector(), body, x, certain, normalize=False, **options), expected)
     assert float(expected.abs().max()) > 0
     with pytest.raises(
         CamError, match=r"masks them all at once .* several sizes, \(3, 10, 8\), \(3, 6, 12\), .* one at a time"
@@ -125,7 +125,7 @@ def test_the_ports_take_a_list():
         assert_close(ours["boxes"], theirs["boxes"].detach(), 0)
     assert_close(camfn.pure(model)(state, x)[1]["scores"], output[1]["scores"], 0)
     doubled = camfn.tap(model, "body")(state, x, None, 2 * seen).output
-    assert_close(camfn.head(model, "body", x, seen)(state, x, 2 * seen)[2]["scores"], doubled[2]["scores"], 1e-14)
+    close(camfn.head(model, "body", x, seen)(state, x, 2 * seen)[2]["scores"], doubled[2]["scores"])
 
 
 def test_what_is_wrong_with_a_list():
@@ -214,7 +214,7 @@ def test_several_inputs_are_one_of_which_the_others_are_a_part(method):
         collections.UserDict(numbers=numbers, picture=x, scale=2.0),
     ):
         ours = function(two, layer, given, 1, relu=False, normalize=False, **options)
-        assert_close(ours, expected, 1e-12, str(type(given)))
+        close(ours, expected, str(type(given)))
         assert function(two, layer, given, 1, relu=False, size="input", **options).shape == (1, 8, 8)
 
 
@@ -260,7 +260,7 @@ def test_inputs_in_a_mapping_are_mapped_over():
         return camfn.grad_cam(two, "conv", {"numbers": row[None], "picture": picture[None]}, 1, normalize=False)[0]
 
     batch = camfn.grad_cam(two, "conv", {"numbers": numbers, "picture": x}, 1, normalize=False)
-    assert_close(vmap(one)(x, numbers), batch, 1e-14)
+    close(vmap(one)(x, numbers), batch)
 
 
 class OfFrames(nn.Module):

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from support import SmallNet, assert_close, inputs, small_net
+from support import SmallNet, assert_close, close, inputs, small_net
 from torch import nn
 
 import camfn
@@ -35,7 +35,7 @@ def test_folded_mapped_and_loop_agree(dims):
     weights = torch.softmax(loop_scores(model, x, "features", 3), 1)
     for sweep in (Sweep(), Sweep(fold=False), Sweep(chunk=5), Sweep(fold=False, chunk=5)):
         found = camfn.METHODS["score_cam"].run(model, "features", x, 3, sweep=sweep).weights[0]
-        assert_close(found[:, 0], weights, 1e-12, str(sweep))
+        close(found[:, 0], weights, str(sweep))
 
 
 class NotIndependent(nn.Module):
@@ -53,11 +53,11 @@ def test_mapping_through_the_model_shows_it_one_row_at_a_time():
     model, x = NotIndependent(), inputs(1)
     weights = torch.softmax(loop_scores(model, x, "net.features", 3), 1)
     run = functools.partial(camfn.METHODS["score_cam"].run, model, "net.features", x, 3)
-    assert_close(run(sweep=Sweep(fold=False)).weights[0][:, 0], weights, 1e-12)
+    close(run(sweep=Sweep(fold=False)).weights[0][:, 0], weights)
     assert (run(sweep=Sweep(fold=True)).weights[0][:, 0] - weights).abs().max() > 1e-5
     for _ in range(2):
         with pytest.warns(camfn.CamWarning, match="depends on the others of its batch: the sweep maps through the model"):
-            assert_close(run().weights[0][:, 0], weights, 1e-12)
+            close(run().weights[0][:, 0], weights)
 
 
 def counting(monkeypatch) -> "torch._dynamo.testing.CompileCounter":
@@ -87,12 +87,12 @@ def test_one_graph_serves_ragged_ends_targets_weights_and_images(monkeypatch, fo
     ]
     for options in calls:
         ours = camfn.score_cam(model, "features", normalize=False, sweep=compiled, **options)
-        assert_close(ours, camfn.score_cam(model, "features", normalize=False, sweep=eager, **options), 1e-12)
+        close(ours, camfn.score_cam(model, "features", normalize=False, sweep=eager, **options))
     with torch.no_grad():
         model.fc.weight.mul_(3)
     with torch.inference_mode():  # inference tensors are cloned, the mode is left
         ours = camfn.score_cam(model, "features", x * 1, 3, normalize=False, sweep=compiled)
-    assert_close(ours, camfn.score_cam(model, "features", x, 3, normalize=False, sweep=eager), 1e-12)
+    close(ours, camfn.score_cam(model, "features", x, 3, normalize=False, sweep=eager))
     assert counter.frame_count == 1  # and no break: `fullgraph` raises on one
 
 
@@ -103,7 +103,7 @@ def test_a_second_size_is_a_second_graph_and_a_ninth_does_not_raise(monkeypatch)
     for side in range(4, 14):
         x = inputs(1, side=side)
         ours = camfn.score_cam(model, "features", x, 3, normalize=False, sweep=Sweep(compile=True))
-        assert_close(ours, camfn.score_cam(model, "features", x, 3, normalize=False), 1e-12)
+        close(ours, camfn.score_cam(model, "features", x, 3, normalize=False))
     assert counter.frame_count == 10
 
 
@@ -114,10 +114,10 @@ def test_a_changed_structure_is_not_served_by_the_old_graph(monkeypatch):
     camfn.score_cam(model, "features", x, 3, sweep=Sweep(compile=True))
     model.act = nn.LeakyReLU(0.3)
     ours = camfn.score_cam(model, "features", x, 3, normalize=False, sweep=Sweep(compile=True))
-    assert_close(ours, camfn.score_cam(model, "features", x, 3, normalize=False), 1e-12)
+    close(ours, camfn.score_cam(model, "features", x, 3, normalize=False))
     model.act.negative_slope = 0.9
     ours = camfn.score_cam(model, "features", x, 3, normalize=False, sweep=Sweep(compile=True))
-    assert_close(ours, camfn.score_cam(model, "features", x, 3, normalize=False), 1e-12)
+    close(ours, camfn.score_cam(model, "features", x, 3, normalize=False))
     assert counter.frame_count == 3
 
 
@@ -127,7 +127,7 @@ def test_noise_and_path_compile_too(monkeypatch, method):
     counter = counting(monkeypatch)
     model, x = small_net(), inputs(2)
     call = functools.partial(getattr(camfn, method), model, "features", x, 3, num_samples=3, normalize=False)
-    assert_close(call(sweep=Sweep(compile=True, chunk=7)), call(sweep=Sweep(compile=False)), 1e-12)
+    close(call(sweep=Sweep(compile=True, chunk=7)), call(sweep=Sweep(compile=False)))
     assert counter.frame_count == 1
 
 
@@ -155,7 +155,7 @@ def test_targets_that_are_callables_compile(monkeypatch):
     target = [lambda y: y[1] - y[2], lambda y: torch.logsumexp(y, 0)]
     for _ in range(2):
         ours = camfn.score_cam(model, "features", x, target, normalize=False, sweep=Sweep(compile=True))
-        assert_close(ours, camfn.score_cam(model, "features", x, target, normalize=False, sweep=Sweep(compile=False)), 1e-12)
+        close(ours, camfn.score_cam(model, "features", x, target, normalize=False, sweep=Sweep(compile=False)))
     assert counter.frame_count == 1
 
 
@@ -236,7 +236,7 @@ def test_newer_names_can_be_missing(monkeypatch, missing):
     assert not _compat.transformed()
     assert _compat.eager(len)([1]) == 1
     maps = torch.func.vmap(lambda image: camfn.ss_cam(model, "features", image[None], 3, num_samples=2)[0])(x)
-    assert_close(maps, expected, 1e-10)
+    close(maps, expected)
     assert torch.func.vmap(lambda _: torch.tensor(_compat.transformed()))(x).all()
 
 
@@ -279,5 +279,5 @@ def test_hooks_for_the_backward_are_no_part_of_a_forward(monkeypatch):
     model, x = small_net(), inputs(1)
     expected = camfn.score_cam(model, "features", x, 1)
     model.features.register_full_backward_hook(lambda module, into, out: None)
-    assert_close(camfn.score_cam(model, "features", x, 1, sweep=Sweep(compile=True)), expected, 1e-12)
+    close(camfn.score_cam(model, "features", x, 1, sweep=Sweep(compile=True)), expected)
     assert torch.func.grad(lambda image: camfn.score_cam(model, "features", image, 1, normalize=False).sum())(x).abs().max() > 0

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from support import CHEAP, assert_close, inputs, small_net, torchvision_models
+from support import CHEAP, assert_close, close, inputs, small_net, torchvision_models
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
@@ -111,7 +111,7 @@ def test_what_is_written_back_goes_through_the_rest_of_the_network(layout, prefi
     values[:, ::2] = 0
     swapped = f(state, x, None, read.restore(values)).output
     before = (output - first(x)).detach()  # the prefix's part, which stays
-    assert_close(swapped - before, expected.detach(), 1e-12)
+    close(swapped - before, expected.detach())
 
 
 def test_the_gradient_is_read_as_the_activation_is():
@@ -124,7 +124,7 @@ def test_the_gradient_is_read_as_the_activation_is():
         slopes.append(
             read.view(grad(lambda nudge, f=f, state=state: f(state, x, nudge).output[:, 1].sum())(torch.zeros_like(seen)))
         )
-    assert_close(*slopes, 1e-13)
+    close(*slopes)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "tokens", "sequence"])
@@ -136,9 +136,9 @@ def test_layouts_are_read_under_transforms(layout):
         return camfn.grad_cam(model, "layer", x, 1, relu=False, normalize=False)
 
     expected = camfn.grad_cam(alike("channels_first", sides), "layer", x, 1, relu=False, normalize=False)
-    assert_close(vmap(lambda image: function(image[None])[0])(x), expected, 1e-13, "vmap")
+    close(vmap(lambda image: function(image[None])[0])(x), expected, "vmap")
     if not _compat.can_compile():
-        assert_close(torch.compile(function, backend="eager")(x), expected, 1e-13, "compile")
+        close(torch.compile(function, backend="eager")(x), expected, "compile")
     # A directional derivative against a finite difference.
     along = torch.randn_like(x)
     slope = jvp(function, (x,), (along,))[1]

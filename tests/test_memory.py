@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_close
+from support import close
 from test_kernel import needs_compiler
 from test_rewrite import Net, images, pair, seeded
 from torch import Tensor, nn
@@ -246,7 +246,7 @@ def test_memory_changes_no_map(method):
     model, x = seeded(Wide()), images(2, side=16)
     options = {} if method == "score_cam" else {"num_samples": 3}
     run = functools.partial(getattr(camfn, method), model, "conv", x, 3, relu=False, normalize=False, **options)
-    assert_close(run(sweep=Sweep(memory=7 * Wide.row)), run(sweep=Sweep(chunk=32)), 1e-12)
+    close(run(sweep=Sweep(memory=7 * Wide.row)), run(sweep=Sweep(chunk=32)))
 
 
 # -------------------------------------------------------------------------------------------------- when it runs out
@@ -309,7 +309,7 @@ def test_the_chunk_is_halved_and_the_result_is_that_of_the_smaller_chunk(kind, n
     assert set(tried[3:]) == {4}  # what did not fit is not tried again
     expected = maps_of(seeded(Hungry()), x, Sweep(chunk=4, fold=fold), kind)
     assert torch.equal(found, expected)
-    assert_close(found, maps_of(seeded(Hungry()), x, Sweep(chunk=16, fold=fold), kind), 1e-12)
+    close(found, maps_of(seeded(Hungry()), x, Sweep(chunk=16, fold=fold), kind))
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -326,7 +326,7 @@ def test_any_chunk_comes_down_to_what_fits(chunk, most):
     x = images(1)
     found = halved(seeded(Hungry(most)), x, Sweep(chunk=chunk))
     assert SEEN[-1] <= most
-    assert_close(found, maps_of(seeded(Hungry()), x, Sweep(chunk=most)), 1e-12)
+    close(found, maps_of(seeded(Hungry()), x, Sweep(chunk=most)))
 
 
 def test_it_may_run_out_again_later():
@@ -345,7 +345,7 @@ def test_it_may_run_out_again_later():
     behind = SEEN[-SEEN[::-1].index(8) :]  # the fourth batch of eight, which did not fit
     assert behind[0] == 4
     assert sum(behind[1:]) == 48 - 3 * 8
-    assert_close(found, maps_of(seeded(Hungry()), x, Sweep(chunk=8, fold=True)), 1e-12)
+    close(found, maps_of(seeded(Hungry()), x, Sweep(chunk=8, fold=True)))
 
 
 def test_two_layers_run_out_with_one_warning():
@@ -397,7 +397,7 @@ def test_no_memory_for_the_look_at_a_model_is_no_word_about_it():
     assert torch.equal(halved(model, x, Sweep(chunk=4)), expected)
     room["rows"] = 100
     with pytest.warns(camfn.CamWarning, match="depends on the others of its batch"):
-        assert_close(maps_of(model, x, Sweep(chunk=4)), expected, 1e-12)
+        close(maps_of(model, x, Sweep(chunk=4)), expected)
 
 
 def test_with_memory_given_it_is_halved_too():
@@ -483,7 +483,7 @@ def test_a_compiled_kernel_is_halved_too(monkeypatch, kind):
     model, sweep = seeded(Net(pair(padding=1))), Sweep(chunk=16, compile=True)
     found = halved(model, x, sweep, kind)
     assert backend.graphs == [16, 8, 4]
-    assert_close(found, maps_of(model, x, Sweep(chunk=4, compile=False), kind), 1e-12)
+    close(found, maps_of(model, x, Sweep(chunk=4, compile=False), kind))
     assert torch.equal(halved(model, x, sweep, kind), found)
     graphs = len(backend.graphs)
     assert torch.equal(halved(model, x, sweep, kind), found)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import camfn
-from tests.support import assert_close, inputs, small_net
+from tests.support import close, inputs, small_net
 
 MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 RECIPES = ("torchcam", "pytorch-grad-cam", "authors", "paper")
@@ -108,14 +108,14 @@ def net_with_flat_channels(dims: int) -> nn.Module:
 def test_score_cam_is_the_loop_over_channels(layer, dims, recipe):
     model, x, classes = net_with_flat_channels(dims), inputs(2, dims), [3, 1]
     found = camfn.score_cam(model, layer, x, classes, recipe=recipe, normalize=False)
-    assert_close(found, score_cam_loop(model, layer, x, classes, recipe), 1e-12, recipe)
+    close(found, score_cam_loop(model, layer, x, classes, recipe), recipe)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_score_cam_is_the_loop_where_the_grid_does_not_divide_the_input(recipe):
     model, x = small_net(), inputs(1, side=9)[..., :7]
     found = camfn.score_cam(model, "features", x, 2, recipe=recipe, normalize=False)
-    assert_close(found, score_cam_loop(model, "features", x, [2], recipe), 1e-12, recipe)
+    close(found, score_cam_loop(model, "features", x, [2], recipe), recipe)
 
 
 def test_the_authors_loop_at_the_size_of_the_input():
@@ -130,7 +130,7 @@ def test_the_authors_loop_at_the_size_of_the_input():
         total += probability * raw
     total = total.clamp(min=0)
     expected = (total - total.min()) / (total.max() - total.min())
-    assert_close(camfn.score_cam(model, "act", x, c, recipe="authors", size="input"), expected[None], 1e-12)
+    close(camfn.score_cam(model, "act", x, c, recipe="authors", size="input"), expected[None])
 
 
 def test_the_papers_algorithm_with_its_baseline():
@@ -144,7 +144,7 @@ def test_the_papers_algorithm_with_its_baseline():
     alpha = scores.exp() / scores.exp().sum()
     expected = sum(a * channel for a, channel in zip(alpha, channels)).clamp(min=0)[None]
     assert float(baseline.abs()) > 0.01
-    assert_close(camfn.score_cam(model, "features", x, c, recipe="paper", normalize=False), expected, 1e-12)
+    close(camfn.score_cam(model, "features", x, c, recipe="paper", normalize=False), expected)
 
 
 def test_each_recipe_is_its_own():
@@ -173,7 +173,7 @@ def test_options_of_the_map_come_after_the_sum(recipe):
         ({"size": (5, 11)}, (resized - resized.min()) / (resized.max() - resized.min())),
     ):
         found = camfn.score_cam(model, "features", x, 3, recipe=recipe, **options)
-        assert_close(found, expected[None], 1e-12, f"{recipe} {options}")
+        close(found, expected[None], f"{recipe} {options}")
 
 
 # -------------------------------------------------------------------------------------------------------------- SS-CAM
@@ -222,7 +222,7 @@ def test_ss_cam_is_the_loop_over_draws_and_channels(dims, recipe, noise):
     options = {"noise": noise, "std": 0.4, "seed": 5}
     found = camfn.ss_cam(model, "features", x, 3, recipe=recipe, num_samples=3, normalize=False, **options)
     expected = ss_cam_loop(model, "features", x, 3, recipe, draws=3, **options)
-    assert_close(found, expected, 1e-12, f"{recipe} {noise}")
+    close(found, expected, f"{recipe} {noise}")
 
 
 @pytest.mark.parametrize("noise", ["mask", "activation", "input"])
@@ -230,7 +230,7 @@ def test_ss_cam_without_deviation_is_score_cam(noise):
     """With the noise on the activation that is the recipe which upsamples first."""
     model, x, recipe = small_net(), inputs(2), "paper" if noise == "activation" else "torchcam"
     found = camfn.ss_cam(model, "features", x, 3, noise=noise, std=0.0, num_samples=2, recipe=recipe, normalize=False)
-    assert_close(found, score_cam_loop(model, "features", x, [3, 3], recipe), 1e-12)
+    close(found, score_cam_loop(model, "features", x, [3, 3], recipe))
 
 
 # -------------------------------------------------------------------------------------------------------------- IS-CAM
@@ -263,7 +263,7 @@ def test_is_cam_is_the_loop_along_the_path(dims, recipe, path):
             scores.append(sum(score_by(recipe, model, c * masked, 3) for c in coefficients(path, draws)) / draws)
         maps.append(map_by(weights_by(recipe, scores), channels))
     found = camfn.is_cam(model, "features", x, 3, recipe=recipe, path=path, num_samples=draws, normalize=False)
-    assert_close(found, torch.stack(maps), 1e-12, f"{recipe} {path}")
+    close(found, torch.stack(maps), f"{recipe} {path}")
 
 
 def test_is_cam_by_default_takes_the_ten_coefficients_of_the_authors_code():
@@ -272,7 +272,7 @@ def test_is_cam_by_default_takes_the_ten_coefficients_of_the_authors_code():
     masks = [mask_by("torchcam", channel, x.shape[2:]) for channel in channels]
     scores = [sum(score_by("torchcam", model, a * x[0] * mask, 3) for a in published) / 10 for mask in masks]
     expected = map_by(weights_by("torchcam", scores), channels)[None]
-    assert_close(camfn.is_cam(model, "features", x, 3, normalize=False), expected, 1e-12)
+    close(camfn.is_cam(model, "features", x, 3, normalize=False), expected)
 
 
 # ------------------------------------------------------------------------------------------------- CAM, and closed forms
@@ -288,7 +288,7 @@ def test_cam_is_the_sum_of_activations_weighed_by_the_row_of_the_class(dims):
             expected[i] += float(model.fc.weight[c, k].detach()) * channels[i, k]
     assert float(expected.min()) < 0  # the paper has no ReLU
     found = camfn.cam(model, "act", x, classes, fc="fc", normalize=False)
-    assert_close(found, expected, 1e-12)
+    close(found, expected)
 
 
 @pytest.mark.parametrize("dims", DIMS)
@@ -296,7 +296,7 @@ def test_the_mean_of_cam_is_the_logit_less_its_bias(dims):
     model, x = small_net(dims=dims), inputs(3, dims)
     maps = camfn.cam(model, "act", x, "all", fc="fc", normalize=False)
     logits = frozen(model)(x)
-    assert_close(maps.flatten(2).mean(2), logits - model.fc.bias.detach(), 1e-12)
+    close(maps.flatten(2).mean(2), logits - model.fc.bias.detach())
 
 
 class LinearInInput(nn.Module):
@@ -337,7 +337,7 @@ def test_score_cam_of_a_score_linear_in_the_input(dims):
     model, x = LinearInInput(dims), inputs(2, dims)
     scores = linear_scores(model, x, 2)
     assert float(scores.std()) > 0.1
-    assert_close(weights_of("score_cam", model, "layer", x, 2, recipe="paper"), scores.softmax(1), 1e-12)
+    close(weights_of("score_cam", model, "layer", x, 2, recipe="paper"), scores.softmax(1))
 
 
 @pytest.mark.parametrize("path", ["cumulative", "linear"])
@@ -348,7 +348,7 @@ def test_is_cam_of_a_score_linear_in_the_input_multiplies_it_by_the_mean_coeffic
     mean = (draws + 1) * (draws + 2) / (6 * draws) if path == "cumulative" else (draws + 1) / (2 * draws)
     expected = (mean * linear_scores(model, x, 2)).softmax(1)
     found = weights_of("is_cam", model, "layer", x, 2, recipe="paper", path=path, num_samples=draws)
-    assert_close(found, expected, 1e-12)
+    close(found, expected)
 
 
 def test_is_cam_of_a_network_without_biases_multiplies_the_scores():
@@ -364,7 +364,7 @@ def test_is_cam_of_a_network_without_biases_multiplies_the_scores():
         return logarithm - logarithm.mean(1, keepdim=True)
 
     assert float(centred("score_cam").std()) > 0.1
-    assert_close(centred("is_cam"), 2.2 * centred("score_cam"), 1e-12)
+    close(centred("is_cam"), 2.2 * centred("score_cam"))
 
 
 @pytest.mark.parametrize("draws", [1, 6])
@@ -375,7 +375,7 @@ def test_ss_cam_of_a_score_linear_in_the_input_adds_the_score_of_the_mean_noise(
     added = torch.einsum("khw,nihw,ihw->nk", e, x, model.fc.weight[c].detach().reshape(3, 8, 8))
     expected = (linear_scores(model, x, c) + added).softmax(1)
     found = weights_of("ss_cam", model, "layer", x, c, recipe="paper", num_samples=draws, std=0.7, seed=9)
-    assert_close(found, expected, 1e-12)
+    close(found, expected)
 
 
 @pytest.mark.parametrize("method", ["score_cam", "ss_cam", "is_cam"])
@@ -384,7 +384,7 @@ def test_equal_scores_give_the_mean_activation(method):
     with torch.no_grad():
         model.fc.weight.zero_()
     expected = activation_of(model, "features", x).mean(1).clamp(min=0)
-    assert_close(getattr(camfn, method)(model, "features", x, 3, normalize=False), expected, 1e-12)
+    close(getattr(camfn, method)(model, "features", x, 3, normalize=False), expected)
 
 
 def test_score_cam_of_a_sharper_score_tends_to_the_best_channel():
@@ -394,4 +394,4 @@ def test_score_cam_of_a_sharper_score_tends_to_the_best_channel():
     with torch.no_grad():
         model.fc.weight.mul_(1e4)
     expected = model.layer(x).detach()[torch.arange(2), best].clamp(min=0)
-    assert_close(camfn.score_cam(model, "layer", x, 2, normalize=False), expected, 1e-12)
+    close(camfn.score_cam(model, "layer", x, 2, normalize=False), expected)

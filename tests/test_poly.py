@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_close, inputs, small_net, torchvision_models
+from support import close, inputs, small_net, torchvision_models
 from test_papers import DIMS, MODES, activation_of, frozen, is_flat, net_with_flat_channels
 from test_summed import softer
 from torch import Tensor, nn
@@ -73,15 +73,15 @@ def test_poly_cam_is_the_authors_loop(dims, variant, percentile):
     assert float((expected[0] > 0).double().mean()) > 0.05
     found = camfn.poly_cam(model, LAYERS, x, classes, layout=FIRST, normalize=False, **options)
     for ours, theirs, layer in zip(found, expected, LAYERS, strict=True):
-        assert_close(ours, theirs, 1e-11 * float(theirs.max()), layer)
-    assert_close(camfn.poly_cam(model, "features", x, classes, normalize=False, **options), expected[1], 1e-12)
+        close(ours, theirs, layer)
+    close(camfn.poly_cam(model, "features", x, classes, normalize=False, **options), expected[1])
 
 
 def test_by_default_both_changes_count_and_a_thousandth_is_cut_at_both_ends():
     model, x = softer(small_net()), inputs(2)
     found = camfn.poly_cam(model, LAYERS, x, 2, normalize=False)
     for ours, theirs in zip(found, poly_cam_loop(model, LAYERS, x, lambda y, i: y.softmax(0)[2], "+-", 0.1)):
-        assert_close(ours, theirs, 1e-11 * float(theirs.max()))
+        close(ours, theirs)
     for other in ({"variant": "+"}, {"variant": "-"}, {"percentile": 0}, {"target": camfn.targets.logit(2)}):
         others = camfn.poly_cam(model, LAYERS, x, **{"target": 2, "normalize": False, **other})
         assert all((a - b).abs().max() > 1e-6 for a, b in zip(found, others))
@@ -113,7 +113,7 @@ def test_three_layers_with_grids_that_differ_by_more_than_two_and_several_target
     for c in range(2):
         expected = poly_cam_loop(model, layers, x, lambda y, i, c=c: y.softmax(0)[c], variant, 0.1)
         for ours, theirs in zip(found, expected, strict=True):
-            assert_close(ours[:, c], theirs, 1e-11 * float(theirs.max()), f"class {c}")
+            close(ours[:, c], theirs, f"class {c}")
 
 
 # -------------------------------------------------------------------------------------------------------- closed forms
@@ -144,8 +144,8 @@ def test_of_a_linear_score_a_fall_is_what_the_mask_keeps():
         for variant in VARIANTS
     )
     assert 0 < int((kept < 0).sum()) < kept.numel()
-    assert_close(fall, kept.clamp(min=0), 1e-12)
-    assert_close(both, 2 * kept.clamp(min=0), 1e-12)
+    close(fall, kept.clamp(min=0))
+    close(both, 2 * kept.clamp(min=0))
 
 
 def test_of_one_channel_that_the_masks_keep_whole_the_fine_map_shares_out_the_coarse_one():
@@ -163,9 +163,9 @@ def test_of_one_channel_that_the_masks_keep_whole_the_fine_map_shares_out_the_co
     x = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.1
     card = camfn.explain(Gray(), ("shown", "coarse"), x, 0, method="poly_cam", variant="+", normalize=False)
     weight = card.weights[1][:, 0, 0].reshape(2, 1, 1)
-    assert_close(card.maps[1], weight * F.avg_pool2d(x, 2)[:, 0], 1e-12)
+    close(card.maps[1], weight * F.avg_pool2d(x, 2)[:, 0])
     # Both layers' sums are this channel: what is around a position in the one is the other there.
-    assert_close(card.maps[0], weight * x[:, 0], 1e-12)
+    close(card.maps[0], weight * x[:, 0])
 
 
 def test_where_nothing_is_around_the_factor_is_zero_and_has_a_derivative():
@@ -198,7 +198,7 @@ def test_a_channel_that_is_above_its_lowest_value_at_one_position_alone_is_a_mas
     x[0, 0, 7, 3] = 4.0
     card = camfn.explain(model, "shown", x, camfn.targets.logit(1), method="poly_cam", variant="+")
     expected = (model.fc.weight[1].detach().reshape(3, 40, 40) * x[0])[:, 7, 3].sum()
-    assert_close(card.weights[0][0, 0, 0], expected, 1e-12)
+    close(card.weights[0][0, 0, 0], expected)
 
 
 # ------------------------------------------------------------------------------------------------- what is run, and not
@@ -215,8 +215,8 @@ def test_flat_channels_share_one_forward_and_leave_the_clean_input(variant, rows
     assert card.forwards == 2 + 2 + rows * int(live.sum())
     with torch.no_grad():
         none, clean = frozen(model)(x * 0).softmax(1), frozen(model)(x).softmax(1)
-    assert_close(card.scores, clean, 1e-12)
-    assert_close(card.weights[0][:, :, 4], none if variant != "-" else none * 0, 1e-12)
+    close(card.scores, clean)
+    close(card.weights[0][:, :, 4], none if variant != "-" else none * 0)
 
 
 def test_without_a_layer_the_last_of_each_size_are_taken_and_the_finest_map_comes_back():

@@ -7,7 +7,7 @@ import typing
 
 import pytest
 import torch
-from support import assert_close, inputs
+from support import assert_close, close, inputs
 from torch import Tensor, nn
 from torch.func import grad
 
@@ -87,19 +87,19 @@ def check_ports(model: nn.Module, layer: str, x: Tensor, oracle) -> None:
     f, state = camfn.tap(model, layer), camfn.state_of(model)
     expected, value = oracle()
     output, seen = f(state, x)
-    assert_close(output, expected.detach(), 1e-14, "output")
+    close(output, expected.detach(), "output")
     assert_close(seen, value, 0, "seen")
     zero = torch.zeros_like(seen)
     ours = grad(lambda nudge: f(state, x, nudge).output.square().sum())(zero)
     nudge = zero.clone().requires_grad_()
     (theirs,) = torch.autograd.grad(oracle(nudge=nudge)[0].square().sum(), nudge)
-    assert_close(ours, theirs, 1e-13, "gradient")
+    close(ours, theirs, "gradient")
     assert float(theirs.abs().max()) > 0
     other = seen * 2 + 1
     swapped = oracle(swap=other)[0].detach()
-    assert_close(f(state, x, None, other).output, swapped, 1e-13, "swap")
+    close(f(state, x, None, other).output, swapped, "swap")
     assert float((swapped - expected.detach()).abs().max()) > 1e-3
-    assert_close(camfn.head(model, layer, x, seen)(state, x, other), swapped, 1e-13, "head")
+    close(camfn.head(model, layer, x, seen)(state, x, other), swapped, "head")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,7 +134,7 @@ def test_two_parts_of_one_layer_at_once():
     assert_close(seen[2], seen[0], 0)
     swapped = f(state, x, None, (seen[0] * 2, seen[1] * 3, None)).output
     expected = model.fc(torch.cat([(seen[0] * 2).relu() * 2, torch.tanh(seen[1] * 3)], 1).mean((2, 3)))
-    assert_close(swapped, expected.detach(), 1e-14)
+    close(swapped, expected.detach())
 
 
 class Keeps(nn.Module):
@@ -163,7 +163,7 @@ def test_what_a_model_keeps_of_a_layer_is_not_written_to():
     model, x = ReadsBoth().double(), inputs()
     f, state = camfn.tap(model, "layer:a"), camfn.state_of(model)
     seen = f(state, x).seen
-    assert_close(f(state, x, None, seen * 5).output, (5 + 10) * seen.mean((2, 3)), 1e-14)
+    close(f(state, x, None, seen * 5).output, (5 + 10) * seen.mean((2, 3)))
 
 
 def test_a_part_that_has_to_be_chosen():
@@ -256,7 +256,7 @@ def test_several_calls_of_one_layer_at_once():
         assert_close(seen[0], hooked(model, x, 3)[1], 0)
         assert_close(seen[1], hooked(model, x, 1)[1], 0)
     swapped = f(state, x, None, (None, seen[1] * 2)).output
-    assert_close(swapped, hooked(model, x, 1, swap=seen[1] * 2)[0].detach(), 1e-14)
+    close(swapped, hooked(model, x, 1, swap=seen[1] * 2)[0].detach())
 
 
 def test_a_call_that_has_to_be_chosen():
@@ -303,14 +303,14 @@ def test_maps_at_parts_and_calls(method):
     function = camfn.METHODS[method].function
     model, x = packed("tuple"), inputs()
     ours = function(model, ("pack:0", "pack:1"), x, 1, normalize=False)
-    assert_close(ours[0], function(model, "pack.one", x, 1, normalize=False), 1e-12)
+    close(ours[0], function(model, "pack.one", x, 1, normalize=False))
     assert float(ours[1].max()) > 0
     torch.manual_seed(0)
     shared = Recurrent().double()
     unrolled = Unrolled(shared)
     for call in (1, 2, 3):
         ours = function(shared, f"step@{call}", x, 1, normalize=False)
-        assert_close(ours, function(unrolled, f"steps.{call - 1}", x, 1, normalize=False), 1e-12)
+        close(ours, function(unrolled, f"steps.{call - 1}", x, 1, normalize=False))
     card = camfn.explain(shared, "step@2", x, 1, method=method)
     assert card.layers == ("step@2",)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import CONVS, assert_close
+from support import CONVS, close
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -19,7 +19,6 @@ from camfn.rewrite import Fold, channels_last, find_folds, merge_norms
 from camfn.shell import shell_of
 
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-EXACT = 1e-12
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +191,7 @@ def test_a_merged_pair_is_the_same_function_without_the_norm(kind):
     assert len(folds) == sum(isinstance(module, tuple(NORMS.values())) for module in model.modules())
     assert not [name for name in state if "running" in name or "tracked" in name]
     for other in (x, images(3, dims_of(model), side=7, seed=9) * 5):  # the image that the pair was found in, and others
-        assert_close(call(state, other.clone()), in_eval(model, other.clone()), EXACT, kind)
+        close(call(state, other.clone()), in_eval(model, other.clone()), kind)
 
 
 def test_the_names_of_a_pair_and_the_formula():
@@ -201,8 +200,8 @@ def test_the_names_of_a_pair_and_the_formula():
     conv, norm = model.inner
     gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     assert folds == (Fold("inner.0", "inner.1"),)
-    assert_close(state["inner.0.weight"], conv.weight * gain[:, None, None, None], EXACT)
-    assert_close(state["inner.0.bias"], (conv.bias - norm.running_mean) * gain + norm.bias, EXACT)
+    close(state["inner.0.weight"], conv.weight * gain[:, None, None, None])
+    close(state["inner.0.bias"], (conv.bias - norm.running_mean) * gain + norm.bias)
     assert set(state) == {"inner.0.weight", "inner.0.bias", "fc.weight", "fc.bias"}
 
 
@@ -340,7 +339,7 @@ def test_what_cannot_be_merged_is_left(kind):
     model, x = seeded(Net(LEFT[kind]())), images()
     folds, call, state = merged(model, x)
     assert folds == ()
-    assert_close(call(state, x), in_eval(model, x), EXACT, kind)
+    close(call(state, x), in_eval(model, x), kind)
 
 
 RIGHT = {
@@ -363,7 +362,7 @@ def test_a_sweep_gives_the_map_of_the_loop(kind):
     model = seeded(Net(RIGHT[kind]()))
     x, layer = images(dims=dims_of(model)), "inner"
     found = signed_maps(model, layer, x, 3)
-    assert_close(found, loop_maps(model, layer, x, 3), EXACT, kind)
+    close(found, loop_maps(model, layer, x, 3), kind)
 
 
 def test_an_output_used_elsewhere_with_a_gain_that_is_zero_at_first():
@@ -373,7 +372,7 @@ def test_an_output_used_elsewhere_with_a_gain_that_is_zero_at_first():
     for gain in (0.0, 1.0, 0.0):
         with torch.no_grad():
             model.inner.gain.fill_(gain)
-        assert_close(signed_maps(model, "inner", x, 3), loop_maps(model, "inner", x, 3), EXACT, str(gain))
+        close(signed_maps(model, "inner", x, 3), loop_maps(model, "inner", x, 3), str(gain))
 
 
 @pytest.mark.parametrize("part", ["conv", "norm"])
@@ -387,9 +386,9 @@ def test_more_than_the_image_shows_is_not_merged(part):
         low = nn.BatchNorm2d.forward(model.inner.norm.eval(), raw).amin((0, 2, 3)) - model.inner.norm.bias
         model.inner.norm.bias.copy_(0.01 - low)
     plainly = functools.partial(camfn.is_cam, model, "inner", x, 3, num_samples=4, relu=False, normalize=False)
-    assert_close(plainly(), plainly(sweep=camfn.Sweep(fold=False)), EXACT)
+    close(plainly(), plainly(sweep=camfn.Sweep(fold=False)))
     _, call, state = merged(model, x)
-    assert_close(call(state, x * 5), in_eval(model, x * 5), EXACT)
+    close(call(state, x * 5), in_eval(model, x * 5))
 
 
 # --------------------------------------------------------------------------------------------------- nothing is kept
@@ -401,9 +400,9 @@ def test_changed_weights_are_merged_anew_in_each_call():
     for tensor in (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var):
         with torch.no_grad():
             tensor.mul_(3)
-        assert_close(signed_maps(model, "inner", x, 3), loop_maps(model, "inner", x, 3), EXACT)
+        close(signed_maps(model, "inner", x, 3), loop_maps(model, "inner", x, 3))
     norm.eps = 0.5
-    assert_close(signed_maps(model, "inner", x, 3), loop_maps(model, "inner", x, 3), EXACT)
+    close(signed_maps(model, "inner", x, 3), loop_maps(model, "inner", x, 3))
 
 
 def test_another_state_and_back():
@@ -412,7 +411,7 @@ def test_another_state_and_back():
     assert (expected[None] - expected[1]).abs().max() > 1e-3
     for which in (None, 1, None, 1):
         found = signed_maps(model, "inner", x, 3, state=other if which else None)
-        assert_close(found, expected[which], EXACT, str(which))
+        close(found, expected[which], str(which))
 
 
 def test_a_model_changed_between_calls_is_looked_at_again():
@@ -425,7 +424,7 @@ def test_a_model_changed_between_calls_is_looked_at_again():
     ]
     for change in changes:
         change()
-        assert_close(signed_maps(model, "inner", x, 3), loop_maps(model, "inner", x, 3), EXACT)
+        close(signed_maps(model, "inner", x, 3), loop_maps(model, "inner", x, 3))
 
 
 @pytest.mark.parametrize("kind", ["2-D", "2-D without bias", "no affine", "under two names"])
@@ -465,7 +464,7 @@ def test_threads_merge_each_their_own_state():
     for thread in threads:
         thread.join()
     for number, maps in enumerate(expected):
-        assert_close(found[number], maps, EXACT, f"thread {number}")
+        close(found[number], maps, f"thread {number}")
 
 
 # ------------------------------------------------------------------------------------------------------ channels last
@@ -482,4 +481,4 @@ def test_channels_last_is_a_layout_and_no_more():
         assert tensor.is_contiguous()  # the caller's own stays
         assert found[name].is_contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else found[name] is tensor
     x = images(side=8)
-    assert_close(camfn.pure(model)(found, x), in_eval(model, x), EXACT)
+    close(camfn.pure(model)(found, x), in_eval(model, x))

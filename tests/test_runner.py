@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import CHEAP, assert_close, torchvision_models
+from support import CHEAP, close, torchvision_models
 from test_rewrite import Net, images, loop_maps, pair, seeded, signed_maps
 from torch import Tensor, nn
 
 import camfn
 from camfn import Sweep
 
-EXACT = 1e-12
 LAYER = "inner.1"
 SEEN: list[tuple[int, bool]] = []
 """Of every forward: how many rows, and whether channels-last. A global, since a copy of a model has copies of all it holds."""
@@ -94,7 +93,7 @@ def test_large_sweeps_run_without_norms_and_channels_last(norms):
     assert len(chunks) == 4
     assert all(chunks)
     assert 16 not in norms
-    assert_close(found, loop_maps(model, LAYER, x, 3), EXACT)
+    close(found, loop_maps(model, LAYER, x, 3))
 
 
 @pytest.mark.parametrize("method", ["ss_cam", "is_cam"])
@@ -105,7 +104,7 @@ def test_all_draws_count_for_the_size_of_a_sweep(norms, method):
     assert 16 not in norms
     assert 16 in batches()
     plain = run(model, LAYER, x, 3, num_samples=4, relu=False, normalize=False, sweep=Sweep(chunk=16, fold=False))
-    assert_close(found, plain, EXACT)
+    close(found, plain)
 
 
 def test_small_sweeps_run_the_model_as_it_is(norms):
@@ -117,7 +116,7 @@ def test_small_sweeps_run_the_model_as_it_is(norms):
 
 def test_one_dimension_has_no_channels_last_and_is_merged_all_the_same(norms):
     model, x = seeded(Watched(pair(1, padding=1))), images(dims=1)
-    assert_close(signed_maps(model, LAYER, x, 3, sweep=Sweep(chunk=16)), loop_maps(model, LAYER, x, 3), EXACT)
+    close(signed_maps(model, LAYER, x, 3, sweep=Sweep(chunk=16)), loop_maps(model, LAYER, x, 3))
     assert 16 not in norms[:-64]
 
 
@@ -157,7 +156,7 @@ def test_a_model_that_does_not_take_the_copy_still_gets_its_map(cls, dtype):
     model, x = seeded(cls()).to(dtype), images().to(dtype)
     for sweep in (Sweep(), Sweep(fold=True, chunk=16), Sweep(chunk=5)):
         found = signed_maps(model, LAYER, x, 3, sweep=sweep)
-        assert_close(found, loop_maps(model, LAYER, x, 3), EXACT if dtype == torch.float64 else 1e-5, str(sweep))
+        close(found, loop_maps(model, LAYER, x, 3), str(sweep))
 
 
 def test_where_only_the_layout_is_refused_the_norms_still_go(norms):
@@ -228,20 +227,20 @@ def test_dependent_rows_are_found_out_with_one_warning(cls):
             found = signed_maps(model, LAYER, x, 3, sweep=Sweep(chunk=chunk))
         assert len(caught) == 1
         assert caught[0].filename == __file__
-        assert_close(found, expected, EXACT, str(chunk))
+        close(found, expected, str(chunk))
 
 
 @pytest.mark.parametrize(("cls", "n"), [*((cls, n) for cls in CROSSED for n in (1, 4)), (OneByOne, 1)])
 def test_one_row_at_a_time_is_right_for_every_model_and_warns_of_nothing(cls, n):
     model, x = seeded(cls()), images(n)
-    assert_close(signed_maps(model, LAYER, x, 3, sweep=Sweep(chunk=1)), loop_maps(model, LAYER, x, 3), EXACT)
+    close(signed_maps(model, LAYER, x, 3, sweep=Sweep(chunk=1)), loop_maps(model, LAYER, x, 3))
     assert set(batches()) <= {1, n}
 
 
 @pytest.mark.parametrize("cls", [MeanOfBatch, LastRow, TrainNorm, OneByOne])
 def test_who_knows_it_is_not_warned(cls):
     model, x = seeded(cls()), images(1)
-    assert_close(signed_maps(model, LAYER, x, 3, sweep=Sweep(fold=False)), loop_maps(model, LAYER, x, 3), EXACT)
+    close(signed_maps(model, LAYER, x, 3, sweep=Sweep(fold=False)), loop_maps(model, LAYER, x, 3))
 
 
 @pytest.mark.parametrize("cls", [Watched, MeanOfBatch])
@@ -341,7 +340,7 @@ def test_parts_that_the_target_does_not_read_may_depend_on_what_they_like(kind, 
     how, target, read = PACKED[kind]
     model, x = seeded(Says(how)), images(n)
     found = signed_maps(model, LAYER, x, target)
-    assert_close(found, loop_maps(model, LAYER, x, read), EXACT, kind)
+    close(found, loop_maps(model, LAYER, x, read), kind)
     assert max(batches()) > 4
 
 
@@ -350,7 +349,7 @@ def test_parts_that_the_target_reads_may_not():
     with pytest.warns(camfn.CamWarning, match="the sweep maps through the model") as caught:
         found = signed_maps(model, LAYER, x, lambda out: out[1][3])
     assert len(caught) == 1
-    assert_close(found, loop_maps(model, LAYER, x, lambda out: out[1][0, 3]), EXACT)
+    close(found, loop_maps(model, LAYER, x, lambda out: out[1][0, 3]))
     signed_maps(model, LAYER, x, lambda out: out[0][3])  # and after it, of another part of the same model, no warning
 
 
@@ -359,7 +358,7 @@ def test_every_image_s_target_is_looked_at():
     target = [lambda out: out[0][3], lambda out: out[1][3]]
     with pytest.warns(camfn.CamWarning, match="the sweep maps through the model"):
         found = signed_maps(model, LAYER, x, target)
-    assert_close(found[1:], loop_maps(model, LAYER, x, lambda out: out[1][0, 3])[1:], EXACT)
+    close(found[1:], loop_maps(model, LAYER, x, lambda out: out[1][0, 3])[1:])
 
 
 # ------------------------------------------------------------------------------------------ models that are fine as is
@@ -421,7 +420,7 @@ def test_independent_rows_are_run_in_batches_without_a_word(cls, inference, n):
     expected = loop_maps(model, LAYER, x, 3)
     with torch.inference_mode(inference):
         found = signed_maps(model, LAYER, x.clone(), 3, sweep=Sweep(chunk=16))
-    assert_close(found, expected, EXACT)
+    close(found, expected)
     assert 16 in batches()
 
 
@@ -437,7 +436,7 @@ def test_several_inputs_with_what_is_per_image_and_what_is_not():
         signed_maps(model, LAYER, {"pixels": x[i : i + 1], "bias": bias[i : i + 1], "scale": scale}, 3, masked="pixels")
         for i in range(4)
     ]
-    assert_close(found, torch.cat(maps), EXACT)
+    close(found, torch.cat(maps))
 
 
 @pytest.mark.parametrize(
@@ -506,5 +505,5 @@ def test_as_many_texts_as_images_belong_to_all_images(method, texts):
     layer = "features" if camfn.METHODS[method].of_layer else None
     found = function(model, layer, {"pixels": x, "texts": words}, texts - 1, **given)
     alone = [function(model, layer, {"pixels": x[i : i + 1], "texts": words}, texts - 1, **given) for i in range(2)]
-    assert_close(found, torch.cat(alone), 1e-12)
+    close(found, torch.cat(alone))
     assert float(found.abs().max()) > 1e-3

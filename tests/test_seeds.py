@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 import camfn
-from tests.support import assert_close, inputs, small_net
+from tests.support import assert_close, close, inputs, small_net
 
 NOISES = ("mask", "activation", "input")
 DRAWS, STD = 3, 0.5
@@ -92,7 +92,7 @@ def test_a_generator_gives_the_numbers_that_it_would_have_given():
     torch.randn(32, generator=generator)
     found = scores(x, seed=generator) - scores(x, std=0.0)
     expected = of_noise(x, torch.randn(DRAWS, CHANNELS, 8, 8, generator=generator) * STD)
-    assert_close(found, expected, 1e-12)
+    close(found, expected)
 
 
 def of_noise(x: Tensor, noise: Tensor, target: int = 1) -> Tensor:
@@ -126,7 +126,7 @@ def test_noise_does_not_depend_on_the_chunk(side, noise, chunk):
     """Of a mask of 25 pixels too, where numbers drawn together are not those drawn one by one."""
     x = inputs(2, side=side)
     found = scores(x, noise=noise, sweep=camfn.Sweep(chunk=chunk, compile=False))
-    assert_close(found, scores(x, noise=noise), 1e-12)
+    close(found, scores(x, noise=noise))
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -139,7 +139,7 @@ def test_noise_does_not_depend_on_channels_that_are_skipped(flat, side, noise):
     full = scores(x, noise=noise)
     for recipe in (skip, RAW_SCORES):
         found = scores(x, Reader(side, flat=flat), noise=noise, recipe=recipe)
-        assert_close(found[:, others], full[:, others], 1e-12)
+        close(found[:, others], full[:, others])
         assert float((found[:, flat] - full[:, flat]).abs().min()) > 1e-6
     assert torch.equal(scores(x, Reader(side, flat=flat), noise=noise, recipe=skip)[:, flat], torch.zeros(2).double())
 
@@ -150,14 +150,14 @@ def test_noise_does_not_depend_on_the_other_images(side, noise):
     x = inputs(3, side=side)
     together = scores(x, noise=noise, target=[1, 0, 3])
     alone = torch.cat([scores(x[i : i + 1], noise=noise, target=c) for i, c in enumerate([1, 0, 3])])
-    assert_close(together, alone, 1e-12)
+    close(together, alone)
 
 
 @pytest.mark.parametrize("noise", NOISES)
 def test_images_share_the_noise(noise):
     x = inputs(1).expand(3, -1, -1, -1)
     found = scores(x, noise=noise)
-    assert_close(found, found[:1].expand(3, -1), 1e-12)
+    close(found, found[:1].expand(3, -1))
 
 
 def test_an_image_with_flat_channels_leaves_its_neighbours_noise_alone():
@@ -167,7 +167,7 @@ def test_an_image_with_flat_channels_leaves_its_neighbours_noise_alone():
     with torch.no_grad():
         model.first.weight[1:3] = 0.0
     alone = scores(x[1:], model, recipe=skip)
-    assert_close(scores(x, model, recipe=skip)[1:], alone, 1e-12)
+    close(scores(x, model, recipe=skip)[1:], alone)
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -177,7 +177,7 @@ def test_every_layer_starts_again_from_the_seed(side, noise):
     generator = torch.Generator().manual_seed(3)
     for seed in (3, generator):
         for layer, found in zip(("first", "second"), scores(x, layer=("first", "second"), noise=noise, seed=seed)):
-            assert_close(found, scores(x, layer=layer, noise=noise, seed=seed), 1e-12, layer)
+            close(found, scores(x, layer=layer, noise=noise, seed=seed), layer)
 
 
 def test_two_layers_have_the_same_noise():
@@ -185,7 +185,7 @@ def test_two_layers_have_the_same_noise():
     x = inputs(2)
     noisy, clean = (scores(x, layer=("first", "second"), std=std) for std in (STD, 0.0))
     assert float((clean[0] - clean[1]).abs().min()) > 1e-6
-    assert_close(noisy[0] - clean[0], noisy[1] - clean[1], 1e-12)
+    close(noisy[0] - clean[0], noisy[1] - clean[1])
 
 
 @pytest.mark.parametrize("target", [camfn.targets.top(2), "all", torch.tensor([[0, 1], [2, 3]])], ids=["top", "all", "tensor"])
@@ -193,7 +193,7 @@ def test_noise_does_not_depend_on_the_targets(target):
     x, model = inputs(2), Reader()
     outcome = camfn.METHODS["ss_cam"].run(model, "first", x, target, num_samples=DRAWS, std=STD, seed=3, recipe=RAW_SCORES)
     for t in range(outcome.classes.shape[1]):
-        assert_close(outcome.weights[0][:, t], scores(x, target=outcome.classes[:, t]), 1e-12)
+        close(outcome.weights[0][:, t], scores(x, target=outcome.classes[:, t]))
 
 
 @pytest.mark.parametrize("side", [8, 5])
@@ -219,7 +219,7 @@ def noise_seen(x: Tensor, draws: int) -> Tensor:
 def test_noise_is_proportional_to_the_deviation(scale):
     x = inputs(2)
     clean = scores(x, std=0.0)
-    assert_close(scores(x, std=scale) - clean, (scores(x, std=1.0) - clean) * scale, 1e-12)
+    close(scores(x, std=scale) - clean, (scores(x, std=1.0) - clean) * scale)
 
 
 def test_noise_does_not_depend_on_the_type_of_the_model():
@@ -241,7 +241,7 @@ def test_noise_is_the_same_under_vmap_over_images(side, noise):
     def one(image: Tensor) -> Tensor:
         return camfn.ss_cam(model, "features", image[None], 1, **options)[0]
 
-    assert_close(vmap(one)(x), camfn.ss_cam(model, "features", x, 1, **options), 1e-12)
+    close(vmap(one)(x), camfn.ss_cam(model, "features", x, 1, **options))
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -252,7 +252,7 @@ def test_noise_is_the_same_for_every_state_under_vmap(noise):
     options = {"num_samples": 2, "std": STD, "seed": 3, "noise": noise, "normalize": False}
     found = vmap(lambda state: camfn.ss_cam(models[0], "features", x, 1, state=state, **options))(stacked)
     for model, ours in zip(models, found):
-        assert_close(ours, camfn.ss_cam(model, "features", x, 1, **options), 1e-12)
+        close(ours, camfn.ss_cam(model, "features", x, 1, **options))
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -266,4 +266,4 @@ def test_noise_is_the_same_under_grad(side, noise):
         return maps.sum(), maps
 
     _, maps = torch.func.grad(loss, has_aux=True)(x)
-    assert_close(maps, camfn.ss_cam(model, "features", x, 1, **options), 1e-12)
+    close(maps, camfn.ss_cam(model, "features", x, 1, **options))

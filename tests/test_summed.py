@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_close, inputs, small_net
+from support import close, inputs, small_net
 from test_papers import DIMS, activation_of, frozen, min_max, net_with_flat_channels, upsampled
 from torch import Tensor, nn
 
@@ -90,9 +90,9 @@ def test_group_cam_is_the_authors_loop(dims, groups, percentile):
     expected, weights = (torch.stack(parts, 1) for parts in zip(*each))
     assert float(weights.amax()) > 1e-3
     found = camfn.group_cam(model, "features", x, "all", size="input", normalize=False, blur=(5, 1.5), **options)
-    assert_close(found, expected, 1e-12)
+    close(found, expected)
     card = camfn.explain(model, "features", x, "all", method="group_cam", blur=(5, 1.5), **options)
-    assert_close(card.weights[0], weights, 1e-12, "weights")
+    close(card.weights[0], weights, "weights")
 
 
 def test_group_cam_by_default_has_32_groups_no_percentile_and_a_blur_of_51_pixels():
@@ -100,7 +100,7 @@ def test_group_cam_by_default_has_32_groups_no_percentile_and_a_blur_of_51_pixel
     expected, weights = group_cam_loop(model, "features", x, [2], 32, None, (51, 50.0))
     assert weights.shape == (1, 24)  # 70 channels in chunks of three
     found = camfn.group_cam(model, "features", x, 2, size="input", normalize=False)
-    assert_close(found, expected, 1e-12)
+    close(found, expected)
     for other in ({"groups": 35}, {"percentile": 70}, {"blur": (51, 9.0)}, {"blur": (49, 50.0)}):
         assert (camfn.group_cam(model, "features", x, 2, size="input", normalize=False, **other) - found).abs().max() > 1e-9
 
@@ -119,7 +119,7 @@ def test_group_cam_of_a_target_that_says_its_scale_takes_it_for_gradient_and_sco
     model, x = softer(small_net()), inputs(1)
     expected, _ = group_cam_loop(model, "features", x, [0], 3, None, (3, 2.0), gradient, score)
     found = camfn.group_cam(model, "features", x, target, groups=3, blur=(3, 2.0), size="input", normalize=False)
-    assert_close(found, expected, 1e-12, kind)
+    close(found, expected, kind)
 
 
 def test_groups_that_are_zero_score_zero_and_share_the_forward_of_the_blurred_input():
@@ -158,10 +158,10 @@ def test_a_model_that_ignores_its_input_gives_group_cam_nothing_and_the_others_t
         [torch.stack([upsampled(a, (8, 8), False).tanh() for a in one]) for one in activation_of(model, "inner.features", x)]
     )
     found = camfn.score_cam_pp(model, "inner.features", x, size="input", relu=False, normalize=False)
-    assert_close(found, p * gates.sum(1), 1e-12)
+    close(found, p * gates.sum(1))
     masks = masks_of(*random_cells(3, 50, 4, (8, 8), 0.3), (8, 8))
     found = camfn.rise(model, None, x, num_samples=50, cells=4, probability=0.3, seed=3, normalize=False)
-    assert_close(found, p * masks.mean(0).expand(2, 8, 8) / 0.3, 1e-12)
+    close(found, p * masks.mean(0).expand(2, 8, 8) / 0.3)
 
 
 # ---------------------------------------------------------------------------------------------------------- ScoreCAM++
@@ -180,7 +180,7 @@ def test_score_cam_pp_is_the_authors_loop(layer, dims):
                 total += float(frozen(model)(masked[None])[0].softmax(0)[c]) * torch.tanh(upsampled(channel, size, False))
             maps.append(total.clamp(min=0))
         found = camfn.score_cam_pp(model, layer, x, classes, layout="channels_first", size=tuple(size), normalize=False)
-        assert_close(found, torch.stack(maps), 1e-12, str(size))
+        close(found, torch.stack(maps), str(size))
 
 
 def test_score_cam_pp_scores_a_channel_that_is_flat_and_not_zero():
@@ -191,8 +191,8 @@ def test_score_cam_pp_scores_a_channel_that_is_flat_and_not_zero():
     with torch.no_grad():
         half = frozen(model)(x * math.tanh(0.7)).softmax(1)[:, 3]
         none = frozen(model)(x * 0).softmax(1)[:, 3]
-    assert_close(card.weights[0][:, 0, 1], half, 1e-12)
-    assert_close(card.weights[0][:, 0, 4], none, 1e-12)
+    close(card.weights[0][:, 0, 1], half)
+    close(card.weights[0][:, 0, 4], none)
     assert float((half - none).abs().max()) > 1e-3
 
 
@@ -228,7 +228,7 @@ def test_rise_is_the_papers_mean(dims):
             scores = frozen(model)(x[i : i + 1] * mask)[0].softmax(0)
             total[i] += scores.reshape(5, *[1] * dims) * mask
     found = camfn.rise(model, None, x, "all", normalize=False, **options)
-    assert_close(found, total / (70 * 0.4), 1e-12)
+    close(found, total / (70 * 0.4))
 
 
 def test_rise_on_sides_that_cells_do_not_divide():
@@ -238,7 +238,7 @@ def test_rise_on_sides_that_cells_do_not_divide():
     with torch.no_grad():
         scores = frozen(model)(x * masks[:, None]).softmax(1)[:, 1]
     found = camfn.rise(model, None, x, 1, num_samples=40, cells=4, normalize=False)
-    assert_close(found[0], torch.einsum("i,ihw->hw", scores, masks) / (40 * 0.5), 1e-12)
+    close(found[0], torch.einsum("i,ihw->hw", scores, masks) / (40 * 0.5))
 
 
 class Linear(nn.Module):

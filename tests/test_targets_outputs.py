@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from support import assert_close, grad_cam_loop, inputs, score_cam_loop, torchvision_models
+from support import assert_close, close, grad_cam_loop, inputs, score_cam_loop, torchvision_models
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
@@ -50,7 +50,7 @@ def holds(method: str, net: nn.Module, target, score, several: bool, x: Tensor =
     """The method's map for the target is the loop's for the score."""
     expected = METHODS[method](net, "features", x, lambda y, i: torch.stack(score(y, i)))
     found = camfn.METHODS[method].function(net, "features", x, target, normalize=False)
-    assert_close(found, expected if several else expected[:, 0], 1e-12)
+    close(found, expected if several else expected[:, 0])
     assert float(expected.abs().max()) > 1e-6
 
 
@@ -151,7 +151,7 @@ def test_a_segmentation_of_an_output_of_another_size(reduce):
     score = T.resolve(T.segmentation(MASKS, 2, reduce=reduce), SEGMENTED, 2, X.device)
     y, masks = torch.randn(2, 4, 8, 8, dtype=torch.float64), MASKS.repeat_interleave(2, 1).repeat_interleave(2, 2)
     expected = (y[:, 2] * masks).sum((1, 2)) / (masks.sum((1, 2)) if reduce == "mean" else 1)
-    assert_close(T.score_rows(score.of, y, score.rows)[:, 0], expected, 1e-12)
+    close(T.score_rows(score.of, y, score.rows)[:, 0], expected)
     maps = camfn.cameras(segmenter(), "features", X, T.segmentation(MASKS, 2, reduce=reduce), factors=(2.0,), relu=False)
     assert maps.shape == (2, 8, 8)
 
@@ -254,8 +254,8 @@ def test_the_likeness_of_an_image_to_itself_is_one():
     net = Net(POOLED)
     with torch.no_grad():
         y = net(X)
-    assert_close(camfn.explain(net, "features", X, T.similarity(y)).scores, torch.ones(2, 1), 1e-12)
-    assert_close(camfn.explain(net, "features", X, -2 * T.similarity(-3 * y)).scores, 2 * torch.ones(2, 1), 1e-12)
+    close(camfn.explain(net, "features", X, T.similarity(y)).scores, torch.ones(2, 1))
+    close(camfn.explain(net, "features", X, -2 * T.similarity(-3 * y)).scores, 2 * torch.ones(2, 1))
 
 
 WRONG_EMBEDDINGS = {
@@ -295,12 +295,12 @@ def test_text_and_image():
     run = functools.partial(camfn.grad_cam, model, "vision_model.embeddings.patch_embedding", x, normalize=False, relu=False)
     every = run(T.similarity(texts.expand(2, -1, -1)))
     assert every.shape == (2, 3, 4, 4)
-    assert_close(run("all") / model.logit_scale.detach().exp(), every, 1e-12)
-    assert_close(run([T.similarity(texts[2]), T.similarity(texts[0])]), every[[0, 1], [2, 0]], 1e-12)
+    close(run("all") / model.logit_scale.detach().exp(), every)
+    close(run([T.similarity(texts[2]), T.similarity(texts[0])]), every[[0, 1], [2, 0]])
     one = {**x, "pixel_values": x["pixel_values"][:1]}
     swept = functools.partial(camfn.METHODS["score_cam"].run, model, "vision_model.embeddings.patch_embedding", one)
     weights = swept(T.similarity(texts[None])).weights[0].log() * model.logit_scale.detach().exp()
-    assert_close(swept("all").weights[0], weights.softmax(-1), 1e-12)
+    close(swept("all").weights[0], weights.softmax(-1))
 
 
 # ----------------------------------------------------------------------------------------------------- detections
@@ -402,7 +402,7 @@ def test_boxes(method, kind):
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_boxes_in_chunks(chunk):
     run = functools.partial(camfn.score_cam, DETECTOR, "features", X, T.boxes(*RAGGED), normalize=False)
-    assert_close(run(sweep=Sweep(chunk=chunk)), run(), 1e-12)
+    close(run(sweep=Sweep(chunk=chunk)), run())
 
 
 def test_no_detection_is_a_score_of_zero():
@@ -489,7 +489,7 @@ def test_one_graph_serves_all_masks(monkeypatch):
     net = segmenter()
     for target in (T.segmentation(MASKS, 2), T.segmentation(SOFT, [1, 3]), T.segmentation(None, SHOWN)):
         run = functools.partial(camfn.score_cam, net, "features", X, target, normalize=False)
-        assert_close(run(sweep=Sweep(compile=True)), run(sweep=Sweep(compile=False)), 1e-12)
+        close(run(sweep=Sweep(compile=True)), run(sweep=Sweep(compile=False)))
     assert counter.frame_count == 1
     torch._dynamo.reset()
 
@@ -509,7 +509,7 @@ def test_a_sweep_of_a_part_or_mapped_through_the_model_is_the_sweep(kind):
     run = functools.partial(camfn.score_cam, net, "features", X[1:], target, normalize=False)
     assert_close(run(tolerance=1e-9), run(), 1e-9)
     if kind != "boxes":  # which is no tensor
-        assert_close(run(sweep=Sweep(fold=False, chunk=2)), run(), 1e-12)
+        close(run(sweep=Sweep(fold=False, chunk=2)), run())
 
 
 @pytest.mark.parametrize("kind", EXECUTED)
@@ -518,7 +518,7 @@ def test_mapping_over_inputs_is_the_batch(method, kind):
     net, target = EXECUTED[kind]
     run = functools.partial(camfn.METHODS[method].function, net, "features", normalize=False, relu=False)
     found = vmap(lambda one: run(one[None], target)[0])(X)
-    assert_close(found, torch.cat([run(one[None], target) for one in X]), 1e-12)
+    close(found, torch.cat([run(one[None], target) for one in X]))
 
 
 @pytest.mark.parametrize("kind", EXECUTED)
