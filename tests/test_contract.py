@@ -643,6 +643,7 @@ TARGETS = {  # a target, and what it means
 SEVERAL = ("tensor (n, t)", "all", "top", "logit of all", "probability of the top", "rest", "callable (t,)")
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", TARGETS)
 def test_every_kind_of_target_is_what_a_plain_loop_scores(kind):
     target, score = TARGETS[kind]
@@ -680,6 +681,7 @@ def test_every_kind_of_target_gives_maps_of_its_shape(method, kind):
     assert bool(((high == 1) | ((high == 0) & (method in DIFFERENCES))).all())
 
 
+@pytest.mark.kernels
 @every_method
 def test_many_targets_from_one_call_are_the_maps_of_one_call_each(method):
     every = run(method, NET, "features", X, "all")
@@ -862,6 +864,7 @@ def test_a_plain_call_of_a_sweep_gives_maps_without_a_graph(method):
     assert not run(method, net, "features", x * 1).requires_grad
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
 @every_chunked
 def test_the_size_of_chunks_does_not_matter(method, chunk):
@@ -873,6 +876,7 @@ def test_the_size_of_chunks_does_not_matter(method, chunk):
     close(through, expected, "mapped through the model")
 
 
+@pytest.mark.kernels
 @every_method
 def test_batch_neighbours_do_not_matter(method):
     net, x = small_net(), inputs(3)
@@ -885,6 +889,7 @@ def test_batch_neighbours_do_not_matter(method):
         close(alone[0], together[i], f"image {i} alone")
 
 
+@pytest.mark.kernels
 @every_method
 def test_a_tuple_of_layers_gives_the_maps_of_each_layer(method):
     if method in ("cam", "poly_cam") or method not in OF_LAYER:
@@ -957,6 +962,7 @@ ANY = {"None": None, "int": 2, "all": "all", "top": T.top(2), "contrast": T.cont
 ANY |= {"callable": lambda y: y[0] * y[2]}
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", ANY)
 @every_method
 def test_mapping_over_inputs_is_the_batch(method, kind):
@@ -970,6 +976,7 @@ def test_mapping_over_inputs_is_the_batch(method, kind):
     close(found, expected)
 
 
+@pytest.mark.kernels
 @every_method
 def test_targets_can_be_mapped_with_their_inputs(method):
     net, x, classes = small_net(), inputs(3), torch.tensor([4, 0, 2])
@@ -982,6 +989,7 @@ def stacked(nets):
     return {name: torch.stack([state[name] for state in states]) for name in states[0]}
 
 
+@pytest.mark.kernels
 @every_method
 def test_mapping_over_stacked_states_is_a_loop_over_models(method):
     nets, x = [small_net(seed) for seed in range(3)], inputs()
@@ -991,6 +999,7 @@ def test_mapping_over_stacked_states_is_a_loop_over_models(method):
         close(one, run(method, net, "features", x, normalize=False))
 
 
+@pytest.mark.kernels
 @every_method
 def test_states_and_inputs_can_be_mapped_one_inside_the_other(method):
     nets, x = [small_net(seed) for seed in range(2)], inputs(3)
@@ -1142,6 +1151,7 @@ def test_the_gradient_of_a_flat_map_is_zero_and_not_nan(method, wrt):
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradient.values())
 
 
+@pytest.mark.kernels
 @every_method
 def test_gradients_do_not_mix_images(method):
     net, x = Smooth(), picture_of(6)  # on picture 4 multi_scale counts, with some kernels, pixels that are 0 or 1e-17
@@ -1150,6 +1160,7 @@ def test_gradients_do_not_mix_images(method):
     close(each, both)
 
 
+@pytest.mark.kernels
 @every_method
 def test_the_gradient_is_the_same_in_chunks(method):
     net, x = Smooth(), picture_of()
@@ -1182,6 +1193,7 @@ def runs_in(dtype: torch.dtype) -> bool:
     return True
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("target", [1, "all"])
 @every_row_and_one

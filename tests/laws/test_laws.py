@@ -27,6 +27,7 @@ EXAMPLES = int(os.environ.get("CAMFN_EXAMPLES", "5"))
 """For each pair, the same in each run. To search for more: CAMFN_ANEW=1 CAMFN_EXAMPLES=200."""
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(("law", "name"), STEADY)
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
@@ -36,6 +37,7 @@ def test_law_holds(law, name, data):
     LAWS[law](variant, data.draw(cases(method, recipe=variant.recipe), label="case"))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(("law", "name"), sorted({*HOLDING} - {*STEADY}))
 def test_law_holds_of_what_is_fixed(law, name):
     for case in fixed_cases(VARIANTS[name]):
