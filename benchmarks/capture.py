@@ -17,7 +17,7 @@ from torch import nn
 
 import camfn
 from camfn.gradients import slopes_of
-from camfn.shell import shell_of
+from camfn.prepare import shell_of
 from camfn.subject import look
 from camfn.targets import resolve
 

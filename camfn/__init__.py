@@ -50,6 +50,7 @@ from camfn.methods import (
     ss_cam,
     xgrad_cam,
 )
+from camfn.prepare import Prepared, prepare
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ __all__ = [
     "Concepts",
     "Explanation",
     "Head",
+    "Prepared",
     "Recipe",
     "Sweep",
     "ablation_cam",
@@ -102,6 +104,7 @@ __all__ = [
     "multi_scale",
     "opti_cam",
     "poly_cam",
+    "prepare",
     "pure",
     "random_cam",
     "recipro_cam",

@@ -87,6 +87,12 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def storage_id(tensor: torch.Tensor) -> Any:
+    """What identifies the memory of a tensor, of whatever shape and however wrapped by transforms."""
+    plain = unwrapped(tensor)
+    return plain.untyped_storage()._cdata if plain.layout == torch.strided else id(plain)
+
+
 def constant(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, as a constant to the innermost gradient that is being taken, and to no other.
 

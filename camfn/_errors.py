@@ -10,6 +10,10 @@ class CamError(ValueError):
     """The call cannot give a meaningful map. The message says what was asked, what was found, and what to do."""
 
 
+class RefusedError(CamError):
+    """A forward did what a model must not do in eval mode: no other way to run it is tried."""
+
+
 class CamWarning(UserWarning):
     """The call gave a map, and something about it should be known."""
 

@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from camfn import _compat
 from camfn._errors import CamError, closest
 from camfn._types import Inputs, Layer, State
-from camfn.draws import refusing_draws
+from camfn.guard import Allowed, Guard, input_called
 from camfn.ports import Ports, is_several, resolve_layers, watched
-from camfn.shell import Shell, shell_of, without_wrappers
+from camfn.prepare import Prepared, opened, restarted, shell_of
+from camfn.shell import Shell, without_wrappers
 
 
 class Captured(NamedTuple):
@@ -31,7 +32,7 @@ class Captured(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- the state
 
 
-def state_of(model: nn.Module) -> State:
+def state_of(model: nn.Module | Prepared) -> State:
     """The model as a value: every parameter and buffer by name, detached, sharing memory with the model.
 
     A tensor that has several names (tied weights, a module registered twice) stands under its first.
@@ -83,17 +84,17 @@ def _is_one(a: Tensor, b: Tensor) -> bool:
 class _Run(nn.Module):
     """One forward of the shell with its ports set; what they saw leaves with the output, while the state is still in."""
 
-    def __init__(self, model: nn.Module, ports: Ports, draws: bool) -> None:
+    def __init__(self, model: nn.Module, ports: Ports) -> None:
         super().__init__()
         self.model = model
         self.ports = ports
-        self.draws = draws
         self.narrowed = _compat.narrowed_as_called()
 
-    def forward(self, x: Inputs, nudges: Sequence[Tensor | None], swaps: Sequence[Tensor | None]) -> Any:
+    def forward(
+        self, x: Inputs, nudges: Sequence[Tensor | None], swaps: Sequence[Tensor | None], guard: AbstractContextManager[Any]
+    ) -> Any:
         self.ports.set(nudges, swaps)
-        # Here and not further out: a mode costs as much for every tensor of the state that is detached or copied.
-        with nullcontext() if self.draws else refusing_draws(), self.narrowed():
+        with guard, self.narrowed():
             output = self._call(x)
         return output, self.ports.take()
 
@@ -103,14 +104,31 @@ class _Run(nn.Module):
         return self.model(**x) if isinstance(x, Mapping) else self.model(*x)
 
 
-def _run(run: _Run, shell: Shell, state: State, x: Inputs, nudges: Any = (), swaps: Any = ()) -> tuple[Any, Any]:
-    # Buffers are copied: a forward may write to them even in eval mode, and they are the caller's.
-    own = {name: t.clone() if name in shell.buffers else t for name, t in state.items()}
+def _run(
+    run: _Run,
+    shell: Shell,
+    state: State,
+    x: Inputs,
+    nudges: Any = (),
+    swaps: Any = (),
+    *,
+    guarded: bool = True,
+    fresh: bool = False,
+) -> tuple[Any, Any]:
+    # Copies are made here, since what is written under a transform has to be as new as that. A forward may write to buffers
+    # even in eval mode. What else it writes to the guard tells; without one, inputs are copied unless they are `fresh`, made
+    # for this run alone.
+    guarded = guarded and not _compat.compiling()
+    copies = frozenset(shell.buffers | shell.written)
+    own = {name: t.clone() if name in copies else t for name, t in state.items()}
     inside = {} if _compat.compiling() else shell.tensors  # what need not be put in
     tensors = {f"model.{slot}": own[name] for slot, name in shell.slots.items() if own[name] is not inside.get(name)}
-    # So may it to its inputs. Every place is named once: `tie_weights` would name a place that has two paths twice, and
-    # restore it wrongly.
-    return functional_call(run, tensors, (tree_map(copied, x), nudges, swaps), tie_weights=False)
+    leaves, tree = tree_flatten(x)
+    careful = not guarded and not fresh
+    given = [copied(leaf) if careful or input_called(i) in copies else leaf for i, leaf in enumerate(leaves)]
+    guard = Guard(Allowed(own, copies, given, shell.twins, shell.foreign)) if guarded else nullcontext()
+    # Every place is named once: `tie_weights` would name a place that has two paths twice, and restore it wrongly.
+    return functional_call(run, tensors, (tree_unflatten(given, tree), nudges, swaps, guard), tie_weights=False)
 
 
 def copied(leaf: Any) -> Any:
@@ -118,12 +136,12 @@ def copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def pure_from(shell: Shell, *, draws: bool = True) -> Callable[[State, Inputs], Any]:
-    """`pure` for a shell at hand and a state that is complete. `draws=False` refuses a model that draws random numbers."""
-    run = _Run(shell.module, Ports(shell, ()), draws)
+def pure_from(shell: Shell, *, guarded: bool = True, fresh: bool = False) -> Callable[[State, Inputs], Any]:
+    """`pure` for a shell at hand and a state that is complete. `fresh`: the inputs are made for one run, and not copied."""
+    run = _Run(shell.module, Ports(shell, ()))
 
     def call(state: State, x: Inputs) -> Any:
-        return _run(run, shell, state, x)[0]
+        return _run(run, shell, state, x, guarded=guarded, fresh=fresh)[0]
 
     return call
 
@@ -132,7 +150,7 @@ def _in(turns: Any) -> AbstractContextManager[Any]:
     return nullcontext() if _compat.compiling() else turns  # a compiler cannot trace a lock
 
 
-def pure(model: nn.Module) -> Callable[[State, Inputs], Any]:
+def pure(model: nn.Module | Prepared) -> Callable[[State, Inputs], Any]:
     """The model in eval mode as a function `(state, x) -> output` that reads nothing else and writes nothing.
 
     `x` is a tensor (`model(x)`), a tuple (`model(*x)`) or a mapping (`model(**x)`). The function holds a copy of the module
@@ -144,35 +162,34 @@ def pure(model: nn.Module) -> Callable[[State, Inputs], Any]:
     >>> torch.equal(f(state, x), f(state, x)), model.training
     (True, True)
     """
-    shell = shell_of(model)
-    inner, turns = pure_from(shell, draws=False), threading.RLock()
+    prepared = opened(model)
+    shell = prepared.shell()
+    inner, turns = pure_from(shell), threading.RLock()
 
     def call(state: State, x: Inputs) -> Any:
         with _in(turns):  # the shell is one for all threads that share this function
-            return inner(resolve_state(shell, state), x)
+            full = resolve_state(shell, state)
+            return restarted(prepared, lambda: inner(full, x))
 
     return call
 
 
 @_compat.eager
-def tap_from(shell: Shell, names: Sequence[str], *, draws: bool = True) -> Callable[..., Captured]:
-    """`tap` for a shell at hand and a state that is complete. The shell's layers get ports: use it for this tap only.
-
-    `draws=False` refuses a model that draws random numbers.
-    """
+def tap_from(shell: Shell, names: Sequence[str], *, guarded: bool = True) -> Callable[..., Captured]:
+    """`tap` for a shell at hand and a state that is complete. The shell's layers get ports: use it for this tap only."""
     ports = Ports(shell, names)
-    run = _Run(shell.module, ports, draws)
+    run = _Run(shell.module, ports)
 
     def call(state: State, x: Inputs, nudge: Any = None, swap: Any = None) -> Captured:
         nothing = (None,) * len(names)
-        output, seen = _run(run, shell, state, x, nudge or nothing, swap or nothing)
+        output, seen = _run(run, shell, state, x, nudge or nothing, swap or nothing, guarded=guarded)
         ports.check(seen)
         return Captured(output, seen)
 
     return call
 
 
-def tap(model: nn.Module, layer: Layer | Sequence[Layer]) -> Callable[..., Captured]:
+def tap(model: nn.Module | Prepared, layer: Layer | Sequence[Layer]) -> Callable[..., Captured]:
     """The model as a function `(state, x, nudge=None, swap=None) -> (output, seen)`, with ports at a layer.
 
     `seen` is the layer's output; `nudge` is added to it before it goes on (the gradient with respect to a zero nudge *is*
@@ -192,23 +209,25 @@ def tap(model: nn.Module, layer: Layer | Sequence[Layer]) -> Callable[..., Captu
     >>> torch.equal(gradient, (seen > 0).float())
     True
     """
-    shell = shell_of(model)
-    several, names = is_several(layer), resolve_layers(shell, model, layer)
+    prepared = opened(model)
+    shell = prepared.shell()
+    several, names = is_several(layer), resolve_layers(shell, layer)
     if len(set(names)) < len(names):
         raise CamError(f"a layer is named twice: {', '.join(map(repr, names))}; a tap has one port at a layer")
-    inner, turns = tap_from(shell, names, draws=False), threading.RLock()
+    inner, turns = tap_from(shell, names), threading.RLock()
 
     def call(state: State, x: Inputs, nudge: Any = None, swap: Any = None) -> Captured:
         if not several:
             nudge, swap = (None if port is None else (port,) for port in (nudge, swap))
         with _in(turns):  # as in `pure`
-            output, seen = inner(resolve_state(shell, state), x, nudge, swap)
+            full = resolve_state(shell, state)
+            output, seen = restarted(prepared, lambda: inner(full, x, nudge, swap))
         return Captured(output, seen if several else seen[0])
 
     return call
 
 
-def watch(model: nn.Module, state: State, x: Inputs, see: Callable[[str, tuple[Any, ...], Any], None]) -> Any:
+def watch(model: nn.Module | Prepared, state: State, x: Inputs, see: Callable[[str, tuple[Any, ...], Any], None]) -> Any:
     """Run the model once and show every module to `see(name, arguments, output)`, innermost first. Returns the output."""
     shell = shell_of(model)
 
@@ -222,16 +241,16 @@ def watch(model: nn.Module, state: State, x: Inputs, see: Callable[[str, tuple[A
     for path, module in shell.distinct().items():
         if not isinstance(getattr(type(module), "forward", None), property):
             watched(module, passes(path))
-    return pure_from(shell, draws=False)(state, x)
+    return pure_from(shell)(state, x)
 
 
 @_compat.eager
-def calls_from(shell: Shell, names: Sequence[str], *, draws: bool = True) -> Callable[..., tuple[Captured, tuple[str, ...]]]:
+def calls_from(shell: Shell, names: Sequence[str]) -> Callable[..., tuple[Captured, tuple[str, ...]]]:
     """`tap_from` for every call of these layers, in the order of execution: a layer may run several times, or not at all.
 
     A nudge is a tensor for each call, or a function from what the layer gave to one. With what was seen come the layers' names.
     """
-    inner = pure_from(shell, draws=draws)
+    inner = pure_from(shell)
     seen: list[Tensor] = []
     called: list[str] = []
     nudges: Any = None

@@ -13,7 +13,7 @@ from camfn.capture import is_several, tap_from
 from camfn.inputs import rows_of
 from camfn.methods.activation import Seen, look_at
 from camfn.methods.table import checked_size
-from camfn.shell import shell_of
+from camfn.prepare import prepares
 from camfn.subject import without_graph
 from camfn.targets import rows_at, score_rows
 
@@ -29,6 +29,7 @@ class Concepts(NamedTuple):
     layer: str
 
 
+@prepares
 def factorize(
     model: nn.Module,
     layer: Layer | None,
@@ -118,6 +119,6 @@ def _scores(seen: Seen, vectors: Tensor, image: int) -> Tensor:
     numbers = torch.full((len(vectors),), image, device=vectors.device)
     values = vectors[..., None].expand(-1, -1, part.values.shape[-1]).to(part.values.dtype)
     inputs = rows_of(subject.x, subject.place, numbers, subject.image.index_select(0, numbers))
-    run = tap_from(shell_of(subject.model), subject.layers)
+    run = tap_from(subject.model.shell(), subject.layers)
     output = run(subject.state, inputs, None, (part.restore(values, numbers),)).output
     return score_rows(seen.score.of, output, rows_at(seen.score.rows, numbers))

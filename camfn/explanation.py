@@ -17,6 +17,7 @@ from camfn._types import Inputs, Layers, Maps, Target, Weights
 from camfn.findings import Finding
 from camfn.methods import METHODS, Method, Outcome
 from camfn.methods.table import read
+from camfn.prepare import opened
 from camfn.subject import Shared, Subject
 from camfn.targets import Score, names
 
@@ -97,7 +98,7 @@ def prepared(
     stray = [key for key in options if not any(key in own for own in given.values())]
     if stray:
         raise CamError(f"{', '.join(rows)} {'has' if len(rows) == 1 else 'have'} no option {', '.join(map(repr, stray))}")
-    shared = Shared(model, x, any("gradients" in row.needs for row in rows.values()))
+    shared = Shared(opened(model), x, any("gradients" in row.needs for row in rows.values()))
     layers = {name: layer if row.of_layer else None for name, row in rows.items()}
     return [partial(_card, shared, name, rows[name], (layers[name], x, target), given[name]) for name in method]
 

@@ -1,21 +1,142 @@
-"""What a forward does, seen by a torch-function mode of this thread."""
+"""What a forward does, seen by a torch-function mode of this thread, and what it must not do, stopped before it happens.
 
-from typing import Any
+A torch-function mode sees every torch function that is called from Python in this thread, the same under `vmap`, `grad`,
+`vjp` and `jvp`. It does not see scripted or traced functions, other threads, `Tensor.set_`, what NumPy computes, or the inside
+of `torch.compile`.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
+from camfn import _compat
+from camfn._errors import RefusedError
 
-class Watcher(TorchFunctionMode):
-    """Tells where followed tensors go, and whether a value is read in Python.
 
-    A torch-function mode sees every torch function that is called from Python in this thread. It does not see scripted
-    functions, other threads, or what NumPy computes.
+def input_called(number: int) -> str:
+    """The name of an input, beside those of the state."""
+    return f"input {number}"
+
+
+class WriteError(BaseException):
+    """A forward is about to write to a tensor that it shares with the caller.
+
+    The call starts again with a copy of it. Not an `Exception`: nothing that a forward or a fallback catches may hold it up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class Allowed(NamedTuple):
+    """The tensors that belong to one run of a private copy."""
+
+    state: Mapping[str, Tensor]
+    copied: frozenset[str]  # of these, by name, those that are copies made for this run
+    inputs: list[Any]  # the leaves
+    twins: Mapping[int, Any]  # id of a caller's object -> its copy
+    foreign: Mapping[int, str]  # id of a tensor of the caller's own modules -> its name
+
+
+class Guard(TorchFunctionMode):
+    """Refuses random draws and the caller's own modules, and stops writes to shared tensors.
+
+    Raises `RefusedError` for the first two and `WriteError` for the last, before the function runs. `reads` tells whether a
+    value was read in Python.
+    """
+
+    def __init__(self, allowed: Allowed) -> None:
         super().__init__()
+        self.allowed = allowed
+        self.foreign = allowed.foreign
+        self.reads = False
+        self._names: dict[Any, str] | None = None  # by storage, of the state
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        traits = traits_of(func)
+        if traits is not _METADATA:
+            for arg in args:
+                if id(arg) in self.foreign or type(arg) in _SEQUENCES:
+                    self._check_owner(arg)
+            if kwargs:
+                self._check_owner([*kwargs.values()])
+                for target in _tensors(kwargs.get("out")):
+                    self._write(target, traits)
+            if traits is not _PLAIN:
+                self._look(traits, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _look(self, traits: "Traits", args: Any, kwargs: Any) -> None:
+        if traits.draws is not None and traits.draws(args, kwargs):
+            raise RefusedError(
+                f"the model draws random numbers in eval mode ({traits.name}): its scores would differ from forward "
+                "to forward; make the layer that draws obey self.training"
+            )
+        self.reads = self.reads or traits.reads
+        for target in traits.targets(args, kwargs) if traits.targets else ():
+            self._write(target, traits)
+
+    def _check_owner(self, given: Any) -> None:
+        """Refuse a tensor of the caller's own module objects, unless it was handed in."""
+        for leaf in tree_flatten(given)[0]:
+            name = self.foreign.get(id(leaf))
+            if name is not None and not any(leaf is own for own in self._handed_in()):
+                raise RefusedError(_not_followed(f"{name!r} of your model"))
+
+    def _handed_in(self) -> Iterator[Any]:
+        yield from self.allowed.state.values()
+        yield from self.allowed.inputs
+
+    def _write(self, target: Tensor, traits: "Traits") -> None:
+        name = self._name_of(target)
+        if name is None:
+            self._check_statistics(target, traits)
+        elif name not in self.allowed.copied:
+            raise WriteError(name)
+
+    def _name_of(self, target: Tensor) -> str | None:
+        """The name of the tensor of the state, or of the input, whose memory this is."""
+        if self._names is None:
+            inputs = {input_called(i): leaf for i, leaf in enumerate(self.allowed.inputs) if isinstance(leaf, Tensor)}
+            given = {**inputs, **self.allowed.state}
+            self._names = {_compat.storage_id(tensor): name for name, tensor in given.items()}
+        return self._names.get(_compat.storage_id(target))
+
+    def _check_statistics(self, target: Tensor, traits: "Traits") -> None:
+        """Running statistics that are written must be the copy's."""
+        if traits.statistics:
+            own = (twin for twin in self.allowed.twins.values() if isinstance(twin, Tensor))
+            if all(_compat.storage_id(target) != _compat.storage_id(twin) for twin in own):
+                raise RefusedError(_not_followed("the running statistics of a norm in train mode"))
+        elif traits.name == "add_" and not target.ndim:
+            # A norm in train mode counts its batches before it computes anything.
+            owner = sys._getframe(4).f_locals.get("self")
+            if isinstance(owner, _NormBase) and all(owner is not twin for twin in self.allowed.twins.values()):
+                raise RefusedError(_not_followed(f"a {type(owner).__name__} in train mode"))
+
+
+def _not_followed(what: str) -> str:
+    return (
+        f"the forward reached {what}, and not that of camfn's private copy: something holds the module that the copy does not "
+        "follow (a cache, a weak reference, a global, a context variable); register the module, and call it through self"
+    )
+
+
+class Watcher(TorchFunctionMode):
+    """Tells where followed tensors go, whether a value is read in Python, and, function by function, what comes of it."""
+
+    def __init__(self, made: Callable[[Any, Any], None] | None = None) -> None:
+        super().__init__()
+        self.made = made
         self.reads = False
         self.consumers: dict[int, list[Any]] = {}  # by the id of a followed tensor
         self._kept: list[Tensor] = []  # an id may be given again once its tensor has died
@@ -27,13 +148,47 @@ class Watcher(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _METADATA:
-            self.reads = self.reads or getattr(func, "__name__", "") in _READS
+        traits = traits_of(func)
+        if traits is not _METADATA:
+            self.reads = self.reads or traits.reads
             for leaf in tree_flatten((args, kwargs))[0] if self.consumers else ():
                 if id(leaf) in self.consumers:
                     self.consumers[id(leaf)].append(func)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if self.made is not None:
+            self.made(func, out)
+        return out
 
+
+# --------------------------------------------------------------------------------------------------- what functions do
+
+Test = Callable[[Any, Any], bool]
+Targets = Callable[[Any, Any], list[Tensor]]
+
+
+class Traits(NamedTuple):
+    """What a torch function may do beside computing its result."""
+
+    name: str
+    draws: Test | None = None  # of its arguments: does it draw random numbers?
+    reads: bool = False  # its result, or its size, is known in Python and depends on values
+    targets: Targets | None = None  # of its arguments: the tensors that it writes to
+    statistics: bool = False  # which are running statistics
+
+
+_PLAIN, _METADATA = Traits(""), Traits("metadata")
+_SEQUENCES = frozenset((list, tuple))
+
+_METADATA_OF = frozenset(
+    (
+        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.__len__),
+        *(
+            getattr(Tensor, name).__get__
+            for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "is_sparse", "is_quantized")
+        ),
+    )
+)
+"""Functions that read no value."""
 
 _READS = frozenset(
     (
@@ -52,15 +207,157 @@ _READS = frozenset(
         *("equal", "allclose", "is_nonzero", "nonzero", "argwhere", "unique", "unique_consecutive", "masked_select"),
     )
 )
-"""Functions whose result, or its size, is known in Python and depends on values."""
 
-_METADATA = frozenset(
+_DRAWS = frozenset(
     (
-        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.__len__),
         *(
-            getattr(Tensor, name).__get__
-            for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "is_sparse", "is_quantized")
+            "rand",
+            "randn",
+            "randint",
+            "randperm",
+            "rand_like",
+            "randn_like",
+            "randint_like",
+            "normal",
+            "bernoulli",
+            "multinomial",
         ),
+        *("poisson", "binomial", "uniform_", "normal_", "random_", "exponential_", "cauchy_", "geometric_", "log_normal_"),
+        *("bernoulli_", "kaiming_uniform_", "kaiming_normal_", "gumbel_softmax", "_standard_gamma", "_sample_dirichlet"),
     )
 )
-"""Functions that read no value."""
+
+_DROPS = {
+    **dict.fromkeys(("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "native_dropout"), (1, 2)),
+    **dict.fromkeys(("dropout1d", "dropout2d", "dropout3d"), (1, 2)),
+    **dict.fromkeys(("dropout_", "alpha_dropout_", "feature_dropout_", "feature_alpha_dropout_"), (1, 2)),
+}
+"""Where the dropout family has its probability, and whether it drops."""
+
+_TWINS_OF_MEMORY = frozenset(("numpy", "__array__", "__dlpack__"))
+"""Functions that hand a tensor's memory to somebody who may write to it."""
+
+
+@functools.cache
+def traits_of(func: Any) -> Traits:
+    """What a torch function does, told by its name and its signature."""
+    name = getattr(func, "__name__", "")
+    if func in _METADATA_OF:
+        return _METADATA
+    signature = _signature(func)
+    traits = Traits(
+        name, _draws(name, signature), name in _READS, _targets(func, name, signature), name in ("batch_norm", "instance_norm")
+    )
+    return _PLAIN if traits[1:] == (None, False, None, False) else traits
+
+
+def _signature(func: Any) -> inspect.Signature | None:
+    """That of a function written in Python; torch's built-in ones have none, though some are wrapped in one."""
+    try:
+        return inspect.signature(func) if inspect.isfunction(func) else None
+    except ValueError:
+        return None
+
+
+def _given(signature: inspect.Signature | None, args: Any, kwargs: Any, name: str, place: int | None, default: Any) -> Any:
+    """An argument by its name, or by its place where there is no signature."""
+    if signature is not None and name in signature.parameters:
+        return signature.bind_partial(*args, **kwargs).arguments.get(name, signature.parameters[name].default)
+    return kwargs.get(name, args[place] if place is not None and len(args) > place else default)
+
+
+def _draws(name: str, signature: inspect.Signature | None) -> Test | None:
+    if name in _DRAWS:
+        return lambda args, kwargs: True
+    if name in _DROPS:
+        p, train = _DROPS[name]
+        flag = "training" if signature is not None else "train"
+        return lambda args, kwargs: bool(
+            _given(signature, args, kwargs, "p", p, 0.5) and _given(signature, args, kwargs, flag, train, False)
+        )
+    if name in ("rrelu", "rrelu_"):
+        return lambda args, kwargs: bool(_given(signature, args, kwargs, "training", 3, False))
+    if name == "scaled_dot_product_attention":
+        return lambda args, kwargs: bool(_given(signature, args, kwargs, "dropout_p", 4, 0.0))
+    if name == "multi_head_attention_forward":
+        return lambda args, kwargs: bool(
+            _given(signature, args, kwargs, "dropout_p", None, 0.0) and _given(signature, args, kwargs, "training", None, True)
+        )
+    if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        return _recurrent_draws
+    if name.startswith("fractional_max_pool"):
+        return lambda args, kwargs: _given(signature, args, kwargs, "_random_samples", None, None) is None
+    return None
+
+
+def _recurrent_draws(args: Any, kwargs: Any) -> bool:
+    """Dropout and its flag stand three and four places behind the list of weights."""
+    weights = max((i for i, arg in enumerate(args) if isinstance(arg, (list, tuple))), default=0)
+    return bool(all(args[weights + 3 : weights + 5])) and len(args) > weights + 4
+
+
+def _targets(func: Any, name: str, signature: inspect.Signature | None) -> Targets | None:
+    if name in ("batch_norm", "instance_norm"):
+        return functools.partial(_statistics, signature, name)
+    if name in ("embedding", "embedding_bag"):
+        return functools.partial(_renormed, signature)
+    if name == "__set__":
+        return _first if func == Tensor.data.__set__ else None  # pyright: ignore[reportAttributeAccessIssue]
+    if name == "fused_moving_avg_obs_fake_quant":
+        return lambda args, kwargs: [arg for arg in args[3:7] if isinstance(arg, Tensor)]
+    in_place = name.endswith("_") and not name.endswith("__")
+    if in_place or name in _TWINS_OF_MEMORY or name == "__setitem__" or (name.startswith("__i") and name in _AUGMENTED):
+        return _first
+    if signature is not None and "inplace" in signature.parameters:
+        return lambda args, kwargs: _first(args, kwargs) if _given(signature, args, kwargs, "inplace", None, False) else []
+    return None
+
+
+_AUGMENTED = frozenset(
+    f"__i{name}__"
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+        "matmul",
+    )
+)
+
+
+def _first(args: Any, kwargs: Any) -> list[Tensor]:
+    """The first argument: a tensor, or several, as `torch._foreach_add_` takes."""
+    first = args[0] if args else kwargs.get("input", kwargs.get("self", kwargs.get("tensor")))
+    return _tensors(first)
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    return [] if given is None else [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor)]
+
+
+def _statistics(signature: inspect.Signature | None, name: str, args: Any, kwargs: Any) -> list[Tensor]:
+    """The running statistics, where the batch's own are used."""
+    first = 1 if signature is not None else 3  # torch.batch_norm has weight and bias before them
+    flag = "training" if signature is not None and name == "batch_norm" else "use_input_stats"
+    if not _given(signature, args, kwargs, flag, 5, True):
+        return []
+    parts = enumerate(("running_mean", "running_var"))
+    found = (_given(signature, args, kwargs, part, first + i, None) for i, part in parts)
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]
+
+
+def _renormed(signature: inspect.Signature | None, args: Any, kwargs: Any) -> list[Tensor]:
+    """The weight, where its rows are scaled to a norm in place."""
+    if _given(signature, args, kwargs, "max_norm", None, None) is None:
+        return []
+    weight = _given(signature, args, kwargs, "weight", 1, None)
+    return [weight] if isinstance(weight, Tensor) else []

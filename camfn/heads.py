@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,10 @@ from camfn._errors import layer_called
 from camfn._types import Inputs, Layer, State
 from camfn.capture import resolve_state, tap_from
 from camfn.ports import resolve_layers
+from camfn.prepare import Prepared, opened, prepares, shapes
 from camfn.recording import Record, record
-from camfn.shell import Shell, shell_of
+from camfn.rewrite import is_close
+from camfn.shell import Shell
 from camfn.subject import Subject
 from camfn.targets.scores import fields_of, is_record
 
@@ -40,7 +42,12 @@ class Head(NamedTuple):
         return self.record.front(*_tensors((state, x)))
 
 
-def head(model: nn.Module, layer: Layer, x: Inputs, value: Tensor) -> Head:
+Made = tuple[Record, Callable[[Any], Any]]
+"""What is recorded of a head: all but the shell."""
+
+
+@prepares
+def head(model: nn.Module | Prepared, layer: Layer, x: Inputs, value: Tensor) -> Head:
     """The model with `value` in the place of the layer's output, and all that came before the layer gone.
 
     It is recorded for the shapes of `x` and `value` (its batch included: pad). `x` still counts where it reaches the output by
@@ -56,29 +63,69 @@ def head(model: nn.Module, layer: Layer, x: Inputs, value: Tensor) -> Head:
     >>> torch.equal(h(state, x, seen), output)
     True
     """
-    shell = shell_of(model)
-    (name,) = resolve_layers(shell, model, layer)
-    made = shell_of(model)
-    return Head(*_record(made, made.tensors, name, x, value), shell)
+    prepared = opened(model)
+    shell = prepared.shell()
+    (name,) = resolve_layers(shell, layer)
+    key = "head", name, _form(shell.tensors, x, value)
+
+    def fits(made: Made) -> bool:
+        state = shell.tensors
+        return agree(Head(*made, shell)(state, x, value), tap_from(prepared.shell(), [name])(state, x, None, (value,)).output)
+
+    return Head(*_lasting(prepared, key, lambda: _record(prepared.shell(), shell.tensors, name, x, value), fits), shell)
 
 
-def head_of(subject: Subject, name: str, x: Inputs, value: Tensor) -> Head:
-    """`head` for a subject. What a transform hands us cannot be recorded, but blanks of its shapes can."""
-    if subject.known is not None:
-        return Head(*_record(shell_of(subject.model), subject.state, name, x, value), subject.shell)
+def head_of(subject: Subject, name: str, x: Inputs, value: Tensor, fits: Callable[[Head], bool]) -> Head:
+    """`head` for a subject. One that is kept has to fit. What a transform hands us cannot be recorded, but blanks of its shapes
+    can."""
+    prepared = subject.model
+    if not _compat.transformed():
+        key = "head", name, _form(subject.state, x, value)
+
+        def make() -> Made:
+            return _record(prepared.shell(), subject.state, name, x, value)
+
+        return Head(*_lasting(prepared, key, make, lambda made: fits(Head(*made, subject.shell))), subject.shell)
     leaves, tree = tree_flatten((x, value))
     forms = [(tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def on_blanks() -> Made:
         blanks = [torch.zeros(f[0], dtype=f[1], device=f[2]) if isinstance(f, tuple) else f for f in forms]
-        made = shell_of(subject.model)
+        made = prepared.shell()
         return _record(made, made.tensors, name, *tree_unflatten(blanks, tree))
 
     return Head(*_compat.apart(on_blanks), subject.shell)
 
 
-Made = tuple[Record, Callable[[Any], Any]]
-"""What is recorded of a head: all but the shell."""
+def _form(state: State, x: Inputs, value: Tensor) -> Hashable:
+    """What a record holds for, beside the model; `None` where an input is neither a tensor nor a plain value: what an object
+    holds may change."""
+    leaves = tree_flatten(x)[0]
+    if not all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves):
+        return None
+    kinds = tuple((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in state.items())
+    return shapes((x, value)), kinds, _compat.narrowing()
+
+
+def _lasting(
+    prepared: Prepared, key: tuple[str, str, Hashable], make: Callable[[], Made], fits: Callable[[Made], bool]
+) -> Made:
+    """A record that is kept and fits, or a new one, which is kept if it holds for other inputs."""
+    if key[-1] is None:
+        return make()
+    slot = prepared.slot(key)
+    if slot.made is not None and fits(slot.made):
+        return slot.made
+    made = make()
+    if not made[0].reads:
+        slot.made = made
+    return made
+
+
+def agree(found: Any, expected: Any) -> bool:
+    """Are two outputs equal, to rounding?"""
+    pairs = zip(_tensors(found), _tensors(expected))
+    return all(is_close(a, b, 1000) if b.is_floating_point() else torch.equal(a, b) for a, b in pairs)
 
 
 def _record(shell: Shell, state: State, name: str, x: Inputs, value: Tensor) -> Made:
@@ -100,7 +147,9 @@ def _record(shell: Shell, state: State, name: str, x: Inputs, value: Tensor) -> 
         out, spec = tree_flatten(output)
         return out
 
-    made = record(flat, _tensors(state), _tensors(x), value, layer_called(name))
+    hidden = [t for _, twin in shell.twins.modules for t in (*twin._parameters.values(), *twin._buffers.values())]
+    known = [twin for twin in (*shell.twins.values(), *hidden) if isinstance(twin, Tensor)]
+    made = record(flat, _tensors(state), _tensors(x), value, layer_called(name), known)
     return made, functools.partial(_unflatten, spec, whole)
 
 

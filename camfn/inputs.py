@@ -54,12 +54,14 @@ def beside(x: Inputs, key: Key, rows: int) -> list[Tensor]:
 
 
 def rows_of(x: Inputs, place: Place, image: Tensor, masked: Tensor) -> Inputs:
-    """The inputs of a chunk: the masked one, and of those that go with it the rows of the same images."""
+    """The inputs of a chunk: the masked one, and copies of those beside it, or of their rows of the same images."""
     if place.key is None:
         return with_input(x, None, masked)
 
     def pick(leaf: Any) -> Any:
-        return leaf.index_select(0, image) if place.rows and _has_rows(leaf, place.rows) else leaf
+        if place.rows and _has_rows(leaf, place.rows):
+            return leaf.index_select(0, image)
+        return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
     return with_input(tree_map(pick, _without(x, place.key)), place.key, masked)
 

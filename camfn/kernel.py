@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from camfn import _compat, keep
+from camfn import _compat
 from camfn._errors import warn
 from camfn._types import Inputs, State
 from camfn.execution import Sweep
 from camfn.inputs import Place, pick, rows_of, with_input
 from camfn.masks import Rule, masked_input
 from camfn.memory import is_exhausted
+from camfn.prepare import Slot, shapes
 from camfn.runner import Runner, weakly
 from camfn.subject import Subject
 from camfn.targets import Score, rows_at, score_rows
@@ -34,6 +35,7 @@ class Kernel(NamedTuple):
     call: Callable[[Rows], Tensor]
     pads: bool  # it wants all chunks in one shape
     compiled: Callable[[], "Kernel"] | None = None  # the same compiled, where that may come to pay
+    guarded: Callable[[Rows], Tensor] | None = None  # the same in plain Python, with every forward under the guard
 
 
 def mask_row(rule: Rule, images: Tensor, row: Rows) -> Tensor:
@@ -75,27 +77,31 @@ def kernel_of(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: 
     x = with_input(subject.x, subject.key, image)
     arguments = (runner.call(), score.of, rule, subject.place, runner.state, x, score.rows)
     eager = Kernel(functools.partial(body, *arguments), False)
+    guarded = functools.partial(body, runner.call(guarded=True), *arguments[1:])
+    eager = eager._replace(guarded=guarded)
     if options.compile is False or _compat.transformed():
         return eager
     key = _key(subject, runner, score, rule, grid)
 
     def compiled() -> Kernel:
-        slot = keep.slot_of(subject.model, key)
+        slot = subject.model.slot(key)
         if reason := slot.made.reason if isinstance(slot.made, _Refused) else _compat.can_compile():
             _warn_of(reason)
             return eager
-        return Kernel(functools.partial(_call_compiled, slot, body, arguments), True)
+        if not subject.model.lasting:
+            warn("the kernel is compiled for this call alone; camfn.prepare(model), passed in the model's place, keeps it")
+        return Kernel(functools.partial(_call_compiled, slot, body, arguments), True, guarded=guarded)
 
-    if options.compile is True or keep.is_made(subject.model, key):
+    if options.compile is True or subject.model.has(key):
         return compiled()
     return eager._replace(compiled=compiled)
 
 
 def _key(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: tuple[int, ...]) -> Any:
     state = tuple((t.dtype, t.device) for t in runner.state.values())
-    of = weakly(score.of), keep.shapes(score.rows)
+    of = weakly(score.of), shapes(score.rows)
     settings = (rule.static(), grid, subject.place, runner.folded, runner.channels_last, runner.room.asked, runner.dtype)
-    return "kernel", of, settings, keep.shapes(subject.x), state, runner.known
+    return "kernel", of, settings, shapes(subject.x), state, runner.merged
 
 
 class _Refused(NamedTuple):
@@ -108,7 +114,7 @@ def _warn_of(reason: str) -> None:
     warn(f"the kernel runs without compilation: {reason}")
 
 
-def _call_compiled(slot: keep.Slot, body: Any, arguments: tuple[Any, ...], rows: Rows) -> Tensor:
+def _call_compiled(slot: Slot, body: Any, arguments: tuple[Any, ...], rows: Rows) -> Tensor:
     """Outside grad and inference mode, which would each be one more graph; the first call alone, since it compiles."""
 
     def plain(leaf: Any) -> Any:

@@ -16,13 +16,13 @@ from camfn.shell import Shell, is_quantised
 from camfn.targets import logits_of
 
 
-def find_linear(shell: Shell, model: nn.Module, fc: Layer | None, channels: int, output: Any) -> str:
+def find_linear(shell: Shell, fc: Layer | None, channels: int, output: Any) -> str:
     """The name of the linear layer (or 1x1 convolution) that takes `channels` and gives the model's classes."""
     classes = logits_of(output).shape[-1]
     modules = shell.distinct()
     if fc is not None:
         try:
-            (name,) = resolve_layers(shell, model, fc)
+            (name,) = resolve_layers(shell, fc)
         except CamError as error:
             raise CamError(f"fc={fc!r}: {error}") from None
         if name not in modules:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_map
 
-from camfn import _compat, keep
-from camfn._errors import CamError
+from camfn import _compat
+from camfn._errors import CamError, RefusedError
 from camfn._types import Inputs
 from camfn.attention import unfused
 from camfn.capture import Captured, tap_from
@@ -23,10 +23,10 @@ from camfn.inputs import rows_of
 from camfn.kernel import Kernel, Rows
 from camfn.layouts import Read
 from camfn.memory import is_exhausted
+from camfn.prepare import shapes
 from camfn.rewrite import is_close
 from camfn.runner import Room, chunk_of, free_share
 from camfn.scoring import in_chunks
-from camfn.shell import shell_of
 from camfn.subject import Subject
 from camfn.targets import Score, rows_at, score_rows
 from camfn.targets.scores import fields_of, is_record
@@ -114,7 +114,7 @@ class _Sweeper:
     @functools.cached_property
     def run(self) -> Callable[..., Captured]:
         """The model with ports at the layer."""
-        return tap_from(shell_of(self.subject.model), [self.layer])
+        return tap_from(self.subject.model.shell(), [self.layer])
 
 
 class _Site(NamedTuple):
@@ -168,10 +168,10 @@ def _by_head(site: _Site, count: int) -> Callable[[Tensor], Tensor] | None:
     if _compat.transformed():
         return None
     x = site.inputs(1)
-    key = count, keep.shapes(x)
+    key = count, shapes(x)
     head = sweeper.heads.get(key)
-    if key not in sweeper.heads or (head is not None and not _holds(head, site, x, count)):  # another image's, maybe
-        head = sweeper.heads[key] = _recorded(site, x, count)
+    if key not in sweeper.heads or (head is not None and (head.record.reads or not _holds(head, site, x, count))):
+        head = sweeper.heads[key] = _recorded(site, x, count)  # another image's does not hold for this one
     if head is None:
         return None
     sweeper.forwards += head.record.around
@@ -184,10 +184,10 @@ def _recorded(site: _Site, x: Inputs, count: int) -> Head | None:
     subject, layer = site.sweeper.subject, site.sweeper.layer
     value = site.restored(_checking(site, count))
     try:
-        head = head_of(subject, layer, x, value)
+        head = head_of(subject, layer, x, value, lambda head: _holds(head, site, x, count))
         return head if _holds(head, site, x, count) else None
     except Exception as error:  # a model that makes sure of its shapes, say
-        if is_exhausted(error):
+        if is_exhausted(error) or isinstance(error, RefusedError):
             raise
         return None
 

@@ -47,14 +47,15 @@ def is_several(layer: Any) -> bool:
     return isinstance(layer, Sequence) and not isinstance(layer, str)
 
 
-def resolve_layers(shell: Shell, model: nn.Module, layer: Layer | Sequence[Layer]) -> list[str]:
+def resolve_layers(shell: Shell, layer: Layer | Sequence[Layer]) -> list[str]:
     """The names, in the shell, of layers given by name or as modules of the caller's model."""
     layers: Any = layer if is_several(layer) else [layer]
     paths = shell.paths()
-    return [_resolve_layer(shell, model, layer, paths) for layer in layers]
+    return [_resolve_layer(shell, layer, paths) for layer in layers]
 
 
-def _resolve_layer(shell: Shell, model: nn.Module, layer: Layer, paths: dict[int, str]) -> str:
+def _resolve_layer(shell: Shell, layer: Layer, paths: dict[int, str]) -> str:
+    model = shell.original
     if isinstance(layer, str):
         place = place_of(layer, shell.modules)
         if place is not None:
@@ -67,13 +68,12 @@ def _resolve_layer(shell: Shell, model: nn.Module, layer: Layer, paths: dict[int
         raise CamError(f"layer must be a name or a module, or a sequence of them; found {type(layer).__name__}")
     if any(layer is not model and module is model for module in layer.modules()):
         raise CamError("model and layer are swapped: the model given is a part of the layer given")
-    twin = shell.twins.get(id(layer))
-    if twin is None or id(twin) not in paths:
+    if id(layer) not in shell.named:
         raise CamError(
             f"layer, a {type(layer).__name__}, is not a registered submodule of {type(model).__name__} "
             "(a module held by a plain list or another object is not; nn.ModuleList registers)"
         )
-    return paths[id(twin)]
+    return shell.named[id(layer)]
 
 
 # ------------------------------------------------------------------------------------------------------- the ports

@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
+from camfn import _compat
 from camfn._errors import CamError
 from camfn.draws import TURNS, refuse_draw
+from camfn.guard import Watcher
 
 
 class Record(NamedTuple):
@@ -21,28 +24,41 @@ class Record(NamedTuple):
     front: GraphModule  # of state and inputs: all that the value does not change; gives what the rest wants of it
     rest: GraphModule  # of the value, and of what the front gives; gives the results
     around: bool  # do the inputs reach a result by a way around the value?
+    reads: bool  # was a value read in Python? Then it holds for these inputs and this state alone
 
 
-def record(function: Callable[..., list[Any]], state: list[Tensor], inputs: list[Tensor], value: Tensor, after: str) -> Record:
-    """The function `(*state, *inputs, value) -> results`, run once on these. `after` names, in an error, where the value is.
+def record(
+    function: Callable[..., list[Any]],
+    state: list[Tensor],
+    inputs: list[Tensor],
+    value: Tensor,
+    after: str,
+    known: Iterable[Any] = (),
+) -> Record:
+    """The function `(*state, *inputs, value) -> results`, run once on these. `after` names, in an error, where the value is;
+    `known` are tensors that belong to the model beside its state.
 
-    Raises `CamError` where a result hangs on a value that is read in Python: the record would hold for that one alone.
+    Raises `CamError` where a result hangs on a value that is read in Python: the record would hold for that one alone. And
+    where it hangs on a tensor that was not seen being made: another thread, NumPy or a cache may have made it of the value.
     """
-    recorder = _Recorder()
+    recorder = _Recorder({_compat.storage_id(tensor) for tensor in known})
     with torch.inference_mode(False), torch.no_grad():
         arguments = [t.clone() if t.is_inference() else t.detach() for t in (*state, *inputs, value)]
         kinds = (*["state"] * len(state), *["input"] * len(inputs), "value")
         given = [_Step("given", kind, (), {}, frozenset((kind,))) for kind in kinds]
         for argument, step in zip(arguments, given):
             recorder.bind(argument, _Part(step))
-        with TURNS, recorder:
+        watcher = Watcher(recorder.made_in_python)
+        with TURNS, recorder, watcher:
             # Mutations only: with views too, a view of a weight becomes a copy of it on every call.
             out = functionalize(function, remove="mutations")(*arguments)
     results = [recorder.part_of(leaf) for leaf in out]
     live = _live(recorder.steps, results)
     around = any("input" in step.hangs and "value" not in step.hangs for step in live)
     _check_reads(recorder.steps, around, after)
-    return Record(*_two_graphs(given, live, results, recorder.constants), around)
+    _check_made(live, results, after)
+    reads = watcher.reads or any(step.reads for step in recorder.steps)
+    return Record(*_two_graphs(given, live, results, recorder.constants), around, reads)
 
 
 # ------------------------------------------------------------------------------------------------------ writing down
@@ -73,8 +89,9 @@ class _Recorder(TorchDispatchMode):
     no graph is made of what comes to nothing: that would take as long as running it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: set[Any]) -> None:
         super().__init__()
+        self.known = known  # storages of tensors that the model holds
         self.steps: list[_Step] = []
         self.parts: dict[int, _Part] = {}  # by the id of a tensor, for as long as that lives
         self.constants: dict[str, Tensor] = {}
@@ -82,6 +99,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         refuse_draw(func, args, kwargs)
+        if func is torch.ops.aten.lift_fresh.default:  # what `torch.tensor` makes of numbers comes in by this
+            self.known.add(_compat.storage_id(args[0]))
         out = func(*args, **kwargs)
         given, named = _mapped(self.part_of, tuple(args)), _mapped(self.part_of, kwargs)
         hangs = frozenset().union(*(part.step.hangs for part in _parts((given, named))))
@@ -105,8 +124,14 @@ class _Recorder(TorchDispatchMode):
         if id(leaf) not in self.parts:  # made by no operation that was seen: a constant of the model
             name = f"constant{len(self.constants)}"
             self.constants[name] = leaf
-            self.parts[id(leaf)] = _Part(_Step("constant", name, (), {}, frozenset()))
+            kind = "constant" if _compat.storage_id(leaf) in self.known else "unseen"
+            self.parts[id(leaf)] = _Part(_Step(kind, name, (), {}, frozenset()))
         return self.parts[id(leaf)]
+
+    def made_in_python(self, func: Any, out: Any) -> None:
+        """`torch.tensor` and its like make a tensor of numbers, which no operation is seen to make."""
+        if getattr(func, "__name__", "") in _OF_NUMBERS:
+            self.known.update(_compat.storage_id(leaf) for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor))
 
 
 def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
@@ -141,6 +166,18 @@ def _check_reads(steps: list[_Step], around: bool, after: str) -> None:
                 f"what comes after {after} hangs on values that are read in Python ({step.target}): a record of it would hold "
                 "for these alone; choose a later layer"
             )
+
+
+def _check_made(live: list[_Step], results: list[Any], after: str) -> None:
+    parts = [part for step in live for part in _parts((step.args, step.kwargs))]
+    if any(part.step.kind == "unseen" for part in (*parts, *_parts(results))):
+        raise CamError(
+            f"what comes after {after} hangs on a tensor that was not seen being made (by another thread, NumPy or a cache?): "
+            "a record might hold for this call alone; use a method that runs the whole model, such as camfn.grad_cam"
+        )
+
+
+_OF_NUMBERS = frozenset(("tensor", "as_tensor", "from_numpy", "asarray", "scalar_tensor", "frombuffer", "new_tensor"))
 
 
 # --------------------------------------------------------------------------------------------------------- two graphs

@@ -21,7 +21,7 @@ from camfn import _compat
 from camfn._errors import CamError, layer_called
 from camfn._types import wide
 from camfn.gradients import ungraphed
-from camfn.heads import Head, head_of
+from camfn.heads import Head, agree, head_of
 from camfn.subject import Subject
 from camfn.targets import Score, score_rows
 
@@ -39,11 +39,15 @@ class Three(NamedTuple):
 @_compat.eager
 def multipliers(subject: Subject, layer: str, activation: Tensor, score: Score) -> list[Tensor]:
     """For each target, the slopes `m` of the affine function, in the layer's own shape."""
-    head = head_of(subject, layer, subject.x, activation)
+    head = head_of(subject, layer, subject.x, activation, lambda head: _gives_clean(head, subject, activation))
     given = activation, head.handed(subject.state, subject.x), score.rows
     with torch.inference_mode(False):
         activation, handed, rows = given if _compat.transformed() else tree_map(ungraphed, given)
         return _multipliers(head, layer, activation, handed, score._replace(rows=rows))
+
+
+def _gives_clean(head: Head, subject: Subject, activation: Tensor) -> bool:
+    return agree(head.at(subject.state, subject.x)(activation), subject.output)
 
 
 def _multipliers(head: Head, layer: str, activation: Tensor, handed: Sequence[Tensor], score: Score) -> list[Tensor]:

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_flatten
 from camfn._types import Inputs, State, wide
 from camfn.capture import watch
 from camfn.guard import Watcher
-from camfn.shell import Shell, shell_of
+from camfn.prepare import Prepared, shell_of
+from camfn.shell import Shell
 
 
 class Fold(NamedTuple):
@@ -39,7 +40,7 @@ def _passed(x: Tensor) -> Tensor:
     return x
 
 
-def find_folds(model: nn.Module, state: State, x: Inputs) -> Found:
+def find_folds(model: nn.Module | Prepared, state: State, x: Inputs) -> Found:
     """The pairs that can be merged, seen in one forward: plain layers, each run once, where the convolution's output goes to
     the norm and nowhere else.
 

@@ -1,7 +1,7 @@
 """How the model runs in a sweep: what a few forwards tell about it, and the copy that is made for it."""
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,14 +10,14 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from camfn import _compat
-from camfn._errors import CamError, warn
+from camfn._errors import CamError, RefusedError, warn
 from camfn._types import Inputs, State
 from camfn.capture import pure_from
 from camfn.execution import CHUNK, Sweep
 from camfn.inputs import rows_of
 from camfn.memory import Ledger, free_bytes, is_exhausted
 from camfn.rewrite import channels_last, find_folds, is_close, merge_norms
-from camfn.shell import Shell, shell_of
+from camfn.shell import Shell
 from camfn.subject import Subject, once
 from camfn.targets import Score, distinct, logits_of, reads_logits, score_rows
 
@@ -52,15 +52,15 @@ class Runner(NamedTuple):
 
     shell: Shell
     state: State
-    known: Hashable  # the model's structure, and what of it was merged; None under a transform
+    merged: bool  # are batch norms merged into convolutions?
     channels_last: bool
     folded: bool
     room: Room
     dtype: torch.dtype | None = None  # what it runs in, where that is not its own
 
-    def call(self) -> Callable[[State, Inputs], Any]:
+    def call(self, guarded: bool = False) -> Callable[[State, Inputs], Any]:
         """A function `(state, x) -> output`."""
-        inner, last, dtype = pure_from(self.shell), self.channels_last, self.dtype
+        inner, last, dtype = pure_from(self.shell, guarded=guarded, fresh=True), self.channels_last, self.dtype
 
         def prepared(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -76,8 +76,8 @@ class Runner(NamedTuple):
 
 def runner_of(subject: Subject, score: Score, options: Sweep, rows: int) -> Runner:
     """The model as it is best run for so many rows: as it is, or as a copy whose function is the same to rounding."""
-    shell = shell_of(subject.model)  # the subject's own has ports
-    own = Runner(shell, subject.state, subject.known, False, options.fold is not False, Room(chunk_of(subject, options, CHUNK)))
+    shell = subject.model.shell()  # the subject's own has ports
+    own = Runner(shell, subject.state, False, False, options.fold is not False, Room(chunk_of(subject, options, CHUNK)))
     if _compat.transformed():
         return own
     takes = takes_batches(subject, score) if options.fold == "auto" and min(rows, own.room.chunk) > 1 else "whole"
@@ -100,9 +100,9 @@ def _rewritten(subject: Subject, score: Score, own: Runner, rows: int) -> Runner
     expected = [part[:1] for part in _read(score, subject.output, subject.n)]
     for merged, spread in dict.fromkeys(((bool(folds), images), (bool(folds), False), (False, images))):
         if merged or spread:
-            shell, state = merge_norms(shell_of(subject.model), own.state, folds if merged else ())
+            shell, state = merge_norms(subject.model.shell(), own.state, folds if merged else ())
             state = channels_last(state) if spread else state
-            found = own._replace(shell=shell, state=state, known=(own.known, merged), channels_last=spread)
+            found = own._replace(shell=shell, state=state, merged=merged, channels_last=spread)
             if _gives(found, subject, score, expected):
                 return found
     return own
@@ -113,9 +113,9 @@ def narrowed(subject: Subject, runner: Runner, dtype: torch.dtype) -> Runner:
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in runner.state.items()}
     narrow = runner._replace(state=state, dtype=dtype)
     try:
-        narrow.call()(state, _first(subject, subject.image[:1]))
+        narrow.call(guarded=True)(state, _first(subject, subject.image[:1]))
     except Exception as error:
-        if is_exhausted(error):
+        if is_exhausted(error) or isinstance(error, RefusedError):
             raise
         found = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CamError(f"Sweep(dtype={dtype}): the model does not run in it ({found}); leave dtype= out") from error
@@ -125,9 +125,9 @@ def narrowed(subject: Subject, runner: Runner, dtype: torch.dtype) -> Runner:
 def _gives(runner: Runner, subject: Subject, score: Score, expected: list[Tensor]) -> bool:
     """Is the output for the first input what is expected, to rounding?"""
     try:
-        found = _read(score, runner.call()(runner.state, _first(subject, _image(subject))), 1)
+        found = _read(score, runner.call(guarded=True)(runner.state, _first(subject, _image(subject))), 1)
     except Exception as error:  # a view of what was contiguous, say
-        if is_exhausted(error):
+        if is_exhausted(error) or isinstance(error, RefusedError):
             raise
         return False
     return all(is_close(a, b, 1000) for a, b in zip(found, expected))
@@ -168,7 +168,7 @@ def takes_batches(subject: Subject, score: Score) -> Literal["whole", "mapped", 
     read = None if reads_logits(score.of) else weakly(score.of)
 
     def find() -> Literal["whole", "mapped", "alone"]:
-        call, image = pure_from(shell_of(subject.model)), _image(subject)
+        call, image = pure_from(subject.model.shell()), _image(subject)
         pair = image, 0.5 * image.flip(tuple(range(2, image.ndim)))  # not made up: a model may have its range of values
         alone = [_read(score, call(subject.state, _first(subject, one.clone())), 1) for one in pair]
         expected = [torch.cat(parts) for parts in zip(*alone)]
@@ -177,7 +177,7 @@ def takes_batches(subject: Subject, score: Score) -> Literal["whole", "mapped", 
             try:
                 return all(is_close(a, b, 100) for a, b in zip(run(torch.cat(pair)), expected))
             except Exception as error:
-                if is_exhausted(error):
+                if is_exhausted(error) or isinstance(error, RefusedError):
                     raise
                 return False
 
@@ -201,7 +201,7 @@ def _row_bytes(subject: Subject) -> int:
 
     def find() -> int:
         with Ledger() as ledger:
-            pure_from(shell_of(subject.model))(subject.state, _first(subject, _image(subject)))
+            pure_from(subject.model.shell())(subject.state, _first(subject, _image(subject)))
         return ledger.peak
 
     return once(subject, "bytes", find)

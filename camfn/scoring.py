@@ -155,11 +155,34 @@ def _rows_from(subject: Subject, read: Read, variation: Variation, size: tuple[i
 def in_chunks(
     kernel: Kernel, rows_from: Callable[[Tensor], Rows], index: Tensor, room: Room, tick: Callable[[int | None], None]
 ) -> Tensor:
-    """The kernel's scores of the rows that are made from an index."""
+    """The kernel's scores of the rows that are made from an index.
+
+    The first chunk runs under the guard. Of the others only torch's generator tells, afterwards, whether a forward drew random
+    numbers: where its state has moved, which another thread may have done, all run again under the guard.
+    """
+    if _compat.transformed() or kernel.guarded is None:
+        return _in_chunks(kernel, rows_from, index, room, tick)
+    before = _generators(index.device)
+    found = _in_chunks(kernel, rows_from, index, room, tick)
+    if all(map(torch.equal, before, _generators(index.device))):
+        return found
+    guarded = Kernel(kernel.guarded, False, guarded=kernel.guarded)
+    return _in_chunks(guarded, rows_from, index, room, lambda used: None)
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    """The states of torch's default generators that a forward there may draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _in_chunks(
+    kernel: Kernel, rows_from: Callable[[Tensor], Rows], index: Tensor, room: Room, tick: Callable[[int | None], None]
+) -> Tensor:
     found = []
     while (start := sum(map(len, found))) < len(index):
         begun = time.perf_counter() if kernel.compiled else 0.0
-        scores = _scores(kernel, rows_from(index[start : start + room.chunk]), room)
+        first = kernel._replace(call=kernel.guarded) if kernel.guarded and not found and not kernel.pads else kernel
+        scores = _scores(first, rows_from(index[start : start + room.chunk]), room)
         found.append(scores)
         tick(len(scores))
         left = (len(index) - start - len(scores)) / len(scores)

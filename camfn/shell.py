@@ -30,12 +30,16 @@ class Shell(NamedTuple):
 
     module: nn.Module
     modules: dict[str, nn.Module]  # by each of their names
-    twins: dict[int, Any]  # id of the caller's object -> its copy
+    twins: "Twins"  # id of the caller's object -> its copy
     aliases: dict[str, str]  # every name of a tensor -> the one name under which the state holds it
     slots: dict[str, str]  # every place that holds a tensor, once -> its name in the state
     tensors: State  # the caller's own tensors, detached, by name
     buffers: set[str]
     optional: set[str]  # non-persistent buffers: a state_dict does not hold them
+    written: set[str]  # of the others, those that a forward was seen to write to: they are copied for each run, as buffers are
+    original: nn.Module  # the caller's model
+    named: dict[int, str]  # id of a module of the caller's -> the first name of its copy
+    foreign: dict[int, str]  # id of a tensor of the caller's own modules -> its name
 
     def paths(self) -> dict[int, str]:
         """The first name of each module, by its id."""
@@ -59,7 +63,16 @@ ATOMS = frozenset(
 _CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
 
 
-def _copy(value: Any, twins: dict[int, Any]) -> Any:
+class Twins(dict[int, Any]):
+    """From the id of a caller's object to its copy."""
+
+    def __init__(self, live: bool) -> None:
+        super().__init__()
+        self.live = live  # the copy holds the caller's own parameters, wherever these are
+        self.modules: list[tuple[nn.Module, nn.Module]] = []  # of the caller's, which are kept alive, and their copies
+
+
+def _copy(value: Any, twins: Twins) -> Any:
     """A copy of `value` in which every module that it leads to is a copy.
 
     Bound methods, partials and closures must be pointed to the copies, or the caller's batch norm would run, in train
@@ -75,13 +88,15 @@ def _copy(value: Any, twins: dict[int, Any]) -> Any:
     return _copier_of(value.__class__)(value, twins)  # not `type`: a weak proxy of a module says that it is one
 
 
-def _copy_module(module: nn.Module, twins: dict[int, Any]) -> nn.Module:
+def _copy_module(module: nn.Module, twins: Twins) -> nn.Module:
     inner = _inside(module)
     if inner is not module:
         twin = twins[id(module)] = _copy(inner, twins)
+        twins.modules.append((module, twin))
         return twin
     _refuse(module)
     twin = twins[id(module)] = object.__new__(type(module))
+    twins.modules.append((module, twin))
     own = twin.__dict__
     own.update(vars(module))
     for name, value in vars(module).items():
@@ -103,13 +118,15 @@ def _copy_module(module: nn.Module, twins: dict[int, Any]) -> nn.Module:
     return twin
 
 
-def _copy_tensor(tensor: Tensor, twins: dict[int, Any]) -> Tensor:
+def _copy_tensor(tensor: Tensor, twins: Twins) -> Tensor:
     # A plain attribute may be written in place by the forward (a counter, a cache), a parameter may not.
+    if isinstance(tensor, nn.Parameter) and twins.live:
+        return tensor
     twin = twins[id(tensor)] = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
     return twin
 
 
-def _emptied(value: Any, twins: dict[int, Any]) -> Any:
+def _emptied(value: Any, twins: Twins) -> Any:
     """A container of the same class, with its attributes, and nothing in it yet: it may come to hold itself."""
     if type(value) in _CONTAINERS:
         twin = value.copy()
@@ -125,27 +142,27 @@ def _emptied(value: Any, twins: dict[int, Any]) -> Any:
     return twin
 
 
-def _copy_dict(value: dict[Any, Any], twins: dict[int, Any]) -> dict[Any, Any]:
+def _copy_dict(value: dict[Any, Any], twins: Twins) -> dict[Any, Any]:
     twin = _emptied(value, twins)
     for key, item in value.items():  # a module may be a key
         twin[key if type(key) in ATOMS else _copy(key, twins)] = item if type(item) in ATOMS else _copy(item, twins)
     return twin
 
 
-def _copy_bag(value: Any, twins: dict[int, Any]) -> Any:
+def _copy_bag(value: Any, twins: Twins) -> Any:
     twin = _emptied(value, twins)
     items = [item if type(item) in ATOMS else _copy(item, twins) for item in value]
     (twin.update if isinstance(twin, set) else twin.extend)(items)
     return twin
 
 
-def _copy_namespace(value: types.SimpleNamespace, twins: dict[int, Any]) -> types.SimpleNamespace:
+def _copy_namespace(value: types.SimpleNamespace, twins: Twins) -> types.SimpleNamespace:
     twin = twins[id(value)] = type(value)()
     vars(twin).update(_copy(vars(value), twins))
     return twin
 
 
-def _copy_fixed(value: Any, twins: dict[int, Any]) -> Any:
+def _copy_fixed(value: Any, twins: Twins) -> Any:
     if type(value) is tuple and ATOMS.issuperset(map(type, value)):  # a kernel's size, say: most are
         return value
     items = [item if type(item) in ATOMS else _copy(item, twins) for item in value]
@@ -158,23 +175,23 @@ def _copy_fixed(value: Any, twins: dict[int, Any]) -> Any:
     return twin
 
 
-def _copy_view(value: "types.MappingProxyType[Any, Any]", twins: dict[int, Any]) -> Any:
+def _copy_view(value: "types.MappingProxyType[Any, Any]", twins: Twins) -> Any:
     return types.MappingProxyType({key: _copy(item, twins) for key, item in value.items()})
 
 
-def _copy_weakref(value: "weakref.ref[Any]", twins: dict[int, Any]) -> Any:
+def _copy_weakref(value: "weakref.ref[Any]", twins: Twins) -> Any:
     return weakref.ref(_copy(value(), twins)) if isinstance(value(), nn.Module) else value
 
 
-def _copy_method(value: types.MethodType, twins: dict[int, Any]) -> types.MethodType:
+def _copy_method(value: types.MethodType, twins: Twins) -> types.MethodType:
     return types.MethodType(value.__func__, _copy(value.__self__, twins))
 
 
-def _copy_partial(value: "functools.partial[Any]", twins: dict[int, Any]) -> Any:
+def _copy_partial(value: "functools.partial[Any]", twins: Twins) -> Any:
     return functools.partial(*_copy((value.func, *value.args), twins), **_copy(value.keywords, twins))
 
 
-def _copy_function(function: types.FunctionType, twins: dict[int, Any]) -> types.FunctionType:
+def _copy_function(function: types.FunctionType, twins: Twins) -> types.FunctionType:
     if not (function.__closure__ or function.__defaults__ or function.__kwdefaults__ or vars(function)):
         return function
     cells = tuple(types.CellType() for _ in function.__closure__ or ())
@@ -207,7 +224,7 @@ def _leads_on(value: Any) -> bool:
     return False
 
 
-def _copy_object(value: Any, twins: dict[int, Any]) -> Any:
+def _copy_object(value: Any, twins: Twins) -> Any:
     fields = attributes(value)
     # A sentinel is compared by identity, and anything of torch's or Python's own is left alone. A copy with a destructor
     # would give the caller's file back to the system when it dies.
@@ -223,7 +240,7 @@ def _copy_object(value: Any, twins: dict[int, Any]) -> Any:
     return twin
 
 
-_COPIERS: tuple[tuple[Any, Callable[[Any, dict[int, Any]], Any]], ...] = (
+_COPIERS: tuple[tuple[Any, Callable[[Any, Twins], Any]], ...] = (
     (nn.Module, _copy_module),
     (Tensor, _copy_tensor),
     (dict, _copy_dict),
@@ -239,7 +256,7 @@ _COPIERS: tuple[tuple[Any, Callable[[Any, dict[int, Any]], Any]], ...] = (
 
 
 @functools.lru_cache(maxsize=256)
-def _copier_of(cls: type) -> Callable[[Any, dict[int, Any]], Any]:
+def _copier_of(cls: type) -> Callable[[Any, Twins], Any]:
     return next((copier for kind, copier in _COPIERS if issubclass(cls, kind)), _copy_object)
 
 
@@ -360,20 +377,30 @@ def without_wrappers(name: str) -> Iterator[str]:
 
 
 @_compat.eager
-def shell_of(model: nn.Module) -> Shell:
-    """A private copy of the model with its names. About 2 ms for a ResNet-50."""
+def copy_of(model: nn.Module, *, live: bool = False) -> Shell:
+    """A private copy of the model with its names. About 2 ms for a ResNet-50. `live`: it holds the caller's own tensors, for
+    other copies to be made of it, and is not run."""
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         hint = "; a layer's name comes second, after the model" if isinstance(model, str) else ""
         hint = "; pass the model that was exported" if kind == "ExportedProgram" else hint
         raise CamError(f"model must be a torch.nn.Module, found {kind}{hint}")
-    twins: dict[int, Any] = {}
+    twins = Twins(live)
     module = _copy_module(model, twins)
-    _own_hidden(module, twins)
-    return _named(Shell(module, dict(module.named_modules(remove_duplicate=False)), twins, {}, {}, {}, set(), set()))
+    if not live:
+        _own_hidden(module, twins)
+    modules = dict(module.named_modules(remove_duplicate=False))
+    shell = Shell(module, modules, twins, {}, {}, {}, set(), set(), set(), model, {}, {})
+    paths = shell.paths()
+    shell.named.update((id(own), paths[id(twin)]) for own, twin in twins.modules if id(twin) in paths)
+    for own, twin in twins.modules:
+        place = paths.get(id(twin), type(own).__name__)
+        tensors = ((key, t) for kind in ("_parameters", "_buffers") for key, t in own.__dict__.get(kind, {}).items())
+        shell.foreign.update((id(t), f"{place}.{key}" if place else key) for key, t in tensors if t is not None)
+    return shell if live else _filled_in(shell)
 
 
-def _own_hidden(module: nn.Module, twins: dict[int, Any]) -> None:
+def _own_hidden(module: nn.Module, twins: Twins) -> None:
     """Modules that are not registered are out of functional_call's reach: they get tensors of their own here."""
     registered = {id(m) for m in module.modules()}
     for twin in [t for t in twins.values() if isinstance(t, nn.Module) and id(t) not in registered]:
@@ -384,7 +411,7 @@ def _own_hidden(module: nn.Module, twins: dict[int, Any]) -> None:
                     own[key] = tensor.detach().clone() if kind == "_buffers" else tensor.detach()
 
 
-def _named(shell: Shell) -> Shell:
+def _filled_in(shell: Shell) -> Shell:
     """Fill in the names: parameters before buffers, each tensor under the first of its names. The modules then hold what the
     state holds, so that of a forward with that very state nothing but the buffers is put in."""
     names: dict[int, str] = {}  # id of a tensor -> its first name

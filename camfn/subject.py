@@ -1,34 +1,37 @@
 """What is explained: a model on inputs, checked, and captured once at the layers."""
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten
 
 from camfn import _compat
-from camfn._errors import CamError, warn
+from camfn._errors import CamError, RefusedError, warn
 from camfn._types import Inputs, Layers, State
 from camfn.attention import unfused as written_out
 from camfn.capture import Captured, pure_from, resolve_state, tap_from, watch
 from camfn.draws import refusing_draws
 from camfn.gradients import Pull, Run, with_pull
 from camfn.inputs import Key, Place, beside, check_inputs, key_of, pick, plain, rows_of, size_of, with_input
-from camfn.keep import is_made, kept, shapes, structure
 from camfn.layers import choose
 from camfn.memory import is_exhausted
 from camfn.ports import is_several, resolve_layers
-from camfn.shell import Shell, is_quantised, shell_of
+from camfn.prepare import Prepared, Session, opened
+from camfn.rewrite import is_close
+from camfn.shell import Shell, is_quantised
 from camfn.targets import logits_of
 
 
 class Subject(NamedTuple):
     """A model and its inputs, and what one forward of them gave."""
 
-    model: nn.Module
+    model: Prepared
     shell: Shell  # for its names: its layers have ports
     state: State
     x: Inputs
@@ -39,7 +42,6 @@ class Subject(NamedTuple):
     output: Any
     seen: tuple[Tensor, ...]
     forwards: int
-    known: Hashable  # the model's structure; None under a transform
     facts: dict[Any, Any]  # what is found out of the model in this call
     pull: Pull | None = None  # where it was looked at with `graph=True`
     slopes: dict[Any, Any] | None = None  # where several methods share them
@@ -66,32 +68,33 @@ def without_graph() -> AbstractContextManager[Any]:
     return nullcontext() if _compat.transformed() else torch.no_grad()
 
 
-class Shared:
-    """A model whose clean forward several methods share: given in its place, for as long as one call of `explain` takes."""
+class Shared(Session):
+    """A session in which several methods share the clean forward of these inputs, and the gradients there."""
 
-    def __init__(self, model: nn.Module, x: Inputs, graph: bool) -> None:
-        self.model, self.x, self.graph = model, x, graph
+    def __init__(self, prepared: Prepared, x: Inputs, graph: bool) -> None:
+        super().__init__(prepared)
+        self.x, self.graph = x, graph
         self.seen: dict[Any, Subject] = {}
         self.last: Subject | None = None
 
     def look(self, layer: Layers, x: Inputs, state: State | None, masked: Key, masks: bool, graph: bool, taps: bool) -> Subject:
         """Of other inputs, as a method makes that smooths another, nothing is shared; nor is what taps no layer."""
         if x is not self.x or not taps:
-            return look(self.model, layer, x, state, masked, masks=masks, graph=graph, taps=taps)
+            return look(self.prepared, layer, x, state, masked, masks=masks, graph=graph, taps=taps)
         given = plain(x)  # what another method has asked for may be less than this one needs
         check_inputs(given, key_of(given, masked, masks), {}, masks)
         layers = tuple(layer) if is_several(layer) else layer  # pyright: ignore[reportArgumentType]: it is a sequence then
         graph = graph or self.graph  # a sweep wants a gradient too, where it has a budget
         key = layers, masked, graph, masks and not graph  # with a `pull`, the maps have no graph either way
         if key not in self.seen:
-            subject = look(self.model, layer, x, state, masked, masks=masks, graph=graph)
+            subject = look(self.prepared, layer, x, state, masked, masks=masks, graph=graph)
             self.seen[key] = subject._replace(slopes={})
         self.last = self.seen[key]
         return self.last
 
 
 def look(
-    model: nn.Module | Shared,
+    model: nn.Module | Prepared | Session,
     layer: Layers,
     x: Inputs,
     state: State | None,
@@ -114,19 +117,18 @@ def look(
         raise CamError("layer is an empty sequence: name one layer at least, or pass None to have one chosen")
     names, forwards = [], n
     if taps:
-        names = _choose(model, full, x, subject.key, n) if layer is None else resolve_layers(shell, model, layer)
+        names = _choose(subject.model, full, x, subject.key, n) if layer is None else resolve_layers(shell, layer)
         forwards = n if layer is not None else 2 * n
     distinct = list(dict.fromkeys(names))
 
     # Under a transform, what a model writes to has to be made inside it.
-    run = tapped(subject, distinct, shell if subject.known else None)
+    run = tapped(subject, distinct, None if _compat.transformed() else shell)
     if graph:
         check_slopes(shell)
         captured, pull = with_pull(run, full, x, distinct)
     else:
         with without_graph() if masks else nullcontext():
             captured, pull = run(full, x), None
-    trust(subject)
     seen = tuple(captured.seen[distinct.index(name)] for name in names)
     told: dict[str, Any] = {"layers": tuple(names), "several": is_several(layer), "forwards": forwards}
     subject = subject._replace(output=captured.output, seen=seen, pull=pull, **told)
@@ -137,11 +139,11 @@ def _rows_beside(subject: Subject) -> int:
     """Has an input of n rows one for each image, or only as many, as two texts for two images? A batch of the first image
     twice tells, where the logits can be read: both have those that it had."""
     n, x, key = subject.n, subject.x, subject.key
-    if subject.known is None or not beside(x, key, n):
+    if _compat.transformed() or not beside(x, key, n):
         return n
 
     def find() -> int:
-        call, twice = pure_from(shell_of(subject.model)), torch.zeros(2, dtype=torch.long, device=subject.image.device)
+        call, twice = pure_from(subject.model.shell()), torch.zeros(2, dtype=torch.long, device=subject.image.device)
         for rows in (n, 0):
             try:
                 expected = logits_of(subject.output)[twice]
@@ -149,7 +151,7 @@ def _rows_beside(subject: Subject) -> int:
                 if found.shape == expected.shape and bool(((found - expected).abs() <= 0.01 * expected.abs().amax()).all()):
                     return rows
             except Exception as error:
-                if is_exhausted(error):
+                if is_exhausted(error) or isinstance(error, RefusedError):
                     raise
         return n
 
@@ -160,17 +162,16 @@ def once(subject: Subject, what: Any, find: Callable[[], Any]) -> Any:
     """A fact that hangs on the values of this call: found once in it, and not kept for another."""
     if what not in subject.facts:
         # Not in inference mode, whose tensors a model may not write to outside of it.
-        with torch.inference_mode(False), torch.no_grad(), refusing_draws():
+        with torch.inference_mode(False), torch.no_grad():
             subject.facts[what] = find()
     return subject.facts[what]
 
 
 def tapped(subject: Subject, names: Sequence[str], shell: Shell | None = None) -> Run:
     """The model with ports at these layers; in this shell, which is then for one run, or for each run in one of its own."""
-    draws = trusted(subject)
 
     def run(state: State, x: Inputs, nudge: Any = None) -> Captured:
-        return run_checked(tap_from(shell or shell_of(subject.model), names, draws=draws), subject, state, x, nudge)
+        return run_checked(tap_from(shell or subject.model.shell(), names), subject, state, x, nudge)
 
     return run
 
@@ -186,41 +187,66 @@ def again(subject: Subject, image: Tensor, *, unfused: bool = False) -> Subject:
         return written_out(lambda: run(state, x, nudge))
 
     captured, pull = with_pull(openly if unfused else run, other.state, other.x, names)
-    trust(other)
     return other._replace(
         output=captured.output, seen=tuple(captured.seen[names.index(name)] for name in other.layers), pull=pull
     )
 
 
 def introduced(
-    model: nn.Module | Shared, x: Inputs, state: State | None, masked: Key = None, *, masks: bool = False, named: bool = False
+    model: nn.Module | Prepared | Session,
+    x: Inputs,
+    state: State | None,
+    masked: Key = None,
+    *,
+    masks: bool = False,
+    named: bool = False,
 ) -> Subject:
     """The model and its inputs, checked; nothing has run. `named`: with a layer, and a layout comes with it if need be."""
-    model = model.model if isinstance(model, Shared) else model
-    shell = shell_of(model)
+    prepared = opened(model)
+    shell = prepared.shell()
     full = resolve_state(shell, state)
     x = plain(x)
     key = key_of(x, masked, masks)
     n = check_inputs(x, key, full, masks)
     if masks or not named:
         _check_frames(shell, pick(x, key))
-    known = None if _compat.transformed() else structure(model, shell)
-    return Subject(model, shell, full, x, key, n, (), False, None, (), 0, known, {})
+    return Subject(prepared, shell, full, x, key, n, (), False, None, (), 0, {})
 
 
-def trusted(subject: Subject) -> bool:
-    """Is it known that the model draws nothing? The first call finds out, by a mode that costs up to a fifth of a forward."""
-    return subject.known is not None and is_made(subject.model, _still(subject))
+@contextmanager
+def deterministic(again: Callable[[], Any]) -> Iterator[list[Any]]:
+    """Around a forward, whose output is put into the list: where Python's or NumPy's generator has moved, `again` has to give
+    the same."""
+    if _compat.compiling():
+        yield []
+        return
+    before, told = _generators(), []
+    yield told
+    moved = [name for name, state in _generators().items() if state != before[name]]
+    if "torch" in moved:  # by another thread, or by what a torch-function mode does not see
+        with refusing_draws():
+            again()
+        moved.remove("torch")
+    if not moved:
+        return
+    pairs = list(zip(*(_plain_tensors(output) for output in (told[0], again()))))
+    if not all(is_close(a, b, 1000) for a, b in pairs):
+        raise RefusedError(
+            f"the model draws random numbers in eval mode (from the generator of {' and '.join(moved)}, which has moved): its "
+            "scores would differ from forward to forward; make the code that draws obey self.training"
+        )
 
 
-def trust(subject: Subject) -> None:
-    """The model has run on these inputs and drawn nothing."""
-    if subject.known is not None:
-        kept(subject.model, _still(subject), lambda: True)
+def _generators() -> dict[str, Any]:
+    _, keys, *rest = np.random.get_state()  # noqa: NPY002, since it is the generator that a model shares with its caller
+    with _compat.outside_transforms():
+        torchs = torch.get_rng_state().numpy().tobytes()
+    return {"Python's random": random.getstate(), "NumPy's random": (np.asarray(keys).tobytes(), *rest), "torch": torchs}
 
 
-def _still(subject: Subject) -> Hashable:
-    return "draws nothing", shapes(subject.x), subject.known
+def _plain_tensors(output: Any) -> list[Tensor]:
+    leaves = (_compat.unwrapped(leaf) for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
+    return [leaf.detach() for leaf in leaves if leaf.is_floating_point()]
 
 
 def run_checked(tap: Callable[..., Captured], subject: Subject, state: State, x: Inputs, nudge: Any = None) -> Captured:
@@ -228,7 +254,9 @@ def run_checked(tap: Callable[..., Captured], subject: Subject, state: State, x:
     key = subject.key
     wrong = _wrong_rank(x, key, subject.shell)
     try:
-        captured = tap(state, x, nudge)
+        with deterministic(lambda: pure_from(subject.model.shell())(state, x)) as told:
+            captured = tap(state, x, nudge)
+            told.append(captured.output)
     except (AttributeError, TypeError) as error:
         if isinstance(x, list):
             raise CamError(_NO_LIST) from error
@@ -280,14 +308,14 @@ def check_slopes(shell: Shell) -> None:
         )
 
 
-def _choose(model: nn.Module, state: State, x: Inputs, key: Key, n: int) -> list[str]:
+def _choose(model: Prepared, state: State, x: Inputs, key: Key, n: int) -> list[str]:
     name, why = choose(model, state, x, size_of(x, key), n)
     if not _compat.transformed():
         warn(f"layer=None: {name!r} was chosen, the {why}; name it to be sure")
     return [name]
 
 
-def first_nonfinite(model: nn.Module, state: State, x: Inputs) -> str:
+def first_nonfinite(model: Prepared, state: State, x: Inputs) -> str:
     """The layer, in the order of execution, whose output is the first that is not finite, for the end of a sentence."""
     found: list[str] = []
 

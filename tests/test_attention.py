@@ -15,7 +15,7 @@ import camfn
 from camfn._compat import constant
 from camfn.attention import Attention, attended, blocks_of, self_attention
 from camfn.capture import pure_from
-from camfn.shell import shell_of
+from camfn.prepare import shell_of
 
 
 def written_out(model: nn.Module, x: Tensor, **options) -> tuple[Tensor, Attention]:

@@ -920,24 +920,26 @@ def graphs(monkeypatch):
 @every_sweep
 def test_compiled_or_not_does_not_matter(method, fold, graphs):
     net, x, sweep = small_net(), inputs(), camfn.Sweep(chunk=5, compile=True, fold=fold)
+    prepared = camfn.prepare(net)
     expected = run(method, net, "features", x, "all", normalize=False)
     with unchanged(net, x):
-        found = run(method, net, "features", x, "all", normalize=False, sweep=sweep)
+        found = run(method, prepared, "features", x, "all", normalize=False, sweep=sweep)
     close(found, expected)
     assert len(graphs) == 1
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            close(run(method, net, "features", inputs(), "all", normalize=False, sweep=sweep), expected)
+            close(run(method, prepared, "features", inputs(), "all", normalize=False, sweep=sweep), expected)
     assert len(graphs) == 1
 
 
 @can_compile
 def test_a_compiled_kernel_changes_nothing_of_a_model_that_writes_to_everything(graphs):
     net, x, sweep = Everything(), inputs(), camfn.Sweep(compile=True)
+    prepared = camfn.prepare(net)
     expected = camfn.score_cam(net, "features", x, sweep=camfn.Sweep(compile=False))
     with unchanged(net, net.modules_out_of_sight(), x):
-        found = camfn.score_cam(net, "features", x, sweep=sweep)
-        again = camfn.score_cam(net, "features", x, sweep=sweep)
+        found = camfn.score_cam(prepared, "features", x, sweep=sweep)
+        again = camfn.score_cam(prepared, "features", x, sweep=sweep)
     assert len(graphs) == 1
     close(found, expected)
     close(again, expected)
@@ -949,7 +951,8 @@ def test_the_real_compiler_gives_the_same_map_and_changes_nothing():
     expected = camfn.score_cam(net, "features", x, normalize=False)
     given = (net, x)
     before = torch.get_rng_state(), random.getstate(), picture(given)
-    found = camfn.score_cam(net, "features", x, normalize=False, sweep=camfn.Sweep(chunk=4, compile=True))
+    sweep = camfn.Sweep(chunk=4, compile=True)
+    found = camfn.score_cam(camfn.prepare(net), "features", x, normalize=False, sweep=sweep)
     close(found, expected)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (random.getstate(), picture(given))

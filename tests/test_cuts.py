@@ -178,14 +178,13 @@ def test_chunks_neither_add_rows_nor_drop_any(chunk, recipe):
     assert len(SEEN) == 1 + -(-len(rows) // chunk)
 
 
-def test_the_default_sweep_of_a_fresh_model_makes_the_same_cuts():
-    """But for the forwards that tell how the model may be run, once: two inputs alone, the two together, one watched."""
+def test_the_default_sweep_makes_the_same_cuts():
+    """But for the forwards that tell how the model may be run: two inputs alone, the two together, one watched."""
     x, net = images(FLATS[3]), Counted()
-    SEEN.clear()
-    camfn.score_cam(net, "features", x, 1)
-    assert sum(map(len, SEEN)) == 1 + 5 + expected_rows([FLATS[3]])
-    rows, _ = rows_of(x, lambda: camfn.score_cam(net, "features", x, 1))
-    assert len(rows) == expected_rows([FLATS[3]])
+    for _ in range(2):
+        SEEN.clear()
+        camfn.score_cam(net, "features", x, 1)
+        assert sum(map(len, SEEN)) == 1 + 5 + expected_rows([FLATS[3]])
 
 
 def test_progress_counts_the_rows_that_are_run():

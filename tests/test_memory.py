@@ -480,7 +480,7 @@ def test_a_compiled_kernel_is_halved_too(monkeypatch, kind):
     real, backend, x = _compat.compiled, Starved(5), images(3)
     monkeypatch.setattr(_compat, "compiled", lambda function: real(function, backend=backend))
     torch._dynamo.reset()
-    model, sweep = seeded(Net(pair(padding=1))), Sweep(chunk=16, compile=True)
+    model, sweep = camfn.prepare(seeded(Net(pair(padding=1)))), Sweep(chunk=16, compile=True)
     found = halved(model, x, sweep, kind)
     assert backend.graphs == [16, 8, 4]
     close(found, maps_of(model, x, Sweep(chunk=4, compile=False), kind))

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 import camfn
 from camfn._types import State
 from camfn.capture import pure_from
+from camfn.prepare import shell_of
 from camfn.rewrite import Fold, channels_last, find_folds, merge_norms
-from camfn.shell import shell_of
 
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 

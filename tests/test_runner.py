@@ -111,7 +111,7 @@ def test_small_sweeps_run_the_model_as_it_is(norms):
     model, x = seeded(Watched()), images(1)
     signed_maps(model, LAYER, x, 3, sweep=Sweep(chunk=4))
     assert [last for rows, last in SEEN if rows == 4] == [False] * 4
-    assert norms.count(4) == 4
+    assert norms.count(4) == 5  # the first chunk is guarded, and the patched function counts that call twice
 
 
 def test_one_dimension_has_no_channels_last_and_is_merged_all_the_same(norms):

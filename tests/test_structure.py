@@ -14,7 +14,7 @@ import camfn
 PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
-    *("_errors", "_types", "_compat", "_paths", "draws", "guard", "shell", "ports", "capture", "inputs", "keep"),
+    *("_errors", "_types", "_compat", "_paths", "draws", "guard", "shell", "prepare", "ports", "capture", "inputs"),
     *("eigen", "nmf", "maps"),
     *("findings", "metrics", "layouts"),
     *(

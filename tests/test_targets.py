@@ -237,7 +237,7 @@ def test_one_graph_serves_all_targets_of_a_kind(monkeypatch):
     counter, real = CompileCounter(), _compat.compiled
     monkeypatch.setattr(_compat, "compiled", lambda function: real(function, backend=counter))
     torch._dynamo.reset()
-    compiled, eager = Sweep(compile=True), Sweep(compile=False)
+    compiled, eager, prepared = Sweep(compile=True), Sweep(compile=False), camfn.prepare(NET)
     kinds = (
         [T.contrast(1, [0, 2]), T.contrast([3, 0], [2, 4], alpha=0.3), T.contrast(None, [[1], [0, 2]])],
         [T.logit(1) - 0.5 * T.logit(2), 3 * T.logit() + 1.5 * T.logit([0, 3])],
@@ -246,7 +246,7 @@ def test_one_graph_serves_all_targets_of_a_kind(monkeypatch):
     )
     for made, kind in enumerate(kinds, 1):
         for target in kind:
-            ours = camfn.score_cam(NET, "features", X, target, normalize=False, sweep=compiled)
+            ours = camfn.score_cam(prepared, "features", X, target, normalize=False, sweep=compiled)
             close(ours, camfn.score_cam(NET, "features", X, target, normalize=False, sweep=eager))
         assert counter.frame_count == made
     torch._dynamo.reset()
@@ -256,7 +256,7 @@ def test_one_graph_serves_all_targets_of_a_kind(monkeypatch):
 def test_what_a_target_holds_is_not_kept(monkeypatch):
     monkeypatch.setattr(_compat, "compiled", lambda function, real=_compat.compiled: real(function, backend="eager"))
     torch._dynamo.reset()
-    embedding, model = torch.ones(5, dtype=torch.float64), small_net()
+    embedding, model = torch.ones(5, dtype=torch.float64), camfn.prepare(small_net())
     gone = weakref.ref(embedding)
     for _ in range(2):
         camfn.score_cam(model, "features", X, T.similarity(embedding) - T.logit(1), sweep=Sweep(compile=True))

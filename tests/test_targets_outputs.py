@@ -486,7 +486,7 @@ def test_one_graph_serves_all_masks(monkeypatch):
     counter, real = CompileCounter(), _compat.compiled
     monkeypatch.setattr(_compat, "compiled", lambda function: real(function, backend=counter))
     torch._dynamo.reset()
-    net = segmenter()
+    net = camfn.prepare(segmenter())
     for target in (T.segmentation(MASKS, 2), T.segmentation(SOFT, [1, 3]), T.segmentation(None, SHOWN)):
         run = functools.partial(camfn.score_cam, net, "features", X, target, normalize=False)
         close(run(sweep=Sweep(compile=True)), run(sweep=Sweep(compile=False)))

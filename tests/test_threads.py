@@ -306,7 +306,7 @@ def graphs(monkeypatch):
 
 @can_compile
 def test_eight_threads_racing_the_first_compiled_call_compile_once(graphs):
-    net, sweep = small_net(), camfn.Sweep(chunk=4, compile=True)
+    net, sweep = camfn.prepare(small_net()), camfn.Sweep(chunk=4, compile=True)
     jobs = [
         functools.partial(run, "score_cam", net, "features", inputs(seed=i), i % 5, state=camfn.state_of(small_net(i)))
         for i in range(THREADS)
@@ -322,7 +322,7 @@ def test_eight_threads_racing_the_first_compiled_call_compile_once(graphs):
 
 @can_compile
 def test_threads_in_different_grad_modes_share_the_compiled_kernel(graphs):
-    net, x, sweep = small_net(), inputs(), camfn.Sweep(chunk=4, compile=True)
+    net, x, sweep = camfn.prepare(small_net()), inputs(), camfn.Sweep(chunk=4, compile=True)
     expected = run("score_cam", net, "features", x)
 
     def within(mode):

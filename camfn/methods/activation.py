@@ -67,7 +67,7 @@ def cam(
         raise CamError(
             "cam weighs channels by a class's row of the linear layer: its target must be classes, or a sum or contrast of them"
         )
-    name = find_linear(subject.shell, subject.model, fc, reads[0].values.shape[1], subject.output)
+    name = find_linear(subject.shell, fc, reads[0].values.shape[1], subject.output)
     matrix = matrix_of(subject.shell, subject.state, name)
     found = (at_columns(score, matrix),)  # of a class: its row
     drawing = Drawing(relu, size, normalize, checked_combine(combine))

@@ -16,8 +16,7 @@ from camfn.findings import Finding
 from camfn.gradients import Pull, slopes_of, with_pull
 from camfn.inputs import pick, with_input
 from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, without_layer
-from camfn.shell import shell_of
-from camfn.subject import Subject, introduced, trust, trusted, without_graph
+from camfn.subject import Subject, introduced, without_graph
 from camfn.targets import resolve
 
 Form = Literal["authors", "pytorch-grad-cam"]
@@ -111,7 +110,6 @@ def _apart(model: nn.Module, x: Inputs, state: State | None) -> Parts:
     found = {name: _bias_of(subject, name, module) for name, module in subject.shell.distinct().items()}
     biases = {name: bias for name, bias in found.items() if bias is not None}
     called: tuple[str, ...] = ()
-    draws = trusted(subject)
 
     def run(state: State, x: Inputs, nudge: Any = None) -> Captured:
         nonlocal called
@@ -119,11 +117,10 @@ def _apart(model: nn.Module, x: Inputs, state: State | None) -> Parts:
         own: Any = nudge(image) if callable(nudge) else nudge and nudge[0]
         moved = x if own is None else with_input(x, subject.key, image + own)
         rest = nudge if callable(nudge) else nudge and nudge[1:]
-        (output, seen), called = calls_from(shell_of(subject.model), [*biases], draws=draws)(state, moved, rest)
+        (output, seen), called = calls_from(subject.model.shell(), [*biases])(state, moved, rest)
         return Captured(output, (image, *seen))
 
     (output, _), pull = with_pull(run, subject.state, subject.x, None)
-    trust(subject)
     return Parts(subject._replace(output=output, forwards=subject.n), pull, [biases[name] for name in called])
 
 

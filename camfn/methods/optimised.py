@@ -20,7 +20,6 @@ from camfn.masks import unit
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
 from camfn.runner import Room, Runner, chunk_of, runner_of
 from camfn.scoring import in_chunks
-from camfn.shell import shell_of
 from camfn.subject import Key, Subject, check_slopes, look, without_graph
 from camfn.targets import Score, resolve, rows_at, score_rows
 
@@ -157,8 +156,8 @@ def _mask(size: tuple[int, ...], part: Read, level: Tensor) -> Tensor:
 
 def _scores(subject: Subject, runner: Runner, score: Score, image: Tensor, masked: Tensor) -> Tensor:
     if _compat.transformed():  # a model may write to tensors that it holds if they are as new as the innermost transform
-        runner = runner._replace(shell=shell_of(subject.model))
-    output = runner.call()(runner.state, rows_of(subject.x, subject.place, image, masked))
+        runner = runner._replace(shell=subject.model.shell())
+    output = runner.call(guarded=True)(runner.state, rows_of(subject.x, subject.place, image, masked))
     return score_rows(score.of, output, rows_at(score.rows, image))
 
 

@@ -18,6 +18,7 @@ from camfn.gradients import slopes_of
 from camfn.inputs import Key, pick, size_of
 from camfn.layers import clues_of
 from camfn.layouts import Read
+from camfn.prepare import prepares
 from camfn.runner import weakly
 from camfn.subject import Subject, first_nonfinite
 from camfn.targets import Score, score_rows
@@ -89,7 +90,7 @@ def published(of: Callable[P, Outcome], of_layer: bool) -> Callable[P, Maps]:
     @functools.wraps(of)
     def run(*args: P.args, **kwargs: P.kwargs) -> Outcome:
         with _compat.unnarrowed():
-            return of(*args, **kwargs)
+            return prepares(of)(*args, **kwargs)
 
     @functools.wraps(of)
     def function(*args: P.args, **kwargs: P.kwargs) -> Maps:

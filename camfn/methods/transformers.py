@@ -16,8 +16,8 @@ from camfn.attention import Attention, Blocks, Nudge, attended, blocks_of, self_
 from camfn.capture import Captured, tap_from
 from camfn.gradients import Pull, last_slope, slopes_of, with_pull
 from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, read, without_layer
-from camfn.shell import shell_of
-from camfn.subject import Subject, introduced, run_checked, trust, trusted
+from camfn.prepare import Prepared, shell_of
+from camfn.subject import Subject, introduced, run_checked
 from camfn.targets import Score, resolve
 
 
@@ -251,9 +251,8 @@ def _followed(
     without_layer(name, layer)
     subject = introduced(model, x, state)
     blocks = _blocks(subject) if tails else Blocks([], 1)
-    run = functools.partial(_run, subject, blocks, held, trusted(subject))
+    run = functools.partial(_run, subject, blocks, held)
     captured, back = with_pull(run, subject.state, subject.x, None)
-    trust(subject)
     output, also = captured.output
     subject = subject._replace(output=output, forwards=subject.n)
     score = resolve(target, output, subject.n, subject.image.device)
@@ -276,9 +275,9 @@ def _blocks(subject: Subject) -> Blocks:
     return run_checked(find, subject, subject.state, subject.x).output
 
 
-def _run(subject: Subject, blocks: Blocks, held: bool, draws: bool, state: State, x: Inputs, nudge: Nudge = None) -> Captured:
+def _run(subject: Subject, blocks: Blocks, held: bool, state: State, x: Inputs, nudge: Nudge = None) -> Captured:
     """The attention seen; the model's output, and beside it the outputs that blocks give, or the logits of held attention."""
-    tap = tap_from(shell_of(subject.model), blocks.names, draws=draws)
+    tap = tap_from(subject.model.shell(), blocks.names)
     apart = (_apart,) * len(blocks.names)
     (output, given), attention = attended(lambda: run_checked(tap, subject, state, x, apart), nudge, held=held)
     self_attention(attention, subject.n)
@@ -291,7 +290,7 @@ def _apart(value: Tensor) -> Tensor:
     return _compat.constant(value) - value
 
 
-def _tails(model: nn.Module, blocks: Blocks, given: Any, state: State, x: Inputs) -> tuple[Any, ...]:
+def _tails(model: nn.Module | Prepared, blocks: Blocks, given: Any, state: State, x: Inputs) -> tuple[Any, ...]:
     """The model's output for the mean token of each block, in the place of all that the last block returns."""
     tap = tap_from(shell_of(model), blocks.names[-1:])
     means = torch.stack([tokens.mean(blocks.axis, keepdim=True).expand_as(tokens) for tokens in given])
