@@ -14,7 +14,21 @@ import camfn
 PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
-    *("_errors", "_types", "_compat", "draws", "shell", "ports", "capture", "inputs", "keep", "eigen", "nmf", "maps"),
+    *(
+        "_errors",
+        "_types",
+        "_compat",
+        "draws",
+        "shell",
+        "ports",
+        "capture",
+        "inputs",
+        "keep",
+        "scaling",
+        "eigen",
+        "nmf",
+        "maps",
+    ),
     *("findings", "metrics", "layouts"),
     *(
         "targets.scores",

@@ -19,6 +19,7 @@ from camfn.layouts import Read
 from camfn.masks import unit
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
 from camfn.runner import Room, Runner, chunk_of, runner_of
+from camfn.scaling import size_of
 from camfn.scoring import in_chunks
 from camfn.shell import shell_of
 from camfn.subject import Key, Subject, check_slopes, look, without_graph
@@ -93,7 +94,7 @@ def opti_cam(
         ]
         tick(None)
         room.tell()
-        outcome = drawn(subject, score, clean, combined(found, reads, combine), [part.grid for part in reads], drawing)
+        outcome = drawn(subject, score, clean, combined(found, reads, drawing), [part.grid for part in reads], drawing)
         total = outcome.forwards + forwards
         return outcome._replace(weights=tuple(found), forwards=total, backwards=forwards)
 
@@ -164,13 +165,16 @@ def _scores(subject: Subject, runner: Runner, score: Score, image: Tensor, maske
 
 def ascend(slope: Callable[[Tensor], Tensor], u: Tensor, steps: int, rate: float) -> Tensor:
     """So many steps of Adam (Kingma & Ba, 2014) from `u` up the slope, `torch.optim.Adam`'s but for its sign."""
-    memory, squares = torch.zeros_like(u), torch.zeros_like(u)
+    memory, squares, size = torch.zeros_like(u), torch.zeros_like(u), torch.ones_like(u)
     for step in range(1, steps + 1):
         g = slope(u)
         memory = _MEMORY * memory + (1 - _MEMORY) * g
-        squares = _SQUARES * squares + (1 - _SQUARES) * g.square()
-        size = squares / (1 - _SQUARES**step)
+        # In units of the largest slope so far, from 1 on: its square may have no number. What is far below 1 is as nothing
+        # beside `_EPS`.
+        before, size = size, torch.maximum(size, size_of(g[..., None], -1)[..., 0])
+        squares = _SQUARES * squares * (before / size).square() + (1 - _SQUARES) * (g / size).square()
+        mean = squares / (1 - _SQUARES**step)
         # The inner `where`: the root of zero, where a channel has no part, has no derivative.
-        root = torch.where(size > 0, torch.where(size > 0, size, 1).sqrt(), 0)
+        root = torch.where(mean > 0, torch.where(mean > 0, mean, 1).sqrt(), 0) * size
         u = u + rate / (1 - _MEMORY**step) * memory / (root + _EPS)
     return u

@@ -19,6 +19,7 @@ from camfn.inputs import Key, pick, size_of
 from camfn.layers import clues_of
 from camfn.layouts import Read
 from camfn.runner import weakly
+from camfn.scaling import unit
 from camfn.subject import Subject, first_nonfinite
 from camfn.targets import Score, score_rows
 
@@ -177,10 +178,15 @@ def stacked(
     return [torch.stack(values, 1).to(wide(values[0].dtype)) for values in seen]
 
 
-def combined(found: Sequence[Weights | Gradients], reads: Sequence[Read], how: Combine = "sum") -> list[FlatMaps]:
+def within(found: Weights | Gradients, drawing: Drawing) -> Weights | Gradients:
+    """Weights up to a positive factor for each map, where that is normalised anyway: no product leaves the dtype's range."""
+    return unit(found, tuple(range(2, found.ndim))) if drawing.normalize else found
+
+
+def combined(found: Sequence[Weights | Gradients], reads: Sequence[Read], drawing: Drawing) -> list[FlatMaps]:
     """`sum_k w_k A_k` at each layer, for weights `(n, t, c)` or `(n, t, c, p)`; or the first component of `w_k A_k`."""
-    combine = _maps.combine if how == "sum" else _maps.component
-    return [combine(weights, read.values) for weights, read in zip(found, reads)]
+    combine = _maps.combine if drawing.combine == "sum" else _maps.component
+    return [combine(within(weights, drawing), read.values) for weights, read in zip(found, reads)]
 
 
 def drawn(
