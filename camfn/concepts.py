@@ -106,9 +106,13 @@ def _above_zero(activation: Tensor, concepts: int, layer: str) -> Tensor:
     above = torch.relu(values)
     if not _compat.transformed():
         all_, kept = (float(each.square().sum()) for each in (values, above))
-        if not (kept > 0 and math.isfinite(all_)):
-            found = "values that are not finite (NaN or infinity)" if not math.isfinite(all_) else "nothing above zero"
-            raise CamError(f"layer {layer!r} has {found}: there is nothing to factorize; choose one behind a ReLU")
+        if not math.isfinite(all_):
+            raise CamError(
+                f"layer {layer!r} has NaN or infinite values, which have no factors: choose an earlier layer, or find "
+                "the operation that makes them"
+            )
+        if not kept > 0:
+            raise CamError(f"layer {layer!r} has nothing above zero: there is nothing to factorize; choose one behind a ReLU")
         if kept < 0.99 * all_:
             warn(
                 f"{1 - kept / all_:.0%} of the activation's energy at layer {layer!r} is below zero and left out: concepts are "

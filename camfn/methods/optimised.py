@@ -137,6 +137,10 @@ def _weights(
 
     weights = in_chunks(Kernel(found, False), rows, torch.arange(n * targets, device=device), room, tick)
     if not _compat.transformed() and not bool(torch.isfinite(weights).all()):
+        if not bool(torch.isfinite(part.values).all()):
+            raise CamError(
+                "the layer's output has NaN or infinite values: opti_cam has no mask of them; choose an earlier layer"
+            )
         raise CamError("opti_cam came to scores that are not finite: a smaller rate=, or another target, may do")
     return weights.reshape(n, targets, c)
 

@@ -204,7 +204,7 @@ def drawn(
         shaped.append(_on_grid(rectified.unflatten(-1, grid), subject, len(grid), drawing))
     maps = tuple(m[:, 0] for m in shaped) if score.single else tuple(shaped)
     names = subject.layers or ("",)  # of no layer: the map is of the input
-    findings = () if _compat.transformed() else about_maps(signed, names, drawing.relu)
+    findings = () if _compat.transformed() else about_maps(signed, names, drawing.relu, subject.seen)
     result = maps if subject.several else maps[0]
     at = subject.layers, tuple(grids), score.classes, clean, score
     return Outcome(result, *at, (), subject.forwards, 0, findings)
