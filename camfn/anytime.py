@@ -13,6 +13,7 @@ from camfn._errors import CamError
 from camfn._types import Scores
 from camfn.masks import Variation, unit
 from camfn.precision import in_dtype, quietly, refine
+from camfn.scaling import size_of
 from camfn.scoring import Plan, Scoring, Swept, scorer, scores_of
 
 Order = Literal["predicted", "std", "max", "gradient"]
@@ -176,7 +177,11 @@ def _ranked(
 ) -> tuple[Tensor, Scores, None]:
     """The first channels in a published order; the others have no weight, as published."""
     values = todo.read.values
-    rank = {"std": values.std(-1, unbiased=False), "max": values.amax(-1), "gradient": slopes.mean(-1).sum(1)}
+    rank = {
+        "std": (values / size_of(values, (1, 2))).std(-1, unbiased=False),
+        "max": values.amax(-1),
+        "gradient": slopes.mean(-1).sum(1),
+    }
     order = torch.where(todo.flat, -torch.inf, rank[limits.order]).argsort(1, descending=True)
     place = order.argsort(1)
     chosen = (place < torch.tensor(_most(todo, limits), device=place.device)[:, None]) & ~todo.flat

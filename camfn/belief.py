@@ -19,6 +19,7 @@ from torch import Tensor
 
 from camfn import maps
 from camfn._types import Activations, Scores
+from camfn.scaling import size_of
 
 _SLOPE = (1.0, -0.15, 0.4)  # prior mean in the features. These constants are those of the largest marginal likelihood of swept
 _LINEAR = 0.05  # variance of each slope.                 scores; halves of the photos and each network alone agree on them
@@ -169,6 +170,8 @@ def shrunk(drawn: Tensor, swept: Tensor, values: Activations, total: int, seed: 
     together, which independent draws are not.
     """
     count, done = swept.sum(1).clamp(min=1)[:, None, None], len(drawn)
+    size = size_of(drawn, (0, 1, 2, 3))[0]  # of which variances are taken
+    drawn = drawn / size
     mean = drawn.mean(0)
 
     def average(of: Tensor) -> Tensor:
@@ -180,8 +183,8 @@ def shrunk(drawn: Tensor, swept: Tensor, values: Activations, total: int, seed: 
     signal = (between - noise / done).clamp(min=0)
     wanted, seen = signal + noise / total, signal + noise / done
     factor = torch.where(seen > 0, wanted / seen, 1)
-    scores = centre + factor * (mean - centre)
-    left = (wanted * (1 - factor)).clamp(min=0).sqrt() * swept[..., None]
+    scores = (centre + factor * (mean - centre)) * size
+    left = (wanted * (1 - factor)).clamp(min=0).sqrt() * swept[..., None] * size
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(_DRAWS, mean.shape[1], generator=generator, dtype=torch.float64).to(mean)
     error = torch.stack([_spread_of(s, d, a, normal) for s, d, a in zip(scores, left, values.to(mean.dtype))])

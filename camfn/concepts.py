@@ -1,5 +1,6 @@
 """What a layer's activation is made of: concepts, where they are, and what the model takes each of them for."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from camfn.inputs import rows_of
 from camfn.methods.activation import Seen, look_at
 from camfn.methods.table import checked_size
 from camfn.prepare import prepares
+from camfn.scaling import size_of
 from camfn.subject import without_graph
 from camfn.targets import rows_at, score_rows
 
@@ -77,13 +79,16 @@ def factorize(
     with _compat.unnarrowed(), without_graph():
         seen = look_at(model, layer, x, target, state, layout)
         (part,) = seen.reads
-        values = _above_zero(part.values, concepts, seen.subject.layers[0])
+        # In units of its size, so that no square leaves the range of the dtype.
+        own = part.values.to(wide(part.values.dtype))
+        scale = size_of(own, (0, 1, 2))
+        values = _above_zero(own / scale, concepts, seen.subject.layers[0])
         left, right = nmf.factors(values, concepts, steps)
         peaks = right.amax(-1)
         found = (
             (right / torch.where(peaks > 0, peaks, 1)[:, None]).unflatten(-1, (len(part.values), *part.grid)).transpose(0, 1)
         )
-        vectors = (left * peaks).mT
+        vectors = (left * peaks).mT * scale[0]
         sides = checked_size(size, seen.subject.x, seen.subject.key, len(part.grid))
         shown = found if sides is None else maps.resize(found, sides)
         error = (values - left @ right).norm() / values.norm()
@@ -93,7 +98,7 @@ def factorize(
 
 def _above_zero(activation: Tensor, concepts: int, layer: str) -> Tensor:
     """`(c, n p)`, checked."""
-    values = activation.to(wide(activation.dtype)).transpose(0, 1).flatten(1)
+    values = activation.transpose(0, 1).flatten(1)
     if isinstance(concepts, bool) or not isinstance(concepts, int) or not 0 < concepts <= min(values.shape):
         raise CamError(
             f"concepts={concepts!r} must be a number from 1 to {min(values.shape)}: layer {layer!r} has {values.shape[0]} "
@@ -102,9 +107,13 @@ def _above_zero(activation: Tensor, concepts: int, layer: str) -> Tensor:
     above = torch.relu(values)
     if not _compat.transformed():
         all_, kept = (float(each.square().sum()) for each in (values, above))
-        if not 0 < kept < float("inf"):
-            found = "nothing above zero" if kept == 0 else "values that are not finite, or too large to square"
-            raise CamError(f"layer {layer!r} has {found}: there is nothing to factorize; choose one behind a ReLU")
+        if not math.isfinite(all_):
+            raise CamError(
+                f"layer {layer!r} has NaN or infinite values, which have no factors: choose an earlier layer, or find "
+                "the operation that makes them"
+            )
+        if not kept > 0:
+            raise CamError(f"layer {layer!r} has nothing above zero: there is nothing to factorize; choose one behind a ReLU")
         if kept < 0.99 * all_:
             warn(
                 f"{1 - kept / all_:.0%} of the activation's energy at layer {layer!r} is below zero and left out: concepts are "

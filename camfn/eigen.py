@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camfn import _compat
+from camfn.scaling import size_of
 
 Sign = Literal["sum", "peak"]
 Kernel = Literal["sigmoid", "rbf", "poly", "linear"]
@@ -48,15 +49,23 @@ def first(values: Float[Tensor, "*b c p"], sign: Sign = "sum") -> First:
     return First(turn * scores, turn * loadings)
 
 
-def kernel_first(values: Float[Tensor, "*b c p"], kernel: Kernel, gamma: float | None) -> Float[Tensor, "*b p"]:
+def kernel_first(
+    values: Float[Tensor, "*b c p"], kernel: Kernel, gamma: float | None, *, unit: bool = False
+) -> Float[Tensor, "*b p"]:
     """The first kernel principal component of the positions: `sqrt(l) a`, of the largest eigenvalue l of the centred matrix
     `k(x_p, x_q)`. What is largest in size is positive.
 
     `gamma` is 1/c for `None`. A constant in a kernel is taken out by the centring, and left out here: then small values keep
-    their digits, and equal ones have exactly nothing.
+    their digits, and equal ones have exactly nothing. `unit`: a positive multiple, which is finite where the component itself
+    (a cube of the values, of the kernel `"poly"`) has no number.
     """
     gamma = 1 / values.shape[-2] if gamma is None else gamma
-    matrix = KERNELS[kernel](values.mT @ values, gamma)
+    own = size_of(values, (-2, -1))
+    values = values / own
+    # A kernel of smaller values is linear, to rounding: it is taken of these, where it has its digits, and scaled down.
+    linear = math.sqrt(torch.finfo(values.dtype).eps / (32 * values.shape[-2] * gamma))
+    size = own if kernel == "linear" else own.clamp(min=2.0 ** min(100, max(-100, math.floor(math.log2(linear)))))
+    matrix, factor = KERNELS[kernel](values.mT @ values, gamma, size)
     rows = matrix.mean(-1, keepdim=True)
     matrix = matrix - rows - rows.mT + rows.mean(-2, keepdim=True)
     vector = top(matrix)
@@ -64,27 +73,33 @@ def kernel_first(values: Float[Tensor, "*b c p"], kernel: Kernel, gamma: float |
     none = value <= 0  # of zeros; a kernel that grows with x.y has a positive eigenvalue else
     scores = torch.where(none, 0, torch.where(none, 1, value).sqrt() * vector)
     sums = values.detach().sum(-2)
-    size = (sums.square().sum(-1) * scores.detach().square().sum(-1)).sqrt()
-    return orientation((sums * scores).sum(-1) / torch.where(size == 0, 1, size), scores, "peak") * scores
+    length = (sums.square().sum(-1) * scores.detach().square().sum(-1)).sqrt()
+    scores = orientation((sums * scores).sum(-1) / torch.where(length == 0, 1, length), scores, "peak") * scores
+    return scores if unit else scores * factor[..., 0] * (own / size)[..., 0]
 
 
-def _sigmoid(gram: Tensor, gamma: float) -> Tensor:
+def _sigmoid(gram: Tensor, gamma: float, size: Tensor) -> tuple[Tensor, Tensor]:
     """`tanh(g + 1) - tanh(1)`"""
-    return torch.tanh(gamma * gram) * (1 - math.tanh(1) * torch.tanh(gamma * gram + 1))
+    gram = gamma * gram * size * size  # in this order: the square of a size has no number, or is 0
+    return torch.tanh(gram) * (1 - math.tanh(1) * torch.tanh(gram + 1)), torch.ones_like(size)
 
 
-def _rbf(gram: Tensor, gamma: float) -> Tensor:
+def _rbf(gram: Tensor, gamma: float, size: Tensor) -> tuple[Tensor, Tensor]:
     """`exp(-gamma |x - y|^2) - 1`"""
     square = gram.diagonal(dim1=-2, dim2=-1)
-    return torch.expm1(-gamma * (square[..., None] + square[..., None, :] - 2 * gram))
+    apart = (square[..., None] + square[..., None, :] - 2 * gram).clamp(min=0)  # rounding, times the square of a size
+    return torch.expm1(-gamma * apart * size * size), torch.ones_like(size)
 
 
-def _poly(gram: Tensor, gamma: float) -> Tensor:
-    """`(g + 1)^3 - 1`"""
-    return gamma * gram * ((gamma * gram) ** 2 + 3 * gamma * gram + 3)
+def _poly(gram: Tensor, gamma: float, size: Tensor) -> tuple[Tensor, Tensor]:
+    """`(g + 1)^3 - 1`, less the power of the size that is largest in it."""
+    gram, below, above = gamma * gram, size.clamp(max=1), size.clamp(min=1)
+    cubic = (gram * below**2) ** 2 + 3 * gram * below**2 / above**2 + 3 / above**4
+    return gram * cubic, below * above**3
 
 
-KERNELS = {"sigmoid": _sigmoid, "rbf": _rbf, "poly": _poly, "linear": lambda gram, gamma: gram}
+KERNELS = {"sigmoid": _sigmoid, "rbf": _rbf, "poly": _poly, "linear": lambda gram, gamma, size: (gram, size)}
+"""From the products of values in units of `size`, a multiple of the kernel's matrix, and the root of the factor left out."""
 
 
 def orientation(along: Float[Tensor, "*b"], scores: Float[Tensor, "*b p"], sign: Sign = "sum") -> Float[Tensor, "*b 1"]:

@@ -10,6 +10,7 @@ from camfn._types import Activations, FlatMaps, Gradients, Weights
 from camfn.maps import is_flat
 
 Kind = Literal[
+    "non-finite map",
     "flat map",
     "negative map",
     "non-finite channels",
@@ -31,12 +32,21 @@ class Finding(NamedTuple):
     sentence: str
 
 
-def about_maps(signed: Sequence[FlatMaps], layers: Sequence[str], relu: bool) -> tuple[Finding, ...]:
-    """Maps that are one value, or nowhere positive; the values are read once. The layer of a map without one is ""."""
-    facts = torch.stack([torch.stack([is_flat(m.amin(-1), m.amax(-1), m.dtype), m.amax(-1) <= 0]) for m in signed])
+def about_maps(
+    signed: Sequence[FlatMaps], layers: Sequence[str], relu: bool, seen: Sequence[Tensor] = ()
+) -> tuple[Finding, ...]:
+    """Maps that are not finite, one value, or nowhere positive, and layers whose output is not finite.
+
+    The values are read once. The layer of a map without one is "", and there `seen`, the layers' outputs, is empty.
+    """
+    pairs = zip(signed, seen or (None,) * len(signed))
+    facts = torch.stack([torch.stack(_facts(*pair)) for pair in pairs])
     found = []
-    for name, (flat, negative) in zip(layers, facts.cpu()):
+    for name, (wild, flat, negative, source) in zip(layers, facts.cpu()):
         place = f" at layer {name!r}" if name else ""
+        if wild.any() or source.any():
+            sentence = _not_finite(int(wild.sum()), wild.numel(), name, bool(source.any()))
+            found.append(Finding("non-finite map", name, float(wild.float().mean()), sentence))
         if flat.any():
             sentence = (
                 f"{int(flat.sum())} of {flat.numel()} maps{place} are flat: every position has the same value, "
@@ -51,6 +61,26 @@ def about_maps(signed: Sequence[FlatMaps], layers: Sequence[str], relu: bool) ->
             )
             found.append(Finding("negative map", name, float(below.float().mean()), sentence))
     return tuple(found)
+
+
+def _facts(signed: FlatMaps, activation: Tensor | None) -> tuple[Tensor, ...]:
+    """Of each map: is it not finite, flat, nowhere positive; and of its layer's output: is it not finite?"""
+    low, high = signed.amin(-1), signed.amax(-1)  # NaN where one value is
+    wild = ~(torch.isfinite(low) & torch.isfinite(high))
+    source = torch.zeros_like(wild)
+    if activation is not None and activation.is_floating_point():
+        source = source | ~torch.isfinite(torch.stack(activation.detach().aminmax())).all()
+    return wild, is_flat(low, high, signed.dtype) & ~wild, (high <= 0) & ~wild, source
+
+
+def _not_finite(count: int, of: int, layer: str, source: bool) -> str:
+    way_out = "choose an earlier layer, or find the operation that makes them"
+    if not count:
+        return f"layer {layer!r} has NaN or infinite values that the maps do not show: {way_out}"
+    maps = f"{count} of {of} maps{f' at layer {layer!r}' if layer else ''} are not finite"
+    if source:
+        return f"{maps}: the layer's output has NaN or infinite values; {way_out}"
+    return f"{maps}{', though the layer is' if layer else ''}: a gradient or a product overflows; try float64 for model and x"
 
 
 def about_weights(weights: Sequence[Weights], layers: Sequence[str]) -> tuple[Finding, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from camfn._types import Attentions, Relevances, wide
+from camfn.scaling import size_of
 
 
 def readers(gradient: Attentions) -> Relevances:
@@ -43,11 +44,19 @@ def rollout(seen: Sequence[Attentions], row: Relevances) -> Relevances:
     return row
 
 
-def gradient_attention(seen: Sequence[Attentions], gradients: Sequence[Attentions], row: Relevances) -> Relevances:
-    """`row R`; from `R = I`, layer by layer, `R += mean_h relu(G_l A_l) R` (Chefer et al., ICCV 2021, eq. 5 and 6)."""
+def gradient_attention(
+    seen: Sequence[Attentions], gradients: Sequence[Attentions], row: Relevances, *, unit: bool = False
+) -> Relevances:
+    """`row R`; from `R = I`, layer by layer, `R += mean_h relu(G_l A_l) R` (Chefer et al., ICCV 2021, eq. 5 and 6).
+
+    `unit`: a positive multiple of it, which is finite where the product over layers has no number.
+    """
+    total = torch.ones_like(row[:, :1])
     for attention, gradient in zip(reversed(seen), reversed(gradients)):
         row = row + _times(row, torch.relu(gradient.to(row.dtype) * attention.to(row.dtype)).mean(1))
-    return row
+        size = size_of(row, -1)
+        row, total = row / size, total * size
+    return row if unit else row * total
 
 
 def legrad(gradients: Sequence[Attentions]) -> Relevances:

@@ -127,6 +127,8 @@ def _raise_nonfinite(subject: Subject, runner: Runner, rule: Rule, index: Tensor
     where = first_nonfinite(subject.model, subject.state, x)
     if runner.dtype is not None:
         where = f"the sweep runs in {runner.dtype}, which may be too narrow for this model: leave Sweep(dtype=) out"
+    if not bool(torch.isfinite(rows["channel"]).all()):
+        where = "the mask itself has NaN or infinite values, which the layer gave: choose an earlier layer"
     mask = "channel" if rule.form in ("recipe", "tanh") else "mask"
     raise CamError(f"the score of image {image} masked by {mask} {channel} is not finite; {where}")
 

@@ -1,12 +1,13 @@
 """One pure function per formula: how much each channel counts. Tensors only, no spatial axis is named."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from camfn._types import Activations, Gradients, Scores, Weights, wide
+from camfn.scaling import size_of, unit
 
 Alphas = Literal["paper", "authors"]
 Variant = Literal["+", "-", "+-"]
@@ -44,7 +45,7 @@ def far_above(activations: Activations, k: float) -> Activations:
     >>> far_above(torch.tensor([[[0.0, 0.0, 0.0, 0.0, 5.0]]]), 1.9).tolist()
     [[[0.0, 0.0, 0.0, 0.0, 1.0]]]
     """
-    values = activations.detach().to(wide(activations.dtype))
+    values = unit(activations.detach().to(wide(activations.dtype)), -1)
     off = values - values.mean(-1, keepdim=True)
     sigma = off.square().mean(-1, keepdim=True).sqrt()
     # One position alone above zero is sqrt(p - 1) deviations above the mean: with five, two, and rounding must not tell.
@@ -110,6 +111,28 @@ def contributions(multipliers: Gradients, activations: Activations) -> Weights:
     return (multipliers * activations[:, None]).sum(-1)
 
 
+class Moments(NamedTuple):
+    """Sums of the first three powers of gradients over draws, in units of `size`."""
+
+    size: Gradients  # of each gradient, the largest of its draws' powers of two; 0 where all are 0
+    first: Gradients
+    second: Gradients
+    third: Gradients
+
+
+def with_draw(held: Moments | None, gradients: Gradients) -> Moments:
+    """The moments with one more draw. The cube of 1e-15 is 0 in float32: so each gradient has its own unit."""
+    own = torch.where(gradients == 0, 0, size_of(gradients[..., None], -1)[..., 0])
+    size = own if held is None else torch.maximum(held.size, own)
+    some = torch.where(size == 0, 1, size)
+    share = gradients / some
+    powers = share, share**2, share**3
+    if held is not None:
+        grown = held.size / some
+        powers = (held.first * grown + powers[0], held.second * grown**2 + powers[1], held.third * grown**3 + powers[2])
+    return Moments(size, *powers)
+
+
 def grad_cam_pp(gradients: Gradients, activations: Activations, alphas: Alphas = "paper") -> Weights:
     """`w_k = sum_p a_kp relu(G_kp)`, `a = G^2 / (2 G^2 + S_k G^3)`, `S_k = sum_p A_kp`: Grad-CAM++, equation 19.
 
@@ -119,26 +142,29 @@ def grad_cam_pp(gradients: Gradients, activations: Activations, alphas: Alphas =
     >>> grad_cam_pp(torch.tensor([[[[1.0, 2.0, -1.0]]]]), torch.tensor([[[1.0, 0.0, 1.0]]])).tolist()
     [[[0.5833333730697632]]]
     """
-    g, total = torch.relu(gradients), _total(activations)[:, None, :, None]
-    # Where G > 0, the only places that count, alpha is 1 / (2 + S G): a cube of small gradients would be 0.
-    below = 2 + total * g
+    size = size_of(gradients, -1)
+    g, total = torch.relu(gradients / size), _total(activations)[:, None, :, None]
+    # Where G > 0, the only places that count, alpha is 1 / (2 + S G): a cube of small gradients would be 0. With G in units
+    # of a channel's size so is alpha, in units of one over it, and S G stays within the dtype.
+    below = 2 / size + total * g
     # Where the denominator is not positive, alpha is 0. S can be negative, of which the paper does not speak: the exponential
     # that equation 19 comes from has no such derivatives there. pytorch-grad-cam keeps the alpha, of the other sign.
     counts = (below > 0) & (g > 0)
     alpha = torch.where(counts, 1 / torch.where(counts, below, 1), 0)
     if alphas == "authors":
-        alpha = alpha / torch.where(counts.any(-1), alpha.sum(-1), 1)[..., None]
+        alpha = alpha / torch.where(counts.any(-1), alpha.sum(-1), 1)[..., None] * size
     return (alpha * g).sum(-1)
 
 
-def smooth_grad_cam_pp(means: Float[Tensor, "3 n t c p"], activations: Activations) -> Weights:
+def smooth_grad_cam_pp(moments: Moments, draws: int, activations: Activations) -> Weights:
     """`w_k = sum_p a_kp relu(D1_kp)`, `a = D2 / (2 D2 + S_k D3)`; D1, D2, D3 are means of G, G^2, G^3 over noisy inputs.
 
     Smooth Grad-CAM++ (Omeiza et al., 2019). The paper prints D1 as the numerator of alpha; without noise that would not be
     Grad-CAM++. D2 stands here, as in torchcam.
     """
-    first, second, third = means.unbind(0)
-    below = 2 * second + _total(activations)[:, None, :, None] * third
+    first, second, third = (total / draws for total in moments[1:])
+    # In units of the size z of each gradient: a is alpha / z, and D1 is z times `first`.
+    below = 2 * second / torch.where(moments.size == 0, 1, moments.size) + _total(activations)[:, None, :, None] * third
     counts = below > 0
     alpha = torch.where(counts, second / torch.where(counts, below, 1), 0)
     return (alpha * torch.relu(first)).sum(-1)
@@ -151,11 +177,12 @@ def xgrad_cam(gradients: Gradients, activations: Activations) -> Weights:
     >>> xgrad_cam(torch.tensor([[[[1.0, 3.0], [1.0, 1.0]]]]), torch.tensor([[[2.0, 2.0], [1.0, -1.0]]])).tolist()
     [[[2.0, 0.0]]]
     """
-    total, size = _total(activations), _total(activations.abs())
+    values = unit(activations.to(wide(activations.dtype)), -1)  # by which the quotient does not change
+    total, size = values.sum(-1), values.abs().sum(-1)
     # The paper's A comes out of a ReLU, and sums to zero only where it is zero. Of other layers a sum that cancels means
     # nothing.
     none = total.abs() <= 4 * torch.finfo(activations.dtype).eps * size
-    weighed = (gradients * activations[:, None]).sum(-1)
+    weighed = (gradients * values[:, None]).sum(-1)
     return torch.where(none[:, None], 0, weighed / torch.where(none, 1, total)[:, None])
 
 

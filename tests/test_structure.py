@@ -15,7 +15,7 @@ PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
     *("_errors", "_types", "_compat", "_paths", "draws", "guard", "shell", "prepare", "ports", "capture", "inputs"),
-    *("eigen", "nmf", "maps"),
+    *("scaling", "eigen", "nmf", "maps"),
     *("findings", "metrics", "layouts"),
     *(
         "targets.scores",

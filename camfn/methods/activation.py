@@ -71,7 +71,7 @@ def cam(
     matrix = matrix_of(subject.shell, subject.state, name)
     found = (at_columns(score, matrix),)  # of a class: its row
     drawing = Drawing(relu, size, normalize, checked_combine(combine))
-    outcome = drawn(subject, score, clean, combined(found, reads, combine), [reads[0].grid], drawing)
+    outcome = drawn(subject, score, clean, combined(found, reads, drawing), [reads[0].grid], drawing)
     return outcome._replace(weights=found)
 
 
@@ -223,7 +223,7 @@ def look_at(model: nn.Module, layer: Layers, x: Inputs, target: Target, state: S
 
 def alike_weighed(seen: Seen, found: Sequence[Float[Tensor, "n c"]], summed: Sequence[Read], drawing: Drawing) -> Outcome:
     """The maps of weights that are the same for all targets."""
-    signed = combined([each[:, None] for each in found], summed, drawing.combine)
+    signed = combined([each[:, None] for each in found], summed, drawing)
     return alike(seen, [part[:, 0] for part in signed], found, drawing)
 
 

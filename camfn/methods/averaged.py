@@ -17,6 +17,7 @@ from camfn.masks import check_noise, noises
 from camfn.memory import is_exhausted
 from camfn.methods.graded import Graded, grade, seen_of, weighed
 from camfn.methods.table import Drawing, Outcome, checked_combine, drawn, method, read, slopes_at, stacked
+from camfn.scaling import size_of
 from camfn.subject import again, look, without_graph
 from camfn.targets import resolve
 
@@ -74,12 +75,12 @@ def smooth_grad_cam_pp(
     with without_graph():
         seen = seen_of(look(model, layer, x, state, masked, masks=True), target, layout)
         subject, score, clean, reads, _ = seen
-        powers: list[Any] = [0] * len(reads)
+        held: list[Any] = [None] * len(reads)
         for noise in noises(num_samples, std, seed, subject.image[0]):
             noisy = again(subject, subject.image + noise.to(subject.image.dtype))
             slopes = slopes_at(noisy, score, layout)
-            powers = [sums + torch.stack([slope, slope**2, slope**3]) for sums, slope in zip(powers, slopes)]
-        found = [weights.smooth_grad_cam_pp(sums / num_samples, part.values) for sums, part in zip(powers, reads)]
+            held = [weights.with_draw(*pair) for pair in zip(held, slopes)]
+        found = [weights.smooth_grad_cam_pp(each, num_samples, part.values) for each, part in zip(held, reads)]
         outcome = weighed(seen, found, Drawing(relu, size, normalize, checked_combine(combine)))
     forwards = subject.forwards + num_samples * subject.n
     return outcome._replace(forwards=forwards, backwards=num_samples * clean.numel())
@@ -132,8 +133,9 @@ def cameras(
         others = [_at(own, factor) for factor in factors]
         shares = _shares(own, others, target)
         side: Any = own.subject.size
-        signed = [_product([own, *others], i, shares, side) for i in range(len(own.reads))]
-        outcome = drawn(own.subject, own.score, own.clean, signed, [side] * len(signed), Drawing(relu, size, normalize))
+        drawing, every = Drawing(relu, size, normalize), [own, *others]
+        signed = [_product(_within(every, i, drawing), i, shares, side) for i in range(len(own.reads))]
+        outcome = drawn(own.subject, own.score, own.clean, signed, [side] * len(signed), drawing)
     forwards = outcome.forwards + len(others) * own.subject.n
     return outcome._replace(forwards=forwards, backwards=(1 + len(others)) * own.clean.numel())
 
@@ -172,6 +174,16 @@ def _shares(own: Graded, others: Sequence[Graded], target: Target) -> Tensor:
         best = [resolve(None, other.subject.output, len(own.clean), own.clean.device).rows for other in others]
         kept = torch.stack([rows[:, 0] == own.score.rows[:, 0] for rows in (own.score.rows, *best)]).to(kept.dtype)
     return kept / kept.sum(0)
+
+
+def _within(graded: Sequence[Graded], layer: int, drawing: Drawing) -> list[Graded]:
+    """With a layer's gradients, at all sizes, up to one positive factor for each map, where that is normalised anyway."""
+    if not drawing.normalize:
+        return list(graded)
+    size = torch.stack([size_of(part.slopes[layer], (2, 3)) for part in graded]).amax(0)
+    return [
+        part._replace(slopes=[slope / size if i == layer else slope for i, slope in enumerate(part.slopes)]) for part in graded
+    ]
 
 
 def _product(graded: Sequence[Graded], layer: int, shares: Tensor, size: Sequence[int]) -> FlatMaps:

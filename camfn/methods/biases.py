@@ -16,6 +16,7 @@ from camfn.findings import Finding
 from camfn.gradients import Pull, slopes_of, with_pull
 from camfn.inputs import pick, with_input
 from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, without_layer
+from camfn.scaling import size_of
 from camfn.subject import Subject, introduced, without_graph
 from camfn.targets import resolve
 
@@ -146,24 +147,37 @@ def _joined(parts: Parts, slopes: dict[int, Tensor], form: Form) -> tuple[Tensor
     """The map of one target, and what all its parts sum to in each image."""
     image, side = parts.subject.image, parts.subject.image.shape[2:]
     peer = form == "pytorch-grad-cam"
-    product = image.to(wide(image.dtype)) * slopes[0]
-    joined, total = _maps.saliency(product, side, each=peer, align_corners=not peer), product.flatten(1).sum(1)
+    product, size = _product(slopes[0], image)
+    joined, total = _maps.saliency(product, side, each=peer, align_corners=not peer), _sum(product, size)
     for i, bias in enumerate(parts.biases, 1):
-        product = slopes[i] * bias.along(slopes[i])
+        product, size = _product(slopes[i], bias.along(slopes[i]))
         if len(product) == len(image):  # else it is of windows, or has its tokens first: whose is which cannot be told
-            total = total + product.flatten(1).sum(1)
+            total = total + _sum(product, size)
             if product.ndim == image.ndim and not (peer and bias.last):
                 part = product.movedim(-1, 1) if bias.last else product
                 joined = joined + _maps.saliency(part, side, each=peer, align_corners=not peer)
     return joined, total
 
 
+def _product(slopes: Tensor, other: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A gradient times what is added, each in units of its size; saliency is the same in any. And the two sizes."""
+    other = other.to(wide(other.dtype))
+    sizes = size_of(slopes, tuple(range(1, slopes.ndim))), size_of(other, tuple(range(other.ndim)))
+    return slopes / sizes[0] * (other / sizes[1]), sizes
+
+
+def _sum(product: Tensor, sizes: tuple[Tensor, Tensor]) -> Tensor:
+    first, second = (size.flatten() for size in sizes)
+    return product.flatten(1).sum(1) * first * second
+
+
 def _left_out(clean: Tensor, total: Tensor) -> tuple[Finding, ...]:
     """What is to be said where the parts do not sum to the score."""
     if _compat.transformed():
         return ()
-    worst = float(((clean - total).abs() / torch.maximum(clean.abs(), total.abs()).clamp(min=1e-30)).max())
-    if worst < 0.01:
+    larger = torch.maximum(clean.abs(), total.abs())
+    worst = float(((clean - total).abs() / torch.where(larger == 0, 1, larger)).max())
+    if not worst >= 0.01:  # of parts whose sum has no number, nothing is known
         return ()
     sentence = (
         f"full_grad's parts differ from the score by up to {worst:.0%} of the larger: the network has layers whose bias varies "

@@ -11,7 +11,7 @@ from camfn._types import FlatMaps, Inputs, Layers, Layout, Size, State, Target, 
 from camfn.eigen import Kernel
 from camfn.methods.activation import alike, look_at
 from camfn.methods.gradient import Graded, grade
-from camfn.methods.table import Drawing, Outcome, drawn, method
+from camfn.methods.table import Drawing, Outcome, drawn, method, within
 
 
 @method("activations", cost="1")
@@ -105,7 +105,7 @@ def kpca_cam(
         raise CamError(f"gamma must be None or a finite number above 0, found {gamma!r}")
     seen, drawing = look_at(model, layer, x, target, state, layout), Drawing(relu, size, normalize)
     values = [maps.centered(part.values, part.values.dtype) for part in seen.reads]
-    return alike(seen, [eigen.kernel_first(each, kernel, gamma) for each in values], [], drawing)
+    return alike(seen, [eigen.kernel_first(each, kernel, gamma, unit=normalize) for each in values], [], drawing)
 
 
 @method("activations", "gradients", cost="1, 1 backward")
@@ -141,9 +141,9 @@ def eigen_grad_cam(
     Muhammad & Yeasin, Eigen-CAM, IJCNN 2020 (arXiv 2008.00299), with the gradient as in pytorch-grad-cam's `EigenGradCAM`.
     """
     graded = grade(model, layer, x, target, state, layout)
-    pairs = zip(graded.slopes, graded.reads)
-    signed = [maps.component(slopes, part.values, center=center) for slopes, part in pairs]
-    return _of_gradients(graded, signed, Drawing(relu, size, normalize))
+    pairs, drawing = zip(graded.slopes, graded.reads), Drawing(relu, size, normalize)
+    signed = [maps.component(within(slopes, drawing), part.values, center=center) for slopes, part in pairs]
+    return _of_gradients(graded, signed, drawing)
 
 
 @method("activations", "gradients", cost="1, 1 backward")
@@ -180,9 +180,10 @@ def seg_eigen_cam(
     Chung & Ying, Seg-Eigen-CAM, Applied Sciences 2025 (doi 10.3390/app15137562). pytorch-grad-cam's `SegEigenCAM`.
     """
     graded = grade(model, layer, x, target, state, layout)
-    pairs = zip(graded.slopes, graded.reads)
-    signed = [maps.component(slopes.abs(), part.values, center=center, sign="peak") for slopes, part in pairs]
-    return _of_gradients(graded, signed, Drawing(relu, size, normalize))
+    pairs, drawing = zip(graded.slopes, graded.reads), Drawing(relu, size, normalize)
+    weights = ((within(slopes, drawing).abs(), part) for slopes, part in pairs)
+    signed = [maps.component(sizes, part.values, center=center, sign="peak") for sizes, part in weights]
+    return _of_gradients(graded, signed, drawing)
 
 
 def _of_gradients(graded: Graded, signed: Sequence[FlatMaps], drawing: Drawing) -> Outcome:

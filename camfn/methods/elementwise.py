@@ -11,7 +11,7 @@ from camfn import weights
 from camfn._errors import CamError
 from camfn._types import Combine, Gradients, Inputs, Layers, Layout, Size, State, Target
 from camfn.methods.graded import Graded, grade, weighed
-from camfn.methods.table import Drawing, Outcome, checked_combine, checked_size, method
+from camfn.methods.table import Drawing, Outcome, checked_combine, checked_size, method, within
 
 Fuse = Literal["paper", "torchcam"]
 
@@ -145,14 +145,15 @@ def _fused(graded: Graded, found: list[Gradients], how: Fuse, drawing: Drawing) 
         raise CamError(f"fuse={how!r} joins the maps of several layers, after their ReLU; found {len(grids)}, {drawing.relu=}")
     if any(after > before for grid, deeper in itertools.pairwise(grids) for before, after in zip(grid, deeper)):
         raise CamError(f"fuse={how!r} takes layers from shallow to deep; found grids {', '.join(map(str, grids))}")
-    outcome = weighed(graded, found, drawing._replace(size=None, normalize=False))
+    scaled = [within(each, drawing._replace(normalize=True)) for each in found]  # each map is scaled before they are fused
+    outcome = weighed(graded, scaled, drawing._replace(size=None, normalize=False))._replace(weights=tuple(found))
     axes = len(grids[0])
     if how == "torchcam":
-        scaled = [torch.tanh(2 * _maps.normalize(each, tuple(range(-axes, 0)))) for each in outcome.maps]
+        shown = [torch.tanh(2 * _maps.normalize(each, tuple(range(-axes, 0)))) for each in outcome.maps]
     else:
         shares = [_maps.share(each, axes) for each in outcome.maps]
         # How the deepest is scaled the paper does not say; as it is, it would not compare with what is below 1.
-        scaled = [*(torch.tanh(2 * each) for each in shares[:-1]), shares[-1]]
+        shown = [*(torch.tanh(2 * each) for each in shares[:-1]), shares[-1]]
     size = checked_size(drawing.size, subject.x, subject.key, axes) or [max(sides) for sides in zip(*grids)]
-    fused = _maps.fuse(scaled, size)
+    fused = _maps.fuse(shown, size)
     return outcome._replace(maps=_maps.normalize(fused, tuple(range(-axes, 0))) if drawing.normalize else fused)

@@ -48,5 +48,5 @@ def seen_of(subject: Subject, target: Target, layout: Layout) -> Graded:
 def weighed(graded: Graded, found: list[Weights] | list[Gradients], drawing: Drawing) -> Outcome:
     """The maps of weights of each layer: `(n, t, c)`, or `(n, t, c, p)`."""
     subject, score, clean, reads, _ = graded
-    outcome = drawn(subject, score, clean, combined(found, reads, drawing.combine), [part.grid for part in reads], drawing)
+    outcome = drawn(subject, score, clean, combined(found, reads, drawing), [part.grid for part in reads], drawing)
     return outcome._replace(weights=tuple(found), backwards=clean.numel())

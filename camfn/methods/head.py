@@ -11,9 +11,10 @@ from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target
 from camfn.execution import Sweep, checked, counter
 from camfn.layouts import Read
-from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
+from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read, within
 from camfn.perturb import Change, Scored, room_for, sweep_at
 from camfn.rescale import multipliers
+from camfn.scaling import unit
 from camfn.subject import Subject, check_slopes, look, without_graph
 from camfn.targets import Score, resolve
 
@@ -60,7 +61,8 @@ def ablation_cam(
     with without_graph():
         swept = _swept(model, layer, x, target, sweep, state, layout, _without_channel, _channels)
         found = [_drops(part, numbers, scored) for part, numbers, scored in zip(swept.reads, swept.wanted, swept.scored)]
-        outcome = _drawn(swept, combined(found, swept.reads, combine), Drawing(relu, size, normalize, checked_combine(combine)))
+        drawing = Drawing(relu, size, normalize, checked_combine(combine))
+        outcome = _drawn(swept, combined(found, swept.reads, drawing), drawing)
         return outcome._replace(weights=tuple(found))
 
 
@@ -152,12 +154,13 @@ def lift_cam(
     with without_graph():
         subject, score, clean, reads = _looked(model, layer, x, target, state, layout)
         check_slopes(subject.shell)
-        found = []
-        for name, part, activation in zip(subject.layers, reads, subject.seen):
-            slopes = [part.view(slope) for slope in multipliers(subject, name, activation, score)]
-            found.append(weights.contributions(torch.stack(slopes, 1), part.values))
         drawing = Drawing(relu, size, normalize, checked_combine(combine))
-        outcome = drawn(subject, score, clean, combined(found, reads, combine), [part.grid for part in reads], drawing)
+        found, shown = [], []
+        for name, part, activation in zip(subject.layers, reads, subject.seen):
+            slopes = torch.stack([part.view(slope) for slope in multipliers(subject, name, activation, score)], 1)
+            found.append(weights.contributions(slopes, part.values))
+            shown.append(weights.contributions(within(slopes, drawing), unit(part.values, (1, 2))) if normalize else found[-1])
+        outcome = drawn(subject, score, clean, combined(shown, reads, drawing), [part.grid for part in reads], drawing)
         heads = 2 * subject.n * len(reads)  # the activation and the zeros
         return outcome._replace(weights=tuple(found), backwards=clean.numel() * len(reads), heads=heads)
 

@@ -232,7 +232,7 @@ def _swept(
         ways = [partial(_sweep, slopes=slope, limits=limits) for slope in slopes]
         swept = sweep_layers(subject, score, plans, ways, rows, variation, sweep)
         found, errors = tuple(weigh(part.scores) for part in swept), tuple(part.error for part in swept)
-        outcome = drawn(subject, score, clean, combined(found, reads, drawing.combine), [part.grid for part in reads], drawing)
+        outcome = drawn(subject, score, clean, combined(found, reads, drawing), [part.grid for part in reads], drawing)
         forwards = outcome.forwards + sum(part.forwards for part in swept)
         backwards = clean.numel() if limits.any else 0
         return outcome._replace(weights=found, errors=errors, forwards=forwards, backwards=backwards)

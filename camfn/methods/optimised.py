@@ -19,6 +19,7 @@ from camfn.layouts import Read
 from camfn.masks import unit
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
 from camfn.runner import Room, Runner, chunk_of, runner_of
+from camfn.scaling import size_of
 from camfn.scoring import in_chunks
 from camfn.subject import Key, Subject, check_slopes, look, without_graph
 from camfn.targets import Score, resolve, rows_at, score_rows
@@ -92,7 +93,7 @@ def opti_cam(
         ]
         tick(None)
         room.tell()
-        outcome = drawn(subject, score, clean, combined(found, reads, combine), [part.grid for part in reads], drawing)
+        outcome = drawn(subject, score, clean, combined(found, reads, drawing), [part.grid for part in reads], drawing)
         total = outcome.forwards + forwards
         return outcome._replace(weights=tuple(found), forwards=total, backwards=forwards)
 
@@ -135,6 +136,10 @@ def _weights(
 
     weights = in_chunks(Kernel(found, False), rows, torch.arange(n * targets, device=device), room, tick)
     if not _compat.transformed() and not bool(torch.isfinite(weights).all()):
+        if not bool(torch.isfinite(part.values).all()):
+            raise CamError(
+                "the layer's output has NaN or infinite values: opti_cam has no mask of them; choose an earlier layer"
+            )
         raise CamError("opti_cam came to scores that are not finite: a smaller rate=, or another target, may do")
     return weights.reshape(n, targets, c)
 
@@ -163,13 +168,16 @@ def _scores(subject: Subject, runner: Runner, score: Score, image: Tensor, maske
 
 def ascend(slope: Callable[[Tensor], Tensor], u: Tensor, steps: int, rate: float) -> Tensor:
     """So many steps of Adam (Kingma & Ba, 2014) from `u` up the slope, `torch.optim.Adam`'s but for its sign."""
-    memory, squares = torch.zeros_like(u), torch.zeros_like(u)
+    memory, squares, size = torch.zeros_like(u), torch.zeros_like(u), torch.ones_like(u)
     for step in range(1, steps + 1):
         g = slope(u)
         memory = _MEMORY * memory + (1 - _MEMORY) * g
-        squares = _SQUARES * squares + (1 - _SQUARES) * g.square()
-        size = squares / (1 - _SQUARES**step)
+        # In units of the largest slope so far, from 1 on: its square may have no number. What is far below 1 is as nothing
+        # beside `_EPS`.
+        before, size = size, torch.maximum(size, size_of(g[..., None], -1)[..., 0])
+        squares = _SQUARES * squares * (before / size).square() + (1 - _SQUARES) * (g / size).square()
+        mean = squares / (1 - _SQUARES**step)
         # The inner `where`: the root of zero, where a channel has no part, has no derivative.
-        root = torch.where(size > 0, torch.where(size > 0, size, 1).sqrt(), 0)
+        root = torch.where(mean > 0, torch.where(mean > 0, mean, 1).sqrt(), 0) * size
         u = u + rate / (1 - _MEMORY**step) * memory / (root + _EPS)
     return u

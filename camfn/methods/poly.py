@@ -83,8 +83,9 @@ def poly_cam(
         rows = [part._replace(values=_masks(part.values, dead, variant, percentile)) for part, dead in zip(reads, flat)]
         swept = sweep_in_full("poly_cam", subject, score, rows, Variation(form="given"), sweep)
         found = tuple(weights.poly_cam(part.scores, clean, dead, variant) for part, dead in zip(swept, flat))
-        signed = _refined(combined(found, reads), grids)
-        outcome = drawn(subject, score, clean, signed, grids, Drawing(relu, size, normalize))
+        drawing = Drawing(relu, size, normalize)
+        signed = _refined(combined(found, reads, drawing), grids)
+        outcome = drawn(subject, score, clean, signed, grids, drawing)
         return outcome._replace(weights=found, forwards=outcome.forwards + sum(part.forwards for part in swept))
 
 

@@ -13,7 +13,8 @@ from camfn.inputs import Key
 from camfn.layouts import Read
 from camfn.masks import Variation, gate
 from camfn.methods.sweeps import sweep_in_full
-from camfn.methods.table import Drawing, Outcome, checked_size, clean_scores, drawn, method, read, slopes_at
+from camfn.methods.table import Drawing, Outcome, checked_size, clean_scores, drawn, method, read, slopes_at, within
+from camfn.scaling import unit
 from camfn.subject import look, without_graph
 from camfn.targets import as_probabilities, resolve
 
@@ -101,7 +102,7 @@ def _check_groups(groups: int, percentile: float | None) -> None:
 def _group_masks(part: Read, slopes: Gradients, groups: int, percentile: float | None, size: tuple[int, ...]) -> Tensor:
     """The masks of each target's groups `(n, t, g, p)`: such that, upsampled to `size`, they begin at 0 and end at 1."""
     pieces = zip(weights.grad_cam(slopes).chunk(groups, -1), part.values.chunk(groups, 1))
-    levels = torch.relu(torch.stack([maps.combine(w, values) for w, values in pieces], 2))
+    levels = torch.relu(torch.stack([maps.combine(unit(w, -1), values) for w, values in pieces], 2))  # each is normalised
     if percentile is not None:
         bound = maps.percentile(levels, percentile)
         levels = torch.where(levels > bound, levels, 0)
@@ -163,8 +164,9 @@ def score_cam_pp(
         swept = sweep_in_full("score_cam_pp", subject, score, reads, Variation(form="tanh"), sweep)
         found = tuple(weights.score(part.scores) for part in swept)
         sizes = [checked_size(size, subject.x, subject.key, len(part.grid)) or part.grid for part in reads]
-        signed = [_gated(w, part, grid) for w, part, grid in zip(found, reads, sizes)]
-        outcome = drawn(subject, score, clean, signed, sizes, Drawing(relu, size, normalize))
+        drawing = Drawing(relu, size, normalize)
+        signed = [_gated(within(w, drawing), part, grid) for w, part, grid in zip(found, reads, sizes)]
+        outcome = drawn(subject, score, clean, signed, sizes, drawing)
         forwards = outcome.forwards + sum(part.forwards for part in swept)
         return outcome._replace(weights=found, grids=tuple(part.grid for part in reads), forwards=forwards)
 

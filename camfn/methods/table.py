@@ -20,6 +20,7 @@ from camfn.layers import clues_of
 from camfn.layouts import Read
 from camfn.prepare import prepares
 from camfn.runner import weakly
+from camfn.scaling import unit
 from camfn.subject import Subject, first_nonfinite
 from camfn.targets import Score, score_rows
 
@@ -178,10 +179,15 @@ def stacked(
     return [torch.stack(values, 1).to(wide(values[0].dtype)) for values in seen]
 
 
-def combined(found: Sequence[Weights | Gradients], reads: Sequence[Read], how: Combine = "sum") -> list[FlatMaps]:
+def within(found: Weights | Gradients, drawing: Drawing) -> Weights | Gradients:
+    """Weights up to a positive factor for each map, where that is normalised anyway: no product leaves the dtype's range."""
+    return unit(found, tuple(range(2, found.ndim))) if drawing.normalize else found
+
+
+def combined(found: Sequence[Weights | Gradients], reads: Sequence[Read], drawing: Drawing) -> list[FlatMaps]:
     """`sum_k w_k A_k` at each layer, for weights `(n, t, c)` or `(n, t, c, p)`; or the first component of `w_k A_k`."""
-    combine = _maps.combine if how == "sum" else _maps.component
-    return [combine(weights, read.values) for weights, read in zip(found, reads)]
+    combine = _maps.combine if drawing.combine == "sum" else _maps.component
+    return [combine(within(weights, drawing), read.values) for weights, read in zip(found, reads)]
 
 
 def drawn(
@@ -199,7 +205,7 @@ def drawn(
         shaped.append(_on_grid(rectified.unflatten(-1, grid), subject, len(grid), drawing))
     maps = tuple(m[:, 0] for m in shaped) if score.single else tuple(shaped)
     names = subject.layers or ("",)  # of no layer: the map is of the input
-    findings = () if _compat.transformed() else about_maps(signed, names, drawing.relu)
+    findings = () if _compat.transformed() else about_maps(signed, names, drawing.relu, subject.seen)
     result = maps if subject.several else maps[0]
     at = subject.layers, tuple(grids), score.classes, clean, score
     return Outcome(result, *at, (), subject.forwards, 0, findings)

@@ -130,7 +130,8 @@ def gradient_attention(
     first = -len(found.attention.seen)
 
     def follow(gradients: list[Tensor]) -> Relevances:
-        return relevance.gradient_attention(found.attention.seen, gradients[first:], _row(gradients[-1], query))
+        row = _row(gradients[-1], query)
+        return relevance.gradient_attention(found.attention.seen, gradients[first:], row, unit=normalize)
 
     return _of_gradients(found, follow, layout, Drawing(relu, size, normalize))
 
