@@ -26,7 +26,7 @@ ORDER = (
         "targets.detections",
         "targets",
     ),
-    *("memory", "recording"),
+    *("memory", "tape", "recording"),
     *(
         "attention",
         "linear",
