@@ -14,7 +14,8 @@ import camfn
 PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
-    *("_errors", "_types", "_compat", "_paths", "draws", "guard", "shell", "prepare", "ports", "capture", "inputs"),
+    *("_errors", "_types", "_compat", "_paths", "draws", "memory", "guard"),
+    *("shell", "restore", "prepare", "ports", "capture", "inputs"),
     *("scaling", "eigen", "nmf", "maps"),
     *("findings", "metrics", "layouts"),
     *(
@@ -26,7 +27,7 @@ ORDER = (
         "targets.detections",
         "targets",
     ),
-    *("memory", "tape", "recording"),
+    "tape", "recording",
     *(
         "attention",
         "linear",
