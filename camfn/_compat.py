@@ -93,6 +93,13 @@ def storage_id(tensor: torch.Tensor) -> Any:
     return plain.untyped_storage()._cdata if plain.layout == torch.strided else id(plain)
 
 
+def owns_memory(tensor: torch.Tensor) -> bool:
+    """Is the memory torch's own, and not NumPy's or somebody else's? On an old torch that cannot tell: yes."""
+    plain = unwrapped(tensor)
+    resizable = plain.layout == torch.strided and getattr(plain.untyped_storage(), "resizable", None)
+    return resizable() if resizable else True
+
+
 def constant(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, as a constant to the innermost gradient that is being taken, and to no other.
 

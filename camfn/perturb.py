@@ -180,28 +180,28 @@ def _by_head(site: _Site, count: int) -> Callable[[Tensor], Tensor] | None:
 
 
 def _recorded(site: _Site, x: Inputs, count: int) -> Head | None:
-    """What comes after the layer; `None` where it cannot be recorded, or does not hold for other activations."""
+    """What comes after the layer; `None` where it cannot be recorded, or may not hold for other activations."""
     subject, layer = site.sweeper.subject, site.sweeper.layer
-    value = site.restored(_checking(site, count))
+    halves = site.restored(_halved(site, count))
     try:
-        head = head_of(subject, layer, x, value, lambda head: _holds(head, site, x, count))
-        return head if _holds(head, site, x, count) else None
+        head = head_of(subject, layer, x, halves, lambda head: _holds(head, site, x, count))
+        return None if head.record.unseen else head
     except Exception as error:  # a model that makes sure of its shapes, say
         if is_exhausted(error) or isinstance(error, RefusedError):
             raise
         return None
 
 
-def _checking(site: _Site, count: int) -> Tensor:
-    """The activation itself, and beside it halves of it, which must not change what comes of it."""
-    share = torch.full((count, 1, 1), 0.5, dtype=site.activation.dtype, device=site.activation.device)
-    return site.activation * share.index_fill(0, torch.zeros_like(site.number), 1)
+def _halved(site: _Site, count: int) -> Tensor:
+    """Halves of the activation."""
+    return (site.activation / 2).expand(count, -1, -1)
 
 
 def _holds(head: Head, site: _Site, x: Inputs, count: int) -> bool:
-    """Does the activation itself give what the clean forward gave?"""
+    """Does the activation itself, with halves of it beside it, give what the clean forward gave?"""
     subject = site.sweeper.subject
-    found = _sample(head.at(subject.state, x)(site.restored(_checking(site, count))), 0, count)
+    values = torch.cat([site.activation[None], _halved(site, count - 1)])
+    found = _sample(head.at(subject.state, x)(site.restored(values)), 0, count)
     clean = _sample(subject.output, site.image, subject.n)
     return 0 < len(found) == len(clean) and all(is_close(a, b, 1000) for a, b in zip(found, clean))
 

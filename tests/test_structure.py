@@ -27,7 +27,8 @@ ORDER = (
         "targets.detections",
         "targets",
     ),
-    "tape", "recording",
+    "tape",
+    "recording",
     *(
         "attention",
         "linear",
