@@ -6,7 +6,7 @@ camfn needs torch 2.0. Every function below works there too, by the fallback bes
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
@@ -91,6 +91,14 @@ def storage_id(tensor: torch.Tensor) -> Any:
     """What identifies the memory of a tensor, of whatever shape and however wrapped by transforms."""
     plain = unwrapped(tensor)
     return plain.untyped_storage()._cdata if plain.layout == torch.strided else id(plain)
+
+
+def storages(tensors: Mapping[str, torch.Tensor]) -> dict[Any, str]:
+    """The names of tensors by what identifies their memory."""
+    if _functorch.peek_interpreter_stack() is not None:
+        return {storage_id(tensor): name for name, tensor in tensors.items()}
+    strided = torch.strided
+    return {(t.untyped_storage()._cdata if t.layout == strided else id(t)): name for name, t in tensors.items()}
 
 
 def constant(tensor: torch.Tensor) -> torch.Tensor:
