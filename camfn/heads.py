@@ -37,7 +37,7 @@ class Head(NamedTuple):
         handed = self.handed(state, x)
         return lambda value: self.unflatten(self.record.rest(value, *handed))
 
-    def handed(self, state: State, x: Inputs) -> tuple[Tensor, ...]:
+    def handed(self, state: State, x: Inputs) -> list[Tensor]:
         """What the front hands on to the rest."""
         return self.record.front(*_tensors((state, x)))
 

@@ -1,14 +1,14 @@
-"""Writing down what a function does to tensors, as graphs of aten operations: one of what a value changes, one of the rest."""
+"""Writing down what a function does to tensors, as tapes of aten operations: one of what a value changes, one of the rest."""
 
 import operator
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import functionalize
-from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -16,13 +16,14 @@ from camfn import _compat
 from camfn._errors import CamError
 from camfn.draws import TURNS, refuse_draw
 from camfn.guard import Watcher
+from camfn.tape import Operation, Tape, Value, leaves, mapped, tape
 
 
 class Record(NamedTuple):
     """A function of the state's tensors, the inputs' and a value, with what no result hangs on left out."""
 
-    front: GraphModule  # of state and inputs: all that the value does not change; gives what the rest wants of it
-    rest: GraphModule  # of the value, and of what the front gives; gives the results
+    front: Tape  # of state and inputs: all that the value does not change; gives what the rest wants of it
+    rest: Tape  # of the value, and of what the front gives; gives the results
     around: bool  # do the inputs reach a result by a way around the value?
     reads: bool  # was a value read in Python? Then it holds for these inputs and this state alone
 
@@ -58,7 +59,7 @@ def record(
     _check_reads(recorder.steps, around, after)
     _check_made(live, results, after)
     reads = watcher.reads or any(step.reads for step in recorder.steps)
-    return Record(*_two_graphs(given, live, results, recorder.constants), around, reads)
+    return Record(*_two_tapes(given, live, results, recorder.constants), around, reads)
 
 
 # ------------------------------------------------------------------------------------------------------ writing down
@@ -75,7 +76,8 @@ class _Step:
         self.reads = reads  # its results are numbers or sizes in Python
 
 
-class _Part(NamedTuple):
+@dataclass(frozen=True)
+class _Part:
     """A tensor that a step gave: all of it, or at these indices."""
 
     step: _Step
@@ -102,7 +104,7 @@ class _Recorder(TorchDispatchMode):
         if func is torch.ops.aten.lift_fresh.default:  # what `torch.tensor` makes of numbers comes in by this
             self.known.add(_compat.storage_id(args[0]))
         out = func(*args, **kwargs)
-        given, named = _mapped(self.part_of, tuple(args)), _mapped(self.part_of, kwargs)
+        given, named = mapped(self.part_of, tuple(args)), mapped(self.part_of, kwargs)
         hangs = frozenset().union(*(part.step.hangs for part in _parts((given, named))))
         self.steps.append(_Step("call", func, given, named, hangs, _reads_values(func, args)))
         self.bind(out, _Part(self.steps[-1]))
@@ -134,19 +136,8 @@ class _Recorder(TorchDispatchMode):
             self.known.update(_compat.storage_id(leaf) for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor))
 
 
-def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """`function` of every leaf of an operator's arguments."""
-    if isinstance(value, _Part):
-        return function(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)([_mapped(function, item) for item in value])
-    return {key: _mapped(function, item) for key, item in value.items()} if isinstance(value, dict) else function(value)
-
-
 def _parts(value: Any) -> list[_Part]:
-    found: list[_Part] = []
-    _mapped(lambda leaf: found.append(leaf) if isinstance(leaf, _Part) else None, value)
-    return found
+    return leaves(value, _Part)
 
 
 def _reads_values(func: Any, args: Any) -> bool:
@@ -180,7 +171,7 @@ def _check_made(live: list[_Step], results: list[Any], after: str) -> None:
 _OF_NUMBERS = frozenset(("tensor", "as_tensor", "from_numpy", "asarray", "scalar_tensor", "frombuffer", "new_tensor"))
 
 
-# --------------------------------------------------------------------------------------------------------- two graphs
+# ---------------------------------------------------------------------------------------------------------- two tapes
 
 
 def _live(steps: list[_Step], results: Iterable[Any]) -> list[_Step]:
@@ -192,36 +183,34 @@ def _live(steps: list[_Step], results: Iterable[Any]) -> list[_Step]:
     return [step for step in steps if step in wanted]
 
 
-def _two_graphs(
-    given: list[_Step], live: list[_Step], results: list[Any], constants: dict[str, Tensor]
-) -> tuple[GraphModule, GraphModule]:
-    """What hangs on the value, and the rest, which hands on what is wanted of it."""
+def _two_tapes(given: list[_Step], live: list[_Step], results: list[Any], constants: dict[str, Tensor]) -> tuple[Tape, Tape]:
+    """What does not hang on the value, and what does; the first hands on what is wanted of it."""
     *fixed, value = given
     still, moving = ([step for step in live if ("value" in step.hangs) is hangs] for hangs in (False, True))
     wanted = _parts([results, *((step.args, step.kwargs) for step in moving)])
     handed = list(dict.fromkeys(part for part in wanted if "value" not in part.step.hangs))
-    front = _written([_Part(step) for step in fixed], still, tuple(handed))
-    rest = _written([_Part(value), *handed], moving, results)
-    return GraphModule(constants, front), GraphModule({}, rest)
+    front = _written([_Part(step) for step in fixed], still, handed, constants)
+    return front, _written([_Part(value), *handed], moving, results, {})
 
 
-def _written(given: list[_Part], steps: list[_Step], results: Any) -> Graph:
-    graph = Graph()
-    nodes: dict[_Part, Node] = {part: graph.placeholder(f"t{i}") for i, part in enumerate(given)}
+def _written(given: list[_Part], steps: list[_Step], results: list[Any], constants: dict[str, Tensor]) -> Tape:
+    values: dict[_Part, Any] = {part: Value(i) for i, part in enumerate(given)}
+    operations: list[Operation] = []
 
-    def node_of(leaf: Any) -> Any:
+    def call(target: Callable[..., Any], args: Any, kwargs: Any) -> Value:
+        operations.append(Operation(target, args, kwargs))
+        return Value(len(given) + len(operations) - 1)
+
+    def value_of(leaf: Any) -> Any:
         if not isinstance(leaf, _Part):
             return leaf
-        if leaf not in nodes:
-            step, at = leaf
-            if at:
-                nodes[leaf] = graph.call_function(operator.getitem, (node_of(_Part(step, at[:-1])), at[-1]))
-            else:
-                nodes[leaf] = graph.get_attr(step.target)
-        return nodes[leaf]
+        if leaf not in values:
+            step, at = leaf.step, leaf.at
+            whole = at and value_of(_Part(step, at[:-1]))
+            values[leaf] = call(operator.getitem, (whole, at[-1]), {}) if at else constants[step.target]
+        return values[leaf]
 
     for step in steps:
-        arguments = (_mapped(node_of, part) for part in (step.args, step.kwargs))
-        nodes[_Part(step)] = graph.call_function(step.target, *arguments)
-    graph.output(_mapped(node_of, results))
-    return graph
+        values[_Part(step)] = call(step.target, mapped(value_of, step.args), mapped(value_of, step.kwargs))
+    results = mapped(value_of, results)
+    return tape(len(given), operations, results)

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad, vjp
-from torch.fx import Node
-from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from camfn import _compat
@@ -23,6 +21,7 @@ from camfn._types import wide
 from camfn.gradients import ungraphed
 from camfn.heads import Head, agree, head_of
 from camfn.subject import Subject
+from camfn.tape import Operation, Value, leaves, mapped
 from camfn.targets import Score, score_rows
 
 _POINTS = 32  # of the quadrature between two outputs; of what is linear in the logits one is enough
@@ -84,11 +83,11 @@ def _between(leaf: Any, share: float) -> Any:
 
 def _followed(head: Head, layer: str, value: Three, handed: Sequence[Tensor]) -> list[Any]:
     """The outputs, operation by operation."""
-    *nodes, output = head.record.rest.graph.nodes
-    known: dict[Node, Any] = dict(zip(nodes, (value, *handed)))  # placeholders come first
-    for node in nodes[len(known) :]:
-        known[node] = _ruled(node, known, layer)
-    return [known[leaf] if isinstance(leaf, Node) else leaf for leaf in output.args[0]]
+    rest = head.record.rest
+    known: list[Any] = [value, *handed]
+    for operation in rest.operations:
+        known.append(_ruled(operation, known, layer))
+    return mapped(lambda leaf: known[leaf] if isinstance(leaf, Value) else leaf, rest.results)
 
 
 # ----------------------------------------------------------------------------------------------------------- the rules
@@ -132,44 +131,47 @@ _POOLS = {"max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "adaptive_
 """Max-pooling over so many axes, the last; it tells where the maxima are."""
 
 
-def _ruled(node: Node, known: dict[Node, Any], layer: str) -> Three:
+def _ruled(operation: Operation, known: list[Any], layer: str) -> Three:
     """What an operation gives, by the rule of its kind."""
-    target: Any = node.target
+    target: Any = operation.target
     if target is torch.ops.aten.as_strided_.default:  # adaptive pooling does so to its own result, where channels are last
         target = torch.ops.aten.as_strided.default
     name = "getitem" if target is operator.getitem else target.overloadpacket.__name__
-    moving = {i for i, argument in enumerate(node.args) if _moves(argument, known)}
-    dtype: Any = node.kwargs.get("dtype", torch.float32)
+    moving = {i for i, argument in enumerate(operation.args) if _moves(argument, known)}
+    dtype: Any = operation.kwargs.get("dtype", torch.float32)
     if name == "_to_copy" and dtype.is_floating_point:
-        return known[node.all_input_nodes[0]]  # all is computed in one dtype
+        return known[operation.args[0]]  # all is computed in one dtype
     if name in _CURVES and moving == {0}:
-        return _curve(target, *(_given(node, known, i) for i in range(3)))
+        return _curve(target, *(_given(operation, known, i) for i in range(3)))
     if name in _POOLS or (name in ("amax", "max") and moving == {0}):
-        return _maximum(name, target, *(_given(node, known, i) for i in range(3)))
+        return _maximum(name, target, *(_given(operation, known, i) for i in range(3)))
     product = len(moving & _ONE_OF.get(name, set())) > 1 or moving & _STILL.get(name, set())
-    if name not in _AFFINE or product or _is_rounded_or_trained(name, node):
+    if name not in _AFFINE or product or _is_rounded_or_trained(name, operation):
         raise CamError(
             f"lift_cam has no rule for {target}{' of two that change' if product else ''}, after {layer_called(layer)}: it "
             "follows what is affine in the activation, functions of single values and max-pooling; choose a later layer, or "
             "another method"
         )
-    return Three(*(target(*args, **kwargs) for args, kwargs in (_given(node, known, i) for i in range(3))))
+    return Three(*(target(*args, **kwargs) for args, kwargs in (_given(operation, known, i) for i in range(3))))
 
 
-def _moves(argument: Any, known: dict[Node, Any]) -> bool:
-    found: list[Any] = []
-    map_arg(argument, lambda node: found.append(known[node]))
-    return any(isinstance(value, Three) for value in found)
+def _moves(argument: Any, known: list[Any]) -> bool:
+    return any(isinstance(known[value], Three) for value in leaves(argument, Value))
 
 
-def _given(node: Node, known: dict[Node, Any], i: int) -> Any:
+def _given(operation: Operation, known: list[Any], i: int) -> Any:
     """The arguments of one of the three."""
-    return map_arg((node.args, node.kwargs), lambda n: known[n][i] if isinstance(known[n], Three) else known[n])
+
+    def one(leaf: Any) -> Any:
+        found = known[leaf] if isinstance(leaf, Value) else leaf
+        return found[i] if isinstance(found, Three) else found
+
+    return mapped(one, (operation.args, operation.kwargs))
 
 
-def _is_rounded_or_trained(name: str, node: Node) -> bool:
+def _is_rounded_or_trained(name: str, operation: Operation) -> bool:
     """A division with a rounding mode; a batch norm by the batch's own statistics."""
-    return bool(node.kwargs.get("rounding_mode")) or (name.endswith("batch_norm") and node.args[5] is True)
+    return bool(operation.kwargs.get("rounding_mode")) or (name.endswith("batch_norm") and operation.args[5] is True)
 
 
 def _curve(target: Any, line: Any, there: Any, base: Any) -> Three:

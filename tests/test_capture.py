@@ -129,8 +129,7 @@ def test_torchvision(name, layer, side, share):
 
 
 def operations(head) -> list[str]:
-    parts = head.record.front.graph.nodes, head.record.rest.graph.nodes
-    return [str(node.target) for nodes in parts for node in nodes if node.op == "call_function"]
+    return [str(operation.target) for part in head.record[:2] for operation in part.operations]
 
 
 def test_head_of_a_pooled_network_is_its_last_operations():

@@ -27,7 +27,7 @@ ORDER = (
         "targets.detections",
         "targets",
     ),
-    "recording",
+    "tape", "recording",
     *(
         "attention",
         "linear",
