@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from camfn import _compat
 from camfn._errors import CamError, closest
 from camfn._types import Inputs, Layer, State
+from camfn.complaints import Given, about_forward
 from camfn.guard import Allowed, Guard, input_called
 from camfn.ports import Ports, is_several, resolve_layers, watched
 from camfn.prepare import Prepared, opened, restarted, shell_of
@@ -128,7 +129,11 @@ def _run(
     given = [copied(leaf) if careful or input_called(i) in copies else leaf for i, leaf in enumerate(leaves)]
     guard = Guard(Allowed(own, copies, given, shell.twins, shell.foreign)) if guarded else nullcontext()
     # Every place is named once: `tie_weights` would name a place that has two paths twice, and restore it wrongly.
-    return functional_call(run, tensors, (tree_unflatten(given, tree), nudges, swaps, guard), tie_weights=False)
+    arguments = tree_unflatten(given, tree), nudges, swaps, guard
+    if _compat.compiling():
+        return functional_call(run, tensors, arguments, tie_weights=False)
+    with about_forward(Given(x, state, shell.tensors, {"nudge": nudges, "swap": swaps}, shell.modules)):
+        return functional_call(run, tensors, arguments, tie_weights=False)
 
 
 def copied(leaf: Any) -> Any:

@@ -14,8 +14,8 @@ import camfn
 PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
-    *("_errors", "_types", "_compat", "_paths", "draws", "guard", "shell", "prepare", "ports", "capture", "inputs"),
-    *("scaling", "eigen", "nmf", "maps"),
+    *("_errors", "_types", "_compat", "_paths", "draws", "guard", "shell", "prepare", "complaints", "ports", "capture"),
+    *("inputs", "scaling", "eigen", "nmf", "maps"),
     *("findings", "metrics", "layouts"),
     *(
         "targets.scores",
