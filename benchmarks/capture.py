@@ -17,7 +17,7 @@ from torch import nn
 
 import camfn
 from camfn.gradients import slopes_of
-from camfn.prepare import shell_of
+from camfn.prepare import opened
 from camfn.subject import look
 from camfn.targets import resolve
 
@@ -34,7 +34,7 @@ def measure(name: str, layer: str, rounds: int) -> dict[str, float]:
     model = getattr(common.torchvision_models(), name)().eval()
     x, state = torch.randn(1, 3, 224, 224), camfn.state_of(model)
     calls = {
-        "shell": lambda: shell_of(model),
+        "shell": lambda: opened(model).shell(),
         "tap": lambda: camfn.tap(model, layer),
         "deepcopy": lambda: copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}),
         "forward": lambda: model(x),

@@ -127,12 +127,17 @@ def share_of_threads(timings: Iterable[Timing]) -> float:
 
 def peak_above(call: Callable[[], Any]) -> dict[str, float]:
     """MiB resident before the call, and how much higher it rose during it. Meant for a fresh process."""
-    gc.collect()
-    _give_back()
-    before, linux = _resident("VmRSS"), _forget_peak()
+    before, linux = resident(), _forget_peak()
     call()
     peak = _resident("VmHWM") if linux else _max_resident()
     return {"before": before, "above": peak - before}
+
+
+def resident() -> float:
+    """MiB that are resident now, with what was freed given back."""
+    gc.collect()
+    _give_back()
+    return _resident("VmRSS")
 
 
 def _give_back() -> None:

@@ -22,7 +22,7 @@ from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Inputs, State, wide
 from camfn.capture import watch
-from camfn.prepare import Prepared
+from camfn.prepare import Call, Prepared
 
 T = TypeVar("T")
 
@@ -98,7 +98,7 @@ class Blocks(NamedTuple):
 
 
 @_compat.eager
-def blocks_of(model: nn.Module | Prepared, state: State, x: Inputs) -> Blocks:
+def blocks_of(model: nn.Module | Prepared | Call, state: State, x: Inputs) -> Blocks:
     """Found in a forward of the first image."""
     batch: Any = [image[None] for image in x[:1]] if isinstance(x, list) else x
     first = tree_map(lambda leaf: leaf[:1].clone() if isinstance(leaf, Tensor) else leaf, batch)
@@ -106,7 +106,7 @@ def blocks_of(model: nn.Module | Prepared, state: State, x: Inputs) -> Blocks:
     return _find_blocks(model, state, first)
 
 
-def _find_blocks(model: nn.Module | Prepared, state: State, x: Inputs) -> Blocks:
+def _find_blocks(model: nn.Module | Prepared | Call, state: State, x: Inputs) -> Blocks:
     around, axes, attention = _watched(model, state, x)
     self_attention(attention, 1)
     layers_in = Counter(name for names in around for name in names)
@@ -119,7 +119,7 @@ def _find_blocks(model: nn.Module | Prepared, state: State, x: Inputs) -> Blocks
     return Blocks(blocks, axes[blocks[0]])
 
 
-def _watched(model: nn.Module | Prepared, state: State, x: Inputs) -> tuple[list[list[str]], dict[str, int], Attention]:
+def _watched(model: nn.Module | Prepared | Call, state: State, x: Inputs) -> tuple[list[list[str]], dict[str, int], Attention]:
     """In a forward of one image: for each attention layer the modules around it, innermost first; the axis of the tokens of
     every module that returns them; and the attention."""
     around: list[list[str]] = []

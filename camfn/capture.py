@@ -4,14 +4,13 @@ A layer of the shell gets three *ports* (seen, nudge, swap), and `functional_cal
 caller's is hooked, switched or written to.
 """
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from camfn import _compat
 from camfn._errors import CamError, closest
@@ -19,7 +18,7 @@ from camfn._types import Inputs, Layer, State
 from camfn.complaints import Given, about_forward
 from camfn.guard import Allowed, Guard, input_called
 from camfn.ports import Ports, is_several, resolve_layers, watched
-from camfn.prepare import Prepared, opened, restarted, shell_of
+from camfn.prepare import Call, Prepared, opened, prepare, prepares, restarted
 from camfn.shell import Shell, without_wrappers
 
 
@@ -33,6 +32,7 @@ class Captured(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- the state
 
 
+@prepares
 def state_of(model: nn.Module | Prepared) -> State:
     """The model as a value: every parameter and buffer by name, detached, sharing memory with the model.
 
@@ -42,7 +42,7 @@ def state_of(model: nn.Module | Prepared) -> State:
     >>> {name: tuple(t.shape) for name, t in camfn.state_of(torch.nn.Linear(3, 2)).items()}
     {'weight': (2, 3), 'bias': (2,)}
     """
-    return dict(shell_of(model).tensors)
+    return dict(opened(model).shell().tensors)
 
 
 def resolve_state(shell: Shell, state: Mapping[str, Tensor] | None) -> State:
@@ -91,11 +91,9 @@ class _Run(nn.Module):
         self.ports = ports
         self.narrowed = _compat.narrowed_as_called()
 
-    def forward(
-        self, x: Inputs, nudges: Sequence[Tensor | None], swaps: Sequence[Tensor | None], guard: AbstractContextManager[Any]
-    ) -> Any:
+    def forward(self, x: Inputs, nudges: Sequence[Tensor | None], swaps: Sequence[Tensor | None]) -> Any:
         self.ports.set(nudges, swaps)
-        with guard, self.narrowed():
+        with self.narrowed():
             output = self._call(x)
         return output, self.ports.take()
 
@@ -119,21 +117,27 @@ def _run(
     # Copies are made here, since what is written under a transform has to be as new as that. A forward may write to buffers
     # even in eval mode. What else it writes to the guard tells; without one, inputs are copied unless they are `fresh`, made
     # for this run alone.
-    guarded = guarded and not _compat.compiling()
+    if _compat.compiling():
+        return _compiled_run(run, shell, state, x, nudges, swaps, fresh)
     copies = frozenset(shell.buffers | shell.written)
     own = {name: t.clone() if name in copies else t for name, t in state.items()}
-    inside = {} if _compat.compiling() else shell.tensors  # what need not be put in
-    tensors = {f"model.{slot}": own[name] for slot, name in shell.slots.items() if own[name] is not inside.get(name)}
     leaves, tree = tree_flatten(x)
     careful = not guarded and not fresh
     given = [copied(leaf) if careful or input_called(i) in copies else leaf for i, leaf in enumerate(leaves)]
     guard = Guard(Allowed(own, copies, given, shell.twins, shell.foreign)) if guarded else nullcontext()
+    shell.put(own)  # it stays in until the shell is put back: a checkpointed block runs again when gradients are taken
+    with about_forward(Given(x, state, shell.tensors, {"nudge": nudges, "swap": swaps}, shell.modules)), guard:
+        return run.forward(tree_unflatten(given, tree), nudges, swaps)
+
+
+def _compiled_run(run: _Run, shell: Shell, state: State, x: Inputs, nudges: Any, swaps: Any, fresh: bool) -> tuple[Any, Any]:
+    """The same where a compiler traces it: without a guard, which it cannot trace, and by `functional_call`, which it can."""
+    copies = shell.buffers | shell.written
+    own = {name: t.clone() if name in copies else t for name, t in state.items()}
+    tensors = {f"model.{slot}": own[name] for slot, name in shell.slots.items()}
+    given = x if fresh else tree_map(copied, x)
     # Every place is named once: `tie_weights` would name a place that has two paths twice, and restore it wrongly.
-    arguments = tree_unflatten(given, tree), nudges, swaps, guard
-    if _compat.compiling():
-        return functional_call(run, tensors, arguments, tie_weights=False)
-    with about_forward(Given(x, state, shell.tensors, {"nudge": nudges, "swap": swaps}, shell.modules)):
-        return functional_call(run, tensors, arguments, tie_weights=False)
+    return functional_call(run, tensors, (given, nudges, swaps), tie_weights=False)
 
 
 def copied(leaf: Any) -> Any:
@@ -151,10 +155,6 @@ def pure_from(shell: Shell, *, guarded: bool = True, fresh: bool = False) -> Cal
     return call
 
 
-def _in(turns: Any) -> AbstractContextManager[Any]:
-    return nullcontext() if _compat.compiling() else turns  # a compiler cannot trace a lock
-
-
 def pure(model: nn.Module | Prepared) -> Callable[[State, Inputs], Any]:
     """The model in eval mode as a function `(state, x) -> output` that reads nothing else and writes nothing.
 
@@ -167,14 +167,16 @@ def pure(model: nn.Module | Prepared) -> Callable[[State, Inputs], Any]:
     >>> torch.equal(f(state, x), f(state, x)), model.training
     (True, True)
     """
-    prepared = opened(model)
-    shell = prepared.shell()
-    inner, turns = pure_from(shell), threading.RLock()
+    prepared = prepare(model)
+    shell = Call(prepared).shell()
+    compiled = pure_from(shell)
 
     def call(state: State, x: Inputs) -> Any:
-        with _in(turns):  # the shell is one for all threads that share this function
-            full = resolve_state(shell, state)
-            return restarted(prepared, lambda: inner(full, x))
+        full = resolve_state(shell, state)
+        if _compat.compiling():
+            return compiled(full, x)
+        with Call(prepared) as own:
+            return restarted(prepared, lambda: pure_from(own.shell())(full, x))
 
     return call
 
@@ -214,27 +216,30 @@ def tap(model: nn.Module | Prepared, layer: Layer | Sequence[Layer]) -> Callable
     >>> torch.equal(gradient, (seen > 0).float())
     True
     """
-    prepared = opened(model)
-    shell = prepared.shell()
+    prepared = prepare(model)
+    shell = Call(prepared).shell()
     several, names = is_several(layer), resolve_layers(shell, layer)
     if len(set(names)) < len(names):
         raise CamError(f"a layer is named twice: {', '.join(map(repr, names))}; a tap has one port at a layer")
-    inner, turns = tap_from(shell, names), threading.RLock()
+    compiled = tap_from(shell, names)
 
     def call(state: State, x: Inputs, nudge: Any = None, swap: Any = None) -> Captured:
         if not several:
             nudge, swap = (None if port is None else (port,) for port in (nudge, swap))
-        with _in(turns):  # as in `pure`
-            full = resolve_state(shell, state)
-            output, seen = restarted(prepared, lambda: inner(full, x, nudge, swap))
+        full = resolve_state(shell, state)
+        if _compat.compiling():
+            output, seen = compiled(full, x, nudge, swap)
+        else:
+            with Call(prepared) as own:
+                output, seen = restarted(prepared, lambda: tap_from(own.shell(), names)(full, x, nudge, swap))
         return Captured(output, seen if several else seen[0])
 
     return call
 
 
-def watch(model: nn.Module | Prepared, state: State, x: Inputs, see: Callable[[str, tuple[Any, ...], Any], None]) -> Any:
+def watch(model: nn.Module | Prepared | Call, state: State, x: Inputs, see: Callable[[str, tuple[Any, ...], Any], None]) -> Any:
     """Run the model once and show every module to `see(name, arguments, output)`, innermost first. Returns the output."""
-    shell = shell_of(model)
+    shell = opened(model).shell()
 
     def passes(name: str) -> Callable[[tuple[Any, ...], Any], Any]:
         def show(args: tuple[Any, ...], out: Any) -> Any:

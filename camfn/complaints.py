@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Inputs, State
+from camfn.memory import is_exhausted
 from camfn.shell import is_quantised
 
 
@@ -67,7 +68,7 @@ def about_record(modules: Mapping[str, nn.Module]) -> Iterator[None]:
         yield
     except Exception as error:
         names = quantised_in(modules)
-        if names and not isinstance(error, CamError) and _is_torchs(error) and "memory" not in str(error):
+        if names and not isinstance(error, CamError) and _is_torchs(error) and not is_exhausted(error):
             raise ForwardError(
                 f"the model is quantised ({names}), and what comes after a layer cannot be recorded with that in it "
                 f"({_first_line(error)}): use a method that only reads the layer or masks the input, such as camfn.mean_cam or "

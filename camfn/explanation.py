@@ -3,7 +3,8 @@
 import inspect
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, overload
@@ -83,24 +84,24 @@ def explain(
     >>> [card.backwards for card in camfn.explain(model, "1", torch.randn(1, 3, 8, 8), method=["grad_cam", "score_cam"])]
     [1, 0]
     """
-    cards = tuple(
-        make() for make in prepared(model, layer, x, target, [method] if isinstance(method, str) else method, options)
-    )
+    with prepared(model, layer, x, target, [method] if isinstance(method, str) else method, options) as makes:
+        cards = tuple(make() for make in makes)
     return cards[0] if isinstance(method, str) else cards
 
 
+@contextmanager
 def prepared(
     model: nn.Module, layer: Layers, x: Inputs, target: Target, method: Sequence[str], options: Mapping[str, Any]
-) -> list[Callable[[], Explanation]]:
+) -> Iterator[list[Callable[[], Explanation]]]:
     """For each method a function that makes its card: who wants to go on where one fails, or show which is at work, can."""
     rows = {name: _row_of(name) for name in method}
     given = {name: {key: value for key, value in options.items() if key in _parameters(row)} for name, row in rows.items()}
     stray = [key for key in options if not any(key in own for own in given.values())]
     if stray:
         raise CamError(f"{', '.join(rows)} {'has' if len(rows) == 1 else 'have'} no option {', '.join(map(repr, stray))}")
-    shared = Shared(opened(model), x, any("gradients" in row.needs for row in rows.values()))
     layers = {name: layer if row.of_layer else None for name, row in rows.items()}
-    return [partial(_card, shared, name, rows[name], (layers[name], x, target), given[name]) for name in method]
+    with Shared(opened(model).prepared, x, any("gradients" in row.needs for row in rows.values())) as shared:
+        yield [partial(_card, shared, name, rows[name], (layers[name], x, target), given[name]) for name in method]
 
 
 def _row_of(name: str) -> Method:

@@ -8,9 +8,11 @@ of `torch.compile`.
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
@@ -18,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 from camfn import _compat
 from camfn._errors import RefusedError
+from camfn.memory import Ledger
 
 
 def input_called(number: int) -> str:
@@ -138,26 +141,60 @@ class Watcher(TorchFunctionMode):
         super().__init__()
         self.made = made
         self.reads = False
-        self.consumers: dict[int, list[Any]] = {}  # by the id of a followed tensor
-        self._kept: list[Tensor] = []  # an id may be given again once its tensor has died
+        self.consumers: dict[str, list[Any]] = {}  # by the name of a followed tensor
+        self._names: dict[int, str] = {}  # by its id, for as long as it lives
 
-    def follow(self, tensor: Tensor) -> None:
+    def follow(self, tensor: Tensor, name: str) -> None:
         """From now on, tell which functions take this tensor."""
-        self._kept.append(tensor)
-        self.consumers.setdefault(id(tensor), [])
+        if id(tensor) not in self._names:
+            weakref.finalize(tensor, self._names.pop, id(tensor)).atexit = False
+        self._names[id(tensor)] = name
+        self.consumers[name] = []
+
+    def name_of(self, tensor: Any) -> str | None:
+        """The name of a followed tensor."""
+        return self._names.get(id(tensor))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         traits = traits_of(func)
         if traits is not _METADATA:
             self.reads = self.reads or traits.reads
-            for leaf in tree_flatten((args, kwargs))[0] if self.consumers else ():
-                if id(leaf) in self.consumers:
-                    self.consumers[id(leaf)].append(func)
+            for leaf in tree_flatten((args, kwargs))[0] if self._names else ():
+                if id(leaf) in self._names:
+                    self.consumers[self._names[id(leaf)]].append(func)
         out = func(*args, **kwargs)
         if self.made is not None:
             self.made(func, out)
         return out
+
+
+class Origins(Ledger):
+    """Tells what only the operations show: whether sizes or numbers are made of values, and whether an operation takes a tensor
+    that none was seen to make, and that is not `known`: another thread, NumPy or a cache may have made it."""
+
+    def __init__(self, known: Iterable[Any]) -> None:
+        super().__init__()
+        self.reads = self.unseen = False
+        self._known = [leaf for leaf in known if isinstance(leaf, Tensor)]  # alive, so that no other gets their memory
+        self._given = {_compat.storage_id(leaf) for leaf in self._known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads = self.reads or reads_values(func, args)
+        if func is not torch.ops.aten.lift_fresh.default:  # what `torch.tensor` makes of numbers comes in by this
+            leaves = (leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor))
+            self.unseen = self.unseen or not all(self._is_known(_compat.storage_id(leaf)) for leaf in leaves)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _is_known(self, storage: Any) -> bool:
+        return storage in self._given or self._holders[storage] > 0
+
+
+def reads_values(func: Any, args: Any) -> bool:
+    """Is an operation's result a number or a size in Python, that another value would change?"""
+    if func is torch.ops.aten.index.Tensor:  # by places it has the size of these; by a mask, that of what is true
+        return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 
 # --------------------------------------------------------------------------------------------------- what functions do

@@ -66,35 +66,38 @@ def head(model: nn.Module | Prepared, layer: Layer, x: Inputs, value: Tensor) ->
     >>> torch.equal(h(state, x, seen), output)
     True
     """
-    prepared = opened(model)
-    shell = prepared.shell()
+    call = opened(model)
+    shell = call.shell()
     (name,) = resolve_layers(shell, layer)
-    key = "head", name, _form(shell.tensors, x, value)
+    key = "record", name, _form(shell.tensors, x, value)
 
     def fits(made: Made) -> bool:
         state = shell.tensors
-        return agree(Head(*made, shell)(state, x, value), tap_from(prepared.shell(), [name])(state, x, None, (value,)).output)
+        return agree(Head(*made, shell)(state, x, value), tap_from(call.shell(), [name])(state, x, None, (value,)).output)
 
-    return Head(*_lasting(prepared, key, lambda: _record(prepared.shell(), shell.tensors, name, x, value), fits), shell)
+    def make() -> Made:
+        return _record(call.shell(), shell.tensors, name, x, value)
+
+    return Head(*_lasting(call.prepared, key, make, fits), shell)
 
 
 def head_of(subject: Subject, name: str, x: Inputs, value: Tensor, fits: Callable[[Head], bool]) -> Head:
     """`head` for a subject. One that is kept has to fit. What a transform hands us cannot be recorded, but blanks of its shapes
     can."""
-    prepared = subject.model
+    call = subject.model
     if not _compat.transformed():
-        key = "head", name, _form(subject.state, x, value)
+        key = "record", name, _form(subject.state, x, value)
 
         def make() -> Made:
-            return _record(prepared.shell(), subject.state, name, x, value)
+            return _record(call.shell(), subject.state, name, x, value)
 
-        return Head(*_lasting(prepared, key, make, lambda made: fits(Head(*made, subject.shell))), subject.shell)
+        return Head(*_lasting(call.prepared, key, make, lambda made: fits(Head(*made, subject.shell))), subject.shell)
     leaves, tree = tree_flatten((x, value))
     forms = [(tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def on_blanks() -> Made:
         blanks = [torch.zeros(f[0], dtype=f[1], device=f[2]) if isinstance(f, tuple) else f for f in forms]
-        made = prepared.shell()
+        made = call.shell()
         return _record(made, made.tensors, name, *tree_unflatten(blanks, tree))
 
     return Head(*_compat.apart(on_blanks), subject.shell)

@@ -84,15 +84,17 @@ def kernel_of(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: 
     key = _key(subject, runner, score, rule, grid)
 
     def compiled() -> Kernel:
-        slot = subject.model.slot(key)
+        slot = subject.model.prepared.slot(key)
         if reason := slot.made.reason if isinstance(slot.made, _Refused) else _compat.can_compile():
             _warn_of(reason)
             return eager
-        if not subject.model.lasting:
+        if not subject.model.prepared.lasting:
             warn("the kernel is compiled for this call alone; camfn.prepare(model), passed in the model's place, keeps it")
+        # A graph holds for what its arguments have in common: a call's state and what is in the copy may be one, or two.
+        runner.shell.put({name: tensor.detach() for name, tensor in runner.state.items()})
         return Kernel(functools.partial(_call_compiled, slot, body, arguments), True, guarded=guarded)
 
-    if options.compile is True or subject.model.has(key):
+    if options.compile is True or subject.model.prepared.has(key):
         return compiled()
     return eager._replace(compiled=compiled)
 

@@ -16,7 +16,7 @@ from camfn.inputs import Key, check_inputs, key_of, plain, size_of
 from camfn.layouts import Clues, Form, Sides, forms_of
 from camfn.linear import is_auxiliary, is_convolution, sides
 from camfn.ports import Place, tensors_of
-from camfn.prepare import Prepared, opened, prepares, shell_of
+from camfn.prepare import Call, Prepared, opened, prepares
 from camfn.targets import logits_of
 
 
@@ -36,7 +36,7 @@ class Candidate(NamedTuple):
 
 @prepares
 def candidate_layers(
-    model: nn.Module | Prepared, x: Inputs, *, masked: Key = None, state: State | None = None
+    model: nn.Module | Prepared | Call, x: Inputs, *, masked: Key = None, state: State | None = None
 ) -> tuple[Candidate, ...]:
     """The layers that can be explained, in the order of execution, and which of them `layer=None` takes; one forward.
 
@@ -56,7 +56,7 @@ def candidate_layers(
     0 Conv2d (6, 6) False
     1 ReLU (6, 6) True
     """
-    shell, x = shell_of(model), plain(x)
+    shell, x = opened(model).shell(), plain(x)
     full, key = resolve_state(shell, state), key_of(x, masked, False)
     found = _outputs(model, full, x, size_of(x, key), check_inputs(x, key, full, False))
     chosen = _chosen(found) if found.all else None
@@ -70,7 +70,7 @@ class Choice(NamedTuple):
     why: str  # what it is, after "the"
 
 
-def choose(model: nn.Module | Prepared, state: State, x: Inputs, spatial: Sides | None, n: int) -> Choice:
+def choose(model: nn.Module | Prepared | Call, state: State, x: Inputs, spatial: Sides | None, n: int) -> Choice:
     """Choose a layer; one forward."""
     found = _outputs(model, state, x, spatial, n)
     if not found.all:
@@ -80,7 +80,7 @@ def choose(model: nn.Module | Prepared, state: State, x: Inputs, spatial: Sides 
     return Choice(chosen.name, why)
 
 
-def stages(model: nn.Module | Prepared, state: State, x: Inputs, spatial: Sides | None, n: int) -> tuple[str, ...]:
+def stages(model: nn.Module | Prepared | Call, state: State, x: Inputs, spatial: Sides | None, n: int) -> tuple[str, ...]:
     """The chosen layer, and before it, of each size that is larger along every axis, the last layer; one forward.
 
     Of one size, layers that stand in no other come first: the next stage's first convolutions can be of this one's size.
@@ -97,9 +97,10 @@ def stages(model: nn.Module | Prepared, state: State, x: Inputs, spatial: Sides 
     return tuple(out.name for out in ends)
 
 
-def none_on_a_grid(model: nn.Module | Prepared, spatial: Sides | None) -> str:
+def none_on_a_grid(model: nn.Module | Prepared | Call, spatial: Sides | None) -> str:
     """A sentence for where there is no candidate."""
-    axes, kind = "spatial axes" if spatial is None else f"{len(spatial)} spatial axes", type(opened(model).model).__name__
+    axes = "spatial axes" if spatial is None else f"{len(spatial)} spatial axes"
+    kind = type(opened(model).prepared.model).__name__
     return (
         f"no layer of {kind} has {axes} of more than one position that can be told from its shape; "
         "name one: [name for name, _ in model.named_modules()]"
@@ -135,8 +136,8 @@ _LEVELS = 3
 """From so many grids of one layer on, they are a pyramid. Two are an output and what it was before it was made smaller."""
 
 
-def _outputs(model: nn.Module | Prepared, state: State, x: Inputs, spatial: Sides | None, n: int) -> _Outputs:
-    modules = dict(shell_of(model).module.named_modules())
+def _outputs(model: nn.Module | Prepared | Call, state: State, x: Inputs, spatial: Sides | None, n: int) -> _Outputs:
+    modules = dict(opened(model).shell().module.named_modules())
     clues = clues_of(modules[""], spatial)
     runs: Counter[str] = Counter()
     given: list[tuple[str, int, dict[tuple[str, ...], Sides]]] = []

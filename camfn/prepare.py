@@ -2,30 +2,39 @@
 
 import functools
 import threading
-from collections import OrderedDict
+import weakref
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar, cast
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from camfn import _compat
 from camfn._errors import CamError
+from camfn._types import State
 from camfn.guard import WriteError
-from camfn.shell import Shell, copy_of
+from camfn.restore import Snapshot, disarm
+from camfn.shell import Shell, copy_of, tensors_in
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
+C = TypeVar("C", bound="Call")
+
+_SPARE = 4
+"""Copies that are kept for calls to come."""
 
 
 class Slot:
     """A kept thing and the lock under which it is made."""
 
-    __slots__ = ("lock", "made")
+    __slots__ = ("lock", "made", "size")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.made: Any = None
+        self.size = 0  # bytes of the tensors that it holds and the model does not
 
 
 class Prepared:
@@ -44,23 +53,43 @@ class Prepared:
         self.lasting = snapshot  # it outlives a call
         self.written: set[str] = set()
         self._lock = threading.Lock()
-        self._slots: OrderedDict[Hashable, Slot] = OrderedDict()
-        self._template = copy_of(model, live=True) if snapshot else None
-        self._buffers = _places(self._template) if self._template else []
+        self._slots: OrderedDict[tuple[Hashable, ...], Slot] = OrderedDict()
+        self._source = _Source(model) if snapshot else None
+        self._spare: list[Copy] = []
+        self._armed: dict[int, nn.Module] = {}  # copies of modules that have a destructor
+        weakref.finalize(self, disarm, self._armed).atexit = False
 
     @_compat.eager
-    def shell(self) -> Shell:
-        """A private copy, for one call."""
-        if self._template is None:
-            shell = copy_of(self.model)
-        else:
-            for own, copy, key in self._buffers:  # `.to()` puts new buffers in the place of the old
-                if (tensor := own._buffers.get(key)) is not None:
-                    copy._buffers[key] = tensor
-            shell = copy_of(self._template.module)._replace(named=self._template.named, original=self.model)
-        return shell._replace(written=self.written)
+    def copy(self) -> "Copy":
+        """A private copy that nobody else has."""
+        with self._lock:
+            if self._spare:
+                return self._spare.pop()
+        shell = copy_of(self.model) if self._source is None else self._source.copied()
+        shell = shell._replace(written=self.written)
+        self._armed.update((id(twin), twin) for _, twin in shell.twins.modules if hasattr(type(twin), "__del__"))
+        return Copy(shell, Snapshot(shell) if self._can_restore(shell) else None)
 
-    def slot(self, key: Hashable) -> Slot:
+    def _can_restore(self, shell: Shell) -> bool:
+        return self.lasting and not shell.twins.own_tensors  # what a forward wrote to these cannot be told
+
+    def put_back(self, copy: "Copy") -> None:
+        """Take back a copy, as it was."""
+        if copy.snapshot is not None:
+            copy.snapshot.restore()
+            with self._lock:
+                if len(self._spare) < _SPARE:
+                    self._spare.append(copy)
+                    return
+        if self._armed:
+            twins = {id(twin): twin for _, twin in copy.shell.twins.modules}
+            disarm({key: self._armed.pop(key) for key in [*self._armed] if key in twins})
+
+    def tensors(self, shell: Shell) -> tuple[State, dict[int, str]]:
+        """The model's tensors as they are now, by name, and the names of all that its modules hold, by id."""
+        return (shell.tensors, shell.foreign) if self._source is None else self._source.tensors()
+
+    def slot(self, key: tuple[Hashable, ...]) -> Slot:
         """The slot for `key`, empty if it is new; the oldest goes where there are too many."""
         with self._lock:
             slot = self._slots.setdefault(key, Slot())
@@ -69,7 +98,7 @@ class Prepared:
                 self._slots.popitem(last=False)
             return slot
 
-    def has(self, key: Hashable) -> bool:
+    def has(self, key: tuple[Hashable, ...]) -> bool:
         """Is there something for `key`?"""
         with self._lock:
             return key in self._slots and self._slots[key].made is not None
@@ -82,14 +111,50 @@ class Prepared:
         return True
 
     def __repr__(self) -> str:
-        state = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}.values()
-        size = sum(t.numel() * t.element_size() for t in state)
-        return f"Prepared({type(self.model).__name__}, {size} bytes of tensors, {len(self)} of at most {self.limit} kept)"
+        with self._lock:
+            kept = Counter(str(key[0]) for key, slot in self._slots.items() if slot.made is not None)
+            size = sum(slot.size for slot in self._slots.values())
+        what = ", ".join(f"{kept[kind]} {kind}{'s' * (kept[kind] != 1)}" for kind in ("record", "kernel"))
+        return f"Prepared({type(self.model).__name__}: {what} of at most {self.limit}, {size} bytes beside the model's)"
 
 
-def _places(template: Shell) -> list[tuple[nn.Module, nn.Module, str]]:
-    """Every buffer: the caller's module, the template's, and the key."""
-    return [(own, copy, key) for own, copy in template.twins.modules for key in own.__dict__.get("_buffers", {})]
+class Copy(NamedTuple):
+    """A private copy of a prepared model."""
+
+    shell: Shell
+    snapshot: Snapshot | None  # of one that can be put back as it was
+
+
+class _Source:
+    """A copy of a model that is never run, from which others are made. It holds the model's own tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        shell = copy_of(model, live=True)
+        self.names = [*shell.tensors]
+        self.shell = shell._replace(tensors={}, foreign={})
+        # `.to()` puts new buffers in the place of the old.
+        self.buffers = [
+            (vars(own)["_buffers"], vars(twin)["_buffers"])
+            for own, twin in self.shell.twins.modules
+            if vars(own).get("_buffers") and vars(twin).get("_buffers")
+        ]
+        self.holders = {name: (holder, key) for holder, key, name in reversed(self.shell.places)}
+        self.inside = [(holder, key, name) for holder, key, name in tensors_in(self.shell) if holder[key] is not None]
+
+    def copied(self) -> Shell:
+        self._refresh()
+        told = {"named": self.shell.named, "original": self.shell.original}
+        return copy_of(self.shell.module)._replace(**told, tensors={}, foreign={})  # these are each call's own
+
+    def tensors(self) -> tuple[State, dict[int, str]]:
+        self._refresh()
+        found = {name: self.holders[name] for name in self.names}
+        foreign = {id(holder[key]): name for holder, key, name in self.inside}
+        return {name: holder[key].detach() for name, (holder, key) in found.items()}, foreign
+
+    def _refresh(self) -> None:
+        for own, twin in self.buffers:
+            twin.update((key, own[key]) for key in twin if own.get(key) is not None)
 
 
 def prepare(model: nn.Module | Prepared, *, limit: int = 64) -> Prepared:
@@ -116,58 +181,73 @@ def prepare(model: nn.Module | Prepared, *, limit: int = 64) -> Prepared:
     return Prepared(model, limit, snapshot=True)
 
 
-class Session:
-    """A prepared model in one call of `explain`, whose methods share what they see of it."""
+class Call:
+    """One call on a prepared model: the private copies that it is lent go back when it ends."""
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
+        self._lent: list[Copy] = []
+        self._now: tuple[State, dict[int, str]] | None = None
+
+    @_compat.eager
+    def shell(self) -> Shell:
+        """A private copy, until the call ends."""
+        copy = self.prepared.copy()
+        self._lent.append(copy)
+        self._now = self._now or self.prepared.tensors(copy.shell)
+        tensors, foreign = self._now
+        shell = copy.shell._replace(tensors=tensors, foreign=foreign)
+        shell.put(tensors)
+        return shell
+
+    @_compat.eager
+    def close(self) -> None:
+        """The end of the call."""
+        while self._lent:
+            self.prepared.put_back(self._lent.pop())
+
+    def inner(self) -> "AbstractContextManager[Call]":
+        """A call within this one."""
+        return Call(self.prepared)
+
+    def __enter__(self: C) -> C:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 @_compat.eager
-def opened(model: nn.Module | Prepared | Session) -> Prepared:
-    """A prepared model as it is, a plain one prepared for one call."""
-    if isinstance(model, Session):
-        return model.prepared
-    return model if isinstance(model, Prepared) else Prepared(model, 64, snapshot=False)
+def opened(model: nn.Module | Prepared | Call) -> Call:
+    """A call on a prepared model, or on a plain one, which is prepared for one call."""
+    if isinstance(model, Call):
+        return model
+    return Call(model if isinstance(model, Prepared) else Prepared(model, 64, snapshot=False))
 
 
 def restarted(prepared: Prepared, call: Callable[[], T]) -> T:
     """What `call` gives. It starts again where a forward was about to write to a parameter, which is copied from then on."""
+    met: set[str] = set()  # by this call: another thread's may have met it just now
     while not _compat.compiling():
         try:
             return call()
         except WriteError as error:
-            if error.name in prepared.written:
+            if error.name in met:
                 raise
+            met.add(error.name)
             prepared.written.add(error.name)
     return call()
 
 
 def prepares(function: F) -> F:
-    """A public function whose first argument is a model: it gets a prepared one, and starts again where it has to."""
+    """A public function whose first argument is a model: it gets a call on it, and starts again where it has to."""
 
     @functools.wraps(function)
     def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-        prepared = opened(model)
-        given = model if isinstance(model, Session) else prepared
-        return restarted(prepared, lambda: function(given, *args, **kwargs))
+        with model.inner() if isinstance(model, Call) else opened(model) as own:
+            return restarted(own.prepared, lambda: function(own, *args, **kwargs))
 
     return cast(F, call)
-
-
-def shell_of(model: nn.Module | Prepared) -> Shell:
-    """A private copy, for one call."""
-    return opened(model).shell()
-
-
-def kept(prepared: Prepared, key: Hashable, make: Callable[[], Any]) -> Any:
-    """What `make` gives, made once for `key` however many threads ask."""
-    slot = prepared.slot(key)
-    if slot.made is None:
-        with slot.lock:
-            if slot.made is None:
-                slot.made = make()
-    return slot.made
 
 
 def shapes(x: Any) -> Hashable:

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_flatten
 
 from camfn._types import Inputs, State, wide
 from camfn.capture import watch
-from camfn.guard import Watcher
-from camfn.prepare import Prepared, shell_of
-from camfn.shell import Shell
+from camfn.draws import TURNS
+from camfn.guard import Origins, Watcher
+from camfn.prepare import Call, Prepared, opened
+from camfn.shell import Shell, with_slots
 
 
 class Fold(NamedTuple):
@@ -33,6 +34,8 @@ class Found(NamedTuple):
 
     folds: tuple[Fold, ...]
     reuse: float  # for how many positions a convolution's weight is used, on average over weights: what a copy is good for
+    output: Any
+    bytes: int  # what the forward held at its peak
 
 
 def _passed(x: Tensor) -> Tensor:
@@ -40,19 +43,20 @@ def _passed(x: Tensor) -> Tensor:
     return x
 
 
-def find_folds(model: nn.Module | Prepared, state: State, x: Inputs) -> Found:
+def find_folds(model: nn.Module | Prepared | Call, state: State, x: Inputs) -> Found:
     """The pairs that can be merged, seen in one forward: plain layers, each run once, where the convolution's output goes to
     the norm and nowhere else.
 
-    A forward that reads a value in Python may take another way for a masked input: then none can.
+    A forward that reads a value in Python may take another way for a masked input, and what another thread or NumPy computes is
+    not seen: then none can.
     """
-    shell = shell_of(model)
+    shell = opened(model).shell()
     modules, uses = shell.distinct(), Counter(shell.slots.values())
-    made: dict[int, str] = {}  # id of a convolution's output, which is kept alive -> its name
-    pairs: list[tuple[Fold, int]] = []
+    pairs: list[Fold] = []
     runs: Counter[str] = Counter()
     weights, used = 0, 0
     watcher = Watcher()
+    origins = Origins((*state.values(), *tree_flatten(x)[0], *shell.own_tensors()))
 
     def see(name: str, args: tuple[Any, ...], out: Any) -> None:
         runs[name] += 1
@@ -62,17 +66,17 @@ def find_folds(model: nn.Module | Prepared, state: State, x: Inputs) -> Found:
             weights += module.weight.numel()
             used += module.weight.numel() * math.prod(out.shape[2:])
         if _is_plain(module, _CONVOLUTIONS) and all(uses[t] == 1 for t in _tensors_of(shell, name)):
-            made[id(out)] = name
-            watcher.follow(out)
-        elif _is_plain(module, (_BatchNorm,)) and module.running_var is not None and args and id(args[0]) in made:
-            pairs.append((Fold(made[id(args[0])], name), id(args[0])))
+            watcher.follow(out, name)
+        elif _is_plain(module, (_BatchNorm,)) and module.running_var is not None and args and watcher.name_of(args[0]):
+            pairs.append(Fold(str(watcher.name_of(args[0])), name))
 
-    with torch.inference_mode(False), torch.no_grad(), watcher:
+    with torch.inference_mode(False), torch.no_grad(), TURNS, origins, watcher:
         output = watch(model, state, x, see)
-    given = {id(leaf) for leaf in tree_flatten(output)[0]}
-    found = [fold for fold, i in pairs if watcher.consumers[i] == [F.batch_norm] and i not in given and not watcher.reads]
-    once = tuple(fold for fold in found if runs[fold.conv] == runs[fold.norm] == 1)
-    return Found(once, used / max(1, weights))
+    given = {watcher.name_of(leaf) for leaf in tree_flatten(output)[0]}
+    lone = [fold for fold in pairs if watcher.consumers[fold.conv] == [F.batch_norm] and fold.conv not in given]
+    folds = tuple(fold for fold in lone if runs[fold.conv] == runs[fold.norm] == 1)
+    seen_whole = not (watcher.reads or origins.reads or origins.unseen)
+    return Found(folds if seen_whole else (), used / max(1, weights), output, origins.peak)
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -132,7 +136,7 @@ def merge_norms(shell: Shell, state: State, folds: tuple[Fold, ...]) -> tuple[Sh
             slots.pop(f"{fold.norm}.{part}", None)
         norm.__dict__["forward"] = _passed  # its class and tensors stay, for a forward that asks for them
     used = set(slots.values())
-    return shell._replace(slots=slots), {name: tensor for name, tensor in state.items() if name in used}
+    return with_slots(shell, slots), {name: tensor for name, tensor in state.items() if name in used}
 
 
 def channels_last(state: State) -> State:

@@ -1,8 +1,8 @@
 """How the model runs in a sweep: what a few forwards tell about it, and the copy that is made for it."""
 
 import weakref
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from camfn._types import Inputs, State
 from camfn.capture import pure_from
 from camfn.execution import CHUNK, Sweep
 from camfn.inputs import rows_of
-from camfn.memory import Ledger, free_bytes, is_exhausted
-from camfn.rewrite import channels_last, find_folds, is_close, merge_norms
+from camfn.memory import free_bytes, is_exhausted
+from camfn.rewrite import Found, channels_last, find_folds, is_close, merge_norms
 from camfn.shell import Shell
 from camfn.subject import Subject, once
 from camfn.targets import Score, distinct, logits_of, reads_logits, score_rows
@@ -75,37 +75,40 @@ class Runner(NamedTuple):
 
 
 def runner_of(subject: Subject, score: Score, options: Sweep, rows: int) -> Runner:
-    """The model as it is best run for so many rows: as it is, or as a copy whose function is the same to rounding."""
+    """The model as it is best run for so many rows: as it is, or as a copy whose function is the same to rounding.
+
+    Two forwards tell: a second image alone, and the two images together, by the copy; that one alone again, where it is known
+    how a batch is taken.
+    """
     shell = subject.model.shell()  # the subject's own has ports
     own = Runner(shell, subject.state, False, False, options.fold is not False, Room(chunk_of(subject, options, CHUNK)))
     if _compat.transformed():
         return own
-    takes = takes_batches(subject, score) if options.fold == "auto" and min(rows, own.room.chunk) > 1 else "whole"
-    if takes != "whole":
-        how = "maps through the model" if takes == "mapped" else "runs the model on one input at a time"
-        warn(
-            f"the model's output for an input depends on the others of its batch: the sweep {how} (slower); "
-            f"{'Sweep(fold=False)' if takes == 'mapped' else 'Sweep(chunk=1)'} says that this is known"
-        )
-        return own._replace(folded=False) if takes == "mapped" else own._replace(room=Room(1))
-    return _rewritten(subject, score, own, rows) if own.folded and rows >= _WORTH else own
-
-
-def _rewritten(subject: Subject, score: Score, own: Runner, rows: int) -> Runner:
-    """Batch norms merged, channels last; less of it where the model does not take that, which one forward tells."""
-    folds, reuse = once(subject, "folds", lambda: find_folds(subject.model, subject.state, _first(subject, _image(subject))))
-    if rows * reuse < _REUSED:
+    asks = options.fold == "auto" and min(rows, own.room.chunk) > 1
+    for found in _rewritten(subject, own, rows):
+        if _agrees(found, subject, score, _LOOSE, pair=asks):
+            return found
+    if not asks or _agrees(own, subject, score, _TIGHT):
         return own
-    images = any(tensor.ndim == 4 for tensor in own.state.values())
-    expected = [part[:1] for part in _read(score, subject.output, subject.n)]
+    maps = _agrees(own._replace(folded=False), subject, score, _TIGHT)
+    how = "maps through the model" if maps else "runs the model on one input at a time"
+    warn(
+        f"the model's output for an input depends on the others of its batch: the sweep {how} (slower); "
+        f"{'Sweep(fold=False)' if maps else 'Sweep(chunk=1)'} says that this is known"
+    )
+    return own._replace(folded=False) if maps else own._replace(room=Room(1))
+
+
+def _rewritten(subject: Subject, own: Runner, rows: int) -> Iterator[Runner]:
+    """Copies, the fastest first: batch norms merged and channels last; less of it, for models that do not take that."""
+    if not own.folded or rows < _WORTH or rows * second_of(subject).found.reuse < _REUSED:
+        return
+    folds, images = second_of(subject).found.folds, any(tensor.ndim == 4 for tensor in own.state.values())
     for merged, spread in dict.fromkeys(((bool(folds), images), (bool(folds), False), (False, images))):
         if merged or spread:
             shell, state = merge_norms(subject.model.shell(), own.state, folds if merged else ())
             state = channels_last(state) if spread else state
-            found = own._replace(shell=shell, state=state, merged=merged, channels_last=spread)
-            if _gives(found, subject, score, expected):
-                return found
-    return own
+            yield own._replace(shell=shell, state=state, merged=merged, channels_last=spread)
 
 
 def narrowed(subject: Subject, runner: Runner, dtype: torch.dtype) -> Runner:
@@ -120,17 +123,6 @@ def narrowed(subject: Subject, runner: Runner, dtype: torch.dtype) -> Runner:
         found = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CamError(f"Sweep(dtype={dtype}): the model does not run in it ({found}); leave dtype= out") from error
     return narrow
-
-
-def _gives(runner: Runner, subject: Subject, score: Score, expected: list[Tensor]) -> bool:
-    """Is the output for the first input what is expected, to rounding?"""
-    try:
-        found = _read(score, runner.call(guarded=True)(runner.state, _first(subject, _image(subject))), 1)
-    except Exception as error:  # a view of what was contiguous, say
-        if is_exhausted(error) or isinstance(error, RefusedError):
-            raise
-        return False
-    return all(is_close(a, b, 1000) for a, b in zip(found, expected))
 
 
 def _image(subject: Subject) -> Tensor:
@@ -163,48 +155,60 @@ def _read(score: Score, output: Any, count: int) -> list[Tensor]:
 # ---------------------------------------------------------------------------------------------------------- facts
 
 
-def takes_batches(subject: Subject, score: Score) -> Literal["whole", "mapped", "alone"]:
-    """How the model may be shown several inputs: as one batch, mapped, or only one at a time. Found by three forwards."""
-    read = None if reads_logits(score.of) else weakly(score.of)
+class Second(NamedTuple):
+    """What a forward of a second image alone tells."""
 
-    def find() -> Literal["whole", "mapped", "alone"]:
-        call, image = pure_from(subject.model.shell()), _image(subject)
-        pair = image, 0.5 * image.flip(tuple(range(2, image.ndim)))  # not made up: a model may have its range of values
-        alone = [_read(score, call(subject.state, _first(subject, one.clone())), 1) for one in pair]
-        expected = [torch.cat(parts) for parts in zip(*alone)]
+    image: Tensor
+    found: Found
 
-        def gives(run: Callable[[Tensor], list[Tensor]]) -> bool:
-            try:
-                return all(is_close(a, b, 100) for a, b in zip(run(torch.cat(pair)), expected))
-            except Exception as error:
-                if is_exhausted(error) or isinstance(error, RefusedError):
-                    raise
-                return False
 
-        def one(image: Tensor) -> list[Tensor]:
-            return [part[0] for part in _read(score, call(subject.state, _first(subject, image[None])), 1)]
+def second_of(subject: Subject) -> Second:
+    """The first image turned over and half as bright: not made up, since a model may have its range of values."""
 
-        if gives(lambda images: _read(score, call(subject.state, _first(subject, images)), 2)):
-            return "whole"
-        return "mapped" if gives(vmap(one)) else "alone"
+    def find() -> Second:
+        image = 0.5 * _image(subject).flip(tuple(range(2, subject.image.ndim)))
+        return Second(image, find_folds(subject.model, subject.state, _first(subject, image.clone())))
+
+    return once(subject, "second", find)
+
+
+_TIGHT, _LOOSE = 100, 1000
+"""Roundings by which the outputs of one function may differ, and of two that are equal but for rounding."""
+
+
+def _first_alone(subject: Subject, score: Score, runner: Runner) -> list[Tensor]:
+    """What the first image gives. In a batch of several it is what it gives alone only where the batch makes no difference."""
+    if runner.folded or subject.n == 1:
+        return [part[:1] for part in _read(score, subject.output, subject.n)]
+    call = pure_from(subject.model.shell())
+    return _read(score, once(subject, "first", lambda: call(subject.state, _first(subject, _image(subject)))), 1)
+
+
+def _agrees(runner: Runner, subject: Subject, score: Score, times: int, pair: bool = True) -> bool:
+    """Does it give, of both images together, or of the second, what each gave alone? Mapped, where it maps."""
+
+    def find() -> list[Tensor]:
+        images, call = second_of(subject).image.clone(), runner.call(guarded=True)
+        images = torch.cat((_image(subject), images)) if pair else images
+
+        def read(images: Tensor) -> list[Tensor]:
+            return _read(score, call(runner.state, _first(subject, images)), len(images))
+
+        return read(images) if runner.folded else vmap(lambda image: [part[0] for part in read(image[None])])(images)
 
     try:
-        return once(subject, ("batches", read), find)
-    except RuntimeError as error:
-        if is_exhausted(error):  # which says nothing about the model; the sweep will see
-            return "whole"
+        expected = _read(score, second_of(subject).found.output, 1)
+        expected = [torch.cat(parts) for parts in zip(_first_alone(subject, score, runner), expected)] if pair else expected
+        with torch.inference_mode(False), torch.no_grad():
+            return all(is_close(a, b, times) for a, b in zip(find(), expected))
+    except RefusedError:
         raise
-
-
-def _row_bytes(subject: Subject) -> int:
-    """What a forward holds at its peak, for each input."""
-
-    def find() -> int:
-        with Ledger() as ledger:
-            pure_from(subject.model.shell())(subject.state, _first(subject, _image(subject)))
-        return ledger.peak
-
-    return once(subject, "bytes", find)
+    except Exception as error:  # a view of what was contiguous, say
+        if not is_exhausted(error):
+            return False
+        if runner.merged or runner.channels_last or not runner.folded:
+            raise
+        return True  # which says nothing about the model; the sweep will see
 
 
 class _Same:
@@ -243,14 +247,14 @@ def chunk_of(subject: Subject, options: Sweep, usual: int) -> int:
             return most
         raise CamError(f"Sweep(memory={memory}): how much is free on {device} is not known; give bytes")
     pixels = subject.image[0].numel() * subject.image.element_size()
-    return min(most, max(1, allowed // (_row_bytes(subject) + 4 * pixels)))
+    return min(most, max(1, allowed // (second_of(subject).found.bytes + 4 * pixels)))
 
 
 def _best_on_cpu(subject: Subject) -> int:
     """A power of two, so that threads have equal parts: few rows hold little, but each chunk reads all weights again, for
     which it has to hold half as much as they do (`benchmarks/chunk.py` measures the rows, and by how much they matter)."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in subject.state.values())
-    rows = max(_HELD * max(2, torch.get_num_threads()), weights // 2) // max(1, _row_bytes(subject))
+    rows = max(_HELD * max(2, torch.get_num_threads()), weights // 2) // max(1, second_of(subject).found.bytes)
     return 1 << max(1, rows).bit_length() - 1
 
 

@@ -12,7 +12,7 @@ import sys
 import types
 import weakref
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,9 @@ from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import State
 
+Place = tuple[dict[str, Any], str, str]
+"""A module's parameters or buffers, the key of one, and its name in the state."""
+
 
 class Shell(NamedTuple):
     """A private copy of a model, and the names by which its tensors are known."""
@@ -33,6 +36,7 @@ class Shell(NamedTuple):
     twins: "Twins"  # id of the caller's object -> its copy
     aliases: dict[str, str]  # every name of a tensor -> the one name under which the state holds it
     slots: dict[str, str]  # every place that holds a tensor, once -> its name in the state
+    places: list[Place]  # the same, as a forward fills them
     tensors: State  # the caller's own tensors, detached, by name
     buffers: set[str]
     optional: set[str]  # non-persistent buffers: a state_dict does not hold them
@@ -40,6 +44,17 @@ class Shell(NamedTuple):
     original: nn.Module  # the caller's model
     named: dict[int, str]  # id of a module of the caller's -> the first name of its copy
     foreign: dict[int, str]  # id of a tensor of the caller's own modules -> its name
+
+    def own_tensors(self) -> list[Tensor]:
+        """What the modules hold beside the state: plain attributes, and the tensors of modules that are not registered."""
+        modules = [twin for _, twin in self.twins.modules]
+        hidden = [t for twin in modules for t in (*twin._parameters.values(), *twin._buffers.values())]
+        return [twin for twin in (*self.twins.values(), *hidden) if isinstance(twin, Tensor)]
+
+    def put(self, state: Mapping[str, Tensor]) -> None:
+        """Put a state into the modules."""
+        for holder, key, name in self.places:
+            holder[key] = state[name]
 
     def paths(self) -> dict[int, str]:
         """The first name of each module, by its id."""
@@ -69,6 +84,7 @@ class Twins(dict[int, Any]):
     def __init__(self, live: bool) -> None:
         super().__init__()
         self.live = live  # the copy holds the caller's own parameters, wherever these are
+        self.own_tensors = False  # does it hold tensors of its own, which a forward may write to?
         self.modules: list[tuple[nn.Module, nn.Module]] = []  # of the caller's, which are kept alive, and their copies
 
 
@@ -122,6 +138,7 @@ def _copy_tensor(tensor: Tensor, twins: Twins) -> Tensor:
     # A plain attribute may be written in place by the forward (a counter, a cache), a parameter may not.
     if isinstance(tensor, nn.Parameter) and twins.live:
         return tensor
+    twins.own_tensors = True
     twin = twins[id(tensor)] = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
     return twin
 
@@ -199,7 +216,7 @@ def _copy_function(function: types.FunctionType, twins: Twins) -> types.Function
     twin = types.FunctionType(code, function.__globals__, function.__name__, defaults, cells or None)
     twins[id(function)] = twin  # before the cells: a closure may hold itself
     for new, old in zip(cells, function.__closure__ or ()):
-        if _filled(old):
+        if filled(old):
             new.cell_contents = _copy(old.cell_contents, twins)
     twin.__kwdefaults__ = _copy(function.__kwdefaults__, twins)
     twin.__dict__.update(_copy(vars(function), twins))
@@ -289,7 +306,8 @@ def slots_of(value: Any) -> list[tuple[str, Any]]:
     return found
 
 
-def _filled(cell: types.CellType) -> bool:
+def filled(cell: types.CellType) -> bool:
+    """Does a closure's cell hold anything yet?"""
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:
@@ -310,7 +328,7 @@ def held(value: Any) -> Iterable[Any]:
     if isinstance(value, functools.partial):
         return (value.func, *value.args, *value.keywords.values())
     if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+        cells = [cell.cell_contents for cell in value.__closure__ or () if filled(cell)]
         return (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values())
     return [item for _, item in attributes(value)]
 
@@ -390,20 +408,30 @@ def copy_of(model: nn.Module, *, live: bool = False) -> Shell:
     if not live:
         _own_hidden(module, twins)
     modules = dict(module.named_modules(remove_duplicate=False))
-    shell = Shell(module, modules, twins, {}, {}, {}, set(), set(), set(), model, {}, {})
+    shell = _filled_in(Shell(module, modules, twins, {}, {}, [], {}, set(), set(), set(), model, {}, {}))
     paths = shell.paths()
     shell.named.update((id(own), paths[id(twin)]) for own, twin in twins.modules if id(twin) in paths)
-    for own, twin in twins.modules:
-        place = paths.get(id(twin), type(own).__name__)
-        tensors = ((key, t) for kind in ("_parameters", "_buffers") for key, t in own.__dict__.get(kind, {}).items())
-        shell.foreign.update((id(t), f"{place}.{key}" if place else key) for key, t in tensors if t is not None)
-    return shell if live else _filled_in(shell)
+    shell.foreign.update((id(holder[key]), name) for holder, key, name in tensors_in(shell) if holder[key] is not None)
+    if not live:
+        shell.put(shell.tensors)
+    return shell
+
+
+def tensors_in(shell: Shell) -> list[Place]:
+    """Where the caller's own modules hold tensors, hidden modules too, and what these are called in an error."""
+    paths, found = shell.paths(), []
+    for own, twin in shell.twins.modules:
+        path = paths.get(id(twin), type(own).__name__)
+        holders = [vars(own)[kind] for kind in ("_parameters", "_buffers") if kind in vars(own)]  # a wrapper may lack them
+        found.extend((holder, key, f"{path}.{key}" if path else key) for holder in holders for key in holder)
+    return found
 
 
 def _own_hidden(module: nn.Module, twins: Twins) -> None:
     """Modules that are not registered are out of functional_call's reach: they get tensors of their own here."""
     registered = {id(m) for m in module.modules()}
     for twin in [t for t in twins.values() if isinstance(t, nn.Module) and id(t) not in registered]:
+        twins.own_tensors = True
         for kind in ("_parameters", "_buffers"):
             own = twin.__dict__[kind]
             for key, tensor in own.items():
@@ -412,10 +440,9 @@ def _own_hidden(module: nn.Module, twins: Twins) -> None:
 
 
 def _filled_in(shell: Shell) -> Shell:
-    """Fill in the names: parameters before buffers, each tensor under the first of its names. The modules then hold what the
-    state holds, so that of a forward with that very state nothing but the buffers is put in."""
+    """Fill in the names: parameters before buffers, each tensor under the first of its names."""
     names: dict[int, str] = {}  # id of a tensor -> its first name
-    places: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}  # where a tensor stands, and its name
+    seen: set[tuple[int, str]] = set()  # places: a module may have several names
     for kind in ("_parameters", "_buffers"):
         for path, owner in shell.modules.items():
             for key, tensor in owner.__dict__[kind].items():
@@ -430,9 +457,17 @@ def _filled_in(shell: Shell) -> Shell:
                         shell.optional.update(
                             {name} & {f"{path}.{k}" if path else k for k in owner._non_persistent_buffers_set}
                         )
-                if (id(owner), key) not in places:
-                    places[id(owner), key] = owner.__dict__[kind], name
+                if (id(owner), key) not in seen:
+                    seen.add((id(owner), key))
                     shell.slots[full] = name
-    for (_, key), (holder, name) in places.items():
-        holder[key] = shell.tensors[name]
-    return shell
+    return with_slots(shell, shell.slots)
+
+
+def with_slots(shell: Shell, slots: dict[str, str]) -> Shell:
+    """The shell with the places that a state fills."""
+    places: list[Place] = []
+    for full, name in slots.items():
+        path, _, key = full.rpartition(".")
+        tensors = vars(shell.modules[path])
+        places.append((tensors["_parameters" if key in tensors["_parameters"] else "_buffers"], key, name))
+    return shell._replace(slots=slots, places=places)

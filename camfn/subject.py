@@ -24,7 +24,7 @@ from camfn.layers import choose
 from camfn.linear import is_convolution
 from camfn.memory import is_exhausted
 from camfn.ports import is_several, resolve_layers
-from camfn.prepare import Prepared, Session, opened
+from camfn.prepare import Call, Prepared, opened
 from camfn.rewrite import is_close
 from camfn.shell import Shell
 from camfn.targets import logits_of
@@ -33,7 +33,7 @@ from camfn.targets import logits_of
 class Subject(NamedTuple):
     """A model and its inputs, and what one forward of them gave."""
 
-    model: Prepared
+    model: Call
     shell: Shell  # for its names: its layers have ports
     state: State
     x: Inputs
@@ -70,8 +70,8 @@ def without_graph() -> AbstractContextManager[Any]:
     return nullcontext() if _compat.transformed() else torch.no_grad()
 
 
-class Shared(Session):
-    """A session in which several methods share the clean forward of these inputs, and the gradients there."""
+class Shared(Call):
+    """A call in which several methods share the clean forward of these inputs, and the gradients there."""
 
     def __init__(self, prepared: Prepared, x: Inputs, graph: bool) -> None:
         super().__init__(prepared)
@@ -79,24 +79,28 @@ class Shared(Session):
         self.seen: dict[Any, Subject] = {}
         self.last: Subject | None = None
 
+    def inner(self) -> AbstractContextManager["Shared"]:
+        """A method's call: what it is lent is lent until all methods are done."""
+        return nullcontext(self)
+
     def look(self, layer: Layers, x: Inputs, state: State | None, masked: Key, masks: bool, graph: bool, taps: bool) -> Subject:
         """Of other inputs, as a method makes that smooths another, nothing is shared; nor is what taps no layer."""
         if x is not self.x or not taps:
-            return look(self.prepared, layer, x, state, masked, masks=masks, graph=graph, taps=taps)
+            return look(Call(self.prepared), layer, x, state, masked, masks=masks, graph=graph, taps=taps)
         given = plain(x)  # what another method has asked for may be less than this one needs
         check_inputs(given, key_of(given, masked, masks), {}, masks)
         layers = tuple(layer) if is_several(layer) else layer  # pyright: ignore[reportArgumentType]: it is a sequence then
         graph = graph or self.graph  # a sweep wants a gradient too, where it has a budget
         key = layers, masked, graph, masks and not graph  # with a `pull`, the maps have no graph either way
         if key not in self.seen:
-            subject = look(self.prepared, layer, x, state, masked, masks=masks, graph=graph)
+            subject = _look(self, layer, x, state, masked, masks=masks, graph=graph, taps=True)
             self.seen[key] = subject._replace(slopes={})
         self.last = self.seen[key]
         return self.last
 
 
 def look(
-    model: nn.Module | Prepared | Session,
+    model: nn.Module | Prepared | Call,
     layer: Layers,
     x: Inputs,
     state: State | None,
@@ -113,6 +117,12 @@ def look(
     """
     if isinstance(model, Shared):
         return model.look(layer, x, state, masked, masks, graph, taps)
+    return _look(opened(model), layer, x, state, masked, masks=masks, graph=graph, taps=taps)
+
+
+def _look(
+    model: Call, layer: Layers, x: Inputs, state: State | None, masked: Key, *, masks: bool, graph: bool, taps: bool
+) -> Subject:
     subject = introduced(model, x, state, masked, masks=masks, named=taps and layer is not None)
     shell, full, x, n = subject.shell, subject.state, subject.x, subject.n
     if is_several(layer) and not layer:
@@ -196,7 +206,7 @@ def again(subject: Subject, image: Tensor, *, unfused: bool = False) -> Subject:
 
 
 def introduced(
-    model: nn.Module | Prepared | Session,
+    model: nn.Module | Prepared | Call,
     x: Inputs,
     state: State | None,
     masked: Key = None,
@@ -205,15 +215,15 @@ def introduced(
     named: bool = False,
 ) -> Subject:
     """The model and its inputs, checked; nothing has run. `named`: with a layer, and a layout comes with it if need be."""
-    prepared = opened(model)
-    shell = prepared.shell()
+    call = opened(model)
+    shell = call.shell()
     full = resolve_state(shell, state)
     x = plain(x)
     key = key_of(x, masked, masks)
     n = check_inputs(x, key, full, masks)
     if masks or not named:
         _check_frames(shell, pick(x, key))
-    return Subject(prepared, shell, full, x, key, n, (), False, None, (), 0, {})
+    return Subject(call, shell, full, x, key, n, (), False, None, (), 0, {})
 
 
 @contextmanager
@@ -315,14 +325,14 @@ def check_slopes(shell: Shell) -> None:
         )
 
 
-def _choose(model: Prepared, state: State, x: Inputs, key: Key, n: int) -> list[str]:
+def _choose(model: Call, state: State, x: Inputs, key: Key, n: int) -> list[str]:
     name, why = choose(model, state, x, size_of(x, key), n)
     if not _compat.transformed():
         warn(f"layer=None: {name!r} was chosen, the {why}; name it to be sure")
     return [name]
 
 
-def first_nonfinite(model: Prepared, state: State, x: Inputs) -> str:
+def first_nonfinite(model: Call, state: State, x: Inputs) -> str:
     """The layer, in the order of execution, whose output is the first that is not finite, for the end of a sentence."""
     found: list[str] = []
 

@@ -15,7 +15,7 @@ import camfn
 from camfn._compat import constant
 from camfn.attention import Attention, attended, blocks_of, self_attention
 from camfn.capture import pure_from
-from camfn.prepare import shell_of
+from camfn.prepare import opened
 
 
 def written_out(model: nn.Module, x: Tensor, **options) -> tuple[Tensor, Attention]:
@@ -85,7 +85,7 @@ def test_the_transformer_layers_of_torch():
     with torch.no_grad():
         (a, b), plain = told(encoder, x), encoder(x)
         output, attention = written_out(encoder, x)
-        by_shell, of_shell = attended(lambda: pure_from(shell_of(encoder))(camfn.state_of(encoder), x))
+        by_shell, of_shell = attended(lambda: pure_from(opened(encoder).shell())(camfn.state_of(encoder), x))
     for seen in (attention.seen, of_shell.seen):
         close(seen[0], a)
         close(seen[1], b)

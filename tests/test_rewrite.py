@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 import camfn
 from camfn._types import State
 from camfn.capture import pure_from
-from camfn.prepare import shell_of
+from camfn.prepare import opened
 from camfn.rewrite import Fold, channels_last, find_folds, merge_norms
 
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -58,7 +58,7 @@ def merged(model: nn.Module, x: Tensor, state: State | None = None) -> tuple[tup
     """What was found in one image, the rewritten model as a function of `(state, x)`, and its state."""
     state = camfn.state_of(model) if state is None else state
     folds = find_folds(model, state, x[:1]).folds
-    shell, new = merge_norms(shell_of(model), state, folds)
+    shell, new = merge_norms(opened(model).shell(), state, folds)
     return folds, pure_from(shell), new
 
 
@@ -207,7 +207,7 @@ def test_the_names_of_a_pair_and_the_formula():
 
 def test_in_a_narrow_dtype_a_merged_weight_is_rounded_once():
     model = seeded(Net(pair())).bfloat16()
-    _, state = merge_norms(shell_of(model), camfn.state_of(model), (Fold("inner.0", "inner.1"),))
+    _, state = merge_norms(opened(model).shell(), camfn.state_of(model), (Fold("inner.0", "inner.1"),))
     conv, norm = model.inner.double()
     exact = conv.weight * (norm.weight / torch.sqrt(norm.running_var + norm.eps))[:, None, None, None]
     found = state["inner.0.weight"]

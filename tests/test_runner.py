@@ -444,7 +444,7 @@ def test_several_inputs_with_what_is_per_image_and_what_is_not():
     [("resnet18", {}, 64), ("mobilenet_v2", {}, 64), ("densenet121", {}, 64), ("vit_b_16", {"image_size": 32}, 32)],
 )
 def test_torchvision_s_networks_are_found_independent(name, options, side):
-    from camfn.runner import takes_batches
+    from camfn.runner import runner_of
     from camfn.subject import look
     from camfn.targets import resolve
 
@@ -453,7 +453,9 @@ def test_torchvision_s_networks_are_found_independent(name, options, side):
     x = torch.rand(1, 3, side, side)
     layer = next(path for path, module in model.named_modules() if isinstance(module, nn.Conv2d))
     subject = look(model, layer, x, None, None, masks=True)
-    assert takes_batches(subject, resolve(3, subject.output, 1, x.device)) == "whole"
+    runner = runner_of(subject, resolve(3, subject.output, 1, x.device), camfn.Sweep(), 64)
+    assert runner.folded
+    assert runner.room.chunk > 1
 
 
 # ---------------------------------------------------------------------------------------------------- options refused

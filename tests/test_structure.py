@@ -14,8 +14,9 @@ import camfn
 PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
-    *("_errors", "_types", "_compat", "_paths", "draws", "guard", "shell", "prepare", "complaints", "ports", "capture"),
-    *("inputs", "scaling", "eigen", "nmf", "maps"),
+    *("_errors", "_types", "_compat", "_paths", "draws", "memory", "guard"),
+    *("shell", "restore", "prepare", "complaints", "ports", "capture", "inputs"),
+    *("scaling", "eigen", "nmf", "maps"),
     *("findings", "metrics", "layouts"),
     *(
         "targets.scores",
@@ -26,7 +27,7 @@ ORDER = (
         "targets.detections",
         "targets",
     ),
-    *("memory", "recording"),
+    "recording",
     *(
         "attention",
         "linear",

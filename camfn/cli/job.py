@@ -69,15 +69,16 @@ def maps_of(job: Job, path: Path, x: Tensor, layer: str | None) -> list[Map]:
     if "sweep" in given:
         given["sweep"] = given["sweep"]._replace(progress=report)
     made, left_out = [], []
-    for name, make in zip(job.methods, prepared(job.loaded.model, layer, x, job.target, job.methods, given)):
-        label = escaped(" ".join(filter(None, (path.name, layer, name if len(job.methods) > 1 else ""))))
-        try:
-            with _bar(label, job.wish.no_progress) as report.to:
-                made.append(_map(job, name, make))
-        except CamError as error:
-            if options.ALL not in job.wish.methods:
-                raise
-            left_out.append((name, error))
+    with prepared(job.loaded.model, layer, x, job.target, job.methods, given) as makes:
+        for name, make in zip(job.methods, makes):
+            label = escaped(" ".join(filter(None, (path.name, layer, name if len(job.methods) > 1 else ""))))
+            try:
+                with _bar(label, job.wish.no_progress) as report.to:
+                    made.append(_map(job, name, make))
+            except CamError as error:
+                if options.ALL not in job.wish.methods:
+                    raise
+                left_out.append((name, error))
     if not made:
         raise left_out[-1][1]
     said = tuple(f"{name} is left out: {error}" for name, error in left_out)

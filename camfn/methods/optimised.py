@@ -160,10 +160,11 @@ def _mask(size: tuple[int, ...], part: Read, level: Tensor) -> Tensor:
 
 
 def _scores(subject: Subject, runner: Runner, score: Score, image: Tensor, masked: Tensor) -> Tensor:
-    if _compat.transformed():  # a model may write to tensors that it holds if they are as new as the innermost transform
-        runner = runner._replace(shell=subject.model.shell())
-    output = runner.call(guarded=True)(runner.state, rows_of(subject.x, subject.place, image, masked))
-    return score_rows(score.of, output, rows_at(score.rows, image))
+    with subject.model.inner() as own:
+        if _compat.transformed():  # a model may write to tensors that it holds if they are as new as the innermost transform
+            runner = runner._replace(shell=own.shell())
+        output = runner.call(guarded=True)(runner.state, rows_of(subject.x, subject.place, image, masked))
+        return score_rows(score.of, output, rows_at(score.rows, image))
 
 
 def ascend(slope: Callable[[Tensor], Tensor], u: Tensor, steps: int, rate: float) -> Tensor:

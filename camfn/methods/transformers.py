@@ -17,7 +17,7 @@ from camfn.capture import Captured, tap_from
 from camfn.complaints import ForwardError
 from camfn.gradients import Pull, last_slope, slopes_of, with_pull
 from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, read, without_layer
-from camfn.prepare import Prepared, shell_of
+from camfn.prepare import Call, Prepared, opened
 from camfn.subject import Subject, check_slopes, introduced, run_checked
 from camfn.targets import Score, resolve
 
@@ -300,9 +300,9 @@ def _apart(value: Tensor) -> Tensor:
     return _compat.constant(value) - value
 
 
-def _tails(model: nn.Module | Prepared, blocks: Blocks, given: Any, state: State, x: Inputs) -> tuple[Any, ...]:
+def _tails(model: nn.Module | Prepared | Call, blocks: Blocks, given: Any, state: State, x: Inputs) -> tuple[Any, ...]:
     """The model's output for the mean token of each block, in the place of all that the last block returns."""
-    tap = tap_from(shell_of(model), blocks.names[-1:])
+    tap = tap_from(opened(model).shell(), blocks.names[-1:])
     means = torch.stack([tokens.mean(blocks.axis, keepdim=True).expand_as(tokens) for tokens in given])
     leaves: list[Any] = []
     spec: Any = None
