@@ -34,6 +34,12 @@ def transformed() -> bool:
     return compiling() or _functorch.peek_interpreter_stack() is not None
 
 
+def recording() -> bool:
+    """Are we inside `functionalize`, where operations are written down?"""
+    level = _functorch.peek_interpreter_stack()
+    return level is not None and level.key() == _functorch.TransformType.Functionalize
+
+
 def modes_break() -> bool:
     """Inside `jvp` on an old torch, whose decompositions fail under a dispatch mode; or so deep that it may be around."""
     if _version() >= (2, 3):
@@ -99,6 +105,25 @@ def storages(tensors: Mapping[str, torch.Tensor]) -> dict[Any, str]:
         return {storage_id(tensor): name for name, tensor in tensors.items()}
     strided = torch.strided
     return {(t.untyped_storage()._cdata if t.layout == strided else id(t)): name for name, t in tensors.items()}
+
+
+_QUANTISED = frozenset(
+    getattr(torch, name) for name in ("qint8", "quint8", "qint32", "quint4x2", "quint2x4") if hasattr(torch, name)
+)
+
+
+def is_quantised(tensor: torch.Tensor) -> bool:
+    """Does it hold integers that stand for floats? By its dtype, since `is_quantized` is False inside transforms."""
+    return tensor.dtype in _QUANTISED
+
+
+def is_differentiated(tensor: torch.Tensor) -> bool:
+    """Is `grad`, `vjp` or `jvp` following this tensor?"""
+    while not compiling() and _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
 
 
 def constant(tensor: torch.Tensor) -> torch.Tensor:

@@ -193,8 +193,9 @@ def _recorded(site: _Site, x: Inputs, count: int) -> Head | None:
 
 
 def _checking(site: _Site, count: int) -> Tensor:
-    """The activation itself, and beside it halves of it, which must not change what comes of it."""
+    """The activation itself, and beside it less and more of it, which must not change what comes of it."""
     share = torch.full((count, 1, 1), 0.5, dtype=site.activation.dtype, device=site.activation.device)
+    share[1::2] = 1.5  # a scale for the whole batch is of its largest value
     return site.activation * share.index_fill(0, torch.zeros_like(site.number), 1)
 
 
