@@ -6,7 +6,7 @@ camfn needs torch 2.0. Every function below works there too, by the fallback bes
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
@@ -32,6 +32,12 @@ _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIs
 def transformed() -> bool:
     """Are we inside `vmap`, `grad`, `jvp` or `torch.compile`, where values cannot be read?"""
     return compiling() or _functorch.peek_interpreter_stack() is not None
+
+
+def recording() -> bool:
+    """Are we inside `functionalize`, where operations are written down?"""
+    level = _functorch.peek_interpreter_stack()
+    return level is not None and level.key() == _functorch.TransformType.Functionalize
 
 
 def modes_break() -> bool:
@@ -98,6 +104,33 @@ def owns_memory(tensor: torch.Tensor) -> bool:
     plain = unwrapped(tensor)
     resizable = plain.layout == torch.strided and getattr(plain.untyped_storage(), "resizable", None)
     return resizable() if resizable else True
+
+
+def storages(tensors: Mapping[str, torch.Tensor]) -> dict[Any, str]:
+    """The names of tensors by what identifies their memory."""
+    if _functorch.peek_interpreter_stack() is not None:
+        return {storage_id(tensor): name for name, tensor in tensors.items()}
+    strided = torch.strided
+    return {(t.untyped_storage()._cdata if t.layout == strided else id(t)): name for name, t in tensors.items()}
+
+
+_QUANTISED = frozenset(
+    getattr(torch, name) for name in ("qint8", "quint8", "qint32", "quint4x2", "quint2x4") if hasattr(torch, name)
+)
+
+
+def is_quantised(tensor: torch.Tensor) -> bool:
+    """Does it hold integers that stand for floats? By its dtype, since `is_quantized` is False inside transforms."""
+    return tensor.dtype in _QUANTISED
+
+
+def is_differentiated(tensor: torch.Tensor) -> bool:
+    """Is `grad`, `vjp` or `jvp` following this tensor?"""
+    while not compiling() and _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
 
 
 def constant(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from camfn import _compat
 from camfn._errors import CamError, closest
 from camfn._types import Inputs, Layer, State
+from camfn.complaints import Given, about_forward
 from camfn.guard import Allowed, Guard, input_called
 from camfn.ports import Ports, is_several, resolve_layers, watched
 from camfn.prepare import Call, Prepared, opened, prepare, prepares, restarted
@@ -125,7 +126,7 @@ def _run(
     given = [copied(leaf) if careful or input_called(i) in copies else leaf for i, leaf in enumerate(leaves)]
     guard = Guard(Allowed(own, copies, given, shell.twins, shell.foreign)) if guarded else nullcontext()
     shell.put(own)  # it stays in until the shell is put back: a checkpointed block runs again when gradients are taken
-    with guard:
+    with about_forward(Given(x, state, shell.tensors, {"nudge": nudges, "swap": swaps}, shell.modules)), guard:
         return run.forward(tree_unflatten(given, tree), nudges, swaps)
 
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from camfn import _compat
 from camfn._types import Inputs, State
 from camfn.capture import Captured
+from camfn.complaints import about_gradient, refuse_once, refuse_quantising
 from camfn.targets import Score, score_rows
 
 Pull = Callable[..., dict[Any, Tensor]]
@@ -33,7 +34,8 @@ def with_pull(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
     `names` is `None` where only the forward tells how many there are: their names are then 0, 1, ..., in order, and one
     function is given that makes every nudge.
     """
-    return (_by_vjp if _compat.transformed() else _by_graph)(run, state, x, names)
+    captured, pull = (_by_vjp if _compat.transformed() else _by_graph)(run, state, x, names)
+    return captured, about_gradient()(pull)
 
 
 def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pull]:
@@ -57,11 +59,13 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
     def pull(of: Callable[[Any], Tensor], last: bool = False, bent: bool = False) -> dict[Any, Tensor]:
         at = dict([*zeros.items()][-1:]) if last else zeros
         with torch.inference_mode(False), torch.enable_grad():
-            slopes = _gradients(of(output), at, graph=bent)
+            total = of(output)
+            slopes = _gradients(total, at, lambda: run(state, x, None), graph=bent)
             if not bent:
                 return slopes
+            refuse_once(total)
             leans = {name: (slope * values[name]).sum() for name, slope in slopes.items()}
-            bends = {name: _gradients(lean, {name: at[name]})[name] for name, lean in leans.items()}
+            bends = {name: _gradients(lean, {name: at[name]}, None)[name] for name, lean in leans.items()}
         return {name: torch.stack([slope.detach(), bends[name]]) for name, slope in slopes.items()}
 
     detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
@@ -69,12 +73,16 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
     return Captured(detached, tuple(values.values())), pull
 
 
-def _gradients(total: Tensor, zeros: dict[Any, Tensor], graph: bool = False) -> dict[Any, Tensor]:
-    """Zeros where the score has no slope at all, as a count has none."""
+def _gradients(
+    total: Tensor, zeros: dict[Any, Tensor], again: Callable[[], Any] | None, graph: bool = False
+) -> dict[Any, Tensor]:
+    """Zeros where the score has no slope at all, as a count has none; `again` runs the model, to tell whether it quantises."""
     found: Any = (None,) * len(zeros)
     if total.requires_grad:
         leaves = tuple(zeros.values())
         found = torch.autograd.grad(total, leaves, retain_graph=True, create_graph=graph, allow_unused=True)
+    if again is not None and any(slope is None for slope in found):
+        refuse_quantising(again)
     return {name: torch.zeros_like(zeros[name]) if slope is None else slope for name, slope in zip(zeros, found)}
 
 
@@ -147,14 +155,14 @@ def last_slope(pull: Pull, output: Any, score: Score) -> Tensor:
 def slope_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The gradient of a function to one number: by a graph that begins at its argument, or, under a transform, by `grad`."""
     if _compat.transformed():
-        return grad(function)
+        return about_gradient()(grad(function))
 
     def slope(at: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             at = at.detach().clone().requires_grad_()
-            return _gradients(function(at), {0: at})[0]
+            return _gradients(function(at), {0: at}, lambda: function(at))[0]
 
-    return slope
+    return about_gradient()(slope)
 
 
 def _sums(output: Any, score: Score) -> list[Callable[[Any], Tensor]]:

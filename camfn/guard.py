@@ -67,12 +67,12 @@ class Guard(TorchFunctionMode):
         kwargs = kwargs or {}
         traits = traits_of(func)
         if traits is not _METADATA:
-            for arg in args:
-                if id(arg) in self.foreign or type(arg) in _SEQUENCES:
+            foreign = self.foreign
+            for arg in (*args, *kwargs.values()) if kwargs else args:
+                if id(arg) in foreign or (type(arg) in _SEQUENCES and arg and type(arg[0]) is not int):  # sizes, most of them
                     self._check_owner(arg)
-            if kwargs:
-                self._check_owner([*kwargs.values()])
-                for target in _tensors(kwargs.get("out")):
+            if "out" in kwargs:
+                for target in _tensors(kwargs["out"]):
                     self._write(target, traits)
             if traits is not _PLAIN:
                 self._look(traits, args, kwargs)
@@ -110,8 +110,7 @@ class Guard(TorchFunctionMode):
         """The name of the tensor of the state, or of the input, whose memory this is."""
         if self._names is None:
             inputs = {input_called(i): leaf for i, leaf in enumerate(self.allowed.inputs) if isinstance(leaf, Tensor)}
-            given = {**inputs, **self.allowed.state}
-            self._names = {_compat.storage_id(tensor): name for name, tensor in given.items()}
+            self._names = _compat.storages({**inputs, **self.allowed.state})
         return self._names.get(_compat.storage_id(target))
 
     def _check_statistics(self, target: Tensor, traits: "Traits") -> None:
@@ -296,34 +295,49 @@ def _signature(func: Any) -> inspect.Signature | None:
         return None
 
 
-def _given(signature: inspect.Signature | None, args: Any, kwargs: Any, name: str, place: int | None, default: Any) -> Any:
-    """An argument by its name, or by its place where there is no signature."""
-    if signature is not None and name in signature.parameters:
-        return signature.bind_partial(*args, **kwargs).arguments.get(name, signature.parameters[name].default)
-    return kwargs.get(name, args[place] if place is not None and len(args) > place else default)
+class _Argument(NamedTuple):
+    """An argument, by its place or by its name."""
+
+    name: str
+    place: int | None
+    default: Any
+
+    def of(self, args: Any, kwargs: Any) -> Any:
+        if self.place is not None and len(args) > self.place:
+            return args[self.place]
+        return kwargs.get(self.name, self.default)
+
+
+def _argument(signature: inspect.Signature | None, name: str, place: int | None, default: Any) -> _Argument:
+    """By the signature; by the place that is given where there is none."""
+    if signature is None or name not in signature.parameters:
+        return _Argument(name, place, default)
+    found = signature.parameters[name]
+    by_name = found.kind == found.KEYWORD_ONLY
+    return _Argument(name, None if by_name else [*signature.parameters].index(name), found.default)
 
 
 def _draws(name: str, signature: inspect.Signature | None) -> Test | None:
+    def all_of(*switches: _Argument) -> Test:
+        return lambda args, kwargs: all(switch.of(args, kwargs) for switch in switches)
+
     if name in _DRAWS:
         return lambda args, kwargs: True
     if name in _DROPS:
         p, train = _DROPS[name]
         flag = "training" if signature is not None else "train"
-        return lambda args, kwargs: bool(
-            _given(signature, args, kwargs, "p", p, 0.5) and _given(signature, args, kwargs, flag, train, False)
-        )
+        return all_of(_argument(signature, "p", p, 0.5), _argument(signature, flag, train, False))
     if name in ("rrelu", "rrelu_"):
-        return lambda args, kwargs: bool(_given(signature, args, kwargs, "training", 3, False))
+        return all_of(_argument(signature, "training", 3, False))
     if name == "scaled_dot_product_attention":
-        return lambda args, kwargs: bool(_given(signature, args, kwargs, "dropout_p", 4, 0.0))
+        return all_of(_argument(signature, "dropout_p", 4, 0.0))
     if name == "multi_head_attention_forward":
-        return lambda args, kwargs: bool(
-            _given(signature, args, kwargs, "dropout_p", None, 0.0) and _given(signature, args, kwargs, "training", None, True)
-        )
+        return all_of(_argument(signature, "dropout_p", None, 0.0), _argument(signature, "training", None, True))
     if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         return _recurrent_draws
     if name.startswith("fractional_max_pool"):
-        return lambda args, kwargs: _given(signature, args, kwargs, "_random_samples", None, None) is None
+        samples = _argument(signature, "_random_samples", None, None)
+        return lambda args, kwargs: samples.of(args, kwargs) is None
     return None
 
 
@@ -335,9 +349,9 @@ def _recurrent_draws(args: Any, kwargs: Any) -> bool:
 
 def _targets(func: Any, name: str, signature: inspect.Signature | None) -> Targets | None:
     if name in ("batch_norm", "instance_norm"):
-        return functools.partial(_statistics, signature, name)
+        return _statistics(signature, name)
     if name in ("embedding", "embedding_bag"):
-        return functools.partial(_renormed, signature)
+        return _renormed(signature)
     if name == "__set__":
         return _first if func == Tensor.data.__set__ else None  # pyright: ignore[reportAttributeAccessIssue]
     if name == "fused_moving_avg_obs_fake_quant":
@@ -346,7 +360,8 @@ def _targets(func: Any, name: str, signature: inspect.Signature | None) -> Targe
     if in_place or name in _TWINS_OF_MEMORY or name == "__setitem__" or (name.startswith("__i") and name in _AUGMENTED):
         return _first
     if signature is not None and "inplace" in signature.parameters:
-        return lambda args, kwargs: _first(args, kwargs) if _given(signature, args, kwargs, "inplace", None, False) else []
+        inplace = _argument(signature, "inplace", None, False)
+        return lambda args, kwargs: _first(args, kwargs) if inplace.of(args, kwargs) else []
     return None
 
 
@@ -374,27 +389,36 @@ _AUGMENTED = frozenset(
 def _first(args: Any, kwargs: Any) -> list[Tensor]:
     """The first argument: a tensor, or several, as `torch._foreach_add_` takes."""
     first = args[0] if args else kwargs.get("input", kwargs.get("self", kwargs.get("tensor")))
-    return _tensors(first)
+    return [first] if isinstance(first, Tensor) else _tensors(first)
 
 
 def _tensors(given: Any) -> list[Tensor]:
     return [] if given is None else [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor)]
 
 
-def _statistics(signature: inspect.Signature | None, name: str, args: Any, kwargs: Any) -> list[Tensor]:
+def _statistics(signature: inspect.Signature | None, name: str) -> Targets:
     """The running statistics, where the batch's own are used."""
     first = 1 if signature is not None else 3  # torch.batch_norm has weight and bias before them
     flag = "training" if signature is not None and name == "batch_norm" else "use_input_stats"
-    if not _given(signature, args, kwargs, flag, 5, True):
-        return []
-    parts = enumerate(("running_mean", "running_var"))
-    found = (_given(signature, args, kwargs, part, first + i, None) for i, part in parts)
-    return [tensor for tensor in found if isinstance(tensor, Tensor)]
+    own = _argument(signature, flag, 5, True)
+    parts = [_argument(signature, part, first + i, None) for i, part in enumerate(("running_mean", "running_var"))]
+
+    def targets(args: Any, kwargs: Any) -> list[Tensor]:
+        if not own.of(args, kwargs):
+            return []
+        return [tensor for tensor in (part.of(args, kwargs) for part in parts) if isinstance(tensor, Tensor)]
+
+    return targets
 
 
-def _renormed(signature: inspect.Signature | None, args: Any, kwargs: Any) -> list[Tensor]:
+def _renormed(signature: inspect.Signature | None) -> Targets:
     """The weight, where its rows are scaled to a norm in place."""
-    if _given(signature, args, kwargs, "max_norm", None, None) is None:
-        return []
-    weight = _given(signature, args, kwargs, "weight", 1, None)
-    return [weight] if isinstance(weight, Tensor) else []
+    norm, weight = _argument(signature, "max_norm", None, None), _argument(signature, "weight", 1, None)
+
+    def targets(args: Any, kwargs: Any) -> list[Tensor]:
+        if norm.of(args, kwargs) is None:
+            return []
+        found = weight.of(args, kwargs)
+        return [found] if isinstance(found, Tensor) else []
+
+    return targets

@@ -13,6 +13,7 @@ from camfn import _compat
 from camfn._errors import CamError, layer_called
 from camfn._types import Inputs, Layer, State
 from camfn.capture import resolve_state, tap_from
+from camfn.complaints import Given, about_forward, about_record
 from camfn.ports import resolve_layers
 from camfn.prepare import Call, Prepared, opened, prepares, shapes
 from camfn.recording import Record, record
@@ -30,7 +31,9 @@ class Head(NamedTuple):
     shell: Shell
 
     def __call__(self, state: State, x: Inputs, value: Tensor) -> Any:
-        return self.at(resolve_state(self.shell, state), x)(value)
+        full = resolve_state(self.shell, state)
+        with about_forward(Given(x, full, self.shell.tensors, {"value": (value,)}, self.shell.modules)):
+            return self.at(full, x)(value)
 
     def at(self, state: State, x: Inputs) -> Callable[[Tensor], Any]:
         """The head as a function of the value alone, for a state that is complete: the front has run, once."""
@@ -188,7 +191,8 @@ def _record(shell: Shell, state: State, name: str, x: Inputs, value: Tensor) -> 
 
     hidden = [t for _, twin in shell.twins.modules for t in (*twin._parameters.values(), *twin._buffers.values())]
     known = [twin for twin in (*shell.twins.values(), *hidden) if isinstance(twin, Tensor)]
-    made = record(flat, _tensors(state), _tensors(x), value, layer_called(name), known)
+    with about_record(shell.modules, layer_called(name)):
+        made = record(flat, _tensors(state), _tensors(x), value, layer_called(name), known)
     return made, functools.partial(_unflatten, spec, whole)
 
 

@@ -166,6 +166,8 @@ def _check_list(x: list[Any], masks: bool) -> None:
 def _check_devices(x: Inputs, state: State) -> None:
     here = {leaf.device for leaf in tree_flatten(x)[0] if isinstance(leaf, Tensor)}
     away = [name for name, tensor in state.items() if tensor.device not in here]
+    if any(device.type == "meta" for device in here) and (not away or len(here) > 1):
+        raise CamError("x is on the meta device, which holds shapes and no values: there is nothing to explain")
     if not away or len(here) > 1:
         return  # a model may well be spread over devices, with inputs for each
     there = ", ".join(sorted({str(state[name].device) for name in away}))

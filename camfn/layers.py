@@ -14,7 +14,7 @@ from camfn._types import Inputs, State
 from camfn.capture import resolve_state, watch
 from camfn.inputs import Key, check_inputs, key_of, plain, size_of
 from camfn.layouts import Clues, Form, Sides, forms_of
-from camfn.linear import is_auxiliary, sides
+from camfn.linear import is_auxiliary, is_convolution, sides
 from camfn.ports import Place, tensors_of
 from camfn.prepare import Call, Prepared, opened, prepares
 from camfn.targets import logits_of
@@ -228,7 +228,7 @@ def clues_of(model: nn.Module, spatial: Sides | None) -> Clues:
     axes: set[int] = set()
     grids = {spatial} if spatial else set()
     for module in model.modules():
-        if isinstance(module, _ConvNd):
+        if is_convolution(module):
             first |= {module.in_channels, module.out_channels}
             axes.add(len(module.kernel_size))
             if spatial is not None and len(spatial) == len(module.kernel_size) and max(module.stride) > 1:

@@ -1,7 +1,7 @@
 """The linear layer behind the pooling: which it is, and its matrix."""
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,11 @@ def matrix_of(shell: Shell, state: State, name: str) -> Tensor:
     weight = shell.aliases.get(f"{name}.weight")
     if weight is not None:
         return state[weight].flatten(1)
-    # It is made anew in every forward (a parametrisation), or packed (a quantised one): then the layer itself tells.
     module = shell.modules[name]
+    if is_quantised(module):
+        packed: Any = module
+        return packed.weight().dequantize().flatten(1)
+    # It is made anew in every forward (a parametrisation): then the layer itself tells.
     channels, _ = sides(module) or (0, 0)
     own = {slot.removeprefix(f"{name}."): state[of] for slot, of in shell.slots.items() if slot.startswith(f"{name}.")}
     like = next((tensor for tensor in own.values() if tensor.is_floating_point()), torch.zeros(()))
@@ -76,10 +79,15 @@ def _check_linear(name: str, module: nn.Module, channels: int, classes: int) -> 
         raise CamError(f"fc={name!r} gives {taken[1]} values, and the model gives {classes} classes")
 
 
+def is_convolution(module: nn.Module) -> TypeGuard[_ConvNd]:
+    """Is it one of torch's convolutions, quantised or not?"""
+    return isinstance(module, _ConvNd) or (is_quantised(module) and {"kernel_size", "groups"} <= vars(module).keys())
+
+
 def sides(module: Any) -> tuple[int, int] | None:
     """Inputs and outputs of a layer that is linear in channels; else `None`."""
     if isinstance(module, nn.Linear) or (is_quantised(module) and hasattr(module, "in_features")):
         return module.in_features, module.out_features
-    if isinstance(module, _ConvNd) and math.prod(module.kernel_size) == 1 and module.groups == 1 and not module.transposed:
+    if is_convolution(module) and math.prod(module.kernel_size) == 1 and module.groups == 1 and not module.transposed:
         return module.in_channels, module.out_channels
     return None

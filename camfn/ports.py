@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from camfn import _compat
 from camfn._errors import CamError, closest, layer_called
 from camfn._types import Layer
 from camfn.shell import Shell, without_wrappers
@@ -208,6 +209,8 @@ def _through(port: Port, out: Any) -> Any:
         )
     part = _part_of(port, out)
     value: Tensor = functools.reduce(_get, part, out)
+    if _compat.is_quantised(value):
+        value = _dequantised(port, value)
     if port.swap is not None:
         value = port.swap
     # What was seen is a copy: an in-place ReLU right after the layer would change it. What goes on is the very tensor, which
@@ -217,6 +220,17 @@ def _through(port: Port, out: Any) -> Any:
         return out
     nudge: Any = port.nudge(value) if callable(port.nudge) else port.nudge
     return _put(out, part, value.clone() if nudge is None else value + nudge)
+
+
+def _dequantised(port: Port, value: Tensor) -> Tensor:
+    """A quantised tensor can be read, as the floats that its integers stand for, and nothing else."""
+    if port.swap is not None or port.nudge is not None or _compat.is_differentiated(value):
+        raise CamError(
+            f"{layer_called(port.name)} is quantised (it gives {value.dtype}): it can be read, but nothing can be put in its "
+            "place, and no gradient comes through; use a method that only reads the layer or masks the input, such as "
+            "camfn.mean_cam, camfn.eigen_cam or camfn.score_cam, or choose a layer that gives floats"
+        )
+    return value.dequantize()
 
 
 # ------------------------------------------------------------------------------------------------------- the parts

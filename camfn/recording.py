@@ -4,7 +4,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,7 @@ from camfn import _compat
 from camfn._errors import CamError
 from camfn.draws import TURNS, refuse_draw
 from camfn.guard import reads_values
-from camfn.memory import is_exhausted
 from camfn.tape import Operation, Tape, Value, leaves, mapped, tape
-
-T = TypeVar("T")
 
 
 class Record(NamedTuple):
@@ -47,8 +44,7 @@ def record(
     """The function `(*state, *inputs, value) -> results`, run once on these. `after` names, in an error, where the value is;
     `known` are tensors that belong to the model beside its state.
 
-    Raises `CamError` where the value itself is read in Python: the record would hold for that one alone. And where the function
-    cannot be run like this, though it can be run.
+    Raises `CamError` where the value itself is read in Python: the record would hold for that one alone.
     """
     recorder = _Recorder(known)
     with torch.inference_mode(False), torch.no_grad():
@@ -59,8 +55,7 @@ def record(
             recorder.bind(argument, _Part(step))
         with TURNS, recorder, _PythonSide(recorder):
             # Mutations only: with views too, a view of a weight becomes a copy of it on every call.
-            written_down = functionalize(function, remove="mutations")
-            out = _tried(lambda: written_down(*arguments), after)
+            out = functionalize(function, remove="mutations")(*arguments)
     results = [recorder.part_of(leaf) for leaf in out]
     live = _live(recorder.steps, results)
     reads = [step for step in recorder.steps if step.reads]
@@ -74,21 +69,6 @@ def record(
     around = any("input" in step.hangs and "value" not in step.hangs for step in live)
     tapes = _two_tapes(given, live, results, recorder.constants)
     return Record(*tapes, around, str(reads[0].target) if reads else "", any(part.step.kind == "unseen" for part in used))
-
-
-def _tried(run: Callable[[], T], after: str) -> T:
-    try:
-        return run()
-    except CamError:
-        raise
-    except Exception as error:
-        if is_exhausted(error):
-            raise
-        kind, said = type(error).__name__, str(error).strip().partition("\n")[0]
-        raise CamError(
-            f"what comes after {after} cannot be recorded ({kind}: {said[:200]}); use a method that runs the whole model, such "
-            "as camfn.grad_cam"
-        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------ writing down

@@ -1,7 +1,8 @@
 """Putting a private copy back as it was before it ran, and laying it to rest."""
 
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from operator import is_
 from types import FunctionType
 from typing import Any
 
@@ -15,11 +16,14 @@ class Snapshot:
 
     def __init__(self, shell: Shell) -> None:
         self._empty: list[Any] = []  # containers that held nothing: most of a module's
-        self._full: list[tuple[Any, list[int], list[Any]]] = []  # a container, the ids of what it held, and that
+        self._full: list[tuple[Any, list[Any]]] = []  # a container, and what it held
+        self._maps: list[tuple[dict[Any, Any], list[Any], list[Any]]] = []  # a dict, its keys and its values
         self._slots: list[tuple[Any, str, Any]] = []
         self._cells: list[tuple[Any, Any]] = []
         for holder, key, _ in shell.places:  # at rest it holds no tensors
             holder[key] = None
+        holders = {id(holder): holder for holder, *_ in shell.places}
+        self._tensors = {key: (holder, dict(holder)) for key, holder in holders.items()}
         for part in shell.twins.values():
             self._add(part)
 
@@ -37,39 +41,44 @@ class Snapshot:
         self._slots.extend((part, name, item) for name, item in slots_of(part))
 
     def _add_container(self, container: Any) -> None:
-        if len(container):
-            self._full.append((container, _ids(container), _contents(container)))
-        else:
+        if id(container) in self._tensors:
+            return
+        if not len(container):
             self._empty.append(container)
+        elif isinstance(container, dict):
+            self._maps.append((container, [*dict.keys(container)], [*dict.values(container)]))
+        else:
+            self._full.append((container, [*container]))
 
     def restore(self) -> None:
         """Put everything back."""
         for container in self._empty:
             if container:
                 _refill(container, [])
-        for container, ids, contents in self._full:
-            if _ids(container) != ids:
+        for container, contents in self._full:
+            if not _same(container, contents):
                 _refill(container, contents)
+        for holder, contents in self._tensors.values():
+            holder.clear()
+            holder.update(contents)
+        of = dict.values
+        for container, keys, values in self._maps:  # some hundreds: written out, since it is a part of every call
+            if len(container) != len(keys) or not all(map(is_, of(container), values)) or not all(map(is_, container, keys)):
+                _refill(container, zip(keys, values))
         for owner, name, item in self._slots:
             object.__setattr__(owner, name, item)
         for cell, item in self._cells:
             cell.cell_contents = item
 
 
-def _contents(container: Any) -> list[Any]:
-    return list(dict.items(container)) if isinstance(container, dict) else list(container)
-
-
-def _ids(container: Any) -> list[int]:
-    if isinstance(container, dict):
-        return [*map(id, dict.keys(container)), *map(id, dict.values(container))]
-    return [*map(id, container)]
+def _same(container: Collection[Any], contents: list[Any]) -> bool:
+    return len(container) == len(contents) and all(map(is_, container, contents))
 
 
 _BASES: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 
 
-def _refill(container: Any, contents: list[Any]) -> None:
+def _refill(container: Any, contents: Iterable[Any]) -> None:
     base = next(base for base in _BASES if isinstance(container, base))  # a subclass may do more when it is filled
     base.clear(container)
     (base.extend if base in (list, deque) else base.update)(container, contents)

@@ -116,7 +116,7 @@ def _copy_module(module: nn.Module, twins: Twins) -> nn.Module:
     own = twin.__dict__
     own.update(vars(module))
     for name, value in vars(module).items():
-        if type(value) in ATOMS:
+        if type(value) in ATOMS or name in _NO_FORWARD:
             continue
         if name in ("_parameters", "_buffers") or (type(value) in _CONTAINERS and not value):
             own[name] = value.copy()  # the tensors are shared: functional_call puts the state in their place
@@ -279,6 +279,11 @@ def _copier_of(cls: type) -> Callable[[Any, Twins], Any]:
 
 _LEFT_OUT = frozenset(("_compiled_call_impl",))
 """What `module.compile()` left: it would run the caller's module."""
+
+_NO_FORWARD = frozenset(
+    ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+)
+"""What a forward never uses: shared, since each container more is work for Python's garbage collector."""
 
 _NOT_OURS = sys.stdlib_module_names | {"torch", "numpy", "lightning", "pytorch_lightning", "lightning_fabric"}
 

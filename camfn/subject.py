@@ -16,15 +16,17 @@ from camfn._errors import CamError, RefusedError, warn
 from camfn._types import Inputs, Layers, State
 from camfn.attention import unfused as written_out
 from camfn.capture import Captured, pure_from, resolve_state, tap_from, watch
+from camfn.complaints import WITHOUT_GRADIENTS, quantised_in
 from camfn.draws import refusing_draws
 from camfn.gradients import Pull, Run, with_pull
 from camfn.inputs import Key, Place, beside, check_inputs, key_of, pick, plain, rows_of, size_of, with_input
 from camfn.layers import choose
+from camfn.linear import is_convolution
 from camfn.memory import is_exhausted
 from camfn.ports import is_several, resolve_layers
 from camfn.prepare import Call, Prepared, opened
 from camfn.rewrite import is_close
-from camfn.shell import Shell, is_quantised
+from camfn.shell import Shell
 from camfn.targets import logits_of
 
 
@@ -133,8 +135,9 @@ def _look(
 
     # Under a transform, what a model writes to has to be made inside it.
     run = tapped(subject, distinct, None if _compat.transformed() else shell)
-    if graph:
+    if graph or (masks and _compat.is_differentiated(subject.image)):
         check_slopes(shell)
+    if graph:
         captured, pull = with_pull(run, full, x, distinct)
     else:
         with without_graph() if masks else nullcontext():
@@ -282,13 +285,17 @@ def run_checked(tap: Callable[..., Captured], subject: Subject, state: State, x:
 
 def _check_frames(shell: Shell, image: Tensor) -> None:
     """Frames before channels look like channels and three spatial axes, and masks would go over the wrong ones."""
-    first = next((m for m in shell.module.modules() if isinstance(m, _ConvNd)), None)
+    first = _first_convolution(shell)
     if image.ndim == 5 and first is not None and image.shape[1] != first.in_channels == image.shape[2]:
         raise CamError(
             f"x has shape {tuple(image.shape)}, and {type(first).__name__} wants {len(first.kernel_size) + 2} axes, the second "
             f"of {first.in_channels} channels: if frames come before channels, pass a module that takes (n, channels, *size) "
             "and hands on x.transpose(1, 2); or is there a batch axis too many?"
         )
+
+
+def _first_convolution(shell: Shell) -> _ConvNd | None:
+    return next(filter(is_convolution, shell.module.modules()), None)
 
 
 _NO_LIST = (
@@ -299,7 +306,7 @@ _NO_LIST = (
 
 def _wrong_rank(x: Inputs, key: Key, shell: Shell) -> str:
     """A sentence, where x has not as many axes as a batch for the first convolution. A model may mend that itself."""
-    first = next((m for m in shell.module.modules() if isinstance(m, _ConvNd)), None)
+    first = _first_convolution(shell)
     if key is not None or first is None or pick(x, key).ndim == len(first.kernel_size) + 2:
         return ""
     return (
@@ -310,11 +317,11 @@ def _wrong_rank(x: Inputs, key: Key, shell: Shell) -> str:
 
 def check_slopes(shell: Shell) -> None:
     """Raise where a gradient could not come through the model."""
-    quantised = [repr(path) for path, module in shell.distinct().items() if is_quantised(module)]
+    quantised = quantised_in(shell.distinct())
     if quantised:
         raise CamError(
-            f"the model is quantised ({', '.join(quantised[:3])}), and no gradient comes through what computes in integers: "
-            "use a method without gradients, or the model as it was before"
+            f"the model is quantised ({quantised}), and no gradient comes through what computes in integers: "
+            f"{WITHOUT_GRADIENTS}"
         )
 
 

@@ -15,7 +15,7 @@ PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
     *("_errors", "_types", "_compat", "_paths", "draws", "memory", "guard"),
-    *("shell", "restore", "prepare", "ports", "capture", "inputs"),
+    *("shell", "restore", "prepare", "complaints", "ports", "capture", "inputs"),
     *("scaling", "eigen", "nmf", "maps"),
     *("findings", "metrics", "layouts"),
     *(

@@ -17,7 +17,7 @@ from camfn.gradients import Pull, slopes_of, with_pull
 from camfn.inputs import pick, with_input
 from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, without_layer
 from camfn.scaling import size_of
-from camfn.subject import Subject, introduced, without_graph
+from camfn.subject import Subject, check_slopes, introduced, without_graph
 from camfn.targets import resolve
 
 Form = Literal["authors", "pytorch-grad-cam"]
@@ -108,6 +108,7 @@ def full_grad(
 
 def _apart(model: nn.Module, x: Inputs, state: State | None) -> Parts:
     subject = introduced(model, x, state)
+    check_slopes(subject.shell)
     found = {name: _bias_of(subject, name, module) for name, module in subject.shell.distinct().items()}
     biases = {name: bias for name, bias in found.items() if bias is not None}
     called: tuple[str, ...] = ()

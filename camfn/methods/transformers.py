@@ -14,10 +14,11 @@ from camfn._errors import CamError
 from camfn._types import Inputs, Layers, Layout, Relevances, Size, State, Target
 from camfn.attention import Attention, Blocks, Nudge, attended, blocks_of, self_attention
 from camfn.capture import Captured, tap_from
+from camfn.complaints import ForwardError
 from camfn.gradients import Pull, last_slope, slopes_of, with_pull
 from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, read, without_layer
 from camfn.prepare import Call, Prepared, opened
-from camfn.subject import Subject, introduced, run_checked
+from camfn.subject import Subject, check_slopes, introduced, run_checked
 from camfn.targets import Score, resolve
 
 
@@ -81,10 +82,12 @@ def attention_rollout(
 
     Abnar & Zuidema, Quantifying Attention Flow in Transformers, ACL 2020 (arXiv 2005.00928).
     """
-    found = _followed("attention_rollout", model, layer, x, target, state, start)
+    found = _followed("attention_rollout", model, layer, x, target, state, start, slopes=query is None)
     n, targets = found.clean.shape
-    row = relevance.rollout(found.attention.seen, _row(last_slope(found.pull, found.subject.output, found.score), query))
-    return _on_patches(found, [row] * targets, layout, Drawing(relu, size, normalize), n)
+    # A query that is named needs no gradient: the attention itself has as many rows.
+    last = last_slope(found.pull, found.subject.output, found.score) if query is None else found.attention.seen[-1]
+    row = relevance.rollout(found.attention.seen, _row(last, query))
+    return _on_patches(found, [row] * targets, layout, Drawing(relu, size, normalize), n if query is None else 0)
 
 
 @method("attention", "gradients", cost="1, 1 backward")
@@ -247,10 +250,16 @@ def _followed(
     *,
     held: bool = False,
     tails: bool = False,
+    slopes: bool = True,
 ) -> Attentive:
-    """One forward with attention written out; with `tails` also each layer's own output, beside the model's."""
+    """One forward with attention written out; with `tails` also each layer's own output, beside the model's.
+
+    `slopes`: gradients are needed.
+    """
     without_layer(name, layer)
     subject = introduced(model, x, state)
+    if slopes:
+        check_slopes(subject.shell)
     blocks = _blocks(subject) if tails else Blocks([], 1)
     run = functools.partial(_run, subject, blocks, held)
     captured, back = with_pull(run, subject.state, subject.x, None)
@@ -304,7 +313,12 @@ def _tails(model: nn.Module | Prepared | Call, blocks: Blocks, given: Any, state
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     # Mapped over what is swapped in alone, the blocks before it run once. Written out, since fused attention has no rule.
-    tensors, _ = attended(lambda: vmap(tail)(means))
+    try:
+        tensors, _ = attended(lambda: vmap(tail)(means))
+    except ForwardError:  # a custom Function that cannot be mapped
+        if _compat.transformed():
+            raise
+        tensors = [torch.stack(parts) for parts in zip(*(attended(lambda mean=mean: tail(mean))[0] for mean in means))]
 
     def outputs() -> Iterator[Any]:
         for parts in zip(*tensors):

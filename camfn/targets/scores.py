@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_map
 
+from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Weights
 
@@ -64,13 +65,16 @@ class Clean(NamedTuple):
 
 
 def found_in(output: Any, keys: tuple[str, ...]) -> Tensor | None:
-    """The tensor of an output: itself, what is under the first of these keys or attributes, or that of its first part."""
+    """The tensor of an output: itself, what is under the first of these keys or attributes, or that of its first part.
+
+    Of a quantised one, the floats that it stands for.
+    """
     if isinstance(output, Tensor):
-        return output
+        return output.dequantize() if _compat.is_quantised(output) else output
     for key in keys:
         value = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
         if isinstance(value, Tensor):
-            return value
+            return found_in(value, ())
     return found_in(output[0], keys) if isinstance(output, (tuple, list)) and output else None
 
 
