@@ -312,3 +312,51 @@ def test_what_is_cached_in_the_first_call_is_a_constant_of_lift_cam():
     for _ in range(2):
         found = raw("lift_cam", filled(Cached()), "act", images())
         assert off(found, raw("lift_cam", filled(Anew()), "act", images())) <= NEAR
+
+
+# --------------------------------------------------------------------------------------- what torch keeps by a module
+
+
+CALLS = {
+    **{method: functools.partial(raw, method) for method in ("grad_cam", "score_cam", "recipro_cam", "lift_cam")},
+    "head": lambda model, layer, x: camfn.head(model, layer, x, torch.ones(2, 6, 3, 3, dtype=torch.float64)),
+    "pure": lambda model, layer, x: camfn.pure(model)(camfn.state_of(model), x),
+    "tap": lambda model, layer, x: camfn.tap(model, layer)(camfn.state_of(model), x),
+    "candidate_layers": lambda model, layer, x: camfn.candidate_layers(model, x),
+}
+
+
+@both
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("at", ["conv", "head.2"])
+def test_what_torch_caches_of_parametrizations_is_neither_taken_nor_changed(at, call, of):
+    """torch keeps the weight by the caller's module: a call would get it with another state, and leave it without a graph."""
+    model = filled(Net())
+    torch.nn.utils.parametrizations.weight_norm(model.get_submodule(at))
+    subject, parameter = of(model), model.get_submodule(at).parametrizations.weight.original0
+    with torch.nn.utils.parametrize.cached():
+        with pytest.raises(CamError, match=rf"cached\(\) is on, and layer '{at}' is parametrized.*outside of it"):
+            CALLS[call](subject, "act", images())
+        model(images()).sum().backward()
+    assert parameter.grad is not None
+    CALLS[call](subject, "act", images())
+
+
+def test_other_models_run_where_torch_caches_parametrizations():
+    want = raw("grad_cam", filled(Net()), "act", images())
+    with torch.nn.utils.parametrize.cached():
+        assert torch.equal(raw("grad_cam", filled(Net()), "act", images()), want)
+
+
+@both
+@pytest.mark.parametrize("method", ["grad_cam", "recipro_cam"])
+def test_weight_norm_with_another_state(method, of):
+    model, plain = filled(Net()), filled(Net())
+    torch.nn.utils.parametrizations.weight_norm(model.conv)
+    subject, state = of(model), camfn.state_of(model)
+    three = {name: 3 * tensor if name.endswith("original0") else tensor for name, tensor in state.items()}
+    with torch.no_grad():
+        plain.conv.weight.mul_(3)
+    for _ in range(2):
+        assert off(raw(method, subject, "act", images(), state=state), raw(method, filled(Net()), "act", images())) <= NEAR
+        assert off(raw(method, subject, "act", images(), state=three), raw(method, plain, "act", images())) <= NEAR
