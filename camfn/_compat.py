@@ -99,6 +99,13 @@ def storage_id(tensor: torch.Tensor) -> Any:
     return plain.untyped_storage()._cdata if plain.layout == torch.strided else id(plain)
 
 
+def owns_memory(tensor: torch.Tensor) -> bool:
+    """Is the memory torch's own, and not NumPy's or somebody else's? On an old torch that cannot tell: yes."""
+    plain = unwrapped(tensor)
+    resizable = plain.layout == torch.strided and getattr(plain.untyped_storage(), "resizable", None)
+    return resizable() if resizable else True
+
+
 def storages(tensors: Mapping[str, torch.Tensor]) -> dict[Any, str]:
     """The names of tensors by what identifies their memory."""
     if _functorch.peek_interpreter_stack() is not None:

@@ -62,19 +62,20 @@ def about_gradient() -> Iterator[None]:
 
 
 @contextmanager
-def about_record(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def about_record(modules: Mapping[str, nn.Module], after: str) -> Iterator[None]:
     """Around the recording of what comes after a layer."""
     try:
         yield
     except Exception as error:
-        names = quantised_in(modules)
-        if names and not isinstance(error, CamError) and _is_torchs(error) and not is_exhausted(error):
+        if isinstance(error, CamError) or is_exhausted(error) or not _is_torchs(error):
+            raise
+        said = f"what comes after {after} cannot be recorded ({_first_line(error)})"
+        if names := quantised_in(modules):
             raise ForwardError(
-                f"the model is quantised ({names}), and what comes after a layer cannot be recorded with that in it "
-                f"({_first_line(error)}): use a method that only reads the layer or masks the input, such as camfn.mean_cam or "
-                "camfn.score_cam"
+                f"{said}, since the model is quantised ({names}): use a method that only reads the layer or masks the input, "
+                "such as camfn.mean_cam or camfn.score_cam"
             ) from error
-        raise
+        raise ForwardError(f"{said}: use a method that runs the whole model, such as camfn.grad_cam") from error
 
 
 def refuse_quantising(forward: Callable[[], Any]) -> None:

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from camfn import _compat
-from camfn._errors import layer_called
+from camfn._errors import CamError, layer_called
 from camfn._types import Inputs, Layer, State
 from camfn.capture import resolve_state, tap_from
 from camfn.complaints import Given, about_forward, about_record
 from camfn.ports import resolve_layers
-from camfn.prepare import Prepared, opened, prepares, shapes
+from camfn.prepare import Call, Prepared, opened, prepares, shapes
 from camfn.recording import Record, record
 from camfn.rewrite import is_close
 from camfn.shell import Shell
@@ -56,7 +56,8 @@ def head(model: nn.Module | Prepared, layer: Layer, x: Inputs, value: Tensor) ->
     It is recorded for the shapes of `x` and `value` (its batch included: pad). `x` still counts where it reaches the output by
     a way around the layer.
 
-    Raises `CamError` where what comes after the layer reads values in Python: a record of it would hold for them alone.
+    Raises `CamError` where the forward reads values in Python, or takes tensors that are not the model's: a record would hold
+    for these alone.
 
     >>> import camfn, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
@@ -69,38 +70,70 @@ def head(model: nn.Module | Prepared, layer: Layer, x: Inputs, value: Tensor) ->
     call = opened(model)
     shell = call.shell()
     (name,) = resolve_layers(shell, layer)
-    key = "record", name, _form(shell.tensors, x, value)
-
-    def fits(made: Made) -> bool:
-        state = shell.tensors
-        return agree(Head(*made, shell)(state, x, value), tap_from(call.shell(), [name])(state, x, None, (value,)).output)
-
-    def make() -> Made:
-        return _record(call.shell(), shell.tensors, name, x, value)
-
-    return Head(*_lasting(call.prepared, key, make, fits), shell)
+    made = _on_blanks if _compat.transformed() else _general
+    return Head(*made(call, name, shell.tensors, x, value), shell)
 
 
 def head_of(subject: Subject, name: str, x: Inputs, value: Tensor, fits: Callable[[Head], bool]) -> Head:
-    """`head` for a subject. One that is kept has to fit. What a transform hands us cannot be recorded, but blanks of its shapes
-    can."""
+    """`head` for a subject, recorded at `value`; `fits` looks at it at another, as `Record` says. It may hold for these inputs
+    alone."""
     call = subject.model
     if not _compat.transformed():
-        key = "record", name, _form(subject.state, x, value)
 
         def make() -> Made:
             return _record(call.shell(), subject.state, name, x, value)
 
-        return Head(*_lasting(call.prepared, key, make, lambda made: fits(Head(*made, subject.shell))), subject.shell)
+        key = _key(name, subject.state, x, value)
+        made = _lasting(call.prepared, key, make, lambda made: fits(Head(*made, subject.shell)), layer_called(name))
+        return Head(*made, subject.shell)
+    return Head(*_on_blanks(call, name, subject.shell.tensors, x, value), subject.shell)
+
+
+def _on_blanks(call: Call, name: str, state: State, x: Inputs, value: Tensor) -> Made:
+    """`_general` under a transform: what that hands us cannot be recorded, but blanks of its shapes can."""
     leaves, tree = tree_flatten((x, value))
     forms = [(tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def on_blanks() -> Made:
         blanks = [torch.zeros(f[0], dtype=f[1], device=f[2]) if isinstance(f, tuple) else f for f in forms]
-        made = call.shell()
-        return _record(made, made.tensors, name, *tree_unflatten(blanks, tree))
+        inputs, zeros = tree_unflatten(blanks, tree)
+        return _general(call, name, state, inputs, torch.ones_like(zeros))
 
-    return Head(*_compat.apart(on_blanks), subject.shell)
+    return _compat.apart(on_blanks)
+
+
+def _general(call: Call, name: str, state: State, x: Inputs, value: Tensor) -> Made:
+    """A record that holds for any state, inputs and value of these shapes."""
+    called = layer_called(name)
+
+    def fits(made: Made) -> bool:
+        with torch.no_grad():
+            found = made[1](made[0].rest(value, *made[0].front(*_tensors((state, x)))))
+            return agree(found, tap_from(call.shell(), [name])(state, x, None, (value,)).output)
+
+    def make() -> Made:
+        made = _record(call.shell(), state, name, tree_map(_halved, x), value / 2)
+        if made[0].reads:
+            raise CamError(
+                f"what comes after {called} may hang on values that are read in Python ({made[0].reads}): a record of it would "
+                "hold for these alone"
+            )
+        if made[0].unseen:
+            raise CamError(
+                f"what comes after {called} hangs on a tensor that was not seen being made (by another thread, NumPy or a "
+                "cache?): a record of it might hold for this call alone"
+            )
+        return made
+
+    return _lasting(call.prepared, _key(name, state, x, value), make, fits, called)
+
+
+def _halved(leaf: Any) -> Any:
+    return leaf / 2 if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _key(name: str, state: State, x: Inputs, value: Tensor) -> tuple[str, str, Hashable]:
+    return "record", name, _form(state, x, value)
 
 
 def _form(state: State, x: Inputs, value: Tensor) -> Hashable:
@@ -114,16 +147,19 @@ def _form(state: State, x: Inputs, value: Tensor) -> Hashable:
 
 
 def _lasting(
-    prepared: Prepared, key: tuple[str, str, Hashable], make: Callable[[], Made], fits: Callable[[Made], bool]
+    prepared: Prepared, key: tuple[str, str, Hashable], make: Callable[[], Made], fits: Callable[[Made], bool], called: str
 ) -> Made:
     """A record that is kept and fits, or a new one, which is kept if it holds for other inputs."""
-    if key[-1] is None:
-        return make()
-    slot = prepared.slot(key)
-    if slot.made is not None and fits(slot.made):
+    slot = None if key[-1] is None else prepared.slot(key)
+    if slot is not None and slot.made is not None and fits(slot.made):
         return slot.made
     made = make()
-    if not made[0].reads:
+    if not fits(made):
+        raise CamError(
+            f"what comes after {called} cannot be recorded: the record does not give what the model gives, which may hang on "
+            "values that another thread reads; use a method that runs the whole model, such as camfn.grad_cam"
+        )
+    if slot is not None and not made[0].reads and not made[0].unseen:
         slot.made = made
     return made
 
@@ -155,7 +191,7 @@ def _record(shell: Shell, state: State, name: str, x: Inputs, value: Tensor) -> 
 
     hidden = [t for _, twin in shell.twins.modules for t in (*twin._parameters.values(), *twin._buffers.values())]
     known = [twin for twin in (*shell.twins.values(), *hidden) if isinstance(twin, Tensor)]
-    with about_record(shell.modules):
+    with about_record(shell.modules, layer_called(name)):
         made = record(flat, _tensors(state), _tensors(x), value, layer_called(name), known)
     return made, functools.partial(_unflatten, spec, whole)
 

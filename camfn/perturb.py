@@ -180,22 +180,30 @@ def _by_head(site: _Site, count: int) -> Callable[[Tensor], Tensor] | None:
 
 
 def _recorded(site: _Site, x: Inputs, count: int) -> Head | None:
-    """What comes after the layer; `None` where it cannot be recorded, or does not hold for other activations."""
+    """What comes after the layer; `None` where it cannot be recorded, or may not hold for other activations."""
     subject, layer = site.sweeper.subject, site.sweeper.layer
-    value = site.restored(_checking(site, count))
+    halves = site.restored(_halved(site, count))
     try:
-        head = head_of(subject, layer, x, value, lambda head: _holds(head, site, x, count))
-        return head if _holds(head, site, x, count) else None
+        head = head_of(subject, layer, x, halves, lambda head: _holds(head, site, x, count))
+        return None if head.record.unseen else head
     except Exception as error:  # a model that makes sure of its shapes, say
         if is_exhausted(error) or isinstance(error, RefusedError):
             raise
         return None
 
 
+def _halved(site: _Site, count: int) -> Tensor:
+    """Halves of the activation."""
+    return (site.activation / 2).expand(count, -1, -1)
+
+
 def _checking(site: _Site, count: int) -> Tensor:
-    """The activation itself, and beside it less and more of it, which must not change what comes of it."""
-    share = torch.full((count, 1, 1), 0.5, dtype=site.activation.dtype, device=site.activation.device)
-    share[1::2] = 1.5  # a scale for the whole batch is of its largest value
+    """The activation itself, and beside it more and less of it, which must not change what comes of it.
+
+    Their largest value, their smallest and their mean are not its own: a model may take any of them over its batch.
+    """
+    share = torch.full((count, 1, 1), 1.5, dtype=site.activation.dtype, device=site.activation.device)
+    share[2:][-1:] = 0.25
     return site.activation * share.index_fill(0, torch.zeros_like(site.number), 1)
 
 

@@ -9,23 +9,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import functionalize
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from camfn import _compat
 from camfn._errors import CamError
 from camfn.draws import TURNS, refuse_draw
-from camfn.guard import Watcher
+from camfn.guard import reads_values
 from camfn.tape import Operation, Tape, Value, leaves, mapped, tape
 
 
 class Record(NamedTuple):
-    """A function of the state's tensors, the inputs' and a value, with what no result hangs on left out."""
+    """A function of the state's tensors, the inputs' and a value, with what no result hangs on left out.
+
+    Record it at one value and compare its results at another with the model's: what was taken for a constant, and hangs on the
+    value by a way that was not seen, differs then.
+    """
 
     front: Tape  # of state and inputs: all that the value does not change; gives what the rest wants of it
     rest: Tape  # of the value, and of what the front gives; gives the results
     around: bool  # do the inputs reach a result by a way around the value?
-    reads: bool  # was a value read in Python? Then it holds for these inputs and this state alone
+    reads: str  # what read a value in Python, of state, inputs or a constant: it holds for these alone; "" if nothing did
+    unseen: bool  # does a result hang on a tensor that was not seen being made? Another call may have another one
 
 
 def record(
@@ -39,27 +44,31 @@ def record(
     """The function `(*state, *inputs, value) -> results`, run once on these. `after` names, in an error, where the value is;
     `known` are tensors that belong to the model beside its state.
 
-    Raises `CamError` where a result hangs on a value that is read in Python: the record would hold for that one alone. And
-    where it hangs on a tensor that was not seen being made: another thread, NumPy or a cache may have made it of the value.
+    Raises `CamError` where the value itself is read in Python: the record would hold for that one alone.
     """
-    recorder = _Recorder({_compat.storage_id(tensor) for tensor in known})
+    recorder = _Recorder(known)
     with torch.inference_mode(False), torch.no_grad():
         arguments = [t.clone() if t.is_inference() else t.detach() for t in (*state, *inputs, value)]
         kinds = (*["state"] * len(state), *["input"] * len(inputs), "value")
         given = [_Step("given", kind, (), {}, frozenset((kind,))) for kind in kinds]
         for argument, step in zip(arguments, given):
             recorder.bind(argument, _Part(step))
-        watcher = Watcher(recorder.made_in_python)
-        with TURNS, recorder, watcher:
+        with TURNS, recorder, _PythonSide(recorder):
             # Mutations only: with views too, a view of a weight becomes a copy of it on every call.
             out = functionalize(function, remove="mutations")(*arguments)
     results = [recorder.part_of(leaf) for leaf in out]
     live = _live(recorder.steps, results)
+    reads = [step for step in recorder.steps if step.reads]
+    for step in reads:
+        if "value" in step.hangs:
+            raise CamError(
+                f"what comes after {after} hangs on values that are read in Python ({step.target}): a record of it would hold "
+                "for these alone; choose a later layer"
+            )
+    used = _parts([results, *((step.args, step.kwargs) for step in (*live, *reads))])
     around = any("input" in step.hangs and "value" not in step.hangs for step in live)
-    _check_reads(recorder.steps, around, after)
-    _check_made(live, results, after)
-    reads = watcher.reads or any(step.reads for step in recorder.steps)
-    return Record(*_two_tapes(given, live, results, recorder.constants), around, reads)
+    tapes = _two_tapes(given, live, results, recorder.constants)
+    return Record(*tapes, around, str(reads[0].target) if reads else "", any(part.step.kind == "unseen" for part in used))
 
 
 # ------------------------------------------------------------------------------------------------------ writing down
@@ -91,22 +100,24 @@ class _Recorder(TorchDispatchMode):
     no graph is made of what comes to nothing: that would take as long as running it.
     """
 
-    def __init__(self, known: set[Any]) -> None:
+    def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.known = known  # storages of tensors that the model holds
+        self.known: dict[Any, Tensor] = {}  # by their memory, tensors that the model holds, and those made of numbers
         self.steps: list[_Step] = []
         self.parts: dict[int, _Part] = {}  # by the id of a tensor, for as long as that lives
         self.constants: dict[str, Tensor] = {}
+        for tensor in known:
+            self.know(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         refuse_draw(func, args, kwargs)
-        if func is torch.ops.aten.lift_fresh.default:  # what `torch.tensor` makes of numbers comes in by this
-            self.known.add(_compat.storage_id(args[0]))
+        if func is torch.ops.aten.lift_fresh.default and _compat.owns_memory(args[0]):
+            self.know(args[0])  # copies of numbers, as `torch.tensor` makes them; memory that NumPy shares changes
         out = func(*args, **kwargs)
         given, named = mapped(self.part_of, tuple(args)), mapped(self.part_of, kwargs)
         hangs = frozenset().union(*(part.step.hangs for part in _parts((given, named))))
-        self.steps.append(_Step("call", func, given, named, hangs, _reads_values(func, args)))
+        self.steps.append(_Step("call", func, given, named, hangs, reads_values(func, args)))
         self.bind(out, _Part(self.steps[-1]))
         return out
 
@@ -130,45 +141,36 @@ class _Recorder(TorchDispatchMode):
             self.parts[id(leaf)] = _Part(_Step(kind, name, (), {}, frozenset()))
         return self.parts[id(leaf)]
 
-    def made_in_python(self, func: Any, out: Any) -> None:
-        """`torch.tensor` and its like make a tensor of numbers, which no operation is seen to make."""
-        if getattr(func, "__name__", "") in _OF_NUMBERS:
-            self.known.update(_compat.storage_id(leaf) for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor))
+    def know(self, tensor: Tensor) -> None:
+        self.known[_compat.storage_id(tensor)] = tensor
+
+    def read(self, func: Any, tensor: Tensor) -> None:
+        """Values of a tensor are read in Python by what is no operation."""
+        part = self.part_of(tensor)
+        self.steps.append(_Step("read", func.__name__, (part,), {}, part.step.hangs, True))
+
+
+class _PythonSide(TorchFunctionMode):
+    """What happens between tensors and Python, and is no operation."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _READS:
+            # What `functionalize` hands out has no memory of its own: NumPy would read whatever is there.
+            args = (_compat.unwrapped(args[0]), *args[1:])
+            self.recorder.read(func, args[0])
+        return func(*args, **(kwargs or {}))
+
+
+_READS = frozenset(("numpy", "__array__", "__dlpack__", "tolist"))
 
 
 def _parts(value: Any) -> list[_Part]:
     return leaves(value, _Part)
-
-
-def _reads_values(func: Any, args: Any) -> bool:
-    """Is its result a number or a size in Python, that another value would change?"""
-    if func is torch.ops.aten.index.Tensor:  # by places it has the size of these; by a mask, that of what is true
-        return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
-
-
-def _check_reads(steps: list[_Step], around: bool, after: str) -> None:
-    """What was read before the value came in is of state and inputs alone, and matters only where inputs go around it."""
-    begun = False
-    for step in steps:
-        begun = begun or "value" in step.hangs
-        if step.reads and (step.hangs if begun else around and "input" in step.hangs):
-            raise CamError(
-                f"what comes after {after} hangs on values that are read in Python ({step.target}): a record of it would hold "
-                "for these alone; choose a later layer"
-            )
-
-
-def _check_made(live: list[_Step], results: list[Any], after: str) -> None:
-    parts = [part for step in live for part in _parts((step.args, step.kwargs))]
-    if any(part.step.kind == "unseen" for part in (*parts, *_parts(results))):
-        raise CamError(
-            f"what comes after {after} hangs on a tensor that was not seen being made (by another thread, NumPy or a cache?): "
-            "a record might hold for this call alone; use a method that runs the whole model, such as camfn.grad_cam"
-        )
-
-
-_OF_NUMBERS = frozenset(("tensor", "as_tensor", "from_numpy", "asarray", "scalar_tensor", "frombuffer", "new_tensor"))
 
 
 # ---------------------------------------------------------------------------------------------------------- two tapes

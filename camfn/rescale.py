@@ -38,7 +38,9 @@ class Three(NamedTuple):
 @_compat.eager
 def multipliers(subject: Subject, layer: str, activation: Tensor, score: Score) -> list[Tensor]:
     """For each target, the slopes `m` of the affine function, in the layer's own shape."""
-    head = head_of(subject, layer, subject.x, activation, lambda head: _gives_clean(head, subject, activation))
+    # Recorded at zeros, and looked at there: these are the two that the rule goes through.
+    zeros = torch.zeros_like(activation)
+    head = head_of(subject, layer, subject.x, zeros, lambda head: _gives_clean(head, subject, activation))
     given = activation, head.handed(subject.state, subject.x), score.rows
     with torch.inference_mode(False):
         activation, handed, rows = given if _compat.transformed() else tree_map(ungraphed, given)

@@ -1,17 +1,39 @@
 """What is recorded of a model after a layer: it leaves nothing behind, and holds for no call but those it was made for."""
 
+import functools
 import gc
 import linecache
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
-from tiny import NEAR, Net, filled, images, off, raw
+from tiny import BOTH, NEAR, Net, filled, off, raw
+from tiny import images as images_of
+from torch import Tensor
 
 import camfn
-from camfn import _compat
+from camfn import CamError, _compat
 from camfn.memory import Ledger
 
 RECORDED = ("ablation_cam", "recipro_cam", "lift_cam")
+both = pytest.mark.parametrize("of", BOTH)
+images = functools.partial(images_of, side=8)  # nine positions at the layer
+
+
+def with_act(model, x: Tensor, change) -> Tensor:
+    """The output where `change` is done to what `act` returns, by a plain hook."""
+    handle = model.act.register_forward_hook(lambda module, args, out: change(out.detach()))
+    output = model(x).detach()
+    handle.remove()
+    return output
+
+
+def recipro_loop(model, x: Tensor) -> Tensor:
+    """The logit of class 1 with all but one of nine positions at zero, one forward for each."""
+    masks = torch.eye(9, dtype=x.dtype).reshape(9, 3, 3)
+    scores = [[with_act(model, one, mask.mul)[0, 1] for mask in masks] for one in x.split(1)]
+    return torch.tensor(scores, dtype=x.dtype).reshape(-1, 3, 3)
 
 
 # ------------------------------------------------------------------------------------------------ what is left behind
@@ -25,7 +47,7 @@ def left() -> tuple[int, int]:
 
 @pytest.mark.parametrize("method", [*RECORDED, "head"])
 def test_plain_calls_leave_no_source_and_no_objects_behind(method):
-    model, x, value = filled(Net()), images(), torch.ones(2, 6, 5, 5, dtype=torch.float64)
+    model, x, value = filled(Net()), images(), torch.ones(2, 6, 3, 3, dtype=torch.float64)
 
     def call():
         camfn.head(model, "act", x, value) if method == "head" else raw(method, model, "act", x)
@@ -106,3 +128,187 @@ def test_a_record_is_differentiated_mapped_and_compiled():
     if _compat.can_compile() == "":
         compiled = torch.compile(onward, backend="eager", fullgraph=True)
         assert off(compiled(value), by_hand(value)) <= NEAR
+
+
+# ------------------------------------------------------------------------------- what goes by a way that nothing sees
+
+
+def thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def level(t: Tensor) -> Tensor:
+    """A gain for each image."""
+    return 1 + torch.sigmoid(t.detach().mean((1, 2, 3), keepdim=True))
+
+
+def in_numpy(t: Tensor) -> np.ndarray:
+    return 1 + 1 / (1 + np.exp(-t.detach().numpy().mean((1, 2, 3), keepdims=True)))
+
+
+def in_python(t: Tensor) -> list[float]:
+    return [1 + 1 / (1 + float(np.exp(-mean))) for mean in t.detach().mean((1, 2, 3)).tolist()]
+
+
+def of_floats(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)[:, None, None, None]
+
+
+GAINS = {
+    "floats read in a thread": lambda t: of_floats(thread(lambda: [float(level(one[None])) for one in t])),
+    "a tensor made in a thread": lambda t: thread(lambda: level(t)),
+    "NumPy in a thread": lambda t: torch.from_numpy(thread(lambda: in_numpy(t))),
+    "from_numpy": lambda t: torch.from_numpy(in_numpy(t)),
+    "tensor of an array": lambda t: torch.tensor(in_numpy(t)),
+    "as_tensor of an array": lambda t: torch.as_tensor(in_numpy(t)),
+    "frombuffer": lambda t: torch.frombuffer(bytearray(in_numpy(t)), dtype=torch.float64)[:, None, None, None],
+    "from_dlpack": lambda t: torch.from_numpy(1 + 1 / (1 + np.exp(-np.from_dlpack(t.detach()).mean((1, 2, 3), keepdims=True)))),
+    "tolist": lambda t: of_floats(in_python(t)),
+    "item": lambda t: of_floats([level(one[None]).item() for one in t]),
+}
+
+
+def gained(gain, of: str, when: str):
+    """A network with a gain at its layer, of the input or of the features, found before the layer or after it."""
+
+    class Gained(Net):
+        def forward(self, x):
+            before = gain(x) if when == "before" else None
+            f = self.feats(x)
+            return self.head(f * (gain(f if of == "features" else x) if before is None else before))
+
+    return filled(Gained())
+
+
+PLACES = [("features", "after"), ("input", "after"), ("input", "before")]
+places = pytest.mark.parametrize("place", PLACES, ids=" ".join)
+gains = pytest.mark.parametrize("gain", GAINS)
+
+
+@both
+@places
+@gains
+def test_a_gain_by_a_hidden_way_is_that_of_each_activation(gain, place, of):
+    model = gained(GAINS[gain], *place)
+    subject = of(model)
+    for size in (1.0, 3.0):
+        x = size * images(seed=int(size))
+        assert off(raw("recipro_cam", subject, "act", x), recipro_loop(model, x)) <= NEAR
+
+
+@both
+@places
+@gains
+def test_lift_cam_has_a_rule_for_what_does_not_hang_on_the_activation_or_says_so(gain, place, of):
+    """Of the features' own gain it has none, seen or not; of the input's, the map is that of the twin in plain torch."""
+    subject, twin = of(gained(GAINS[gain], *place)), gained(level, *place)
+    for size in (1.0, 3.0):
+        x = size * images(seed=int(size))
+        if place[0] == "features" or gain == "NumPy in a thread":
+            with pytest.raises(CamError, match="after layer 'act'"):
+                raw("lift_cam", subject, "act", x)
+        else:
+            assert off(raw("lift_cam", subject, "act", x), raw("lift_cam", twin, "act", x)) <= NEAR
+
+
+@both
+@places
+@gains
+def test_a_head_of_a_hidden_way_is_refused(gain, place, of):
+    subject, x = of(gained(GAINS[gain], *place)), images()
+    value = camfn.tap(subject, "act")(camfn.state_of(subject), x).seen
+    with pytest.raises(CamError, match="after layer 'act'"):
+        camfn.head(subject, "act", x, value)
+
+
+def test_a_record_is_not_made_of_what_a_transform_does_not_show():
+    """Under `grad` it is made on blanks, of which a forward would read other values than of the input."""
+    model = gained(GAINS["item"], "input", "before")
+    with pytest.raises(CamError, match="read in Python"):
+        torch.func.grad(lambda x: raw("lift_cam", model, "act", x).sum())(images())
+
+
+def test_a_head_is_made_under_a_transform():
+    model, x = filled(Net()), images()
+    state, values = camfn.state_of(model), torch.linspace(-1, 1, 216, dtype=torch.float64).reshape(2, 2, 6, 3, 3)
+    found = torch.func.vmap(lambda value: camfn.head(model, "act", x, value)(state, x, value))(values)
+    assert off(found, torch.stack([model.head(value) for value in values])) <= NEAR
+
+
+def test_an_error_of_recording_names_the_layer():
+    class Adds(Net):
+        """Writes the features' mean to a plain tensor, which a record cannot."""
+
+        def __init__(self):
+            super().__init__()
+            self.table = torch.zeros(6, dtype=torch.float64)
+
+        def forward(self, x):
+            f = self.feats(x)
+            self.table.zero_().add_(f.mean((0, 2, 3)))
+            return self.head(f * self.table[:, None, None])
+
+    with pytest.raises(CamError, match="what comes after layer 'act' cannot be recorded"):
+        raw("lift_cam", filled(Adds()), "act", images())
+
+
+# ---------------------------------------------------------------------------- tensors that are neither seen nor held
+
+
+TABLES = {
+    "a tensor": (torch.linspace, lambda table: table),
+    "a tensor, by as_tensor": (torch.linspace, torch.as_tensor),
+    "an array, by from_numpy": (np.linspace, torch.from_numpy),
+    "an array, by as_tensor": (np.linspace, torch.as_tensor),
+    "an array, by tensor": (np.linspace, torch.tensor),
+}
+
+
+@both
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("method", RECORDED)
+def test_a_table_that_is_not_of_the_model_is_that_of_now(method, kind, of):
+    make, get = TABLES[kind]
+    table = make(0.5, 2, 6, dtype=torch.float64 if make is torch.linspace else np.float64)[:, None, None]
+
+    class Outside(Net):
+        def forward(self, x):
+            return self.head(torch.tanh(0.1 * self.feats(x) * get(table)))
+
+    class Inside(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.as_tensor(table).clone())
+
+        def forward(self, x):
+            return self.head(torch.tanh(0.1 * self.feats(x) * self.table))
+
+    def now():
+        model = filled(Inside())
+        model.table.copy_(torch.as_tensor(table))
+        return model
+
+    subject, old = of(filled(Outside())), None
+    for _ in range(2):
+        found = raw(method, subject, "act", images())
+        assert off(found, raw(method, now(), "act", images())) <= NEAR
+        assert old is None or off(found, old) > 1e-3, "the table counts"
+        table *= 3.0
+        old = found
+
+
+def test_what_is_cached_in_the_first_call_is_a_constant_of_lift_cam():
+    grid = functools.cache(lambda n: torch.linspace(0.5, 2, n, dtype=torch.float64)[:, None, None])
+
+    class Cached(Net):
+        def forward(self, x):
+            return self.head(self.feats(x) * grid(6))
+
+    class Anew(Net):
+        def forward(self, x):
+            return self.head(self.feats(x) * torch.linspace(0.5, 2, 6, dtype=x.dtype)[:, None, None])
+
+    for _ in range(2):
+        found = raw("lift_cam", filled(Cached()), "act", images())
+        assert off(found, raw("lift_cam", filled(Anew()), "act", images())) <= NEAR
