@@ -91,7 +91,8 @@ def kernel_of(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: 
         if not subject.model.prepared.lasting:
             warn("the kernel is compiled for this call alone; camfn.prepare(model), passed in the model's place, keeps it")
         # A graph holds for what its arguments have in common: a call's state and what is in the copy may be one, or two.
-        runner.shell.put({name: tensor.detach() for name, tensor in runner.state.items()})
+        with torch.inference_mode(False):
+            runner.shell.put({name: _plain(tensor).detach() for name, tensor in runner.state.items()})
         return Kernel(functools.partial(_call_compiled, slot, body, arguments), True, guarded=guarded)
 
     if options.compile is True or subject.model.prepared.has(key):
@@ -116,15 +117,16 @@ def _warn_of(reason: str) -> None:
     warn(f"the kernel runs without compilation: {reason}")
 
 
+def _plain(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+
+
 def _call_compiled(slot: Slot, body: Any, arguments: tuple[Any, ...], rows: Rows) -> Tensor:
     """Outside grad and inference mode, which would each be one more graph; the first call alone, since it compiles."""
 
-    def plain(leaf: Any) -> Any:
-        return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
-
     with torch.inference_mode(False), torch.no_grad():
         call, of, *tensors = arguments
-        given = (call, of, *tree_map(plain, tensors), tree_map(plain, rows))
+        given = (call, of, *tree_map(_plain, tensors), tree_map(_plain, rows))
         with slot.lock if slot.made is None else nullcontext():
             kernel = slot.made or _compat.compiled(body)
             if not isinstance(kernel, _Refused):
