@@ -75,7 +75,7 @@ class Prepared:
 
     def put_back(self, copy: "Copy") -> None:
         """Take back a copy, as it was."""
-        if copy.snapshot is not None:
+        if copy.snapshot is not None and not copy.shell.twins.in_graph:
             copy.snapshot.restore()
             with self._lock:
                 if len(self._spare) < _SPARE:

@@ -85,6 +85,7 @@ class Twins(dict[int, Any]):
         super().__init__()
         self.live = live  # the copy holds the caller's own parameters, wherever these are
         self.own_tensors = False  # does it hold tensors of its own, which a forward may write to?
+        self.in_graph = False  # may the caller take a gradient of what a forward gave? A checkpointed block runs again then
         self.modules: list[tuple[nn.Module, nn.Module]] = []  # of the caller's, which are kept alive, and their copies
 
 
