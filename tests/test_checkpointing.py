@@ -3,14 +3,17 @@ error."""
 
 import pytest
 import torch
-from support import close
+from support import CHEAP, close
 from torch import nn
 from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import camfn
 
-pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.* maps at layer 'last' are flat:camfn.CamWarning"),
+]
 
 WAYS = {
     "none": lambda block, x: block(x),
@@ -46,7 +49,7 @@ def image() -> torch.Tensor:
 
 
 def run(method: str, model: nn.Module, layer: str | None, target: object = (1, 2)) -> torch.Tensor:
-    options = {"fc": "fc"} if method == "cam" else {}
+    options = {**CHEAP.get(method, {}), **({"fc": "fc"} if method == "cam" else {})}
     given = list(target) if isinstance(target, tuple) else target
     return camfn.METHODS[method].function(model, layer, image(), given, relu=False, normalize=False, **options)
 
