@@ -102,7 +102,7 @@ def test_of_layers_outside_reentrant_blocks_too(method, layer):
 
 @pytest.mark.parametrize("method", [*PLAIN_GRADIENTS, "full_grad"])
 def test_inside_a_reentrant_block_it_is_one_error_and_no_map_of_zeros(method):
-    with pytest.raises(camfn.CamError, match="runs where the model records no gradient.*use_reentrant=True"):
+    with pytest.raises(camfn.CamError, match=r"runs where the model records no gradient.*use_reentrant=True"):
         run(method, net("reentrant"), None if method == "full_grad" else "block.3")
 
 
