@@ -99,6 +99,11 @@ def storage_id(tensor: torch.Tensor) -> Any:
     return plain.untyped_storage()._cdata if plain.layout == torch.strided else id(plain)
 
 
+def parametrizations_are_cached() -> bool:
+    """Are we inside `torch.nn.utils.parametrize.cached()`?"""
+    return bool(torch.nn.utils.parametrize._cache_enabled)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def owns_memory(tensor: torch.Tensor) -> bool:
     """Is the memory torch's own, and not NumPy's or somebody else's? On an old torch that cannot tell: yes."""
     plain = unwrapped(tensor)

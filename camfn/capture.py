@@ -20,7 +20,7 @@ from camfn.complaints import Given, about_forward
 from camfn.guard import Allowed, Guard, input_called
 from camfn.ports import Ports, check_recording, is_several, resolve_layers, watched
 from camfn.prepare import Call, Prepared, opened, prepare, prepares, restarted
-from camfn.shell import Shell, without_wrappers
+from camfn.shell import Shell, refuse_cached, without_wrappers
 
 
 class Captured(NamedTuple):
@@ -120,6 +120,7 @@ def _run(
     # for this run alone.
     if _compat.compiling():
         return _compiled_run(run, shell, state, x, nudges, swaps, fresh)
+    refuse_cached(shell)
     copies = frozenset(shell.buffers | shell.written)
     own = {name: t.clone() if name in copies else t for name, t in state.items()}
     leaves, tree = tree_flatten(x)

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.utils.data import Dataset
 
 from camfn import _compat
-from camfn._errors import CamError
+from camfn._errors import CamError, RefusedError, layer_called
 from camfn._types import State
 
 Place = tuple[dict[str, Any], str, str]
@@ -393,6 +394,22 @@ def _write_out_attention(twin: nn.Module) -> None:
 def is_quantised(module: nn.Module) -> bool:
     """Does it compute in integers, through which no gradient comes?"""
     return "quantized" in type(module).__module__.split(".")
+
+
+def refuse_cached(shell: Shell) -> None:
+    """Raise where torch keeps what parametrizations compute. It keeps that by the caller's module, which the copies share: one
+    would get what another computed from other tensors."""
+    if _compat.parametrizations_are_cached():
+        paths = shell.paths()
+        names = [
+            paths.get(id(twin), type(twin).__name__) for _, twin in shell.twins.modules if parametrize.is_parametrized(twin)
+        ]
+        if names:
+            raise RefusedError(
+                f"torch.nn.utils.parametrize.cached() is on, and {layer_called(names[0])} is parametrized: torch would take "
+                "the weight that your model computed for that of camfn's private copy, and the other way round; call camfn "
+                "outside of it"
+            )
 
 
 def without_wrappers(name: str) -> Iterator[str]:

@@ -8,13 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from tiny import BOTH, NEAR, Net, filled, off, raw
+from tiny import BOTH, NEAR, Net, agree, filled, off, prepared, raw
 from tiny import images as images_of
-from torch import Tensor
+from torch import Tensor, nn
 
 import camfn
 from camfn import CamError, _compat
 from camfn.memory import Ledger
+
+# A value that is read of a whole batch depends on the others of it; that is not what is asked here.
+pytestmark = pytest.mark.filterwarnings("ignore:.*depends on the others of its batch:camfn.CamWarning")
 
 RECORDED = ("ablation_cam", "recipro_cam", "lift_cam")
 both = pytest.mark.parametrize("of", BOTH)
@@ -197,12 +200,11 @@ def test_a_gain_by_a_hidden_way_is_that_of_each_activation(gain, place, of):
         assert off(raw("recipro_cam", subject, "act", x), recipro_loop(model, x)) <= NEAR
 
 
-@both
 @places
 @gains
-def test_lift_cam_has_a_rule_for_what_does_not_hang_on_the_activation_or_says_so(gain, place, of):
+def test_lift_cam_has_a_rule_for_what_does_not_hang_on_the_activation_or_says_so(gain, place):
     """Of the features' own gain it has none, seen or not; of the input's, the map is that of the twin in plain torch."""
-    subject, twin = of(gained(GAINS[gain], *place)), gained(level, *place)
+    subject, twin = prepared(gained(GAINS[gain], *place)), gained(level, *place)
     for size in (1.0, 3.0):
         x = size * images(seed=int(size))
         if place[0] == "features" or gain == "NumPy in a thread":
@@ -212,11 +214,10 @@ def test_lift_cam_has_a_rule_for_what_does_not_hang_on_the_activation_or_says_so
             assert off(raw("lift_cam", subject, "act", x), raw("lift_cam", twin, "act", x)) <= NEAR
 
 
-@both
 @places
 @gains
-def test_a_head_of_a_hidden_way_is_refused(gain, place, of):
-    subject, x = of(gained(GAINS[gain], *place)), images()
+def test_a_head_of_a_hidden_way_is_refused(gain, place):
+    subject, x = gained(GAINS[gain], *place), images()
     value = camfn.tap(subject, "act")(camfn.state_of(subject), x).seen
     with pytest.raises(CamError, match="after layer 'act'"):
         camfn.head(subject, "act", x, value)
@@ -312,3 +313,292 @@ def test_what_is_cached_in_the_first_call_is_a_constant_of_lift_cam():
     for _ in range(2):
         found = raw("lift_cam", filled(Cached()), "act", images())
         assert off(found, raw("lift_cam", filled(Anew()), "act", images())) <= NEAR
+
+
+# --------------------------------------------------------------------------- what the clean output does not depend on
+
+
+class AboveOne(nn.Module):
+    def forward(self, x):
+        return x.relu() + 1
+
+
+FLOOR = {}
+
+
+class Floored(Net):
+    """The features are above 1, the floor is below: it counts only where features are set to zero."""
+
+    def __init__(self, floor):
+        super().__init__()
+        self.act, self.floor = AboveOne(), floor
+
+    def forward(self, x):
+        before = x.detach().abs().mean((1, 2, 3), keepdim=True) / 4
+        f = self.feats(x)
+        return self.head(torch.maximum(f, self.floor(before, f)))
+
+
+def in_thread(before, f):
+    return thread(lambda: torch.where(f.detach().amin((1, 2, 3), keepdim=True) > 0, 0.5, 0.75).double())
+
+
+FLOORS = {
+    "a value read of the input": lambda before, f: of_floats(before.flatten().tolist()),
+    "a tensor made in a thread": in_thread,
+    "a tensor of the user's": lambda before, f: FLOOR["tensor"],
+    "an array of the user's": lambda before, f: torch.from_numpy(FLOOR["array"]),
+}
+
+
+@both
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_record_that_fits_the_clean_output_may_still_not_hold(floor, of):
+    """For the other image, another call, or another activation."""
+    model = filled(Floored(FLOORS[floor]))
+    subject, found = of(model), []
+    for value in (0.25, 0.5):
+        FLOOR.update(tensor=torch.full((1,), value, dtype=torch.float64), array=np.array([value]))
+        x = torch.cat([images(1), 2 * images(1, seed=3)]) * (value + 0.5)
+        found.append(raw("recipro_cam", subject, "act", x))
+        assert off(found[-1], recipro_loop(model, x)) <= NEAR
+    if of is prepared:
+        assert len(subject) == 0
+
+
+def test_a_floor_of_the_model_is_recorded_and_kept():
+    subject = prepared(filled(Floored(lambda before, f: before)))
+    raw("recipro_cam", subject, "act", images())
+    assert len(subject) == 1
+
+
+# ----------------------------------------------------------------------------------------------- values read in Python
+
+
+class Gained(Net):
+    """Features times a gain for each image, or for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("gate", torch.tensor(1.0))
+
+    def gain(self, x, f):
+        raise NotImplementedError
+
+    def forward(self, x):
+        f = self.feats(x)
+        return self.head(torch.tanh(0.1 * f * self.gain(x, f)))
+
+
+def each_of(values):
+    return torch.tensor(values, dtype=torch.float64)[:, None, None, None]
+
+
+def row(read, twin):
+    class Reads(Gained):
+        gain = read
+
+    class Twin(Gained):
+        gain = twin
+
+    return Reads, Twin
+
+
+class First(Net):
+    """Reads before the layer runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("gate", torch.tensor(1.0))
+
+    def read(self, x):
+        raise NotImplementedError
+
+    def forward(self, x):
+        gain = self.read(x)
+        return self.head(torch.tanh(0.1 * self.feats(x) * gain))
+
+
+def first(read, twin):
+    class Reads(First):
+        pass
+
+    class Twin(First):
+        pass
+
+    Reads.read, Twin.read = read, twin
+    return Reads, Twin
+
+
+def whether(x):
+    return x.new_tensor(3.0) if bool(x.detach().sum() > 0) else x.new_tensor(0.5)
+
+
+def branch(self, x):
+    return whether(x)
+
+
+def branched(self, x):
+    return torch.where(x.detach().sum() > 0, 3.0, 0.5)
+
+
+BEFORE = {
+    "item": first(lambda s, x: x.detach().abs().amax().item(), lambda s, x: x.abs().amax()),
+    "float": first(lambda s, x: float(x.detach().abs().mean()), lambda s, x: x.abs().mean()),
+    "int": first(lambda s, x: int(x.detach().abs().sum()), lambda s, x: x.abs().sum().trunc()),
+    "bool": first(branch, branched),
+    "tolist": first(lambda s, x: sum(x.detach().flatten().abs().tolist()), lambda s, x: x.abs().sum()),
+    "numpy": first(lambda s, x: float(x.detach().numpy().max()), lambda s, x: x.max()),
+    "np.asarray": first(lambda s, x: float(np.asarray(x.detach()).max()), lambda s, x: x.max()),
+    "a mask": first(lambda s, x: len(x[x.detach() > 0]) / 10, lambda s, x: (x > 0).sum().double() / 10),
+    "nonzero": first(lambda s, x: (x.detach() > 0).nonzero().shape[0] / 10, lambda s, x: (x > 0).sum().double() / 10),
+    "a size": first(
+        lambda s, x: x.new_ones((x.detach().abs().sum() / 9).long()).shape[0], lambda s, x: (x.abs().sum() / 9).trunc()
+    ),
+    "a format": first(lambda s, x: float(f"{x.detach().abs().sum():.12f}"), lambda s, x: x.abs().sum()),
+}
+
+
+@pytest.mark.parametrize(
+    ("read", "method"),
+    [*((read, m) for read in BEFORE for m in ("recipro_cam",)), ("item", "lift_cam"), ("bool", "lift_cam")],
+)
+def test_a_value_read_of_the_input_before_the_layer(read, method):
+    made, made_twin = BEFORE[read]
+    subject = prepared(filled(made()))
+    for seed, size in ((1, 1.0), (3, 3.0), (1, 1.0)):
+        x = size * images(1, seed=seed) + 0.2 * (size - 1)
+        agree(method, subject, filled(made_twin()), x, may_refuse=method == "lift_cam")
+
+
+AFTER = {
+    "item": row(lambda s, x, f: each_of([float(v) for v in f.detach().amax((1, 2, 3))]), lambda s, x, f: _largest(f)),
+    "tolist": row(lambda s, x, f: each_of(f.detach().amax((1, 2, 3)).tolist()), lambda s, x, f: _largest(f)),
+    "numpy": row(lambda s, x, f: each_of(f.detach().numpy().max((1, 2, 3)).tolist()), lambda s, x, f: _largest(f)),
+    "NumPy's own": row(
+        lambda s, x, f: torch.from_numpy(np.max(f.detach().numpy(), (1, 2, 3)))[:, None, None, None],
+        lambda s, x, f: _largest(f),
+    ),
+    "bool": row(
+        lambda s, x, f: each_of([3.0 if v > 1 else 0.5 for v in f.detach().mean((1, 2, 3))]),
+        lambda s, x, f: torch.where(f.detach().mean((1, 2, 3), keepdim=True) > 1, 3.0, 0.5),
+    ),
+}
+
+
+def _largest(f):
+    return f.detach().amax((1, 2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("read", "method"),
+    [*((read, m) for read in AFTER for m in ("recipro_cam",)), ("item", "lift_cam"), ("bool", "lift_cam")],
+)
+def test_a_value_read_of_the_features_after_the_layer(read, method):
+    made, made_twin = AFTER[read]
+    subject = prepared(filled(made()))
+    for seed, size in ((1, 1.0), (3, 3.0), (1, 1.0)):
+        x = size * images(seed=seed)
+        agree(method, subject, filled(made_twin()), x, may_refuse=method == "lift_cam")
+
+
+BUFFERS = {
+    "before": first(lambda s, x: s.gate.item(), lambda s, x: s.gate),
+    "before, a bool": first(lambda s, x: 3.0 if s.gate > 2 else 1.0, lambda s, x: torch.where(s.gate > 2, 3.0, 1.0)),
+    "after": row(lambda s, x, f: s.gate.item(), lambda s, x, f: s.gate),
+    "after, a parameter": row(
+        lambda s, x, f: float(s.conv.weight.detach()[0, 0, 0, 0]), lambda s, x, f: s.conv.weight[0, 0, 0, 0]
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["recipro_cam", "lift_cam"])
+@pytest.mark.parametrize("read", BUFFERS)
+def test_a_value_read_of_a_buffer_or_a_state(read, method):
+    made, made_twin = BUFFERS[read]
+    model, twin = filled(made()), filled(made_twin())
+    subject, refuse = prepared(model), method == "lift_cam"
+    other = filled(made_twin(), seed=5)
+    agree(method, subject, twin, images(), may_refuse=refuse)
+    state = {**camfn.state_of(other), "gate": torch.tensor(5.0, dtype=torch.float64)}
+    agree(method, subject, twin, images(), may_refuse=refuse, state=state)
+    agree(method, subject, twin, images(), may_refuse=refuse)
+    for net in (model, twin):
+        net.gate.fill_(5.0)
+        net.conv.weight.data.mul_(2.0)
+    agree(method, subject, twin, images(), may_refuse=refuse)
+    for net in (model, twin):
+        net.gate.numpy().fill(7.0)
+    agree(method, subject, twin, images(), may_refuse=refuse)
+
+
+@pytest.mark.parametrize("method", ["recipro_cam"])
+def test_a_number_of_positions_that_the_input_chooses(method):
+    """The features are cut where the picture ends: sizes made of tensors."""
+
+    class Cuts(Net):
+        def forward(self, x):
+            f = self.feats(x)
+            end = int((x.detach()[0, 0].abs().sum(0) > 0).sum() // 3) + 1
+            return self.head(f[..., :end])
+
+    class Masks(Net):
+        def forward(self, x):
+            f = self.feats(x)
+            end = (x.detach()[0, 0].abs().sum(0) > 0).sum() // 3 + 1
+            kept = (torch.arange(f.shape[-1]) < end).to(f)
+            return self.head[2]((f * kept).sum((2, 3)) / (kept.sum().clamp_min(1) * f.shape[-2]))
+
+    subject = prepared(filled(Cuts()))
+    for width in (12, 6, 9):
+        x = images(1)
+        x[..., width:] = 0
+        agree(method, subject, filled(Masks()), x, may_refuse=method == "lift_cam")
+
+
+# --------------------------------------------------------------------------------------- what torch keeps by a module
+
+
+CALLS = {
+    **{method: functools.partial(raw, method) for method in ("grad_cam", "score_cam", "recipro_cam", "lift_cam")},
+    "head": lambda model, layer, x: camfn.head(model, layer, x, torch.ones(2, 6, 3, 3, dtype=torch.float64)),
+    "pure": lambda model, layer, x: camfn.pure(model)(camfn.state_of(model), x),
+    "tap": lambda model, layer, x: camfn.tap(model, layer)(camfn.state_of(model), x),
+    "candidate_layers": lambda model, layer, x: camfn.candidate_layers(model, x),
+}
+
+
+@both
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("at", ["conv", "head.2"])
+def test_what_torch_caches_of_parametrizations_is_neither_taken_nor_changed(at, call, of):
+    """torch keeps the weight by the caller's module: a call would get it with another state, and leave it without a graph."""
+    model = filled(Net())
+    torch.nn.utils.parametrizations.weight_norm(model.get_submodule(at))
+    subject, parameter = of(model), model.get_submodule(at).parametrizations.weight.original0
+    with torch.nn.utils.parametrize.cached():
+        with pytest.raises(CamError, match=rf"cached\(\) is on, and layer '{at}' is parametrized.*outside of it"):
+            CALLS[call](subject, "act", images())
+        model(images()).sum().backward()
+    assert parameter.grad is not None
+    CALLS[call](subject, "act", images())
+
+
+def test_other_models_run_where_torch_caches_parametrizations():
+    want = raw("grad_cam", filled(Net()), "act", images())
+    with torch.nn.utils.parametrize.cached():
+        assert torch.equal(raw("grad_cam", filled(Net()), "act", images()), want)
+
+
+@both
+@pytest.mark.parametrize("method", ["grad_cam", "recipro_cam"])
+def test_weight_norm_with_another_state(method, of):
+    model, plain = filled(Net()), filled(Net())
+    torch.nn.utils.parametrizations.weight_norm(model.conv)
+    subject, state = of(model), camfn.state_of(model)
+    three = {name: 3 * tensor if name.endswith("original0") else tensor for name, tensor in state.items()}
+    with torch.no_grad():
+        plain.conv.weight.mul_(3)
+    for _ in range(2):
+        assert off(raw(method, subject, "act", images(), state=state), raw(method, filled(Net()), "act", images())) <= NEAR
+        assert off(raw(method, subject, "act", images(), state=three), raw(method, plain, "act", images())) <= NEAR

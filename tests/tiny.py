@@ -1,10 +1,13 @@
 """A network that takes a millisecond, its twins of other habits, and how maps of two are compared."""
 
+import contextlib
+
 import torch
 from support import CHEAP
 from torch import Tensor, nn
 
 import camfn
+from camfn import CamError
 
 
 class Net(nn.Module):
@@ -62,6 +65,18 @@ def off(got, want) -> float:
 
 NEAR = 1e-9
 """In float64: thousands of roundings, of sums of some hundred terms."""
+
+
+def agree(method, subject, twin, x, may_refuse=False, **options):
+    """The map is the twin's; or an error, where there may be no record, and where the twin has no map either."""
+    want = found = None
+    with contextlib.suppress(*(CamError,) * may_refuse):
+        want = raw(method, twin, "act", x, **options)
+    with contextlib.suppress(*(CamError,) * may_refuse):
+        found = raw(method, subject, "act", x, **options)
+    if found is not None:
+        assert want is not None, "a map where the twin has none"
+        assert off(found, want) <= NEAR
 
 
 def plain(model: nn.Module) -> nn.Module:
