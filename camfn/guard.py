@@ -134,11 +134,10 @@ def _not_followed(what: str) -> str:
 
 
 class Watcher(TorchFunctionMode):
-    """Tells where followed tensors go, whether a value is read in Python, and, function by function, what comes of it."""
+    """Tells where followed tensors go, and whether a value is read in Python."""
 
-    def __init__(self, made: Callable[[Any, Any], None] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.made = made
         self.reads = False
         self.consumers: dict[str, list[Any]] = {}  # by the name of a followed tensor
         self._names: dict[int, str] = {}  # by its id, for as long as it lives
@@ -162,10 +161,7 @@ class Watcher(TorchFunctionMode):
             for leaf in tree_flatten((args, kwargs))[0] if self._names else ():
                 if id(leaf) in self._names:
                     self.consumers[self._names[id(leaf)]].append(func)
-        out = func(*args, **kwargs)
-        if self.made is not None:
-            self.made(func, out)
-        return out
+        return func(*args, **kwargs)
 
 
 class Origins(Ledger):

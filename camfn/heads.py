@@ -98,7 +98,8 @@ def _on_blanks(call: Call, name: str, state: State, x: Inputs, value: Tensor) ->
     def on_blanks() -> Made:
         blanks = [torch.zeros(f[0], dtype=f[1], device=f[2]) if isinstance(f, tuple) else f for f in forms]
         inputs, zeros = tree_unflatten(blanks, tree)
-        return _general(call, name, state, inputs, torch.ones_like(zeros))
+        own = {key: _compat.unwrapped(tensor) for key, tensor in state.items()}
+        return _general(call, name, own, inputs, torch.ones_like(zeros))
 
     return _compat.apart(on_blanks)
 
