@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -17,7 +18,7 @@ from camfn._errors import CamError, closest
 from camfn._types import Inputs, Layer, State
 from camfn.complaints import Given, about_forward
 from camfn.guard import Allowed, Guard, input_called
-from camfn.ports import Ports, is_several, resolve_layers, watched
+from camfn.ports import Ports, check_recording, is_several, resolve_layers, watched
 from camfn.prepare import Call, Prepared, opened, prepare, prepares, restarted
 from camfn.shell import Shell, refuse_cached, without_wrappers
 
@@ -126,6 +127,8 @@ def _run(
     careful = not guarded and not fresh
     given = [copied(leaf) if careful or input_called(i) in copies else leaf for i, leaf in enumerate(leaves)]
     guard = Guard(Allowed(own, copies, given, shell.twins, shell.foreign)) if guarded else nullcontext()
+    if torch.is_grad_enabled() and any(map(_is_graphed, (*own.values(), *given, *nudges, *swaps))):
+        shell.twins.in_graph = True
     shell.put(own)  # it stays in until the shell is put back: a checkpointed block runs again when gradients are taken
     with about_forward(Given(x, state, shell.tensors, {"nudge": nudges, "swap": swaps}, shell.modules)), guard:
         return run.forward(tree_unflatten(given, tree), nudges, swaps)
@@ -139,6 +142,10 @@ def _compiled_run(run: _Run, shell: Shell, state: State, x: Inputs, nudges: Any,
     given = x if fresh else tree_map(copied, x)
     # Every place is named once: `tie_weights` would name a place that has two paths twice, and restore it wrongly.
     return functional_call(run, tensors, (given, nudges, swaps), tie_weights=False)
+
+
+def _is_graphed(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
 def copied(leaf: Any) -> Any:
@@ -265,9 +272,14 @@ def calls_from(shell: Shell, names: Sequence[str]) -> Callable[..., tuple[Captur
     seen: list[Tensor] = []
     called: list[str] = []
     nudges: Any = None
+    over = False
 
     def passes(name: str) -> Callable[[tuple[Any, ...], Any], Any]:
         def nudged(args: tuple[Any, ...], out: Tensor) -> Tensor:
+            if over:  # a checkpointed block runs again in the backward
+                return out + torch.zeros_like(out, requires_grad=True) if callable(nudges) else out
+            if callable(nudges):
+                check_recording(name)
             nudge: Any = nudges(out) if callable(nudges) else nudges and nudges[len(seen)]
             called.append(name)
             seen.append(out.clone())
@@ -279,10 +291,11 @@ def calls_from(shell: Shell, names: Sequence[str]) -> Callable[..., tuple[Captur
         watched(shell.modules[name], passes(name))
 
     def call(state: State, x: Inputs, nudge: Any = None) -> tuple[Captured, tuple[str, ...]]:
-        nonlocal nudges
-        nudges = nudge
+        nonlocal nudges, over
+        nudges, over = nudge, False
         seen.clear()
         called.clear()
-        return Captured(inner(state, x), tuple(seen)), tuple(called)
+        output, over = inner(state, x), True
+        return Captured(output, tuple(seen)), tuple(called)
 
     return call

@@ -133,11 +133,40 @@ def quantised_in(modules: Mapping[str, nn.Module]) -> str:
 def _of_forward(error: Exception, given: Given) -> str:
     if isinstance(error, CamError) or not _is_torchs(error):
         return ""
-    return _of_function(error) or _of_quantised(error, given) or _of_devices(error, given) or _of_dtypes(error, given)
+    return (
+        _of_checkpoint(error)
+        or _of_function(error)
+        or _of_quantised(error, given)
+        or _of_devices(error, given)
+        or _of_dtypes(error, given)
+    )
 
 
 def _of_backward(error: Exception) -> str:
-    return "" if isinstance(error, CamError) or not _is_torchs(error) else _of_function(error)
+    return "" if isinstance(error, CamError) or not _is_torchs(error) else _of_checkpoint(error) or _of_function(error)
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def is_reentrant(error: Exception) -> bool:
+    """Does torch say that a checkpoint with `use_reentrant=True` takes `backward()` alone?"""
+    return bool(re.search(r"\.grad\(\)|inputs.{1,3} parameter", str(error))) and _in_checkpoint(error)
+
+
+def _in_checkpoint(error: Exception) -> bool:
+    return any(frame.f_globals.get("__name__") == "torch.utils.checkpoint" for frame in _frames(error))
+
+
+def _of_checkpoint(error: Exception) -> str:
+    if not _in_checkpoint(error) or not re.search(r"heckpoint|saved tensor hooks|setup_context|functorch", str(error)):
+        return ""
+    return (
+        f"the model checkpoints its activations (torch.utils.checkpoint), which does not go with what is asked here "
+        f"({_first_line(error)}): switch that off for the explanation (model.gradient_checkpointing_disable(), "
+        "model.set_grad_checkpointing(False), use_checkpoint=False or the like), or use a method without gradients, such as "
+        "camfn.score_cam"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ whose error it is

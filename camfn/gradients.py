@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from camfn import _compat
 from camfn._types import Inputs, State
 from camfn.capture import Captured
-from camfn.complaints import about_gradient, refuse_once, refuse_quantising
+from camfn.complaints import about_gradient, is_reentrant, refuse_once, refuse_quantising
 from camfn.targets import Score, score_rows
 
 Pull = Callable[..., dict[Any, Tensor]]
@@ -43,8 +43,9 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
     zeros: dict[Any, Tensor] = {}
 
     def zero(name: Any, value: Tensor) -> Tensor:
-        zeros[name] = torch.zeros_like(value, requires_grad=True)
-        return zeros[name]
+        made = torch.zeros_like(value, requires_grad=True)
+        zeros.setdefault(name, made)  # a checkpointed block runs again in the backward, with others
+        return made
 
     def next_zero(value: Tensor) -> Tensor:
         return zero(len(zeros), value)
@@ -80,10 +81,24 @@ def _gradients(
     found: Any = (None,) * len(zeros)
     if total.requires_grad:
         leaves = tuple(zeros.values())
-        found = torch.autograd.grad(total, leaves, retain_graph=True, create_graph=graph, allow_unused=True)
+        try:
+            found = torch.autograd.grad(total, leaves, retain_graph=True, create_graph=graph, allow_unused=True)
+        except RuntimeError as error:
+            if graph or not is_reentrant(error):
+                raise
+            found = _by_backward(total, leaves)
     if again is not None and any(slope is None for slope in found):
         refuse_quantising(again)
     return {name: torch.zeros_like(zeros[name]) if slope is None else slope for name, slope in zip(zeros, found)}
+
+
+def _by_backward(total: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The same by `backward`: a checkpoint with `use_reentrant=True` takes no other. Nothing but the leaves has a gradient."""
+    total.backward(retain_graph=True)
+    found = tuple(leaf.grad for leaf in leaves)
+    for leaf in leaves:
+        leaf.grad = None
+    return found
 
 
 def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pull]:

@@ -20,6 +20,7 @@ from camfn.recording import Record, record
 from camfn.rewrite import is_close
 from camfn.shell import Shell
 from camfn.subject import Subject
+from camfn.tape import leaves
 from camfn.targets.scores import fields_of, is_record
 
 
@@ -163,6 +164,8 @@ def _lasting(
         )
     if slot is not None and not made[0].reads and not made[0].unseen:
         slot.made = made
+        held = leaves([operation[1:] for tape in made[0][:2] for operation in tape.operations], Tensor)
+        slot.size = sum(tensor.numel() * tensor.element_size() for tensor in held)
     return made
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from camfn import _compat
@@ -101,16 +102,30 @@ class Port:
 class _Gate:
     """The ports of one module."""
 
-    __slots__ = ("calls", "ports")
+    __slots__ = ("calls", "over", "ports")
 
     def __init__(self) -> None:
         self.calls = 0
+        self.over = False  # has the forward ended? A checkpointed block runs again in the backward
         self.ports: list[Port] = []
 
     def __call__(self, args: tuple[Any, ...], out: Any) -> Any:
+        if self.over:
+            return self._again(out)
         self.calls += 1
         for port in self.ports:
             out = _through(port, out) if port.call in (None, self.calls) else out
+        return out
+
+    def _again(self, out: Any) -> Any:
+        """What comes through in the backward: the same tensors, of which none is seen."""
+        for port in self.ports:
+            if self.calls > 1:
+                raise CamError(
+                    f"{layer_called(port.name)} runs several times in a forward, and again in the backward, since the model "
+                    "checkpoints its activations: which of its calls that is cannot be told; switch checkpointing off"
+                )
+            out = _passed(port, out)
         return out
 
 
@@ -136,13 +151,15 @@ class Ports:
         for port, nudge, swap in zip(self.ports, nudges, swaps):
             port.set(nudge, swap)
         for gate in self.gates.values():
-            gate.calls = 0
+            gate.calls, gate.over = 0, False
 
     def take(self) -> tuple[Tensor | None, ...]:
-        """What was seen. Nothing stays behind in a shell that is kept by its caller."""
+        """What was seen."""
         seen = tuple(port.seen for port in self.ports)
         for port in self.ports:
-            port.set(None, None)
+            port.seen = None
+        for gate in self.gates.values():
+            gate.over = True
         return seen
 
     def check(self, seen: Sequence[Tensor | None]) -> None:
@@ -218,8 +235,31 @@ def _through(port: Port, out: Any) -> Any:
     port.seen = value.clone()
     if port.swap is None and port.nudge is None:
         return out
+    nudge: Any = port.nudge
+    if callable(nudge):
+        check_recording(port.name)
+        nudge = nudge(value)
+    return _put(out, part, value.clone() if nudge is None else value + nudge)
+
+
+def _passed(port: Port, out: Any) -> Any:
+    """What goes on where nothing is seen."""
+    if port.swap is None and port.nudge is None:
+        return out
+    part = _part_of(port, out)
+    value = functools.reduce(_get, part, out) if port.swap is None else port.swap
     nudge: Any = port.nudge(value) if callable(port.nudge) else port.nudge
     return _put(out, part, value.clone() if nudge is None else value + nudge)
+
+
+def check_recording(name: str) -> None:
+    """Raise where a layer runs without its operations being recorded: a gradient there would be zero in silence."""
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise CamError(
+            f"{layer_called(name)} runs where the model records no gradient (torch.no_grad, inference_mode, or "
+            "torch.utils.checkpoint with use_reentrant=True): choose a layer behind that, switch it off, or use a method "
+            "without gradients, such as camfn.score_cam"
+        )
 
 
 def _dequantised(port: Port, value: Tensor) -> Tensor:

@@ -58,6 +58,8 @@ class Prepared:
         self._spare: list[Copy] = []
         self._armed: dict[int, nn.Module] = {}  # copies of modules that have a destructor
         weakref.finalize(self, disarm, self._armed).atexit = False
+        if self._source is not None:
+            self._arm(self._source.shell)
 
     @_compat.eager
     def copy(self) -> "Copy":
@@ -67,15 +69,18 @@ class Prepared:
                 return self._spare.pop()
         shell = copy_of(self.model) if self._source is None else self._source.copied()
         shell = shell._replace(written=self.written)
-        self._armed.update((id(twin), twin) for _, twin in shell.twins.modules if hasattr(type(twin), "__del__"))
+        self._arm(shell)
         return Copy(shell, Snapshot(shell) if self._can_restore(shell) else None)
+
+    def _arm(self, shell: Shell) -> None:
+        self._armed.update((id(twin), twin) for _, twin in shell.twins.modules if hasattr(type(twin), "__del__"))
 
     def _can_restore(self, shell: Shell) -> bool:
         return self.lasting and not shell.twins.own_tensors  # what a forward wrote to these cannot be told
 
     def put_back(self, copy: "Copy") -> None:
         """Take back a copy, as it was."""
-        if copy.snapshot is not None:
+        if copy.snapshot is not None and not copy.shell.twins.in_graph:
             copy.snapshot.restore()
             with self._lock:
                 if len(self._spare) < _SPARE:

@@ -86,6 +86,7 @@ class Twins(dict[int, Any]):
         super().__init__()
         self.live = live  # the copy holds the caller's own parameters, wherever these are
         self.own_tensors = False  # does it hold tensors of its own, which a forward may write to?
+        self.in_graph = False  # may the caller take a gradient of what a forward gave? A checkpointed block runs again then
         self.modules: list[tuple[nn.Module, nn.Module]] = []  # of the caller's, which are kept alive, and their copies
 
 
@@ -358,6 +359,11 @@ def _refuse(module: nn.Module) -> None:
         raise CamError(f"{kind} was exported: its layers do not run any more, pass the model that was exported")
     if any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
         raise CamError(f"{kind} is a lazy module without shapes yet: run the model once before you explain it")
+    if hasattr(type(module), "__del__") and type(module).__basicsize__ != nn.Module.__basicsize__:
+        raise CamError(
+            f"{kind} has a destructor and __slots__: a copy's destructor would give away what yours has (a file, a server) and "
+            "cannot be taken off; define the class without __slots__"
+        )
     if "forward" in vars(module) and _own_forward(module) is None:
         raise CamError(
             f"`forward` of {kind} was replaced on the instance (accelerate's hooks do this), by what is no method of that very "

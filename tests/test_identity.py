@@ -1,5 +1,6 @@
 """The private copy is the model where a forward asks for identity, class or hooks."""
 
+import gc
 import inspect
 import os
 
@@ -278,3 +279,33 @@ def test_a_layer_whose_forward_is_not_reached_is_refused(kind, said):
         camfn.grad_cam(model, "act", X, 1)
     assert camfn.grad_cam(model, "conv", X, 1).shape == (2, 5, 5)
     assert camfn.candidate_layers(model, X)
+
+
+@pytest.mark.parametrize("slotted", [False, True])
+@pytest.mark.parametrize("of", [lambda model: model, camfn.prepare], ids=["plain", "prepared"])
+def test_a_destructor_runs_for_the_caller_s_module_alone(of, slotted):
+    closed = []
+
+    class Owns(nn.Conv2d):
+        def __del__(self):
+            closed.append(type(self))
+
+    class Slotted(Owns):
+        __slots__ = ("handle",)
+
+    torch.manual_seed(0)
+    layer = (Slotted if slotted else Owns)(3, 4, 3)
+    model = nn.Sequential(layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    if slotted:
+        with pytest.raises(camfn.CamError, match=r"destructor and __slots__"):
+            camfn.score_cam(of(model), "1", torch.randn(1, 3, 8, 8), 1)
+    else:
+        held = of(model)
+        for method in (camfn.score_cam, camfn.grad_cam, camfn.ablation_cam):
+            method(held, "1", torch.randn(1, 3, 8, 8), 1)
+        del held
+    gc.collect()
+    assert not closed
+    del model, layer
+    gc.collect()
+    assert len(closed) == 1

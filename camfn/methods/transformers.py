@@ -156,7 +156,7 @@ def legrad(
     """LeGrad: how the score that each layer gives by itself depends on its own attention.
 
     `s_l = head(norm(mean over tokens of Z_l))`, Z_l what block l returns; the map is `mean_l mean_h mean_q relu(ds_l/dA_l)`,
-    over the patches. Two forwards, and one backward for each target; the first call finds the blocks in one more.
+    over the patches. Three forwards, one of which, of the first image, finds the blocks, and one backward for each target.
 
     `s_l` is the target of the model's own output, with the mean of Z_l in the place of every token that the last block returns:
     whichever token the head takes or averages, it gets the mean. So norm and head need not be named. The paper's equation
