@@ -159,8 +159,8 @@ def _lasting(
     if not fits(made):
         raise CamError(
             f"what comes after {called} cannot be recorded: the record does not give what the model gives, which may hang on "
-            "values that another thread reads, or that an earlier forward left; use a method that runs the whole model, such as "
-            "camfn.grad_cam"
+            "values that another thread reads, or that an earlier forward left; use a method that runs the whole model, such "
+            "as camfn.grad_cam"
         )
     if slot is not None and not made[0].reads and not made[0].unseen:
         slot.made = made
