@@ -52,15 +52,13 @@ class Allowed(NamedTuple):
 class Guard(TorchFunctionMode):
     """Refuses random draws and the caller's own modules, and stops writes to shared tensors.
 
-    Raises `RefusedError` for the first two and `WriteError` for the last, before the function runs. `reads` tells whether a
-    value was read in Python.
+    Raises `RefusedError` for the first two and `WriteError` for the last, before the function runs.
     """
 
     def __init__(self, allowed: Allowed) -> None:
         super().__init__()
         self.allowed = allowed
         self.foreign = allowed.foreign
-        self.reads = False
         self._names: dict[Any, str] | None = None  # by storage, of the state
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,7 +67,7 @@ class Guard(TorchFunctionMode):
         if traits is not _METADATA:
             foreign = self.foreign
             for arg in (*args, *kwargs.values()) if kwargs else args:
-                if id(arg) in foreign or (type(arg) in _SEQUENCES and arg and type(arg[0]) is not int):  # sizes, most of them
+                if id(arg) in foreign or (type(arg) in _SEQUENCES and not _NUMBERS.issuperset(map(type, arg))):
                     self._check_owner(arg)
             if "out" in kwargs:
                 for target in _tensors(kwargs["out"]):
@@ -84,7 +82,6 @@ class Guard(TorchFunctionMode):
                 f"the model draws random numbers in eval mode ({traits.name}): its scores would differ from forward "
                 "to forward; make the layer that draws obey self.training"
             )
-        self.reads = self.reads or traits.reads
         for target in traits.targets(args, kwargs) if traits.targets else ():
             self._write(target, traits)
 
@@ -176,7 +173,8 @@ class Origins(Ledger):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.reads = self.reads or reads_values(func, args)
-        if func is not torch.ops.aten.lift_fresh.default:  # what `torch.tensor` makes of numbers comes in by this
+        fresh = func is torch.ops.aten.lift_fresh.default and _compat.owns_memory(args[0])  # `torch.tensor` made it of numbers
+        if not fresh:
             leaves = (leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor))
             self.unseen = self.unseen or not all(self._is_known(_compat.storage_id(leaf)) for leaf in leaves)
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -210,6 +208,8 @@ class Traits(NamedTuple):
 
 _PLAIN, _METADATA = Traits(""), Traits("metadata")
 _SEQUENCES = frozenset((list, tuple))
+_NUMBERS = frozenset((int,))
+"""What most sequences among arguments hold: sizes."""
 
 _METADATA_OF = frozenset(
     (

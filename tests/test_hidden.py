@@ -778,3 +778,27 @@ def test_a_norm_is_not_merged_where_the_convolution_is_returned():
         want = score_cam_loop(gated(Gated), "act", bright_picture(), lambda y, i: y[1:2], raw=True)[:, 0]
     found = raw("score_cam", net, "act", bright_picture(), target, relu=True)
     assert off(found, want) <= 1e-3
+
+
+@both
+def test_an_index_of_the_callers_behind_a_number_is_refused(of):
+    """The second of the indices is a buffer of the caller's own module."""
+
+    class Places(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("order", torch.arange(5))
+
+    class Sorts(Net):
+        def __init__(self):
+            super().__init__()
+            self.places = Places()
+
+        def forward(self, x):
+            y = super().forward(x)
+            return y * torch.ones(2, 5, dtype=y.dtype)[0, HELD["places"].order]
+
+    model = filled(Sorts())
+    HELD["places"] = model.places
+    with pytest.raises(CamError, match=r"places\.order"):
+        raw("score_cam", of(model), "act", images())
