@@ -194,10 +194,8 @@ def _record(shell: Shell, state: State, name: str, x: Inputs, value: Tensor) -> 
         out, spec = tree_flatten(output)
         return out
 
-    hidden = [t for _, twin in shell.twins.modules for t in (*twin._parameters.values(), *twin._buffers.values())]
-    known = [twin for twin in (*shell.twins.values(), *hidden) if isinstance(twin, Tensor)]
     with about_record(shell.modules, layer_called(name)):
-        made = record(flat, _tensors(state), _tensors(x), value, layer_called(name), known)
+        made = record(flat, _tensors(state), _tensors(x), value, layer_called(name), shell.own_tensors())
     return made, functools.partial(_unflatten, spec, whole)
 
 

@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib.util
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -228,3 +229,25 @@ def sample_of(output):
     if isinstance(output, dict):
         return {key: value[0] for key, value in output.items()}
     return output[0]
+
+
+def at_once(jobs):
+    """The results of the jobs, each in a thread of its own, started together."""
+    results, barrier = [None] * len(jobs), threading.Barrier(len(jobs))
+
+    def work(place):
+        try:
+            barrier.wait()
+            results[place] = jobs[place]()
+        except BaseException as error:
+            results[place] = error
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results

@@ -78,7 +78,7 @@ def test_the_gradient_is_that_of_plain_hooks(way, layer, of):
 def test_every_method_gives_the_map_of_the_model_without_checkpoints_or_one_error(method, way):
     if method in ("attention_rollout", "gradient_attention", "legrad", "ag_cam"):
         pytest.skip("for transformers")
-    # Of the path's gradients through a whole reentrant block, and of a record of one, torch gives neither.
+    # torch gives no second derivative through a reentrant block, and `functionalize` does not take one.
     refused = {"shapley_cam", "lift_cam", "full_grad", "opti_cam"} if way == "reentrant" else set()
     for layer in ("stem", "block", "last") if camfn.METHODS[method].of_layer else (None,):
         if method == "cam" and layer != "last":
@@ -164,6 +164,6 @@ def test_under_a_transform_it_is_one_error(way):
         vmap(grad(total))(image())
 
 
-def test_a_reentrant_block_around_attention_has_no_second_derivative():
+def test_a_reentrant_block_has_no_second_derivative():
     with pytest.raises(camfn.CamError, match="checkpoints its activations"):
         run("shapley_cam", net("reentrant"), "stem")

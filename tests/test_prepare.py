@@ -8,12 +8,11 @@ import functools
 import gc
 import inspect
 import re
-import threading
 import weakref
 
 import pytest
 import torch
-from support import LAYERED
+from support import LAYERED, at_once
 from tiny import BOTH, NEAR, Net, filled, images, off, plain, prepared, raw
 from torch import nn
 from torch.func import grad, jvp, vmap
@@ -780,27 +779,6 @@ def test_several_methods_share_one_clean_forward_and_one_record():
 
 
 # ------------------------------------------------------------------------------------------------ threads, transforms
-
-
-def at_once(jobs):
-    results, barrier = [None] * len(jobs), threading.Barrier(len(jobs))
-
-    def work(place):
-        try:
-            barrier.wait()
-            results[place] = jobs[place]()
-        except BaseException as error:
-            results[place] = error
-
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 class Written(CountsInDict):

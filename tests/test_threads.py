@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from support import CHEAP, LAYERED, SmallNet, close, inputs, small_net
+from support import CHEAP, LAYERED, SmallNet, at_once, close, inputs, small_net
 from torch import Tensor, nn
 
 import camfn
@@ -43,28 +43,6 @@ def threads_take_turns_often():
     sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(before)
-
-
-def at_once(jobs):
-    """The results of the jobs, each in a thread of its own, started together."""
-    results, barrier = [None] * len(jobs), threading.Barrier(len(jobs))
-
-    def work(place):
-        try:
-            barrier.wait()
-            results[place] = jobs[place]()
-        except BaseException as error:
-            results[place] = error
-
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 def same(one, other) -> bool:
