@@ -63,7 +63,7 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import maps
-from camfn.masks import flat_channels
+from camfn.formulas.masks import flat_channels
 
 LAYERS = {"mobilenet_v2": "features.18", "cifar10_resnet20": "layer3", "darknet_tiny": "features"}
 ORDERS = ("predicted", "std", "max", "gradient")

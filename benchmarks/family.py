@@ -38,7 +38,8 @@ from capture import by_hand
 from torch import Tensor, nn
 
 import camfn
-from camfn import eigen, maps
+from camfn import maps
+from camfn.formulas import components
 
 CHUNK = 32  # pytorch-grad-cam's own
 TORCHCAMS = {"grad_cam": "GradCAM", "grad_cam_pp": "GradCAMpp", "xgrad_cam": "XGradCAM", "layer_cam": "LayerCAM"}
@@ -165,7 +166,7 @@ def eigen_cam(options: argparse.Namespace) -> Part:
         calls = {
             "camfn": lambda: camfn.eigen_cam(model, "layer4", x, center=True),
             "pytorch-grad-cam": lambda: cam(x, None),
-            "camfn, from the activation": lambda: eigen.first(maps.centered(seen.flatten(2), seen.dtype), "peak").scores,
+            "camfn, from the activation": lambda: components.first(maps.centered(seen.flatten(2), seen.dtype), "peak").scores,
             "pytorch-grad-cam, from the activation": lambda: torch.as_tensor(get_2d_projection(seen.numpy())).flatten(1),
         }
         for call in calls.values():

@@ -11,9 +11,9 @@ from camfn.compose import augment, ensemble, fuse_layers, integrate, multi_scale
 from camfn.concepts import Concepts, factorize
 from camfn.execution import Sweep
 from camfn.explanation import Explanation, explain
+from camfn.formulas.masks import RECIPES, Recipe
 from camfn.heads import Head, head
 from camfn.layers import Candidate, candidate_layers
-from camfn.masks import RECIPES, Recipe
 from camfn.methods import (
     METHODS,
     ablation_cam,

@@ -11,9 +11,9 @@ from torch import Tensor
 from camfn import _compat, belief
 from camfn._errors import CamError
 from camfn._types import Scores
-from camfn.masks import Variation, unit
+from camfn.formulas.masks import Variation, unit
+from camfn.formulas.scaling import size_of
 from camfn.precision import in_dtype, quietly, refine
-from camfn.scaling import size_of
 from camfn.scoring import Plan, Scoring, Swept, scorer, scores_of
 
 Order = Literal["predicted", "std", "max", "gradient"]

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from camfn import maps
 from camfn._types import Activations, Scores
-from camfn.scaling import size_of
+from camfn.formulas import maps
+from camfn.formulas.scaling import size_of
 
 _SLOPE = (1.0, -0.15, 0.4)  # prior mean in the features. These constants are those of the largest marginal likelihood of swept
 _LINEAR = 0.05  # variance of each slope.                 scores; halves of the photos and each network alone agree on them

@@ -7,15 +7,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from camfn import _compat, maps, nmf
+from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layer, Layout, Size, State, Target, wide
 from camfn.capture import is_several, tap_from
+from camfn.formulas import factorization, maps
+from camfn.formulas.scaling import size_of
 from camfn.inputs import rows_of
 from camfn.methods.activation import Seen, look_at
 from camfn.methods.table import checked_size
 from camfn.prepare import prepares
-from camfn.scaling import size_of
 from camfn.subject import without_graph
 from camfn.targets import rows_at, score_rows
 
@@ -83,7 +84,7 @@ def factorize(
         own = part.values.to(wide(part.values.dtype))
         scale = size_of(own, (0, 1, 2))
         values = _above_zero(own / scale, concepts, seen.subject.layers[0])
-        left, right = nmf.factors(values, concepts, steps)
+        left, right = factorization.factors(values, concepts, steps)
         peaks = right.amax(-1)
         found = (
             (right / torch.where(peaks > 0, peaks, 1)[:, None]).unflatten(-1, (len(part.values), *part.grid)).transpose(0, 1)

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from camfn import _compat, findings
+from camfn import _compat
 from camfn._errors import CamError, closest
 from camfn._types import Inputs, Layers, Maps, Target, Weights
-from camfn.findings import Finding
+from camfn.formulas import diagnostics
+from camfn.formulas.diagnostics import Finding
 from camfn.methods import METHODS, Method, Outcome
 from camfn.methods.table import read
 from camfn.prepare import opened
@@ -138,12 +139,12 @@ def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], subject: 
         return ()
     found: list[Finding] = []
     if "recipe" in settings:
-        found += findings.about_weights(outcome.weights, outcome.layers)
+        found += diagnostics.about_weights(outcome.weights, outcome.layers)
     if subject is not None and "activations" in row.needs:
         reads = [read(subject, name, seen, settings["layout"]) for name, seen in zip(subject.layers, subject.seen)]
-        found += findings.about_activations([part.values for part in reads], subject.layers)
+        found += diagnostics.about_activations([part.values for part in reads], subject.layers)
         if "gradients" in row.needs and subject.slopes:
-            found += findings.about_gradients(next(iter(subject.slopes.values())), subject.layers)
+            found += diagnostics.about_gradients(next(iter(subject.slopes.values())), subject.layers)
     return tuple(found)
 
 

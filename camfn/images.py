@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from camfn import maps as _maps
 from camfn._errors import CamError, closest
 from camfn._paths import kind
+from camfn.formulas import maps as _maps
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,8 +18,8 @@ from camfn import _compat
 from camfn._errors import warn
 from camfn._types import Inputs, State
 from camfn.execution import Sweep
+from camfn.formulas.masks import Rule, masked_input
 from camfn.inputs import Place, pick, rows_of, with_input
-from camfn.masks import Rule, masked_input
 from camfn.memory import is_exhausted
 from camfn.prepare import Slot, shapes
 from camfn.runner import Runner, weakly

@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from camfn import maps as _maps
 from camfn._errors import CamError
 from camfn._types import wide
+from camfn.formulas import maps as _maps
 
 _POOL = {1: torch.nn.functional.max_pool1d, 2: torch.nn.functional.max_pool2d, 3: torch.nn.functional.max_pool3d}
 

@@ -12,8 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from camfn import belief, maps
+from camfn import belief
 from camfn._types import Activations, Scores
+from camfn.formulas import maps
 from camfn.runner import narrowed
 from camfn.scoring import Scoring, Swept, gather, scorer, scores_of
 

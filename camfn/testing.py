@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from camfn import targets
 from camfn._errors import CamError
 from camfn._types import Target
-from camfn.masks import Recipe, recipe_of
+from camfn.formulas.masks import Recipe, recipe_of
 from camfn.methods import METHODS
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -17,6 +17,7 @@ from torch.func import vmap
 
 import camfn
 from camfn import CamError
+from camfn.formulas import components
 
 RAW = {"normalize": False, "relu": False}
 ALIKE = ("mean_cam", "fem", "random_cam", "eigen_cam", "kpca_cam")
@@ -136,7 +137,7 @@ def test_random_weights_are_of_the_seed_and_the_number_of_the_channel():
     assert_close(card.weights[0], drawn.expand(3, 1, 6), 0)
     assert_close(card.weights[1], drawn[:4].expand(3, 1, 4), 0)  # every layer starts anew
     close(card.maps[0], torch.einsum("c,nchw->nhw", drawn, activation(net, x)))
-    many = camfn.weights.random_cam(camfn.masks.uniform(0, 10_000), torch.zeros(1, 10_000, 1))[0]
+    many = camfn.weights.random_cam(camfn.formulas.masks.uniform(0, 10_000), torch.zeros(1, 10_000, 1))[0]
     assert -1 <= many.min() < -0.999
     assert 0.999 < many.max() < 1
     assert abs(float(many.mean())) < 0.02
@@ -256,8 +257,12 @@ def test_small_activations_keep_their_digits_in_a_kernel():
     values = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     values = values - values.mean(1, keepdim=True)
     for kernel in ("sigmoid", "rbf", "poly"):
-        fine = camfn.eigen.kernel_first(1e-5 * values.double(), kernel, None)
-        assert_close(camfn.eigen.kernel_first(1e-5 * values, kernel, None) / fine.abs().max(), fine / fine.abs().max(), 1e-4)
+        fine = components.kernel_first(1e-5 * values.double(), kernel, None)
+        assert_close(
+            components.kernel_first(1e-5 * values, kernel, None) / fine.abs().max(),
+            fine / fine.abs().max(),
+            1e-4,
+        )
 
 
 def test_the_linear_kernel_is_eigen_cam():
@@ -269,9 +274,9 @@ def test_the_linear_kernel_is_eigen_cam():
 
 def test_a_kernel_without_a_positive_eigenvalue_has_a_map_of_zeros():
     flat = torch.zeros(3, 5)
-    for kernel in camfn.eigen.KERNELS:
-        assert int(camfn.eigen.kernel_first(flat, kernel, None).count_nonzero()) == 0
-        slope = torch.func.grad(lambda values, kernel=kernel: camfn.eigen.kernel_first(values, kernel, None).sum())(flat)
+    for kernel in components.KERNELS:
+        assert int(components.kernel_first(flat, kernel, None).count_nonzero()) == 0
+        slope = torch.func.grad(lambda values, kernel=kernel: components.kernel_first(values, kernel, None).sum())(flat)
         assert int(slope.count_nonzero()) == 0
 
 

@@ -10,7 +10,8 @@ from support import assert_close, close, inputs, real_networks, small_net
 from torch import Tensor, nn
 
 import camfn
-from camfn import Sweep, masks
+from camfn import Sweep
+from camfn.formulas import masks
 from camfn.gradients import slopes_of
 from camfn.subject import look
 from camfn.targets import resolve

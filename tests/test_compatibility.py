@@ -70,7 +70,7 @@ def test_a_fault_is_no_mark(fault, monkeypatch):
         if fault == "a warning":
             compatibility.warnings.warn("batching rule", stacklevel=1)
         told = {"no gradient": "no gradient", "flat": "flat map"}.get(fault)
-        findings = (camfn.findings.Finding(told, "2", 1.0, "of it"),) if told else ()
+        findings = (camfn.formulas.diagnostics.Finding(told, "2", 1.0, "of it"),) if told else ()
         maps = card.maps / 0 if fault == "not finite" else card.maps
         return card._replace(maps=maps, findings=findings, grids=((1,),) if fault == "one position" else card.grids)
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 import camfn
-from camfn import CamError, nmf
+from camfn import CamError
+from camfn.formulas import factorization
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
@@ -17,7 +18,7 @@ def uniform(*shape: int, seed: int = 0) -> Tensor:
 
 
 def error(values: Tensor, parts: int, steps: int) -> float:
-    left, right = nmf.factors(values, parts, steps)
+    left, right = factorization.factors(values, parts, steps)
     return float((values - left @ right).norm() / values.norm())
 
 
@@ -37,7 +38,7 @@ def test_factors_are_those_of_scikit_learn_step_by_step(shape, steps):
         theirs = decomposition.NMF(3, init="custom", solver="cd", max_iter=steps, tol=0)
         w = theirs.fit_transform(values.numpy(), W=w, H=h)
         h = theirs.components_
-    left, right = nmf.factors(values, 3, steps)
+    left, right = factorization.factors(values, 3, steps)
     order = (torch.from_numpy(w).square().sum(0) * torch.from_numpy(h).square().sum(1)).argsort(descending=True)
     assert_close(left, torch.from_numpy(w)[:, order], 1e-7)  # its singular vectors are approximate
     assert_close(right, torch.from_numpy(h)[order], 1e-7)
@@ -53,7 +54,7 @@ def test_the_error_falls_with_every_sweep_and_with_every_part():
 
 
 def test_nothing_is_below_zero_and_the_larger_parts_come_first():
-    left, right = nmf.factors(uniform(9, 30), 4, 50)
+    left, right = factorization.factors(uniform(9, 30), 4, 50)
     assert (left >= 0).all()
     assert (right >= 0).all()
     sizes = left.norm(dim=0) * right.norm(dim=1)
@@ -64,17 +65,17 @@ def test_known_factors_are_found():
     """Two parts, each alone in some row and column: there is one factorization, up to a factor."""
     left = torch.tensor([[0.0, 3], [0, 1], [2, 0], [1, 1], [4, 0]], dtype=torch.float64)
     right = torch.tensor([[0, 3, 0, 1, 4, 0], [1.0, 0, 2, 0, 0, 5]], dtype=torch.float64)
-    found = nmf.factors(left @ right, 2, 500)
+    found = factorization.factors(left @ right, 2, 500)
     for (w, h), (u, v) in zip(zip(left.T, right), zip(found.left.T, found.right)):
         assert_close(torch.outer(u, v), torch.outer(w, h), 1e-6)
 
 
 def test_a_matrix_of_a_lower_rank_leaves_parts_of_zeros():
     values = torch.outer(uniform(4), uniform(6, seed=1))
-    left, right = nmf.factors(values, 3, 20)
+    left, right = factorization.factors(values, 3, 20)
     close(left @ right, values)
     close(left[:, 1:] @ right[1:], torch.zeros_like(values), size=values.max())
-    zeros = nmf.factors(torch.zeros(4, 6), 3, 20)
+    zeros = factorization.factors(torch.zeros(4, 6), 3, 20)
     assert int(zeros.left.count_nonzero()) == 0
     assert torch.isfinite(zeros.right).all()
 

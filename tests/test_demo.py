@@ -12,8 +12,7 @@ from PIL import Image
 
 import camfn
 from camfn import demo, metrics
-from camfn.demo import scenes
-from camfn.demo import train as training
+from camfn.demo import scenes, train
 from camfn.demo.network import WEIGHTS
 
 SEEDS = st.integers(0, 10_000)
@@ -195,9 +194,9 @@ def test_the_network_is_small_and_has_batch_norms_and_a_pooled_linear_head(netwo
 
 
 def test_the_network_knows_unseen_scenes(network):
-    assert training.FIRST > 100_000  # these seeds were not trained on
-    assert training.accuracy(network, range(1000)) >= 0.97
-    assert training.accuracy(demo.network(pretrained=False), range(COUNT)) < 0.3  # the check can fail
+    assert train.FIRST > 100_000  # these seeds were not trained on
+    assert train.accuracy(network, range(1000)) >= 0.97
+    assert train.accuracy(demo.network(pretrained=False), range(COUNT)) < 0.3  # the check can fail
 
 
 def test_score_cams_maximum_is_on_the_object(network, unseen):
@@ -258,8 +257,8 @@ def test_without_safetensors_the_network_says_what_to_install(monkeypatch):
 
 def test_training_learns(capsys):
     """A minute part of what the shipped weights took: the loss falls, and the same settings give the same weights."""
-    few = training.Settings(scenes=192, window_epochs=3, scene_epochs=1)
-    a, b = training.train(few), training.train(few)
+    few = train.Settings(scenes=192, window_epochs=3, scene_epochs=1)
+    a, b = train.train(few), train.train(few)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("epoch 1 of 4: loss 2.")
     assert lines[:4] == lines[4:]

@@ -11,7 +11,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 
 import camfn
-from camfn import CamError, eigen, maps
+from camfn import CamError, maps
+from camfn.formulas import components
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -34,7 +35,7 @@ def of_svd(values: Tensor, center: bool = False) -> tuple[np.ndarray, np.ndarray
 def test_the_first_component_is_that_of_the_svd(channels, positions):
     values = drawn(channels, positions)
     scores, loadings = of_svd(values)
-    found = eigen.first(values)
+    found = components.first(values)
     close(found.scores, torch.from_numpy(scores))
     close(found.loadings, torch.from_numpy(loadings))
 
@@ -42,91 +43,91 @@ def test_the_first_component_is_that_of_the_svd(channels, positions):
 def test_no_matrix_of_channels_is_made_where_there_are_fewer_positions(monkeypatch):
     sides, eigh = [], torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: sides.append(matrix.shape[-1]) or eigh(matrix))
-    eigen.first(drawn(2048, 49, dtype=torch.float32))
-    eigen.first(drawn(64, 784, dtype=torch.float32))
+    components.first(drawn(2048, 49, dtype=torch.float32))
+    components.first(drawn(64, 784, dtype=torch.float32))
     assert sides == [49, 64]
 
 
 def test_a_batch_has_the_components_of_each():
     values = drawn(2, 3, 5, 4)
-    together = eigen.first(values)
+    together = components.first(values)
     for i in range(2):
         for j in range(3):
-            alone = eigen.first(values[i, j])
+            alone = components.first(values[i, j])
             close(together.scores[i, j], alone.scores)
             close(together.loadings[i, j], alone.loadings)
-    close(vmap(vmap(lambda one: eigen.first(one).scores))(values), together.scores)
+    close(vmap(vmap(lambda one: components.first(one).scores))(values), together.scores)
 
 
 @pytest.mark.parametrize("sign", ["sum", "peak"])
 def test_the_sign_is_fixed_and_turns_with_what_it_is_told_by(sign):
     values = torch.tensor([[4.0, -1, -1, -1], [-6, 1, 1, 1]], dtype=torch.float64)
-    scores, loadings = eigen.first(values, sign)
+    scores, loadings = components.first(values, sign)
     if sign == "sum":  # the second channel is larger, and the sum of the two is low where it is low
         assert loadings.sum() > 0
         assert scores[0] < -7
     else:
         assert scores.abs().max() == scores.max()
         assert scores[0] > 7
-    opposite = eigen.first(-values, sign)
+    opposite = components.first(-values, sign)
     close(opposite.scores, -scores if sign == "sum" else scores)
     close(opposite.loadings, loadings if sign == "sum" else -loadings)
 
 
 def test_where_one_rule_leaves_the_sign_open_the_other_tells():
     opposed = torch.tensor([[4.0, -1, -1], [-4, 1, 1]], dtype=torch.float64)  # the channels sum to zero
-    assert eigen.first(opposed).scores[0] > 5
-    assert eigen.first(-opposed).scores[0] > 5
+    assert components.first(opposed).scores[0] > 5
+    assert components.first(-opposed).scores[0] > 5
     balanced = torch.tensor([[-1.0, 1], [-2, 2.5], [0, 0]], dtype=torch.float64)
     balanced = balanced - balanced.mean(1, keepdim=True)  # the largest and the smallest are equal in size
-    assert eigen.first(balanced, "peak").scores[1] > 1
-    assert eigen.first(balanced[:, [1, 0]], "peak").scores[0] > 1
+    assert components.first(balanced, "peak").scores[1] > 1
+    assert components.first(balanced[:, [1, 0]], "peak").scores[0] > 1
 
 
 def test_rounding_does_not_tell_the_sign():
     opposed = torch.tensor([[4.0, -1, -1], [-4, 1, 1]], dtype=torch.float64)
     balanced = torch.tensor([[-1.0, 1], [-2, 2], [0.5, -0.5]], dtype=torch.float64)
     for seed in range(10):
-        assert eigen.first(opposed + 1e-15 * drawn(2, 3, seed=seed)).scores[0] > 5
-        assert eigen.first(balanced + 1e-15 * drawn(3, 2, seed=seed), "peak").scores[1] > 1
+        assert components.first(opposed + 1e-15 * drawn(2, 3, seed=seed)).scores[0] > 5
+        assert components.first(balanced + 1e-15 * drawn(3, 2, seed=seed), "peak").scores[1] > 1
 
 
 def test_the_order_of_channels_and_positions_does_not_matter():
     values = drawn(7, 5)
-    found = eigen.first(values)
-    close(eigen.first(values.flip(0)).scores, found.scores)
-    close(eigen.first(values.flip(0)).loadings, found.loadings.flip(0))
-    close(eigen.first(values[:, [2, 0, 1, 4, 3]]).scores, found.scores[[2, 0, 1, 4, 3]])
+    found = components.first(values)
+    close(components.first(values.flip(0)).scores, found.scores)
+    close(components.first(values.flip(0)).loadings, found.loadings.flip(0))
+    close(components.first(values[:, [2, 0, 1, 4, 3]]).scores, found.scores[[2, 0, 1, 4, 3]])
 
 
 @pytest.mark.parametrize("k", [2.0**-400, 2.0**400])
 def test_values_whose_squares_have_no_number_have_the_same_component(k):
     values = drawn(4, 6)
-    found = eigen.first(values)
-    assert torch.equal(eigen.first(k * values).scores, k * found.scores)
-    assert torch.equal(eigen.first(k * values).loadings, found.loadings)
+    found = components.first(values)
+    assert torch.equal(components.first(k * values).scores, k * found.scores)
+    assert torch.equal(components.first(k * values).loadings, found.loadings)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
 def test_nothing_has_the_component_nothing_and_what_is_not_finite_shows(shape):
     zeros = torch.zeros(shape)
-    found = eigen.first(zeros)
+    found = components.first(zeros)
     assert int(found.scores.count_nonzero()) == int(found.loadings.count_nonzero()) == 0
-    assert torch.equal(grad(lambda values: eigen.first(values).scores.sum())(zeros), zeros)
+    assert torch.equal(grad(lambda values: components.first(values).scores.sum())(zeros), zeros)
     for bad in (torch.nan, torch.inf):
         pair = torch.stack([drawn(*shape), drawn(*shape).index_fill(0, torch.tensor(1), bad)])
-        scores = eigen.first(pair).scores
+        scores = components.first(pair).scores
         assert torch.isnan(scores[1]).all()
-        close(scores[0], eigen.first(pair[0]).scores)
+        close(scores[0], components.first(pair[0]).scores)
 
 
 def test_a_matrix_that_is_not_finite_has_no_eigenvector_and_spoils_no_other():
     sound = drawn(3, 3) + drawn(3, 3).T
     spoiled = sound.clone()
     spoiled[2, 2] = torch.inf
-    found = eigen.top(torch.stack([spoiled, sound]))
+    found = components.top(torch.stack([spoiled, sound]))
     assert torch.isnan(found[0]).all()
-    close(found[1], eigen.top(sound))
+    close(found[1], components.top(sound))
 
 
 # ----------------------------------------------------------------------------------------------------- its derivative
@@ -137,7 +138,7 @@ def test_first_and_second_derivatives_agree_with_finite_differences(shape):
     weighing = drawn(shape[1], seed=1)
 
     def total(values: Tensor) -> Tensor:
-        scores, loadings = eigen.first(values)
+        scores, loadings = components.first(values)
         return (scores * weighing).sum() + loadings[0].exp()
 
     values, along = drawn(*shape).requires_grad_(), drawn(*shape, seed=2)
@@ -154,12 +155,12 @@ def test_an_eigenvector_stays_a_unit_vector_in_second_derivatives():
     matrix, along = (square + square.T for square in (drawn(4, 4), drawn(4, 4, seed=1)))
 
     def square(at: Tensor) -> Tensor:
-        return eigen.top(matrix + at * along).square().sum()
+        return components.top(matrix + at * along).square().sum()
 
     zero = torch.zeros((), dtype=torch.float64)
     close(grad(square)(zero), zero, size=1)
     close(grad(grad(square))(zero), zero, size=1)
-    assert_close(eigen.top(matrix), torch.linalg.eigh(matrix)[1][:, -1], 0)
+    assert_close(components.top(matrix), torch.linalg.eigh(matrix)[1][:, -1], 0)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (9, 6)])
@@ -170,9 +171,9 @@ def test_dead_channels_leave_the_derivative_finite(shape):
     values[:, 4] = values[:, 5]
 
     def plain(values: Tensor) -> Tensor:
-        return eigen.first(values[torch.arange(len(values)) % len(values) != 1]).scores.square().cumsum(0).sum()
+        return components.first(values[torch.arange(len(values)) % len(values) != 1]).scores.square().cumsum(0).sum()
 
-    found = grad(lambda values: eigen.first(values).scores.square().cumsum(0).sum())(values)
+    found = grad(lambda values: components.first(values).scores.square().cumsum(0).sum())(values)
     assert torch.isfinite(found).all()
     close(found, grad(plain)(values))
     if shape[0] < shape[1]:
@@ -182,7 +183,7 @@ def test_dead_channels_leave_the_derivative_finite(shape):
 
 def test_where_the_largest_value_is_double_the_derivative_is_finite():
     values = torch.eye(3, dtype=torch.float64)
-    assert torch.isfinite(grad(lambda values: eigen.first(values).scores.exp().sum())(values)).all()
+    assert torch.isfinite(grad(lambda values: components.first(values).scores.exp().sum())(values)).all()
 
 
 # ------------------------------------------------------------------------------------------------------ combine="eigen"

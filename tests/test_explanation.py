@@ -6,8 +6,8 @@ from support import CHEAP, SmallNet, close, inputs, small_net
 from torch import Tensor, nn
 
 import camfn
-from camfn import findings
-from camfn.findings import Finding
+from camfn.formulas import diagnostics
+from camfn.formulas.diagnostics import Finding
 
 KINDS = ("score_cam", "grad_cam", "is_cam")
 
@@ -161,7 +161,7 @@ def test_a_channel_that_is_dead_in_one_image_only_is_not_dead():
     def change(h):
         return torch.stack([torch.cat([h[0, :1], torch.ones_like(h[0, 1:])]), h[1]])
 
-    assert findings.about_activations([change(inputs(2)).flatten(2)], ["a"]) == ()
+    assert diagnostics.about_activations([change(inputs(2)).flatten(2)], ["a"]) == ()
 
 
 def test_channels_that_are_not_finite_are_found():

@@ -78,7 +78,7 @@ def test_weights():
 
 
 def test_effective_channels():
-    from camfn.findings import about_weights, effective_channels
+    from camfn.formulas.diagnostics import about_weights, effective_channels
 
     w = torch.tensor([[[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]]])
     assert_close(effective_channels(w), torch.tensor([[4.0, 1.0]]), 1e-6)

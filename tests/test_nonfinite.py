@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 import camfn
-from camfn.findings import about_maps
+from camfn.formulas.diagnostics import about_maps
 
 VALUES = (math.nan, math.inf, -math.inf)
 METHODS = [name for name in LAYERED if camfn.METHODS[name].of_layer]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import camfn
-from camfn.masks import Variation, noise_stream
+from camfn.formulas.masks import Variation, noise_stream
 from tests.support import CONVS, POOLS, assert_close, inputs, small_net, torchvision_models
 
 THEIRS = {"cam": "CAM", "score_cam": "ScoreCAM", "ss_cam": "SSCAM", "is_cam": "ISCAM"}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import camfn
-from camfn import eigen, relevance
-from camfn.scaling import size_of, unit
+from camfn.formulas import attention, components
+from camfn.formulas.scaling import size_of, unit
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarning")
 
@@ -119,16 +119,16 @@ def test_a_product_over_layers_of_attention_stays_within_the_range_where_the_map
     seen = [torch.rand(1, 2, 5, 5, generator=draw).softmax(-1) for _ in range(3)]
     gradients = [scale * torch.randn(1, 2, 5, 5, generator=draw) for _ in range(3)]
     row = torch.eye(5)[:1]
-    found = relevance.gradient_attention(seen, gradients, row, unit=True)
-    wanted = relevance.gradient_attention([a.double() for a in seen], [g.double() for g in gradients], row.double())
+    found = attention.gradient_attention(seen, gradients, row, unit=True)
+    wanted = attention.gradient_attention([a.double() for a in seen], [g.double() for g in gradients], row.double())
     torch.testing.assert_close((found / found.amax()).double(), wanted / wanted.amax(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernel", eigen.KERNELS)
+@pytest.mark.parametrize("kernel", components.KERNELS)
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0])
 def test_a_kernel_component_has_the_length_of_float64s(kernel, scale):
     values = scale * torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    found, wanted = (eigen.kernel_first(each, kernel, None).double() for each in (values, values.double()))
+    found, wanted = (components.kernel_first(each, kernel, None).double() for each in (values, values.double()))
     assert float((found - wanted).abs().max()) <= 1e-3 * float(wanted.abs().max())
 
 

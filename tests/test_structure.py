@@ -14,10 +14,11 @@ import camfn
 PACKAGE = Path(camfn.__file__).parent
 
 ORDER = (
+    "formulas",
     *("_errors", "_types", "_compat", "_paths", "draws", "memory", "guard"),
     *("shell", "restore", "prepare", "complaints", "ports", "capture", "inputs"),
-    *("scaling", "eigen", "nmf", "maps"),
-    *("findings", "metrics", "layouts"),
+    *("formulas.scaling", "formulas.components", "formulas.factorization", "formulas.maps"),
+    *("formulas.diagnostics", "metrics", "layouts"),
     *(
         "targets.scores",
         "targets.algebra",
@@ -33,9 +34,9 @@ ORDER = (
         "attention",
         "linear",
         "layers",
-        "weights",
-        "relevance",
-        "masks",
+        "formulas.weights",
+        "formulas.attention",
+        "formulas.masks",
         "rewrite",
         "execution",
         "gradients",
@@ -72,6 +73,7 @@ ORDER = (
         "compose.several",
         "compose",
     ),
+    *("weights", "maps"),
     *("concepts", "explanation", "testing", "images", "figures"),
     *("demo.scenes", "demo.network", "demo", "demo.train", "checkpoints", "downloads", "libraries", "zoo"),
     *(

@@ -16,7 +16,7 @@ from test_papers import DIMS, activation_of, frozen, min_max, net_with_flat_chan
 from torch import Tensor, nn
 
 import camfn
-from camfn.masks import random_cells
+from camfn.formulas.masks import random_cells
 from camfn.memory import Ledger
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

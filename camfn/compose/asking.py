@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from camfn import maps
 from camfn._errors import CamError
 from camfn._types import Inputs, Layers, Layout, Maps, Size, State, Target
+from camfn.formulas import maps
 from camfn.inputs import Key, with_input
 from camfn.methods.table import Outcome, clean_scores, published, without_layer
 from camfn.subject import look

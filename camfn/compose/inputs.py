@@ -9,7 +9,7 @@ from torch import Tensor
 from camfn._errors import CamError
 from camfn._types import Maps
 from camfn.compose.asking import Clean, Made, Question, composed, each_layer, joined, look_at, made, scaled
-from camfn.masks import check_noise, check_samples, noises
+from camfn.formulas.masks import check_noise, check_samples, noises
 from camfn.methods.table import Outcome
 
 Part = tuple[Outcome, Maps]

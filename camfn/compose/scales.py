@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camfn import maps as _maps
 from camfn._errors import CamError
 from camfn._types import Maps
 from camfn.compose.asking import Clean, Made, Question, composed, each_layer, joined, look_at, made, scaled
+from camfn.formulas import maps as _maps
 from camfn.inputs import with_input
 from camfn.methods.table import Outcome, checked_size
 from camfn.targets import as_probabilities

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from camfn import weights
 from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layer, Layers, Layout, Size, State, Target
+from camfn.formulas import weights
+from camfn.formulas.masks import uniform
 from camfn.layouts import Read
 from camfn.linear import find_linear, matrix_of
-from camfn.masks import uniform
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
 from camfn.subject import Subject, look
 from camfn.targets import Score, at_columns, resolve

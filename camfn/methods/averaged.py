@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from camfn import maps as _maps
-from camfn import weights
 from camfn._errors import CamError
 from camfn._types import Combine, FlatMaps, Inputs, Layers, Layout, Size, State, Target, wide
+from camfn.formulas import maps as _maps
+from camfn.formulas import weights
+from camfn.formulas.masks import check_noise, noises
+from camfn.formulas.scaling import size_of
 from camfn.gradients import slopes_of
 from camfn.inputs import Key
-from camfn.masks import check_noise, noises
 from camfn.memory import is_exhausted
 from camfn.methods.graded import Graded, grade, seen_of, weighed
 from camfn.methods.table import Drawing, Outcome, checked_combine, drawn, method, read, slopes_at, stacked
-from camfn.scaling import size_of
 from camfn.subject import again, look, without_graph
 from camfn.targets import resolve
 

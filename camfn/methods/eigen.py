@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from camfn import eigen, maps
 from camfn._errors import CamError
 from camfn._types import FlatMaps, Inputs, Layers, Layout, Size, State, Target, wide
-from camfn.eigen import Kernel
+from camfn.formulas import components, maps
+from camfn.formulas.components import Kernel
 from camfn.methods.activation import alike, look_at
 from camfn.methods.gradient import Graded, grade
 from camfn.methods.table import Drawing, Outcome, drawn, method, within
@@ -58,7 +58,7 @@ def eigen_cam(
     seen, drawing = look_at(model, layer, x, target, state, layout), Drawing(relu, size, normalize)
     values = [part.values for part in seen.reads]
     values = [maps.centered(each, each.dtype) if center else each.to(wide(each.dtype)) for each in values]
-    found = [eigen.first(each, "peak") for each in values]
+    found = [components.first(each, "peak") for each in values]
     return alike(seen, [first.scores for first in found], [first.loadings for first in found], drawing)
 
 
@@ -99,13 +99,13 @@ def kpca_cam(
 
     Karmani et al., KPCA-CAM, 2024 (arXiv 2410.00267). pytorch-grad-cam's `KPCA_CAM`, up to the sign.
     """
-    if kernel not in eigen.KERNELS:
-        raise CamError(f"kernel {kernel!r} is not known; all: {', '.join(eigen.KERNELS)}")
+    if kernel not in components.KERNELS:
+        raise CamError(f"kernel {kernel!r} is not known; all: {', '.join(components.KERNELS)}")
     if gamma is not None and not (isinstance(gamma, (int, float)) and 0 < gamma < math.inf):
         raise CamError(f"gamma must be None or a finite number above 0, found {gamma!r}")
     seen, drawing = look_at(model, layer, x, target, state, layout), Drawing(relu, size, normalize)
     values = [maps.centered(part.values, part.values.dtype) for part in seen.reads]
-    return alike(seen, [eigen.kernel_first(each, kernel, gamma, unit=normalize) for each in values], [], drawing)
+    return alike(seen, [components.kernel_first(each, kernel, gamma, unit=normalize) for each in values], [], drawing)
 
 
 @method("activations", "gradients", cost="1, 1 backward")

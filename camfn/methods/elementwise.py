@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from camfn import maps as _maps
-from camfn import weights
 from camfn._errors import CamError
 from camfn._types import Combine, Gradients, Inputs, Layers, Layout, Size, State, Target
+from camfn.formulas import maps as _maps
+from camfn.formulas import weights
 from camfn.methods.graded import Graded, grade, weighed
 from camfn.methods.table import Drawing, Outcome, checked_combine, checked_size, method, within
 

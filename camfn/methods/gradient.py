@@ -2,13 +2,13 @@
 
 from torch import nn
 
-from camfn import weights
 from camfn._errors import CamError
 from camfn._types import Combine, Gradients, Inputs, Layers, Layout, Size, State, Target
+from camfn.formulas import weights
+from camfn.formulas.weights import Alphas
 from camfn.methods.graded import Graded, grade, seen_of, weighed
 from camfn.methods.table import Drawing, Outcome, bends_at, checked_combine, method
 from camfn.subject import Subject, again, look
-from camfn.weights import Alphas
 
 
 @method("activations", "gradients", cost="1, 1 backward")

@@ -6,13 +6,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from camfn import weights
 from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target
 from camfn.anytime import Limits, Order, checked_limits, rows_within, sweep_some
 from camfn.execution import Sweep, checked, usable
+from camfn.formulas import weights
+from camfn.formulas.masks import Noise, Recipe, Variation, check_noise, check_samples, path_scales, recipe_of
 from camfn.inputs import Key
-from camfn.masks import Noise, Recipe, Variation, check_noise, check_samples, path_scales, recipe_of
 from camfn.methods.sweeps import sweep_layers
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read, slopes_at
 from camfn.precision import sweep_narrow

@@ -8,18 +8,19 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from camfn import _compat, maps
+from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target, wide
 from camfn.execution import Sweep, checked, counter
+from camfn.formulas import maps
+from camfn.formulas.masks import unit
+from camfn.formulas.scaling import size_of
 from camfn.gradients import slope_of, ungraphed
 from camfn.inputs import rows_of
 from camfn.kernel import Kernel, Rows
 from camfn.layouts import Read
-from camfn.masks import unit
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
 from camfn.runner import Room, Runner, chunk_of, runner_of
-from camfn.scaling import size_of
 from camfn.scoring import in_chunks
 from camfn.subject import Key, Subject, check_slopes, look, without_graph
 from camfn.targets import Score, resolve, rows_at, score_rows

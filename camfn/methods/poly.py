@@ -6,18 +6,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from camfn import _compat, maps, weights
+from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Activations, FlatMaps, Inputs, Layers, Layout, Size, State, Target, wide
 from camfn.execution import Sweep
+from camfn.formulas import maps, weights
+from camfn.formulas.masks import Variation, flat_channels
+from camfn.formulas.weights import Variant
 from camfn.inputs import Key
 from camfn.layers import stages
-from camfn.masks import Variation, flat_channels
 from camfn.methods.sweeps import sweep_in_full
 from camfn.methods.table import Drawing, Outcome, clean_scores, combined, drawn, method, read
 from camfn.subject import Shared, introduced, look, without_graph
 from camfn.targets import as_probabilities, resolve
-from camfn.weights import Variant
 
 
 @method("activations", "masked inputs", cost="2 x channels + 1")

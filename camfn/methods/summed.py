@@ -5,16 +5,16 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from camfn import maps, weights
 from camfn._errors import CamError
 from camfn._types import FlatMaps, Gradients, Inputs, Layers, Layout, Size, State, Target, wide
 from camfn.execution import Sweep
+from camfn.formulas import maps, weights
+from camfn.formulas.masks import Variation, gate
+from camfn.formulas.scaling import unit
 from camfn.inputs import Key
 from camfn.layouts import Read
-from camfn.masks import Variation, gate
 from camfn.methods.sweeps import sweep_in_full
 from camfn.methods.table import Drawing, Outcome, checked_size, clean_scores, drawn, method, read, slopes_at, within
-from camfn.scaling import unit
 from camfn.subject import look, without_graph
 from camfn.targets import as_probabilities, resolve
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from camfn._errors import CamError
 from camfn.execution import Sweep, checked, counter
+from camfn.formulas.masks import Variation
 from camfn.layouts import Read
-from camfn.masks import Variation
 from camfn.runner import runner_of
 from camfn.scoring import Plan, Scoring, Swept, plan, sweep_all
 from camfn.subject import Subject

@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from camfn import _compat, layouts
-from camfn import maps as _maps
 from camfn._errors import CamError, warn
 from camfn._types import Activations, Combine, FlatMaps, Gradients, Inputs, Layers, Layout, Maps, Size, Weights, wide
-from camfn.findings import Finding, about_maps
+from camfn.formulas import maps as _maps
+from camfn.formulas.diagnostics import Finding, about_maps
+from camfn.formulas.scaling import unit
 from camfn.gradients import slopes_of
 from camfn.inputs import Key, pick, size_of
 from camfn.layers import clues_of
 from camfn.layouts import Read
 from camfn.prepare import prepares
 from camfn.runner import weakly
-from camfn.scaling import unit
 from camfn.subject import Subject, first_nonfinite
 from camfn.targets import Score, score_rows
 

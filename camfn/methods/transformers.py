@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from camfn import _compat, layouts, relevance
+from camfn import _compat, layouts
 from camfn._errors import CamError
 from camfn._types import Inputs, Layers, Layout, Relevances, Size, State, Target
 from camfn.attention import Attention, Blocks, Nudge, attended, blocks_of, self_attention
 from camfn.capture import Captured, tap_from
 from camfn.complaints import ForwardError
+from camfn.formulas import attention as attention_formulas
 from camfn.gradients import Pull, last_slope, slopes_of, with_pull
 from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, read, without_layer
 from camfn.prepare import Call, Prepared, opened
@@ -86,7 +87,7 @@ def attention_rollout(
     n, targets = found.clean.shape
     # A query that is named needs no gradient: the attention itself has as many rows.
     last = last_slope(found.pull, found.subject.output, found.score) if query is None else found.attention.seen[-1]
-    row = relevance.rollout(found.attention.seen, _row(last, query))
+    row = attention_formulas.rollout(found.attention.seen, _row(last, query))
     return _on_patches(found, [row] * targets, layout, Drawing(relu, size, normalize), n if query is None else 0)
 
 
@@ -134,7 +135,7 @@ def gradient_attention(
 
     def follow(gradients: list[Tensor]) -> Relevances:
         row = _row(gradients[-1], query)
-        return relevance.gradient_attention(found.attention.seen, gradients[first:], row, unit=normalize)
+        return attention_formulas.gradient_attention(found.attention.seen, gradients[first:], row, unit=normalize)
 
     return _of_gradients(found, follow, layout, Drawing(relu, size, normalize))
 
@@ -184,7 +185,7 @@ def legrad(
     found = _followed("legrad", model, layer, x, target, state, start, tails=True)
     first = -len(found.attention.seen)
     drawing = Drawing(relu, size, normalize)
-    outcome = _of_gradients(found, lambda gradients: relevance.legrad(gradients[first:]), layout, drawing)
+    outcome = _of_gradients(found, lambda gradients: attention_formulas.legrad(gradients[first:]), layout, drawing)
     return outcome._replace(forwards=2 * outcome.forwards)
 
 
@@ -232,7 +233,7 @@ def ag_cam(
     found = _followed("ag_cam", model, layer, x, target, state, start, held=True)
     first, logits = -len(found.attention.seen), found.attention.logits
     drawing = Drawing(relu, size, normalize)
-    return _of_gradients(found, lambda gradients: relevance.ag_cam(logits, gradients[first:]), layout, drawing)
+    return _of_gradients(found, lambda gradients: attention_formulas.ag_cam(logits, gradients[first:]), layout, drawing)
 
 
 # ------------------------------------------------------------------------------------------------- what they share
@@ -331,11 +332,11 @@ def _tails(model: nn.Module | Prepared | Call, blocks: Blocks, given: Any, state
 def _row(gradient: Tensor, query: int | None) -> Relevances:
     """The row that is followed back from the last layer, `(n, q)`: weights of the tokens that are read."""
     if query is None:
-        return relevance.readers(gradient)
+        return attention_formulas.readers(gradient)
     count = gradient.shape[2]
     if not isinstance(query, int) or not -count <= query < count:
         raise CamError(f"query={query!r} must be one of the {count} tokens, or None")
-    one = torch.zeros_like(relevance.readers(gradient))
+    one = torch.zeros_like(attention_formulas.readers(gradient))
     return torch.cat([one[:, : query % count], one[:, :1] + 1, one[:, query % count + 1 :]], 1)
 
 

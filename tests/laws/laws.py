@@ -18,7 +18,7 @@ from support import CHEAP, LAYERED
 from torch import Tensor, nn
 
 import camfn
-from camfn.masks import Recipe, recipe_of
+from camfn.formulas.masks import Recipe, recipe_of
 from camfn.targets import Contrast, OfClasses, Output, Sum, is_plain, resolve, score_rows
 from camfn.testing import Case, Spec, TinyNet
 

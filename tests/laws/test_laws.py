@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support import LAYERED
 
 import camfn
-from camfn.masks import flat_channels
+from camfn.formulas.masks import flat_channels
 from camfn.testing import cases, layers_of, models
 from laws.laws import EXCEPT, LAWS, VARIANTS, activation, every_position, fixed_cases, maps, speaks_of
 

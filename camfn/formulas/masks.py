@@ -9,7 +9,7 @@ from torch import Tensor
 
 from camfn import _compat
 from camfn._errors import CamError, closest
-from camfn.maps import is_flat, resize
+from camfn.formulas.maps import is_flat, resize
 
 
 class Recipe(NamedTuple):

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camfn import _compat
-from camfn.scaling import size_of
+from camfn.formulas.scaling import size_of
 
 Sign = Literal["sum", "peak"]
 Kernel = Literal["sigmoid", "rbf", "poly", "linear"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from camfn._types import Activations, FlatMaps, Gradients, Weights
-from camfn.maps import is_flat
+from camfn.formulas.maps import is_flat
 
 Kind = Literal[
     "non-finite map",

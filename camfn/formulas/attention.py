@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from camfn._types import Attentions, Relevances, wide
-from camfn.scaling import size_of
+from camfn.formulas.scaling import size_of
 
 
 def readers(gradient: Attentions) -> Relevances:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camfn import eigen
+from camfn.formulas import components
 
 
 class Factors(NamedTuple):
@@ -49,7 +49,7 @@ def _swept(rows: Float[Tensor, "k j"], product: Float[Tensor, "k j"], gram: Floa
 def _beginning(values: Float[Tensor, "i j"], parts: int) -> Factors:
     """Of each of the largest singular pairs the halves, both positive or both negative, that are larger."""
     wide = values.shape[0] <= values.shape[1]
-    _, vectors = eigen.spectrum(values @ values.mT if wide else values.mT @ values)
+    _, vectors = components.spectrum(values @ values.mT if wide else values.mT @ values)
     short = vectors.flip(-1)[:, :parts]
     long = (values.mT if wide else values) @ short  # times the singular values
     left, right = (short, long) if wide else (long, short)

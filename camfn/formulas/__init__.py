@@ -1,0 +1,1 @@
+"""The arithmetic of every method: tensors in, tensors out, no model."""
