@@ -253,7 +253,7 @@ def _by_file(stats: Mapping[tuple[str, int, str], Any]) -> Counter[str]:
 
 
 def _place(file: str) -> str:
-    """`camfn/shell.py`, `torch/nn`: camfn's files one by one, others by what they belong to."""
+    """`camfn/model/private_copy.py`, `torch/nn`: camfn's files one by one, others by what they belong to."""
     if file == "~":
         return "built in"
     own = Path(camfn.__file__).parent

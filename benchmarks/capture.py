@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import camfn
-from camfn.gradients import slopes_of
-from camfn.prepare import opened
-from camfn.subject import look
+from camfn.model.forward import look
+from camfn.model.gradients import slopes_of
+from camfn.model.prepare import opened
 from camfn.targets import resolve
 
 MODELS = {

@@ -6,14 +6,11 @@ compile it, call it from eight threads on one model.
 
 from camfn import figures, images, layouts, maps, metrics, targets, weights
 from camfn._errors import CamError, CamWarning
-from camfn.capture import Captured, pure, state_of, tap
 from camfn.compose import augment, ensemble, fuse_layers, integrate, multi_scale, smooth
 from camfn.concepts import Concepts, factorize
 from camfn.execution import Sweep
 from camfn.explanation import Explanation, explain
 from camfn.formulas.masks import RECIPES, Recipe
-from camfn.heads import Head, head
-from camfn.layers import Candidate, candidate_layers
 from camfn.methods import (
     METHODS,
     ablation_cam,
@@ -50,7 +47,10 @@ from camfn.methods import (
     ss_cam,
     xgrad_cam,
 )
-from camfn.prepare import Prepared, prepare
+from camfn.model.capture import Captured, pure, state_of, tap
+from camfn.model.head import Head, head
+from camfn.model.layers import Candidate, candidate_layers
+from camfn.model.prepare import Prepared, prepare
 
 __version__ = "0.1.0"
 

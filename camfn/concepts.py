@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layer, Layout, Size, State, Target, wide
-from camfn.capture import is_several, tap_from
 from camfn.formulas import factorization, maps
 from camfn.formulas.scaling import size_of
-from camfn.inputs import rows_of
 from camfn.methods.activation import Seen, look_at
 from camfn.methods.table import checked_size
-from camfn.prepare import prepares
-from camfn.subject import without_graph
+from camfn.model.capture import is_several, tap_from
+from camfn.model.forward import without_graph
+from camfn.model.inputs import rows_of
+from camfn.model.prepare import prepares
 from camfn.targets import rows_at, score_rows
 
 

@@ -19,8 +19,8 @@ from camfn.formulas import diagnostics
 from camfn.formulas.diagnostics import Finding
 from camfn.methods import METHODS, Method, Outcome
 from camfn.methods.table import read
-from camfn.prepare import opened
-from camfn.subject import Shared, Subject
+from camfn.model.forward import Shared, Subject
+from camfn.model.prepare import opened
 from camfn.targets import Score, names
 
 

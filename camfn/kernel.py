@@ -19,11 +19,11 @@ from camfn._errors import warn
 from camfn._types import Inputs, State
 from camfn.execution import Sweep
 from camfn.formulas.masks import Rule, masked_input
-from camfn.inputs import Place, pick, rows_of, with_input
-from camfn.memory import is_exhausted
-from camfn.prepare import Slot, shapes
+from camfn.model.forward import Subject
+from camfn.model.inputs import Place, pick, rows_of, with_input
+from camfn.model.memory import is_exhausted
+from camfn.model.prepare import Slot, shapes
 from camfn.runner import Runner, weakly
-from camfn.subject import Subject
 from camfn.targets import Score, rows_at, score_rows
 
 Rows = dict[str, Tensor]

@@ -15,19 +15,19 @@ from torch.utils._pytree import tree_flatten, tree_map
 from camfn import _compat
 from camfn._errors import CamError, RefusedError
 from camfn._types import Inputs
-from camfn.attention import unfused
-from camfn.capture import Captured, tap_from
 from camfn.execution import Sweep
-from camfn.heads import Head, head_of
-from camfn.inputs import rows_of
 from camfn.kernel import Kernel, Rows
 from camfn.layouts import Read
-from camfn.memory import is_exhausted
-from camfn.prepare import shapes
-from camfn.rewrite import is_close
+from camfn.model.agreement import is_close
+from camfn.model.attention import unfused
+from camfn.model.capture import Captured, tap_from
+from camfn.model.forward import Subject
+from camfn.model.head import Head, head_of
+from camfn.model.inputs import rows_of
+from camfn.model.memory import is_exhausted
+from camfn.model.prepare import shapes
 from camfn.runner import Room, chunk_of, free_share
 from camfn.scoring import in_chunks
-from camfn.subject import Subject
 from camfn.targets import Score, rows_at, score_rows
 from camfn.targets.scores import fields_of, is_record
 

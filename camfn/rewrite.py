@@ -15,11 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
 from camfn._types import Inputs, State, wide
-from camfn.capture import watch
-from camfn.draws import TURNS
-from camfn.guard import Origins, Watcher
-from camfn.prepare import Call, Prepared, opened
-from camfn.shell import Shell, with_slots
+from camfn.model.capture import watch
+from camfn.model.guard import Origins, Watcher
+from camfn.model.prepare import Call, Prepared, opened
+from camfn.model.private_copy import Shell, with_slots
+from camfn.model.randomness import TURNS
 
 
 class Fold(NamedTuple):
@@ -93,15 +93,6 @@ def _is_plain(module: Any, kinds: tuple[type[nn.Module], ...]) -> bool:
 
 def _tensors_of(shell: Shell, name: str) -> list[str]:
     return [shell.aliases[full] for full in (f"{name}.weight", f"{name}.bias") if full in shell.aliases]
-
-
-def is_close(a: Tensor, b: Tensor, times: float) -> bool:
-    """Do they differ by at most `times` the dtype's eps, times the size of `b`? What is not finite has to be equal."""
-    if a.shape != b.shape or not b.numel():
-        return a.shape == b.shape
-    size = torch.where(b.isfinite(), b, 0).abs().amax()
-    near = (a - b).abs() <= times * torch.finfo(b.dtype).eps * size
-    return bool((near | (a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _merged_tensors(shell: Shell, state: State, conv: str, norm: str) -> tuple[Tensor, Tensor]:

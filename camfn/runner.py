@@ -12,13 +12,14 @@ from torch.utils._pytree import tree_map
 from camfn import _compat
 from camfn._errors import CamError, RefusedError, warn
 from camfn._types import Inputs, State
-from camfn.capture import pure_from
 from camfn.execution import CHUNK, Sweep
-from camfn.inputs import rows_of
-from camfn.memory import free_bytes, is_exhausted
-from camfn.rewrite import Found, channels_last, find_folds, is_close, merge_norms
-from camfn.shell import Shell
-from camfn.subject import Subject, once
+from camfn.model.agreement import is_close
+from camfn.model.capture import pure_from
+from camfn.model.forward import Subject, once
+from camfn.model.inputs import rows_of
+from camfn.model.memory import free_bytes, is_exhausted
+from camfn.model.private_copy import Shell
+from camfn.rewrite import Found, channels_last, find_folds, merge_norms
 from camfn.targets import Score, distinct, logits_of, reads_logits, score_rows
 
 _WORTH = 24  # rows from which the forward that checks a rewritten model pays

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from camfn import checkpoints, images, libraries
 from camfn._errors import CamError, closest
 from camfn._paths import kind
-from camfn.capture import pure, state_of
 from camfn.checkpoints import Checkpoint
+from camfn.model.capture import pure, state_of
 from camfn.targets import logits_of
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import camfn
 from camfn import Sweep
 from camfn.formulas import masks
-from camfn.gradients import slopes_of
-from camfn.subject import look
+from camfn.model.forward import look
+from camfn.model.gradients import slopes_of
 from camfn.targets import resolve
 
 T = camfn.targets

@@ -13,9 +13,9 @@ from vits import MAKERS, hooked, logits, randomised, told, unfused, vit
 
 import camfn
 from camfn._compat import constant
-from camfn.attention import Attention, attended, blocks_of, self_attention
-from camfn.capture import pure_from
-from camfn.prepare import opened
+from camfn.model.attention import Attention, attended, blocks_of, self_attention
+from camfn.model.capture import pure_from
+from camfn.model.prepare import opened
 
 
 def written_out(model: nn.Module, x: Tensor, **options) -> tuple[Tensor, Attention]:

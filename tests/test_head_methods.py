@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import camfn
-from camfn import heads, memory, perturb
+from camfn import perturb
+from camfn.model import head as heads
+from camfn.model import memory
 
 AT_LAYER = ("ablation_cam", "recipro_cam", "lift_cam")
 

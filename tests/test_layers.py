@@ -11,7 +11,7 @@ from torch.func import grad, jvp, vmap
 
 import camfn
 from camfn import CamError, _compat, layouts
-from camfn.layers import clues_of
+from camfn.model.layers import clues_of
 
 # ----------------------------------------------------------------------------- one network in several layouts
 

@@ -13,8 +13,9 @@ from test_rewrite import Net, images, pair, seeded
 from torch import Tensor, nn
 
 import camfn
-from camfn import Sweep, _compat, memory
-from camfn.memory import Ledger, free_bytes, is_exhausted
+from camfn import Sweep, _compat
+from camfn.model import memory
+from camfn.model.memory import Ledger, free_bytes, is_exhausted
 
 SEEN: list[int] = []
 """The rows of every forward. A global, since a copy of a model has copies of all that it holds."""

@@ -13,7 +13,7 @@ from torch.func import grad
 
 import camfn
 from camfn import CamError
-from camfn.ports import place_of
+from camfn.model.ports import place_of
 
 
 class Pair(typing.NamedTuple):

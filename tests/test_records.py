@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import CamError, _compat
-from camfn.memory import Ledger
+from camfn.model.memory import Ledger
 
 # A value that is read of a whole batch depends on the others of it; that is not what is asked here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*depends on the others of its batch:camfn.CamWarning")

@@ -14,8 +14,8 @@ from torch.nn.utils import parametrize
 
 import camfn
 from camfn._types import State
-from camfn.capture import pure_from
-from camfn.prepare import opened
+from camfn.model.capture import pure_from
+from camfn.model.prepare import opened
 from camfn.rewrite import Fold, channels_last, find_folds, merge_norms
 
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

@@ -444,8 +444,8 @@ def test_several_inputs_with_what_is_per_image_and_what_is_not():
     [("resnet18", {}, 64), ("mobilenet_v2", {}, 64), ("densenet121", {}, 64), ("vit_b_16", {"image_size": 32}, 32)],
 )
 def test_torchvision_s_networks_are_found_independent(name, options, side):
+    from camfn.model.forward import look
     from camfn.runner import runner_of
-    from camfn.subject import look
     from camfn.targets import resolve
 
     torch.manual_seed(0)

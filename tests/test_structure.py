@@ -13,84 +13,45 @@ import camfn
 
 PACKAGE = Path(camfn.__file__).parent
 
-ORDER = (
-    "formulas",
-    *("_errors", "_types", "_compat", "_paths", "draws", "memory", "guard"),
-    *("shell", "restore", "prepare", "complaints", "ports", "capture", "inputs"),
-    *("formulas.scaling", "formulas.components", "formulas.factorization", "formulas.maps"),
-    *("formulas.diagnostics", "metrics", "layouts"),
-    *(
-        "targets.scores",
-        "targets.algebra",
-        "targets.classes",
-        "targets.dense",
-        "targets.embeddings",
-        "targets.detections",
-        "targets",
+ROOMS = {
+    "": ("_errors", "_types", "_compat", "_paths"),
+    "formulas": ("scaling", "components", "factorization", "maps", "weights", "masks", "attention", "diagnostics"),
+    "targets": ("scores", "algebra", "classes", "dense", "embeddings", "detections"),
+    ".layouts": ("layouts",),
+    "model": (
+        *("memory", "randomness", "guard", "private_copy", "restore", "prepare", "torch_errors", "ports", "capture", "inputs"),
+        *("agreement", "tape", "recording", "attention", "linear_head", "layers", "gradients", "forward", "head", "deeplift"),
     ),
-    "tape",
-    "recording",
-    *(
-        "attention",
-        "linear",
-        "layers",
-        "formulas.weights",
-        "formulas.attention",
-        "formulas.masks",
-        "rewrite",
-        "execution",
-        "gradients",
-        "subject",
-        "heads",
-        "runner",
-        "kernel",
-        "scoring",
-        "perturb",
-        "rescale",
-        "belief",
-        "precision",
-        "anytime",
-        "methods.table",
-        "methods.activation",
-        "methods.graded",
-        "methods.gradient",
-        "methods.elementwise",
-        "methods.averaged",
-        "methods.biases",
-        "methods.sweeps",
-        "methods.eigen",
-        "methods.head",
-        "methods.masked",
-        "methods.optimised",
-        "methods.poly",
-        "methods.sampled",
-        "methods.summed",
-        "methods.transformers",
-        "methods",
-        "compose.asking",
-        "compose.inputs",
-        "compose.scales",
-        "compose.several",
-        "compose",
+    ".sweep": ("rewrite", "execution", "runner", "kernel", "scoring", "perturb", "belief", "precision", "anytime"),
+    "methods": (
+        *("table", "activation", "graded", "gradient", "elementwise", "averaged", "biases", "sweeps", "eigen", "head"),
+        *("masked", "optimised", "poly", "sampled", "summed", "transformers"),
     ),
-    *("weights", "maps"),
-    *("concepts", "explanation", "testing", "images", "figures"),
-    *("demo.scenes", "demo.network", "demo", "demo.train", "checkpoints", "downloads", "libraries", "zoo"),
-    *(
-        "cli.signals",
-        "cli.streams",
-        "cli.files",
-        "cli.options",
-        "cli.cards",
-        "cli.job",
-        "cli.explain",
-        "cli.tables",
-        "cli.demo",
-        "cli",
-        "__main__",
-    ),
-)
-"""Every file may import from those before it, and from no other. A folder's own name is its `__init__.py`."""
+    "compose": ("asking", "inputs", "scales", "several"),
+    ".cards": ("concepts", "explanation", "testing"),
+    ".public": ("weights", "maps", "metrics"),
+    ".pictures": ("images", "figures"),
+    "demo": ("scenes", "network"),
+    ".train": ("demo.train",),
+    ".zoo": ("checkpoints", "downloads", "libraries", "zoo"),
+    "cli": ("signals", "streams", "files", "options", "cards", "job", "explain", "tables", "demo"),
+    ".main": ("__main__",),
+}
+"""The rooms, from the ground up, and the files of each. A file imports from those before it, and from no other.
+
+Files of a room whose name begins with a dot lie beside the folders."""
+
+
+def _order() -> tuple[str, ...]:
+    order = []
+    for room, files in ROOMS.items():
+        folder = bool(room) and not room.startswith(".")
+        order += [f"{room}.{file}" if folder else file for file in files]
+        order += [room] if folder else []  # its `__init__.py`
+    return tuple(order)
+
+
+ORDER = _order()
 
 
 def name_of(path: Path) -> str:
@@ -137,7 +98,7 @@ def test_the_order_names_files_that_are_there():
 
 
 def test_the_arrow_test_sees_imports():
-    assert {"shell", "_errors", "_types"} <= imported(PACKAGE / "capture.py")
+    assert {"model.private_copy", "_errors", "_types"} <= imported(PACKAGE / "model" / "capture.py")
     assert {"cli.files", "cli.options", "cli.cards", "images", "targets"} <= imported(PACKAGE / "cli" / "explain.py")
     assert {"demo", "cli.files"} <= imported(PACKAGE / "cli" / "demo.py")
     assert "cli" not in imported(PACKAGE / "cli" / "explain.py")

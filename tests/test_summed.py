@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import camfn
 from camfn.formulas.masks import random_cells
-from camfn.memory import Ledger
+from camfn.model.memory import Ledger
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -14,11 +14,11 @@ import camfn
 from camfn import figures, images, layouts, zoo
 from camfn._errors import CamError, escaped
 from camfn._types import Target
-from camfn.capture import state_of, tap
 from camfn.cli import files, options
 from camfn.cli.cards import Facts, Written, classes
 from camfn.cli.job import Job, Map, Wish, check_grid, maps_of, through
-from camfn.layers import choose, clues_of
+from camfn.model.capture import state_of, tap
+from camfn.model.layers import choose, clues_of
 from camfn.targets import Top
 
 

@@ -11,7 +11,7 @@ import camfn
 from camfn import images, zoo
 from camfn._errors import CamError, escaped
 from camfn.cli import options
-from camfn.layers import none_on_a_grid
+from camfn.model.layers import none_on_a_grid
 
 Row = dict[str, Any]
 

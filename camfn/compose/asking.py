@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from camfn._errors import CamError
 from camfn._types import Inputs, Layers, Layout, Maps, Size, State, Target
 from camfn.formulas import maps
-from camfn.inputs import Key, with_input
 from camfn.methods.table import Outcome, clean_scores, published, without_layer
-from camfn.subject import look
+from camfn.model.forward import look
+from camfn.model.inputs import Key, with_input
 from camfn.targets import Clean as Output
 from camfn.targets import named, resolve
 

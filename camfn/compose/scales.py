@@ -12,8 +12,8 @@ from camfn._errors import CamError
 from camfn._types import Maps
 from camfn.compose.asking import Clean, Made, Question, composed, each_layer, joined, look_at, made, scaled
 from camfn.formulas import maps as _maps
-from camfn.inputs import with_input
 from camfn.methods.table import Outcome, checked_size
+from camfn.model.inputs import with_input
 from camfn.targets import as_probabilities
 
 Shape = tuple[int, ...]

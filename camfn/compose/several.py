@@ -10,9 +10,9 @@ from camfn._errors import CamError
 from camfn._types import Layer, Maps, Weights
 from camfn.compose.asking import Question, composed, each_layer, joined, made, scaled
 from camfn.formulas import maps as _maps
-from camfn.inputs import key_of, plain
 from camfn.methods.table import Outcome, checked_size
-from camfn.ports import is_several
+from camfn.model.inputs import key_of, plain
+from camfn.model.ports import is_several
 
 How = Literal["max", "mean", "product", "winsorised"]
 

@@ -13,9 +13,9 @@ from camfn._types import Combine, Inputs, Layer, Layers, Layout, Size, State, Ta
 from camfn.formulas import weights
 from camfn.formulas.masks import uniform
 from camfn.layouts import Read
-from camfn.linear import find_linear, matrix_of
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
-from camfn.subject import Subject, look
+from camfn.model.forward import Subject, look
+from camfn.model.linear_head import find_linear, matrix_of
 from camfn.targets import Score, at_columns, resolve
 
 

@@ -13,12 +13,12 @@ from camfn.formulas import maps as _maps
 from camfn.formulas import weights
 from camfn.formulas.masks import check_noise, noises
 from camfn.formulas.scaling import size_of
-from camfn.gradients import slopes_of
-from camfn.inputs import Key
-from camfn.memory import is_exhausted
 from camfn.methods.graded import Graded, grade, seen_of, weighed
 from camfn.methods.table import Drawing, Outcome, checked_combine, drawn, method, read, slopes_at, stacked
-from camfn.subject import again, look, without_graph
+from camfn.model.forward import again, look, without_graph
+from camfn.model.gradients import slopes_of
+from camfn.model.inputs import Key
+from camfn.model.memory import is_exhausted
 from camfn.targets import resolve
 
 SIZES = tuple(side / 224 for side in range(324, 1000, 100))

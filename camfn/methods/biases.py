@@ -10,14 +10,14 @@ from torch.nn.modules.conv import _ConvNd
 from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Inputs, Layout, Size, State, Target, wide
-from camfn.capture import Captured, calls_from
 from camfn.formulas import maps as _maps
 from camfn.formulas.diagnostics import Finding
 from camfn.formulas.scaling import size_of
-from camfn.gradients import Pull, slopes_of, with_pull
-from camfn.inputs import pick, with_input
 from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, without_layer
-from camfn.subject import Subject, check_slopes, introduced, without_graph
+from camfn.model.capture import Captured, calls_from
+from camfn.model.forward import Subject, check_slopes, introduced, without_graph
+from camfn.model.gradients import Pull, slopes_of, with_pull
+from camfn.model.inputs import pick, with_input
 from camfn.targets import resolve
 
 Form = Literal["authors", "pytorch-grad-cam"]

@@ -5,10 +5,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from camfn._types import Gradients, Inputs, Layers, Layout, State, Target, Weights
-from camfn.inputs import Key
 from camfn.layouts import Read
 from camfn.methods.table import Drawing, Outcome, clean_scores, combined, drawn, read, slopes_at
-from camfn.subject import Subject, look
+from camfn.model.forward import Subject, look
+from camfn.model.inputs import Key
 from camfn.targets import Score, resolve
 
 

@@ -8,7 +8,7 @@ from camfn.formulas import weights
 from camfn.formulas.weights import Alphas
 from camfn.methods.graded import Graded, grade, seen_of, weighed
 from camfn.methods.table import Drawing, Outcome, bends_at, checked_combine, method
-from camfn.subject import Subject, again, look
+from camfn.model.forward import Subject, again, look
 
 
 @method("activations", "gradients", cost="1, 1 backward")

@@ -14,9 +14,9 @@ from camfn.formulas import weights
 from camfn.formulas.scaling import unit
 from camfn.layouts import Read
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read, within
+from camfn.model.deeplift import multipliers
+from camfn.model.forward import Subject, check_slopes, look, without_graph
 from camfn.perturb import Change, Scored, room_for, sweep_at
-from camfn.rescale import multipliers
-from camfn.subject import Subject, check_slopes, look, without_graph
 from camfn.targets import Score, resolve
 
 

@@ -12,12 +12,12 @@ from camfn.anytime import Limits, Order, checked_limits, rows_within, sweep_some
 from camfn.execution import Sweep, checked, usable
 from camfn.formulas import weights
 from camfn.formulas.masks import Noise, Recipe, Variation, check_noise, check_samples, path_scales, recipe_of
-from camfn.inputs import Key
 from camfn.methods.sweeps import sweep_layers
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read, slopes_at
+from camfn.model.forward import Subject, look, without_graph
+from camfn.model.inputs import Key
 from camfn.precision import sweep_narrow
 from camfn.scoring import Scoring, Swept, plan, sweep_all
-from camfn.subject import Subject, look, without_graph
 from camfn.targets import resolve
 
 

@@ -13,11 +13,11 @@ from camfn.execution import Sweep
 from camfn.formulas import maps, weights
 from camfn.formulas.masks import Variation, flat_channels
 from camfn.formulas.weights import Variant
-from camfn.inputs import Key
-from camfn.layers import stages
 from camfn.methods.sweeps import sweep_in_full
 from camfn.methods.table import Drawing, Outcome, clean_scores, combined, drawn, method, read
-from camfn.subject import Shared, introduced, look, without_graph
+from camfn.model.forward import Shared, introduced, look, without_graph
+from camfn.model.inputs import Key
+from camfn.model.layers import stages
 from camfn.targets import as_probabilities, resolve
 
 

@@ -11,11 +11,11 @@ from camfn.execution import Sweep
 from camfn.formulas import maps, weights
 from camfn.formulas.masks import Variation, gate
 from camfn.formulas.scaling import unit
-from camfn.inputs import Key
 from camfn.layouts import Read
 from camfn.methods.sweeps import sweep_in_full
 from camfn.methods.table import Drawing, Outcome, checked_size, clean_scores, drawn, method, read, slopes_at, within
-from camfn.subject import look, without_graph
+from camfn.model.forward import look, without_graph
+from camfn.model.inputs import Key
 from camfn.targets import as_probabilities, resolve
 
 _AT_ONCE = 64  # maps at the input's size

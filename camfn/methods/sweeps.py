@@ -8,9 +8,9 @@ from camfn._errors import CamError
 from camfn.execution import Sweep, checked, counter
 from camfn.formulas.masks import Variation
 from camfn.layouts import Read
+from camfn.model.forward import Subject
 from camfn.runner import runner_of
 from camfn.scoring import Plan, Scoring, Swept, plan, sweep_all
-from camfn.subject import Subject
 from camfn.targets import Score
 
 

@@ -15,13 +15,13 @@ from camfn._types import Activations, Combine, FlatMaps, Gradients, Inputs, Laye
 from camfn.formulas import maps as _maps
 from camfn.formulas.diagnostics import Finding, about_maps
 from camfn.formulas.scaling import unit
-from camfn.gradients import slopes_of
-from camfn.inputs import Key, pick, size_of
-from camfn.layers import clues_of
 from camfn.layouts import Read
-from camfn.prepare import prepares
+from camfn.model.forward import Subject, first_nonfinite
+from camfn.model.gradients import slopes_of
+from camfn.model.inputs import Key, pick, size_of
+from camfn.model.layers import clues_of
+from camfn.model.prepare import prepares
 from camfn.runner import weakly
-from camfn.subject import Subject, first_nonfinite
 from camfn.targets import Score, score_rows
 
 P = ParamSpec("P")

@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from camfn import _compat, layouts
 from camfn._errors import CamError
 from camfn._types import Inputs, Layers, Layout, Relevances, Size, State, Target
-from camfn.attention import Attention, Blocks, Nudge, attended, blocks_of, self_attention
-from camfn.capture import Captured, tap_from
-from camfn.complaints import ForwardError
 from camfn.formulas import attention as attention_formulas
-from camfn.gradients import Pull, last_slope, slopes_of, with_pull
 from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, read, without_layer
-from camfn.prepare import Call, Prepared, opened
-from camfn.subject import Subject, check_slopes, introduced, run_checked
+from camfn.model.attention import Attention, Blocks, Nudge, attended, blocks_of, self_attention
+from camfn.model.capture import Captured, tap_from
+from camfn.model.forward import Subject, check_slopes, introduced, run_checked
+from camfn.model.gradients import Pull, last_slope, slopes_of, with_pull
+from camfn.model.prepare import Call, Prepared, opened
+from camfn.model.torch_errors import ForwardError
 from camfn.targets import Score, resolve
 
 

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from camfn import _compat
 from camfn._types import Inputs, State
-from camfn.capture import Captured
-from camfn.complaints import about_gradient, is_reentrant, refuse_once, refuse_quantising
+from camfn.model.capture import Captured
+from camfn.model.torch_errors import about_gradient, is_reentrant, refuse_once, refuse_quantising
 from camfn.targets import Score, score_rows
 
 Pull = Callable[..., dict[Any, Tensor]]

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_flatten
 from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import State
-from camfn.guard import WriteError
-from camfn.restore import Snapshot, disarm
-from camfn.shell import Shell, copy_of, tensors_in
+from camfn.model.guard import WriteError
+from camfn.model.private_copy import Shell, copy_of, tensors_in
+from camfn.model.restore import Snapshot, disarm
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")

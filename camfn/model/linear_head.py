@@ -11,8 +11,8 @@ from torch.nn.modules.conv import _ConvNd
 from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Layer, State
-from camfn.ports import resolve_layers
-from camfn.shell import Shell, is_quantised
+from camfn.model.ports import resolve_layers
+from camfn.model.private_copy import Shell, is_quantised
 from camfn.targets import logits_of
 
 

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_flatten
 from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Inputs, State
-from camfn.memory import is_exhausted
-from camfn.shell import is_quantised
+from camfn.model.memory import is_exhausted
+from camfn.model.private_copy import is_quantised
 
 
 class ForwardError(CamError, RuntimeError):

@@ -11,12 +11,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from camfn._errors import CamError
 from camfn._types import Inputs, State
-from camfn.capture import resolve_state, watch
-from camfn.inputs import Key, check_inputs, key_of, plain, size_of
 from camfn.layouts import Clues, Form, Sides, forms_of
-from camfn.linear import is_auxiliary, is_convolution, sides
-from camfn.ports import Place, tensors_of
-from camfn.prepare import Call, Prepared, opened, prepares
+from camfn.model.capture import resolve_state, watch
+from camfn.model.inputs import Key, check_inputs, key_of, plain, size_of
+from camfn.model.linear_head import is_auxiliary, is_convolution, sides
+from camfn.model.ports import Place, tensors_of
+from camfn.model.prepare import Call, Prepared, opened, prepares
 from camfn.targets import logits_of
 
 

@@ -12,15 +12,15 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from camfn import _compat
 from camfn._errors import CamError, layer_called
 from camfn._types import Inputs, Layer, State
-from camfn.capture import resolve_state, tap_from
-from camfn.complaints import Given, about_forward, about_record
-from camfn.ports import resolve_layers
-from camfn.prepare import Call, Prepared, opened, prepares, shapes
-from camfn.recording import Record, record
-from camfn.rewrite import is_close
-from camfn.shell import Shell
-from camfn.subject import Subject
-from camfn.tape import leaves
+from camfn.model.agreement import is_close
+from camfn.model.capture import resolve_state, tap_from
+from camfn.model.forward import Subject
+from camfn.model.ports import resolve_layers
+from camfn.model.prepare import Call, Prepared, opened, prepares, shapes
+from camfn.model.private_copy import Shell
+from camfn.model.recording import Record, record
+from camfn.model.tape import leaves
+from camfn.model.torch_errors import Given, about_forward, about_record
 from camfn.targets.scores import fields_of, is_record
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 from camfn import _compat
 from camfn._errors import RefusedError
-from camfn.memory import Ledger
+from camfn.model.memory import Ledger
 
 
 def input_called(number: int) -> str:

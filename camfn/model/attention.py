@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_map
 from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Inputs, State, wide
-from camfn.capture import watch
-from camfn.prepare import Call, Prepared
+from camfn.model.capture import watch
+from camfn.model.prepare import Call, Prepared
 
 T = TypeVar("T")
 

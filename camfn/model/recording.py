@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from camfn import _compat
 from camfn._errors import CamError
-from camfn.draws import TURNS, refuse_draw
-from camfn.guard import reads_values
-from camfn.tape import Operation, Tape, Value, leaves, mapped, tape
+from camfn.model.guard import reads_values
+from camfn.model.randomness import TURNS, refuse_draw
+from camfn.model.tape import Operation, Tape, Value, leaves, mapped, tape
 
 
 class Record(NamedTuple):

@@ -14,19 +14,19 @@ from torch.utils._pytree import tree_flatten
 from camfn import _compat
 from camfn._errors import CamError, RefusedError, warn
 from camfn._types import Inputs, Layers, State
-from camfn.attention import unfused as written_out
-from camfn.capture import Captured, pure_from, resolve_state, tap_from, watch
-from camfn.complaints import WITHOUT_GRADIENTS, quantised_in
-from camfn.draws import refusing_draws
-from camfn.gradients import Pull, Run, with_pull
-from camfn.inputs import Key, Place, beside, check_inputs, key_of, pick, plain, rows_of, size_of, with_input
-from camfn.layers import choose
-from camfn.linear import is_convolution
-from camfn.memory import is_exhausted
-from camfn.ports import is_several, resolve_layers
-from camfn.prepare import Call, Prepared, opened
-from camfn.rewrite import is_close
-from camfn.shell import Shell
+from camfn.model.agreement import is_close
+from camfn.model.attention import unfused as written_out
+from camfn.model.capture import Captured, pure_from, resolve_state, tap_from, watch
+from camfn.model.gradients import Pull, Run, with_pull
+from camfn.model.inputs import Key, Place, beside, check_inputs, key_of, pick, plain, rows_of, size_of, with_input
+from camfn.model.layers import choose
+from camfn.model.linear_head import is_convolution
+from camfn.model.memory import is_exhausted
+from camfn.model.ports import is_several, resolve_layers
+from camfn.model.prepare import Call, Prepared, opened
+from camfn.model.private_copy import Shell
+from camfn.model.randomness import refusing_draws
+from camfn.model.torch_errors import WITHOUT_GRADIENTS, quantised_in
 from camfn.targets import logits_of
 
 

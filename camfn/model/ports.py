@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from camfn import _compat
 from camfn._errors import CamError, closest, layer_called
 from camfn._types import Layer
-from camfn.shell import Shell, without_wrappers
+from camfn.model.private_copy import Shell, without_wrappers
 
 # ------------------------------------------------------------------------------------------------------- the names
 

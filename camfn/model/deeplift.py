@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_map
 from camfn import _compat
 from camfn._errors import CamError, layer_called
 from camfn._types import wide
-from camfn.gradients import ungraphed
-from camfn.heads import Head, agree, head_of
-from camfn.subject import Subject
-from camfn.tape import Operation, Value, leaves, mapped
+from camfn.model.forward import Subject
+from camfn.model.gradients import ungraphed
+from camfn.model.head import Head, agree, head_of
+from camfn.model.tape import Operation, Value, leaves, mapped
 from camfn.targets import Score, score_rows
 
 _POINTS = 32  # of the quadrature between two outputs; of what is linear in the logits one is enough

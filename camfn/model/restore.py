@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from camfn.shell import Shell, filled, slots_of
+from camfn.model.private_copy import Shell, filled, slots_of
 
 
 class Snapshot:

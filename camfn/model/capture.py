@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from camfn import _compat
 from camfn._errors import CamError, closest
 from camfn._types import Inputs, Layer, State
-from camfn.complaints import Given, about_forward
-from camfn.guard import Allowed, Guard, input_called
-from camfn.ports import Ports, check_recording, is_several, resolve_layers, watched
-from camfn.prepare import Call, Prepared, opened, prepare, prepares, restarted
-from camfn.shell import Shell, refuse_cached, without_wrappers
+from camfn.model.guard import Allowed, Guard, input_called
+from camfn.model.ports import Ports, check_recording, is_several, resolve_layers, watched
+from camfn.model.prepare import Call, Prepared, opened, prepare, prepares, restarted
+from camfn.model.private_copy import Shell, refuse_cached, without_wrappers
+from camfn.model.torch_errors import Given, about_forward
 
 
 class Captured(NamedTuple):
