@@ -7,7 +7,7 @@ turns, one call of each in a round; a time is told as its ratio to chunks of 32 
     python benchmarks/chunk.py --models resnet18 --rounds 1               # a look
 
 A forward that holds more than memory is quick with takes longer for each input; one of few inputs reads all the weights for
-them, which shows where a network has many and holds little (ViT). The rule is `camfn.runner.chunk_of`.
+them, which shows where a network has many and holds little (ViT). The rule is `camfn.sweep.runner.chunk_of`.
 """
 
 import argparse

@@ -20,7 +20,7 @@ import common
 import torch
 
 import camfn
-from camfn import execution
+from camfn.sweep import options as sweep_options
 
 MODELS = {"resnet18": "layer2", "mobilenet_v2": "features.13"}  # a masked image costs the same at every layer
 
@@ -67,7 +67,7 @@ def main() -> None:
         "environment": common.environment(["torchvision", "camfn"]),
         "models": found,
         "pays_from_seconds": cost / saves if saves > 0 else None,
-        "rule": {"saves": execution.SAVES, "costs_seconds": execution.COSTS},
+        "rule": {"saves": sweep_options.SAVES, "costs_seconds": sweep_options.COSTS},
     }
     columns = ["seconds", *next(iter(found.values()))]
     print(common.table(columns, [[name, *(f"{value:.3f}" for value in row.values())] for name, row in found.items()]))

@@ -72,7 +72,7 @@ from torch import Tensor, nn
 import camfn
 from camfn.methods import masked
 from camfn.model.forward import look
-from camfn.runner import Runner, runner_of
+from camfn.sweep.runner import Runner, runner_of
 from camfn.targets import resolve
 
 WHOLE = 1 << 30  # more chunks than any sweep has

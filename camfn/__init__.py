@@ -8,7 +8,6 @@ from camfn import figures, images, layouts, maps, metrics, targets, weights
 from camfn._errors import CamError, CamWarning
 from camfn.compose import augment, ensemble, fuse_layers, integrate, multi_scale, smooth
 from camfn.concepts import Concepts, factorize
-from camfn.execution import Sweep
 from camfn.explanation import Explanation, explain
 from camfn.formulas.masks import RECIPES, Recipe
 from camfn.methods import (
@@ -51,6 +50,7 @@ from camfn.model.capture import Captured, pure, state_of, tap
 from camfn.model.head import Head, head
 from camfn.model.layers import Candidate, candidate_layers
 from camfn.model.prepare import Prepared, prepare
+from camfn.sweep.options import Sweep
 
 __version__ = "0.1.0"
 

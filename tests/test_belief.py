@@ -8,10 +8,10 @@ import torch
 from numpy.random import default_rng
 from support import close
 
-from camfn import belief
+from camfn.sweep import gaussian_process as gp
 
 NAMES = ("slope", "linear", "smooth", "near", "apart", "noise", "dof", "broad", "least")
-CONSTANTS = {name: getattr(belief, f"_{name.upper()}") for name in NAMES}
+CONSTANTS = {name: getattr(gp, f"_{name.upper()}") for name in NAMES}
 
 
 class World:
@@ -28,15 +28,15 @@ class World:
         self.scores = self.prediction + rng.normal(size=c) + 1
         self.flat, self.zero = np.full((0 if zero == -math.inf else 3, p), 0.7), zero
 
-    def prior(self, order=slice(None), times: float = 1.0, more: float = 0.0) -> belief.Prior:
+    def prior(self, order=slice(None), times: float = 1.0, more: float = 0.0) -> gp.Prior:
         """With the channels in another order, the activation `times` larger, and the scores of flat channels `more`."""
         arrays = times * self.activation[order], self.mask[order], self.prediction[order], times * self.flat
-        return belief.prior_of(*map(torch.from_numpy, arrays), torch.tensor(self.zero + more, dtype=torch.float64))
+        return gp.prior_of(*map(torch.from_numpy, arrays), torch.tensor(self.zero + more, dtype=torch.float64))
 
-    def believe(self, swept, order=slice(None), more: float = 0.0, **options) -> tuple[belief.Prior, belief.Belief]:
+    def believe(self, swept, order=slice(None), more: float = 0.0, **options) -> tuple[gp.Prior, gp.Belief]:
         """The prior, and the belief after `swept`, which are places in the order."""
         prior, swept = self.prior(order, more=more, **options), torch.tensor(swept, dtype=torch.long)
-        return prior, belief.believe(prior, swept, torch.from_numpy(self.scores[order])[swept] + more)
+        return prior, gp.believe(prior, swept, torch.from_numpy(self.scores[order])[swept] + more)
 
 
 def covariance_of(world: World, linear, smooth, near, apart, **_) -> tuple[np.ndarray, np.ndarray]:
@@ -112,14 +112,14 @@ def test_what_was_swept_is_known_exactly(swept):
     assert not now.covariance[swept].any()
     assert not now.covariance[:, swept].any()
     assert not now.variance[swept].any()
-    scores, _ = belief.settled(prior, now, 1.0, True, torch.Generator().manual_seed(0))
+    scores, _ = gp.settled(prior, now, 1.0, True, torch.Generator().manual_seed(0))
     assert scores[swept].tolist() == world.scores[swept].tolist()
 
 
 def test_nothing_is_left_to_doubt_once_all_are_swept():
     world = World(3)
     prior, now = world.believe(list(range(14))[::-1])
-    scores, error = belief.settled(prior, now, 5.0, True, torch.Generator().manual_seed(0))
+    scores, error = gp.settled(prior, now, 5.0, True, torch.Generator().manual_seed(0))
     assert error == 0
     assert scores.tolist() == world.scores.tolist()
     assert not len(now.unswept)
@@ -153,8 +153,8 @@ def test_a_constant_added_to_all_scores_moves_no_map(zero, more):
     (prior, now), (prior2, now2) = world.believe(swept), world.believe(swept, more=more)
     assert torch.allclose(now2.mean, now.mean + more, atol=1e-8)
     assert torch.allclose(now2.covariance, now.covariance, atol=1e-8)
-    assert torch.allclose(belief.drawn(prior2, now2.mean[None]), belief.drawn(prior, now.mean[None]), atol=1e-9)
-    ends = [belief.settled(*pair, 1.0, True, torch.Generator().manual_seed(0)) for pair in ((prior, now), (prior2, now2))]
+    assert torch.allclose(gp.drawn(prior2, now2.mean[None]), gp.drawn(prior, now.mean[None]), atol=1e-9)
+    ends = [gp.settled(*pair, 1.0, True, torch.Generator().manual_seed(0)) for pair in ((prior, now), (prior2, now2))]
     assert ends[1][1] == pytest.approx(ends[0][1], abs=1e-7)
     assert torch.allclose(ends[1][0], ends[0][0] + more, atol=1e-6)
 
@@ -166,10 +166,10 @@ def test_a_larger_activation_gives_the_same_belief(times):
     assert torch.allclose(now2.mean, now.mean, atol=1e-8)
     assert torch.allclose(now2.covariance, now.covariance, atol=1e-8)
     (_, error), (_, error2) = (
-        belief.settled(*pair, 1.0, False, torch.Generator().manual_seed(0)) for pair in ((prior, now), (prior2, now2))
+        gp.settled(*pair, 1.0, False, torch.Generator().manual_seed(0)) for pair in ((prior, now), (prior2, now2))
     )
     assert error2 == pytest.approx(error, abs=1e-7)
-    moved = belief.stakes(prior2, now2) - belief.stakes(prior, now)
+    moved = gp.stakes(prior2, now2) - gp.stakes(prior, now)
     assert torch.allclose(moved, moved.new_tensor(math.log(times)), atol=1e-6)
 
 
@@ -179,7 +179,7 @@ def test_the_order_of_channels_is_of_no_account():
     (prior, now), (prior2, now2) = world.believe([1, 4, 9]), world.believe(place, order=order)
     assert torch.allclose(now2.mean, now.mean[order], atol=1e-8)
     assert torch.allclose(now2.covariance, now.covariance[order][:, order], atol=1e-8)
-    assert torch.allclose(belief.stakes(prior2, now2), belief.stakes(prior, now)[order], atol=1e-8)
+    assert torch.allclose(gp.stakes(prior2, now2), gp.stakes(prior, now)[order], atol=1e-8)
 
 
 # ------------------------------------------------------------------------------------------------------------- maps
@@ -206,7 +206,7 @@ def test_maps_are_drawn_as_defined(zero, away):
     world.activation -= 0.5  # so that the ReLU has work
     world.flat[:, 0] -= 1  # no rounding would leave it flat, but which position is which then shows
     scores = rng.normal(size=(5, 14)) * [[0.0], [1.0], [3.0], [30.0], [300.0]] + away
-    found = belief.drawn(world.prior(), torch.from_numpy(scores)).numpy()
+    found = gp.drawn(world.prior(), torch.from_numpy(scores)).numpy()
     for ours, theirs in zip(found, (map_of(world, row) for row in scores)):
         np.testing.assert_allclose(ours, theirs, atol=1e-10)
 
@@ -214,7 +214,7 @@ def test_maps_are_drawn_as_defined(zero, away):
 def test_a_map_that_is_nowhere_positive_is_zeros():
     world = World(8)
     prior = world.prior()._replace(activation=-torch.from_numpy(world.activation))
-    assert not belief.drawn(prior, torch.from_numpy(world.scores)[None]).any()
+    assert not gp.drawn(prior, torch.from_numpy(world.scores)[None]).any()
 
 
 def test_a_channel_that_is_the_map_has_nothing_at_stake():
@@ -222,16 +222,16 @@ def test_a_channel_that_is_the_map_has_nothing_at_stake():
     world.activation -= world.activation.min(1, keepdims=True)
     prior, now = world.believe([0, 1, 2])
     alone = now._replace(mean=now.mean.index_fill(0, torch.tensor(5), 40.0))  # it carries the map alone
-    assert belief.stakes(prior, alone)[5] < 40 - 20
+    assert gp.stakes(prior, alone)[5] < 40 - 20
     more = alone._replace(mean=alone.mean.index_add(0, torch.tensor([6, 7]), torch.tensor([2.0, -3.0]).double()))
-    moved = belief.stakes(prior, more) - belief.stakes(prior, alone)
+    moved = gp.stakes(prior, more) - gp.stakes(prior, alone)
     assert moved[[6, 7]].tolist() == pytest.approx([2, -3], abs=1e-6)  # the others count by their weight
 
 
 # ------------------------------------------------------------------------------------------- scores settled, and the error
 
 
-def draws(now: belief.Belief, widen: float, count: int, student: bool, seed: int = 0) -> np.ndarray:
+def draws(now: gp.Belief, widen: float, count: int, student: bool, seed: int = 0) -> np.ndarray:
     """Independent joint draws of all scores, by NumPy's samplers and an eigendecomposition."""
     rng = default_rng(seed)
     level, vectors = np.linalg.eigh(now.covariance.numpy())
@@ -250,7 +250,7 @@ def test_the_error_is_the_quantile_that_brute_force_finds(swept, widen):
     drawn = np.stack([map_of(world, row) for row in draws(now, widen, 4000, student=True)])
     stated, true = [], []
     for seed in range(40):
-        scores, error = belief.settled(prior, now, widen, True, torch.Generator().manual_seed(seed))
+        scores, error = gp.settled(prior, now, widen, True, torch.Generator().manual_seed(seed))
         stated.append(error)
         true.append(np.quantile(np.abs(drawn - map_of(world, scores.numpy())).max(1), 0.95))
     assert 0.05 < np.mean(true) < 0.999  # there is something to tell apart
@@ -266,7 +266,7 @@ def test_scores_are_settled_at_the_mean_of_the_softmaxes(zero, fair):
     prior, now = world.believe(swept)
     sampled = np.exp(draws(now, 2.0, 40000, student=fair))
     share = (sampled / (sampled.sum(1, keepdims=True) + len(world.flat) * math.exp(zero))).mean(0)
-    found = torch.stack([belief.settled(prior, now, 2.0, fair, torch.Generator().manual_seed(s))[0] for s in range(60)])
+    found = torch.stack([gp.settled(prior, now, 2.0, fair, torch.Generator().manual_seed(s))[0] for s in range(60)])
     relative = found - found[:, swept[:1]]
     expected = np.log(share / share[swept[0]])
     np.testing.assert_allclose(relative.exp().mean(0).log().numpy(), expected, atol=0.05)
@@ -277,7 +277,7 @@ def test_a_swept_score_far_below_the_others_spoils_none():
     world = World(12)
     prior, now = world.believe([0, 5, 8])
     now_far = now._replace(mean=now.mean.index_fill(0, torch.tensor(5), -3000.0))
-    ends = [belief.settled(prior, b, 1.0, True, torch.Generator().manual_seed(0))[0] for b in (now, now_far)]
+    ends = [gp.settled(prior, b, 1.0, True, torch.Generator().manual_seed(0))[0] for b in (now, now_far)]
     assert ends[1][5] == -3000
     rest = [k for k in range(14) if k != 5]
     assert torch.allclose(ends[1][rest] - ends[1][0], ends[0][rest] - ends[0][0], atol=0.5)
@@ -286,7 +286,7 @@ def test_a_swept_score_far_below_the_others_spoils_none():
 def test_the_same_generator_gives_the_same_error():
     world = World(13)
     prior, now = world.believe([2, 6])
-    first, second, other = (belief.settled(prior, now, 1.0, True, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    first, second, other = (gp.settled(prior, now, 1.0, True, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
     assert first[1] == second[1]
     assert torch.equal(first[0], second[0])
     assert first[1] != other[1]
@@ -304,7 +304,7 @@ def test_the_same_generator_gives_the_same_error():
     ],
 )
 def test_late_surprises_widen_and_a_calm_end_does_not_narrow(surprises, expected):
-    assert belief.widening(torch.tensor(surprises, dtype=torch.float64)) == pytest.approx(expected)
+    assert gp.widening(torch.tensor(surprises, dtype=torch.float64)) == pytest.approx(expected)
 
 
 def test_one_channel_and_equal_channels_are_no_trouble():
@@ -312,9 +312,9 @@ def test_one_channel_and_equal_channels_are_no_trouble():
         world.activation[:], world.mask[:], world.prediction[:] = world.activation[0], world.mask[0], 2.0
         for swept in ([], [0]):
             prior, now = world.believe(swept)
-            scores, error = belief.settled(prior, now, 1.0, True, torch.Generator().manual_seed(0))
+            scores, error = gp.settled(prior, now, 1.0, True, torch.Generator().manual_seed(0))
             assert torch.isfinite(scores).all()
-            assert torch.isfinite(belief.stakes(prior, now)).all()
+            assert torch.isfinite(gp.stakes(prior, now)).all()
             assert error == pytest.approx(0, abs=1e-9)  # whatever the weights are, the map is the one channel
 
 
@@ -330,7 +330,7 @@ def noisy(rng, images: int, c: int, total: int, between: float, spread: float) -
 def shrunk_by(scores: torch.Tensor, done: int, values: torch.Tensor, swept: torch.Tensor | None = None):
     """What is made of the first so many draws."""
     swept = torch.ones(scores.shape[1:3], dtype=torch.bool) if swept is None else swept
-    return belief.shrunk(scores[:done], swept, values, len(scores), 0)
+    return gp.shrunk(scores[:done], swept, values, len(scores), 0)
 
 
 def shrunk_by_hand(draws: np.ndarray, total: int) -> np.ndarray:

@@ -125,7 +125,7 @@ class Means(nn.Module):
 @pytest.mark.parametrize("method", camfn.METHODS)
 def test_the_cost_that_is_told_is_what_really_goes_through_the_network(method, monkeypatch):
     """Beside the few forwards by which each call finds out how the model may be run."""
-    monkeypatch.setattr(camfn.runner, "_WORTH", 10**6)
+    monkeypatch.setattr(camfn.sweep.runner, "_WORTH", 10**6)
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
     if "attention" in camfn.METHODS[method].needs:
         blocks = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 2, enable_nested_tensor=False)
@@ -221,4 +221,6 @@ def test_the_help_says_that_the_file_is_run_and_what_the_defaults_are():
 
 
 def test_the_default_chunk_that_the_help_tells_is_the_sweeps():
-    assert f"Masked inputs per forward. [default: {camfn.execution.CHUNK};" in " ".join(command("explain", "-h").stdout.split())
+    assert f"Masked inputs per forward. [default: {camfn.sweep.options.CHUNK};" in " ".join(
+        command("explain", "-h").stdout.split()
+    )

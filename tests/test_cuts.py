@@ -18,7 +18,7 @@ FLATS = {0: (), 1: (3,), 3: (0, 2, 5), 6: (0, 1, 2, 3, 4, 5)}
 @pytest.fixture(autouse=True)
 def as_it_is(monkeypatch):
     """The forward that checks a model rewritten for a long sweep is tested with the rewriting."""
-    monkeypatch.setattr(camfn.runner, "_WORTH", 10**6)
+    monkeypatch.setattr(camfn.sweep.runner, "_WORTH", 10**6)
 
 
 class Counted(nn.Module):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import camfn
-from camfn import perturb
 from camfn.model import head as heads
 from camfn.model import memory
+from camfn.sweep import changes
 
 AT_LAYER = ("ablation_cam", "recipro_cam", "lift_cam")
 
@@ -199,9 +199,9 @@ def test_every_way_of_running_the_model_scores_the_same(name, way, monkeypatch):
     """Where no head can be recorded the model is mapped over what is swapped in, and else gets it as a batch."""
     net, layer, x = given(name)
     expected = [camfn.explain(net, layer, x, "all", method=m, normalize=False) for m in ("ablation_cam", "recipro_cam")]
-    monkeypatch.setattr(perturb, "_recorded", lambda *args: None)
+    monkeypatch.setattr(changes, "_recorded", lambda *args: None)
     if way == "batch":
-        monkeypatch.setattr(perturb, "vmap", refuses)
+        monkeypatch.setattr(changes, "vmap", refuses)
     elif name.startswith("tokens"):
         pytest.skip("torch warns of attention that it does not map")
     for method, before in zip(("ablation_cam", "recipro_cam"), expected):
@@ -585,7 +585,7 @@ class Couples(nn.Module):
 def test_a_model_whose_samples_are_not_independent_is_not_given_several(way, monkeypatch):
     net, x = seeded(Couples()), inputs(1)
     if way == "one at a time":
-        monkeypatch.setattr(perturb, "vmap", refuses)
+        monkeypatch.setattr(changes, "vmap", refuses)
     close(raw("recipro_cam", net, "conv", x), recipro_loop(net, "conv", x)[:, 1])
     close(raw("ablation_cam", net, "conv", x), ablation_loop(net, "conv", x)[1][:, 1])
 
@@ -666,7 +666,7 @@ def test_where_memory_runs_out_the_chunk_is_halved(method, monkeypatch):
         return call
 
     monkeypatch.setattr(heads.Head, "at", hungry)
-    monkeypatch.setattr(perturb, "_holds", lambda *args: True)
+    monkeypatch.setattr(changes, "_holds", lambda *args: True)
     with pytest.warns(camfn.CamWarning, match="memory ran out at .* changed activations per forward"):
         found = raw(method, two_layers(), "1", x)
     close(found, expected)
@@ -674,8 +674,8 @@ def test_where_memory_runs_out_the_chunk_is_halved(method, monkeypatch):
 
 def test_the_chunk_is_what_memory_allows(monkeypatch):
     seen = []
-    kernel = perturb._kernel
-    monkeypatch.setattr(perturb, "_kernel", lambda site, chunk: (seen.append(chunk), kernel(site, chunk))[1])
+    kernel = changes._kernel
+    monkeypatch.setattr(changes, "_kernel", lambda site, chunk: (seen.append(chunk), kernel(site, chunk))[1])
     net, x = two_layers(), inputs(1)
     camfn.recipro_cam(net, "1", x, 1)
     assert seen == [36]
@@ -684,8 +684,8 @@ def test_the_chunk_is_what_memory_allows(monkeypatch):
         camfn.recipro_cam(net, "1", x, 1, sweep=sweep)
         assert seen == [chunk], sweep
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
-    monkeypatch.setattr(perturb, "free_share", lambda device: 1)
-    monkeypatch.setattr(camfn.runner, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(changes, "free_share", lambda device: 1)
+    monkeypatch.setattr(camfn.sweep.runner, "free_bytes", lambda device: 1)
     seen.clear()
     camfn.recipro_cam(net, "1", x, 1)
     assert seen == [1]

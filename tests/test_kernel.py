@@ -142,7 +142,9 @@ def test_auto_uses_a_compiled_kernel_only_where_there_is_one(monkeypatch):
     operations = counter.op_count
     seen = []
     monkeypatch.setattr(
-        camfn.kernel, "_call_compiled", lambda *args, call=camfn.kernel._call_compiled: (seen.append(1), call(*args))[1]
+        camfn.sweep.kernel,
+        "_call_compiled",
+        lambda *args, call=camfn.sweep.kernel._call_compiled: (seen.append(1), call(*args))[1],
     )
     camfn.score_cam(model, "features", x, 3)
     assert seen

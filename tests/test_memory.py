@@ -181,7 +181,7 @@ def test_bytes_decide_the_chunk(rows):
 
 
 def test_a_share_of_what_is_free_decides_the_chunk(monkeypatch):
-    monkeypatch.setattr(camfn.runner, "free_bytes", lambda device: 40 * Wide.row)
+    monkeypatch.setattr(camfn.sweep.runner, "free_bytes", lambda device: 40 * Wide.row)
     assert chunk_of(memory=0.25) == chunk_of(memory=10 * Wide.row)
     assert chunk_of(memory=1.0) == chunk_of(memory=40 * Wide.row)
 
@@ -189,7 +189,7 @@ def test_a_share_of_what_is_free_decides_the_chunk(monkeypatch):
 def test_memory_for_less_than_a_row_is_one_row(monkeypatch):
     assert chunk_of(memory=1) == 1
     for free in (0, -GIB, 100):  # a container may be over its limit
-        monkeypatch.setattr(camfn.runner, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(camfn.sweep.runner, "free_bytes", lambda device, free=free: free)
         assert chunk_of(memory=0.5) == chunk_of() == 1
 
 
@@ -203,7 +203,7 @@ def test_the_default_chunk_is_smaller_where_little_is_free(monkeypatch):
     found = {}
     for rows in (8, 20, 10**6, None):
         free = None if rows is None else rows * Wide.row
-        monkeypatch.setattr(camfn.runner, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(camfn.sweep.runner, "free_bytes", lambda device, free=free: free)
         found[rows] = chunk_of()
         assert rows is None or found[rows] <= rows
     assert found[10**6] == found[None] == 32
@@ -213,7 +213,7 @@ def test_the_default_chunk_is_smaller_where_little_is_free(monkeypatch):
 @pytest.mark.parametrize(("held", "rows"), [(8.5, 8), (15.9, 8), (20, 16), (1.1, 1), (0.3, 1), (1000, 32)])
 def test_on_a_cpu_the_default_chunk_holds_what_it_is_quick_with(held, rows, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # who counts as two
-    monkeypatch.setattr(camfn.runner, "_HELD", int(held * Wide.row / 2))
+    monkeypatch.setattr(camfn.sweep.runner, "_HELD", int(held * Wide.row / 2))
     assert chunk_of() == rows
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert chunk_of() == min(32, rows * 2 if held >= 1 else 1)
@@ -226,18 +226,18 @@ def test_the_default_chunk_is_larger_where_the_weights_are_much_to_read(monkeypa
             super().__init__()
             self.more = nn.Parameter(torch.zeros(2 * 17 * self.row // 8))
 
-    monkeypatch.setattr(camfn.runner, "_HELD", 1)
+    monkeypatch.setattr(camfn.sweep.runner, "_HELD", 1)
     monkeypatch.setitem(globals(), "Wide", Heavy)
     assert chunk_of() == 16
 
 
 def test_what_was_asked_for_is_not_made_smaller(monkeypatch):
-    monkeypatch.setattr(camfn.runner, "free_bytes", lambda device: 4 * Wide.row)
+    monkeypatch.setattr(camfn.sweep.runner, "free_bytes", lambda device: 4 * Wide.row)
     assert chunk_of(chunk=64) == 64
 
 
 def test_a_share_of_what_nobody_knows(monkeypatch):
-    monkeypatch.setattr(camfn.runner, "free_bytes", lambda device: None)
+    monkeypatch.setattr(camfn.sweep.runner, "free_bytes", lambda device: None)
     with pytest.raises(camfn.CamError, match=r"Sweep\(memory=0.5\): .*cpu.* give bytes"):
         chunk_of(memory=0.5)
 

@@ -16,7 +16,7 @@ import camfn
 from camfn._types import State
 from camfn.model.capture import pure_from
 from camfn.model.prepare import opened
-from camfn.rewrite import Fold, channels_last, find_folds, merge_norms
+from camfn.sweep.folding import Fold, channels_last, find_folds, merge_norms
 
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -24,7 +24,7 @@ NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 @pytest.fixture(autouse=True)
 def _worth_it(monkeypatch):
     """The networks here are too small for a copy of their weights to pay."""
-    monkeypatch.setattr(camfn.runner, "_REUSED", 0)
+    monkeypatch.setattr(camfn.sweep.runner, "_REUSED", 0)
 
 
 def seeded(model: nn.Module, seed: int = 0) -> nn.Module:

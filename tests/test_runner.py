@@ -25,7 +25,7 @@ SEEN: list[tuple[int, bool]] = []
 @pytest.fixture(autouse=True)
 def _nothing_seen(monkeypatch):
     SEEN.clear()
-    monkeypatch.setattr(camfn.runner, "_REUSED", 0)  # the networks here are too small for a copy to pay
+    monkeypatch.setattr(camfn.sweep.runner, "_REUSED", 0)  # the networks here are too small for a copy to pay
 
 
 def test_a_copy_of_weights_that_a_sweep_uses_seldom_is_not_made(monkeypatch):
@@ -33,7 +33,7 @@ def test_a_copy_of_weights_that_a_sweep_uses_seldom_is_not_made(monkeypatch):
     model, x = seeded(Watched()), images(side=5)
     for enough, rewritten in ((1600, True), (1601, False)):
         SEEN.clear()
-        monkeypatch.setattr(camfn.runner, "_REUSED", enough)
+        monkeypatch.setattr(camfn.sweep.runner, "_REUSED", enough)
         camfn.score_cam(model, LAYER, x, 1)
         assert any(last for rows, last in SEEN if rows > 2) == rewritten
 
@@ -445,7 +445,7 @@ def test_several_inputs_with_what_is_per_image_and_what_is_not():
 )
 def test_torchvision_s_networks_are_found_independent(name, options, side):
     from camfn.model.forward import look
-    from camfn.runner import runner_of
+    from camfn.sweep.runner import runner_of
     from camfn.targets import resolve
 
     torch.manual_seed(0)

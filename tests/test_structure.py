@@ -22,7 +22,9 @@ ROOMS = {
         *("memory", "randomness", "guard", "private_copy", "restore", "prepare", "torch_errors", "ports", "capture", "inputs"),
         *("agreement", "tape", "recording", "attention", "linear_head", "layers", "gradients", "forward", "head", "deeplift"),
     ),
-    ".sweep": ("rewrite", "execution", "runner", "kernel", "scoring", "perturb", "belief", "precision", "anytime"),
+    "sweep": (
+        *("options", "folding", "runner", "kernel", "scoring", "changes", "gaussian_process", "low_precision", "budget"),
+    ),
     "methods": (
         *("table", "activation", "graded", "gradient", "elementwise", "averaged", "biases", "sweeps", "eigen", "head"),
         *("masked", "optimised", "poly", "sampled", "summed", "transformers"),

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target
-from camfn.execution import Sweep, checked, counter
 from camfn.formulas import weights
 from camfn.formulas.scaling import unit
 from camfn.layouts import Read
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read, within
 from camfn.model.deeplift import multipliers
 from camfn.model.forward import Subject, check_slopes, look, without_graph
-from camfn.perturb import Change, Scored, room_for, sweep_at
+from camfn.sweep.changes import Change, Scored, room_for, sweep_at
+from camfn.sweep.options import Sweep, checked, counter
 from camfn.targets import Score, resolve
 
 

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target
-from camfn.anytime import Limits, Order, checked_limits, rows_within, sweep_some
-from camfn.execution import Sweep, checked, usable
 from camfn.formulas import weights
 from camfn.formulas.masks import Noise, Recipe, Variation, check_noise, check_samples, path_scales, recipe_of
 from camfn.methods.sweeps import sweep_layers
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read, slopes_at
 from camfn.model.forward import Subject, look, without_graph
 from camfn.model.inputs import Key
-from camfn.precision import sweep_narrow
-from camfn.scoring import Scoring, Swept, plan, sweep_all
+from camfn.sweep.budget import Limits, Order, checked_limits, rows_within, sweep_some
+from camfn.sweep.low_precision import sweep_narrow
+from camfn.sweep.options import Sweep, checked, usable
+from camfn.sweep.scoring import Scoring, Swept, plan, sweep_all
 from camfn.targets import resolve
 
 

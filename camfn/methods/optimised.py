@@ -11,18 +11,18 @@ from torch.utils._pytree import tree_map
 from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target, wide
-from camfn.execution import Sweep, checked, counter
 from camfn.formulas import maps
 from camfn.formulas.masks import unit
 from camfn.formulas.scaling import size_of
-from camfn.kernel import Kernel, Rows
 from camfn.layouts import Read
 from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
 from camfn.model.forward import Key, Subject, check_slopes, look, without_graph
 from camfn.model.gradients import slope_of, ungraphed
 from camfn.model.inputs import rows_of
-from camfn.runner import Room, Runner, chunk_of, runner_of
-from camfn.scoring import in_chunks
+from camfn.sweep.kernel import Kernel, Rows
+from camfn.sweep.options import Sweep, checked, counter
+from camfn.sweep.runner import Room, Runner, chunk_of, runner_of
+from camfn.sweep.scoring import in_chunks
 from camfn.targets import Score, resolve, rows_at, score_rows
 
 _CHUNK = 8  # images at once: what a gradient keeps of a forward is many times what a forward holds

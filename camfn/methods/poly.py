@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Activations, FlatMaps, Inputs, Layers, Layout, Size, State, Target, wide
-from camfn.execution import Sweep
 from camfn.formulas import maps, weights
 from camfn.formulas.masks import Variation, flat_channels
 from camfn.formulas.weights import Variant
@@ -18,6 +17,7 @@ from camfn.methods.table import Drawing, Outcome, clean_scores, combined, drawn,
 from camfn.model.forward import Shared, introduced, look, without_graph
 from camfn.model.inputs import Key
 from camfn.model.layers import stages
+from camfn.sweep.options import Sweep
 from camfn.targets import as_probabilities, resolve
 
 

@@ -9,12 +9,12 @@ from torch.func import vmap
 from camfn import layouts
 from camfn._errors import CamError
 from camfn._types import FlatMaps, Inputs, Layers, Layout, Scores, Size, State, Target, wide
-from camfn.execution import Sweep
 from camfn.formulas.masks import Rule, Variation, check_noise, mask_of, random_cells
 from camfn.methods.sweeps import sweep_in_full
 from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, without_layer
 from camfn.model.forward import look, without_graph
 from camfn.model.inputs import Key
+from camfn.sweep.options import Sweep
 from camfn.targets import as_probabilities, resolve
 
 _AT_ONCE = 64  # masks at the input's size

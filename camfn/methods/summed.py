@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from camfn._errors import CamError
 from camfn._types import FlatMaps, Gradients, Inputs, Layers, Layout, Size, State, Target, wide
-from camfn.execution import Sweep
 from camfn.formulas import maps, weights
 from camfn.formulas.masks import Variation, gate
 from camfn.formulas.scaling import unit
@@ -16,6 +15,7 @@ from camfn.methods.sweeps import sweep_in_full
 from camfn.methods.table import Drawing, Outcome, checked_size, clean_scores, drawn, method, read, slopes_at, within
 from camfn.model.forward import look, without_graph
 from camfn.model.inputs import Key
+from camfn.sweep.options import Sweep
 from camfn.targets import as_probabilities, resolve
 
 _AT_ONCE = 64  # maps at the input's size

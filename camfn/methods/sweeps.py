@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from camfn._errors import CamError
-from camfn.execution import Sweep, checked, counter
 from camfn.formulas.masks import Variation
 from camfn.layouts import Read
 from camfn.model.forward import Subject
-from camfn.runner import runner_of
-from camfn.scoring import Plan, Scoring, Swept, plan, sweep_all
+from camfn.sweep.options import Sweep, checked, counter
+from camfn.sweep.runner import runner_of
+from camfn.sweep.scoring import Plan, Scoring, Swept, plan, sweep_all
 from camfn.targets import Score
 
 
@@ -41,7 +41,7 @@ def sweep_in_full(
     sweep: Sweep,
     under: Tensor | None = None,
 ) -> list[Swept]:
-    """All masks of each layer, each one scored; for methods whose maps are not those of `camfn.precision`."""
+    """All masks of each layer, each one scored; for methods whose maps are not those of `camfn.sweep.low_precision`."""
     if checked(sweep).dtype is not None:
         raise CamError(
             f"Sweep(dtype={sweep.dtype}) is not for {method}: it needs channels that can be scored again, weighed as "

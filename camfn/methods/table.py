@@ -21,7 +21,7 @@ from camfn.model.gradients import slopes_of
 from camfn.model.inputs import Key, pick, size_of
 from camfn.model.layers import clues_of
 from camfn.model.prepare import prepares
-from camfn.runner import weakly
+from camfn.sweep.runner import weakly
 from camfn.targets import Score, score_rows
 
 P = ParamSpec("P")

@@ -12,14 +12,14 @@ from torch.func import vmap
 from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Scores, wide
-from camfn.execution import Sweep, pays
 from camfn.formulas.masks import Rule, Variation, noise_stream
-from camfn.kernel import Kernel, Rows, kernel_of, mask_row
 from camfn.layouts import Read
 from camfn.model.forward import Subject, first_nonfinite
 from camfn.model.inputs import rows_of
 from camfn.model.memory import is_exhausted
-from camfn.runner import Room, Runner
+from camfn.sweep.kernel import Kernel, Rows, kernel_of, mask_row
+from camfn.sweep.options import Sweep, pays
+from camfn.sweep.runner import Room, Runner
 from camfn.targets import Score, score_rows
 
 

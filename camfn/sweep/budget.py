@@ -8,13 +8,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from camfn import _compat, belief
+from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Scores
 from camfn.formulas.masks import Variation, unit
 from camfn.formulas.scaling import size_of
-from camfn.precision import in_dtype, quietly, refine
-from camfn.scoring import Plan, Scoring, Swept, scorer, scores_of
+from camfn.sweep import gaussian_process
+from camfn.sweep.low_precision import in_dtype, quietly, refine
+from camfn.sweep.scoring import Plan, Scoring, Swept, scorer, scores_of
 
 Order = Literal["predicted", "std", "max", "gradient"]
 _ROUND = 32  # a thirty-second of the channels is swept before the belief is renewed, or a quarter of those swept so far
@@ -153,7 +154,7 @@ def _by_draws(scoring: Scoring, limits: Limits) -> Swept:
         rows = index[(index[:, 0] >= done) & (index[:, 0] < upto) & open_[index[:, 2]]]
         drawn.append(_each_draw(score(rows), rows, apart, done, upto))
         done, forwards = upto, forwards + len(rows)
-        found = belief.shrunk(torch.cat(drawn), apart, todo.read.values, total, limits.seed)
+        found = gaussian_process.shrunk(torch.cat(drawn), apart, todo.read.values, total, limits.seed)
         now = open_.to(apart.device)
         scores = found[0] if scores is None else torch.where(now[:, None, None], found[0], scores)
         error = found[1] if error is None else torch.where(now[:, None], found[1], error)
@@ -224,14 +225,14 @@ class _Search:
             # The whole activation seen through a channel's mask, and the head linear: `<G, A * m_k>`.
             predictions = (slopes[image].double().cpu() * values).sum(1) @ masks.T
             pairs = zip(predictions, zeros)
-            self.priors = [belief.prior_of(own, masks, predicted, values[flat], zero) for predicted, zero in pairs]
+            self.priors = [gaussian_process.prior_of(own, masks, predicted, values[flat], zero) for predicted, zero in pairs]
         self.swept, self.below = torch.empty(0, dtype=torch.long), 0
         self.known = torch.empty(0, len(zeros), dtype=torch.float64)
         self.surprises = torch.empty(0, dtype=torch.float64)
         self._believe()
 
     def _believe(self) -> None:
-        self.beliefs = [belief.believe(prior, self.swept, known) for prior, known in zip(self.priors, self.known.T)]
+        self.beliefs = [gaussian_process.believe(prior, self.swept, known) for prior, known in zip(self.priors, self.known.T)]
 
     def choose(self) -> Tensor:
         """The channels of the next round, as a mask; none when it is enough.
@@ -243,7 +244,7 @@ class _Search:
         size = min(max(1, len(self.live) // _ROUND, len(self.swept) // 4), self.most - len(self.swept))
         if size <= 0 or self.below == _TWICE:
             return chosen
-        each = torch.stack([belief.stakes(prior, now) for prior, now in zip(self.priors, self.beliefs)])
+        each = torch.stack([gaussian_process.stakes(prior, now) for prior, now in zip(self.priors, self.beliefs)])
         stake = (each - each.logsumexp(1, keepdim=True)).logsumexp(0)
         if self.limits.tolerance is not None:
             uniform = torch.rand(len(stake), generator=self.generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
@@ -268,7 +269,7 @@ class _Search:
     def end(self) -> tuple[Tensor, Tensor]:
         """The scores swept, and for the others what makes the best map, `(c, t)`; the stated error `(t,)`."""
         found, error = torch.zeros(self.channels, self.known.shape[1], dtype=torch.float64), torch.zeros(self.known.shape[1])
-        widen, fair = belief.widening(self.surprises), self.limits.tolerance is not None
+        widen, fair = gaussian_process.widening(self.surprises), self.limits.tolerance is not None
         for t, (prior, now) in enumerate(zip(self.priors, self.beliefs)):
-            found[self.live, t], error[t] = belief.settled(prior, now, widen, fair, self.generator)
+            found[self.live, t], error[t] = gaussian_process.settled(prior, now, widen, fair, self.generator)
         return found, error

@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_map
 from camfn import _compat
 from camfn._errors import CamError, RefusedError, warn
 from camfn._types import Inputs, State
-from camfn.execution import CHUNK, Sweep
 from camfn.model.agreement import is_close
 from camfn.model.capture import pure_from
 from camfn.model.forward import Subject, once
 from camfn.model.inputs import rows_of
 from camfn.model.memory import free_bytes, is_exhausted
 from camfn.model.private_copy import Shell
-from camfn.rewrite import Found, channels_last, find_folds, merge_norms
+from camfn.sweep.folding import Found, channels_last, find_folds, merge_norms
+from camfn.sweep.options import CHUNK, Sweep
 from camfn.targets import Score, distinct, logits_of, reads_logits, score_rows
 
 _WORTH = 24  # rows from which the forward that checks a rewritten model pays

@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_map
 from camfn import _compat
 from camfn._errors import warn
 from camfn._types import Inputs, State
-from camfn.execution import Sweep
 from camfn.formulas.masks import Rule, masked_input
 from camfn.model.forward import Subject
 from camfn.model.inputs import Place, pick, rows_of, with_input
 from camfn.model.memory import is_exhausted
 from camfn.model.prepare import Slot, shapes
-from camfn.runner import Runner, weakly
+from camfn.sweep.options import Sweep
+from camfn.sweep.runner import Runner, weakly
 from camfn.targets import Score, rows_at, score_rows
 
 Rows = dict[str, Tensor]

@@ -20,7 +20,7 @@ class Sweep(NamedTuple):
     - `memory`: how much the sweep may take, in bytes (an int) or as a share of what is free (a float in (0, 1]): the chunk is
       what fits, `chunk` being then the most. Where an allocator has no memory left, the chunk is halved, which a warning says.
     - `compile`: `True` compiles the kernel with `torch.compile(fullgraph=True)`; `"auto"` uses a compiled kernel where this
-      model and these shapes have one, and makes one where the work at hand pays for it (`camfn.execution.pays`).
+      model and these shapes have one, and makes one where the work at hand pays for it (`camfn.sweep.options.pays`).
     - `fold`: `True` gives the model the chunk as a batch; `False` maps through the model, which then sees one row at a time:
       for models whose samples are not independent. `"auto"` finds out, in each call, by three forwards;
       under a transform it is `True`.

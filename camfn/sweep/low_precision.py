@@ -12,11 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from camfn import belief
 from camfn._types import Activations, Scores
 from camfn.formulas import maps
-from camfn.runner import narrowed
-from camfn.scoring import Scoring, Swept, gather, scorer, scores_of
+from camfn.sweep import gaussian_process
+from camfn.sweep.runner import narrowed
+from camfn.sweep.scoring import Scoring, Swept, gather, scorer, scores_of
 
 GOAL = 0.02  # three standard errors of the normalised map, beyond which more channels are scored again
 MOST = 0.25  # of the channels are scored again: more, and the time saved is spent
@@ -103,7 +103,7 @@ class _Rounding:
     def _believe(self) -> None:
         """The scores of the channels not done, the map's error `(t,)`, and how far the map may move with each channel."""
         done, errors, influence = self.done[self.channels], [], []
-        for t, slope in enumerate(belief.standard(self.narrow).T * _SLOPE**0.5):
+        for t, slope in enumerate(gaussian_process.standard(self.narrow).T * _SLOPE**0.5):
             seen = (self.scores[self.channels] - self.narrow)[done, t]
             mean, gain, three = _conditioned(self.kernel[done] + torch.outer(slope[done], slope), seen, done)
             self.scores[self.channels[~done], t] = (self.narrow[:, t] + mean)[~done]
@@ -122,7 +122,7 @@ def _kernel(masks: Tensor) -> Tensor:
     centred = masks - masks.mean(0)
     linear = centred @ centred.T / centred.square().sum(1).mean().clamp(min=1e-12)
     noise = _NOISE * torch.eye(len(masks), dtype=masks.dtype)
-    return _LINEAR * linear + belief.matern(_NEAR * belief.apart(masks)) + noise + _BROAD
+    return _LINEAR * linear + gaussian_process.matern(_NEAR * gaussian_process.apart(masks)) + noise + _BROAD
 
 
 def _conditioned(kernel: Tensor, seen: Tensor, done: Tensor) -> tuple[Tensor, Tensor, Tensor]:

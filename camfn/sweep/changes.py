@@ -15,8 +15,6 @@ from torch.utils._pytree import tree_flatten, tree_map
 from camfn import _compat
 from camfn._errors import CamError, RefusedError
 from camfn._types import Inputs
-from camfn.execution import Sweep
-from camfn.kernel import Kernel, Rows
 from camfn.layouts import Read
 from camfn.model.agreement import is_close
 from camfn.model.attention import unfused
@@ -26,8 +24,10 @@ from camfn.model.head import Head, head_of
 from camfn.model.inputs import rows_of
 from camfn.model.memory import is_exhausted
 from camfn.model.prepare import shapes
-from camfn.runner import Room, chunk_of, free_share
-from camfn.scoring import in_chunks
+from camfn.sweep.kernel import Kernel, Rows
+from camfn.sweep.options import Sweep
+from camfn.sweep.runner import Room, chunk_of, free_share
+from camfn.sweep.scoring import in_chunks
 from camfn.targets import Score, rows_at, score_rows
 from camfn.targets.scores import fields_of, is_record
 

@@ -1,0 +1,1 @@
+"""Many perturbed inputs, scored: masked images, or changed activations at a layer."""
