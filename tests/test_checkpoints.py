@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from camfn import CamError, checkpoints
+from camfn import CamError
+from camfn.zoo import checkpoints
 
 
 def net(seed: int = 0, classes: int = 5) -> support.SmallNet:

@@ -35,7 +35,7 @@ ROOMS = {
     ".pictures": ("images", "figures"),
     "demo": ("scenes", "network"),
     ".train": ("demo.train",),
-    ".zoo": ("checkpoints", "downloads", "libraries", "zoo"),
+    "zoo": ("checkpoints", "downloads", "libraries", "specs"),
     "cli": ("signals", "streams", "files", "options", "cards", "job", "explain", "tables", "demo"),
     ".main": ("__main__",),
 }

@@ -149,7 +149,7 @@ def test_every_model_is_constructed_as_with_its_weights(models, monkeypatch):
     """torchvision's own construction is the oracle: with weights, of which no tensor is loaded. The largest are left out."""
     from torchvision.models._api import WeightsEnum
 
-    from camfn import libraries
+    from camfn.zoo import libraries
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: {})
     monkeypatch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
@@ -695,7 +695,7 @@ def test_a_fresh_process_prints_nothing_beside_what_it_is_told(hf, timm):
     hf_folder(hf)
     timm_folder(timm, folder="kept")
     torch.save(small().state_dict(), "w.pth")
-    path = [str(folder) for folder in (Path(support.__file__).parent, Path(zoo.__file__).parents[1])]
+    path = [str(folder) for folder in (Path(support.__file__).parent, Path(zoo.__file__).parents[2])]
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join((*path, os.environ.get("PYTHONPATH", "")))}
     found = subprocess.run([sys.executable, "-c", FRESH], env=paths, capture_output=True, text=True)
     assert (found.returncode, found.stderr) == (0, "")

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from camfn import checkpoints, downloads
 from camfn._errors import CamError, closest
 from camfn._paths import kind
-from camfn.checkpoints import Checkpoint
+from camfn.zoo import checkpoints, downloads
+from camfn.zoo.checkpoints import Checkpoint
 
 
 class Parts(NamedTuple):

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from camfn import checkpoints, images, libraries
+from camfn import images
 from camfn._errors import CamError, closest
 from camfn._paths import kind
-from camfn.checkpoints import Checkpoint
 from camfn.model.capture import pure, state_of
 from camfn.targets import logits_of
+from camfn.zoo import checkpoints, libraries
+from camfn.zoo.checkpoints import Checkpoint
 
 
 class Loaded(NamedTuple):

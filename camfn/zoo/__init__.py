@@ -1,0 +1,5 @@
+"""Models by name: what `--model` takes, with its preprocessing and its class names."""
+
+from camfn.zoo.specs import Loaded, class_of, input_of, load, opened, outputs_of, told
+
+__all__ = ["Loaded", "class_of", "input_of", "load", "opened", "outputs_of", "told"]
