@@ -11,9 +11,8 @@ from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Inputs, Layer, Layout, Size, State, Target, wide
 from camfn.formulas import factorization, maps
-from camfn.formulas.scaling import size_of
-from camfn.methods.activation import Seen, look_at
-from camfn.methods.table import checked_size
+from camfn.formulas.scaling import magnitude
+from camfn.methods._common import Drawing, Explained, checked_size, explain_layer
 from camfn.model.capture import is_several, tap_from
 from camfn.model.forward import without_graph
 from camfn.model.inputs import rows_of
@@ -78,23 +77,23 @@ def factorize(
     if is_several(layer):
         raise CamError("factorize takes one layer: found a sequence of them")
     with _compat.unnarrowed(), without_graph():
-        seen = look_at(model, layer, x, target, state, layout)
-        (part,) = seen.reads
+        seen = explain_layer(model, layer, x, target, state, Drawing(False, size, False, layout))
+        forward, (part,) = seen.forward, seen.reads
         # In units of its size, so that no square leaves the range of the dtype.
         own = part.values.to(wide(part.values.dtype))
-        scale = size_of(own, (0, 1, 2))
-        values = _above_zero(own / scale, concepts, seen.subject.layers[0])
+        scale = magnitude(own, (0, 1, 2))
+        values = _above_zero(own / scale, concepts, forward.layers[0])
         left, right = factorization.factors(values, concepts, steps)
         peaks = right.amax(-1)
         found = (
             (right / torch.where(peaks > 0, peaks, 1)[:, None]).unflatten(-1, (len(part.values), *part.grid)).transpose(0, 1)
         )
         vectors = (left * peaks).mT * scale[0]
-        sides = checked_size(size, seen.subject.x, seen.subject.key, len(part.grid))
+        sides = checked_size(size, forward.batch, len(part.grid))
         shown = found if sides is None else maps.resize(found, sides)
         error = (values - left @ right).norm() / values.norm()
         scores = torch.stack([_scores(seen, vectors, image) for image in range(len(part.values))])
-        return Concepts(shown, vectors, scores, seen.score.classes, error, seen.subject.layers[0])
+        return Concepts(shown, vectors, scores, seen.score.classes, error, forward.layers[0])
 
 
 def _above_zero(activation: Tensor, concepts: int, layer: str) -> Tensor:
@@ -123,12 +122,12 @@ def _above_zero(activation: Tensor, concepts: int, layer: str) -> Tensor:
     return above
 
 
-def _scores(seen: Seen, vectors: Tensor, image: int) -> Tensor:
+def _scores(seen: Explained, vectors: Tensor, image: int) -> Tensor:
     """The target of one image with one concept in place of the layer's output, for each concept: `(k, t)`."""
-    subject, (part,) = seen.subject, seen.reads
+    forward, (part,) = seen.forward, seen.reads
     numbers = torch.full((len(vectors),), image, device=vectors.device)
     values = vectors[..., None].expand(-1, -1, part.values.shape[-1]).to(part.values.dtype)
-    inputs = rows_of(subject.x, subject.place, numbers, subject.image.index_select(0, numbers))
-    run = tap_from(subject.model.shell(), subject.layers)
-    output = run(subject.state, inputs, None, (part.restore(values, numbers),)).output
+    inputs = rows_of(forward.batch.x, forward.companions, numbers, forward.image.index_select(0, numbers))
+    run = tap_from(forward.task.model.shell(), forward.layers)
+    output = run(forward.task.state, inputs, None, (part.restore(values, numbers),)).output
     return score_rows(seen.score.of, output, rows_at(seen.score.rows, numbers))

@@ -17,9 +17,9 @@ from camfn._errors import CamError, closest
 from camfn._types import Inputs, Layers, Maps, Target, Weights
 from camfn.formulas import diagnostics
 from camfn.formulas.diagnostics import Finding
-from camfn.methods import METHODS, Method, Outcome
-from camfn.methods.table import read
-from camfn.model.forward import Shared, Subject
+from camfn.methods import METHODS, Method, Need, Outcome
+from camfn.methods._common import read
+from camfn.model.forward import Forward, Shared
 from camfn.model.prepare import opened
 from camfn.targets import Score, names
 
@@ -101,7 +101,7 @@ def prepared(
     if stray:
         raise CamError(f"{', '.join(rows)} {'has' if len(rows) == 1 else 'have'} no option {', '.join(map(repr, stray))}")
     layers = {name: layer if row.of_layer else None for name, row in rows.items()}
-    with Shared(opened(model).prepared, x, any("gradients" in row.needs for row in rows.values())) as shared:
+    with Shared(opened(model).prepared, x, any(Need.GRADIENTS in row.needs for row in rows.values())) as shared:
         yield [partial(_card, shared, name, rows[name], (layers[name], x, target), given[name]) for name in method]
 
 
@@ -133,18 +133,19 @@ def _named(score: Score, scores: Tensor) -> tuple[tuple[str, ...], ...]:
     return () if _compat.transformed() else names(score, scores.shape[1])
 
 
-def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], subject: Subject | None) -> tuple[Finding, ...]:
+def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], forward: Forward | None) -> tuple[Finding, ...]:
     """What the weights, the activations and the gradients say; nothing under a transform, where no value can be read."""
     if _compat.transformed():
         return ()
     found: list[Finding] = []
     if "recipe" in settings:
         found += diagnostics.about_weights(outcome.weights, outcome.layers)
-    if subject is not None and "activations" in row.needs:
-        reads = [read(subject, name, seen, settings["layout"]) for name, seen in zip(subject.layers, subject.seen)]
-        found += diagnostics.about_activations([part.values for part in reads], subject.layers)
-        if "gradients" in row.needs and subject.slopes:
-            found += diagnostics.about_gradients(next(iter(subject.slopes.values())), subject.layers)
+    if forward is not None and Need.ACTIVATIONS in row.needs:
+        reads = [read(forward, *each, settings["layout"]) for each in zip(forward.layers, forward.activations)]
+        found += diagnostics.about_activations([part.values for part in reads], forward.layers)
+        gradients = next((value for key, value in forward.task.facts.items() if key[0] == "gradients"), None)
+        if Need.GRADIENTS in row.needs and gradients is not None:
+            found += diagnostics.about_gradients(gradients, forward.layers)
     return tuple(found)
 
 

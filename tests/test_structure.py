@@ -15,7 +15,10 @@ PACKAGE = Path(camfn.__file__).parent
 
 ROOMS = {
     "": ("_errors", "_types", "_compat", "_paths"),
-    "formulas": ("scaling", "components", "factorization", "maps", "weights", "masks", "attention", "diagnostics"),
+    "formulas": (
+        *("scaling", "resampling", "components", "factorization", "masks", "noise", "maps", "weights", "attention"),
+        "diagnostics",
+    ),
     "targets": ("scores", "algebra", "classes", "dense", "embeddings", "detections"),
     ".layouts": ("layouts",),
     "model": (
@@ -26,8 +29,8 @@ ROOMS = {
         *("options", "folding", "runner", "kernel", "scoring", "changes", "gaussian_process", "low_precision", "budget"),
     ),
     "methods": (
-        *("table", "activation", "graded", "gradient", "elementwise", "averaged", "biases", "sweeps", "eigen", "head"),
-        *("masked", "optimised", "poly", "sampled", "summed", "transformers"),
+        *("registry", "_common", "activation", "gradient", "elementwise", "averaged", "biases", "eigen", "head", "masked"),
+        *("optimised", "poly", "sampled", "summed", "transformers"),
     ),
     "compose": ("asking", "inputs", "scales", "several"),
     ".cards": ("concepts", "explanation", "testing"),

@@ -38,7 +38,7 @@ def lines(table: Table, as_json: bool) -> Iterator[str]:
 def methods() -> Table:
     """Every method: what it needs, what it costs, and what it is."""
     rows = [
-        {"method": name, "needs": sorted(row.needs), "cost": row.cost, "summary": _first_line(row.function)}
+        {"method": name, "needs": sorted(map(str, row.needs)), "cost": str(row.cost), "summary": _first_line(row.function)}
         for name, row in camfn.METHODS.items()
     ]
     heads = ("method", "needs", "forwards", "what it is")

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from camfn._errors import CamError
 from camfn._types import Inputs, Layers, Layout, Maps, Size, State, Target
 from camfn.formulas import maps
-from camfn.methods.table import Outcome, clean_scores, published, without_layer
+from camfn.methods._common import Drawing, explained, without_layer
+from camfn.methods.registry import Outcome, published
 from camfn.model.forward import look
-from camfn.model.inputs import Key, with_input
+from camfn.model.inputs import Batch, Key
 from camfn.targets import Clean as Output
-from camfn.targets import named, resolve
+from camfn.targets import named
 
 
 class Made(NamedTuple):
@@ -68,14 +69,17 @@ class Clean(NamedTuple):
     """A question with its target settled on the clean input, and what one forward of that told."""
 
     question: Question
-    key: Key
-    image: Tensor
+    batch: Batch
     outcome: Outcome  # without maps
+
+    @property
+    def image(self) -> Tensor:
+        """The clean image."""
+        return self.batch.image
 
     def put_to(self, method: Made, image: Tensor, **changes: Any) -> Outcome:
         """The question about another image in the place of the clean one."""
-        x = with_input(self.question.x, self.key, image)
-        return self.question._replace(x=x).put_to(method, **changes)
+        return self.question._replace(x=self.batch.with_image(image).x).put_to(method, **changes)
 
     def axes_of(self, found: Tensor) -> int:
         """How many axes of a map are spatial."""
@@ -84,14 +88,12 @@ class Clean(NamedTuple):
 
 def look_at(question: Question) -> Clean:
     """The clean forward: from here on `None` is one class, whatever is made of x."""
-    model, _, x, target, masked, state, *_ = question
-    subject = look(model, None, x, state, masked, masks=True, taps=False)
-    told = subject.output, subject.n, subject.image.device
-    score = resolve(target, *told)
-    scores = clean_scores(subject, score)
-    outcome = Outcome((), (), (), score.classes, scores, score, (), subject.forwards, 0, ())
-    asked = question._replace(x=subject.x, target=named(target).settled(Output(*told)))
-    return Clean(asked, subject.key, subject.image, outcome)
+    model, _, x, target, masked, state, layout, *_ = question
+    forward = look(model, None, x, state, masked, masks=True, taps=False)
+    found = explained(forward, target, Drawing(False, None, False, layout))
+    outcome = Outcome((), (), (), found.score.classes, found.clean, found.score, (), forward.forwards, 0, ())
+    settled = named(target).settled(Output(forward.output, forward.n, forward.image.device))
+    return Clean(question._replace(x=forward.batch.x, target=settled), forward.batch, outcome)
 
 
 def composed(name: str, answer: Callable[[Question], Outcome], of_layer: bool) -> Callable[..., Maps]:

@@ -9,8 +9,9 @@ from torch import Tensor
 from camfn._errors import CamError
 from camfn._types import Maps
 from camfn.compose.asking import Clean, Made, Question, composed, each_layer, joined, look_at, made, scaled
-from camfn.formulas.masks import check_noise, check_samples, noises
-from camfn.methods.table import Outcome
+from camfn.formulas.noise import noises
+from camfn.methods._common import check_noise, check_samples
+from camfn.methods.registry import Outcome
 
 Part = tuple[Outcome, Maps]
 """What a method made of one input, and its maps as they go into the mean."""

@@ -12,8 +12,8 @@ from camfn._errors import CamError
 from camfn._types import Maps
 from camfn.compose.asking import Clean, Made, Question, composed, each_layer, joined, look_at, made, scaled
 from camfn.formulas import maps as _maps
-from camfn.methods.table import Outcome, checked_size
-from camfn.model.inputs import with_input
+from camfn.methods._common import checked_blur, checked_size
+from camfn.methods.registry import Outcome
 from camfn.targets import as_probabilities
 
 Shape = tuple[int, ...]
@@ -46,14 +46,14 @@ def multi_scale(
     Tursun et al., SESS: Saliency Enhancing with Scaling and Sliding, ECCV 2022 (arXiv 2207.01769).
     """
     inner, wanted = made(method), tuple(sizes)
-    blur = None if blur is None else _maps.checked_blur(blur)
+    blur = None if blur is None else checked_blur(blur)
     if not wanted:
         raise CamError("sizes is empty: name one at least")
 
     def answer(question: Question) -> Outcome:
         clean = look_at(question)
         window = tuple(clean.image.shape[2:])
-        to = checked_size(question.size, clean.question.x, clean.key, len(window))
+        to = checked_size(question.size, clean.batch, len(window))
         outcomes, fused = _fused(inner, clean, [_enlarged(one, window) for one in wanted])
 
         def finish(found: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _count(count: Tensor, found: Tensor) -> Tensor:
 
 def _look_at_patch(clean: Clean, patch: Tensor) -> Outcome:
     asked = clean.question
-    x = with_input(asked.x, clean.key, patch)
+    x = clean.batch.with_image(patch).x
     return look_at(asked._replace(x=x, target=as_probabilities(asked.target))).outcome
 
 

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from camfn._errors import CamError
-from camfn._types import Layer, Maps, Weights
+from camfn._types import Layer, Maps
 from camfn.compose.asking import Question, composed, each_layer, joined, made, scaled
 from camfn.formulas import maps as _maps
-from camfn.methods.table import Outcome, checked_size
-from camfn.model.inputs import key_of, plain
+from camfn.formulas import weights
+from camfn.methods._common import checked_size
+from camfn.methods.registry import Outcome
+from camfn.model.inputs import batch_of
 from camfn.model.ports import is_several
 
 How = Literal["max", "mean", "product", "winsorised"]
@@ -54,8 +56,8 @@ def fuse_layers(
 
     def answer(question: Question) -> Outcome:
         outcome = question._replace(layer=layers).put_to(inner, size=None, normalize=True)
-        lead, x = 1 if outcome.single else 2, plain(question.x)
-        size = checked_size(question.size, x, key_of(x, question.masked, False), outcome.maps[0].ndim - lead)
+        lead = 1 if outcome.single else 2
+        size = checked_size(question.size, batch_of(question.x, question.masked), outcome.maps[0].ndim - lead)
         fused = _fused(_resized(tuple(outcome.maps), size, lead), how, outcome, percentile)
         return joined(scaled(fused, fused.ndim - lead, question.normalize), [outcome], outcome)
 
@@ -79,21 +81,9 @@ def _fused(found: Tensor, how: How, outcome: Outcome, percentile: float) -> Tens
         return found.prod(0)
     if not outcome.weights:
         raise CamError('how="winsorised" needs weights of channels, and the method has none')
-    shares = _shares(outcome.weights, percentile)
+    shares = weights.winsor_cam(outcome.weights, percentile)
     shares = shares[..., 0] if outcome.single else shares
     return (found * shares.reshape(*shares.shape, *[1] * (found.ndim - shares.ndim))).sum(0)
-
-
-def _shares(weights: Sequence[Weights], percentile: float) -> Tensor:
-    """Winsor-CAM's `v`, `(l, n, t)`."""
-    importance = torch.relu(torch.stack([w.flatten(2).mean(-1) for w in weights]))
-    counts = importance > 0
-    bound = torch.where(counts, importance, torch.nan).nanquantile(percentile / 100, dim=0)
-    cut = torch.where(counts, torch.minimum(importance, bound), 0)
-    low, high = torch.where(counts, cut, torch.inf).amin(0), cut.amax(0)
-    even = ~(high > low)  # one layer that counts, or several that count the same, or none
-    scaled_ = 0.1 + 0.9 * (cut - torch.where(even, 0, low)) / torch.where(even, 1, high - low)
-    return torch.where(counts, torch.where(even, 1, scaled_), 0)
 
 
 def ensemble(methods: Sequence[Callable[..., Maps]]) -> Callable[..., Maps]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from camfn._types import Attentions, Relevances, wide
-from camfn.formulas.scaling import size_of
+from camfn.formulas.scaling import magnitude
 
 
 def readers(gradient: Attentions) -> Relevances:
@@ -29,12 +29,19 @@ def readers(gradient: Attentions) -> Relevances:
     return read / read.sum(-1, keepdim=True)
 
 
-def rollout(seen: Sequence[Attentions], row: Relevances) -> Relevances:
+def row_of(gradient: Attentions, query: int) -> Relevances:
+    """The row of one token: 1 for it, 0 for the others."""
+    others = torch.zeros_like(readers(gradient))
+    query = query % gradient.shape[2]
+    return torch.cat([others[:, :query], others[:, :1] + 1, others[:, query + 1 :]], 1)
+
+
+def attention_rollout(seen: Sequence[Attentions], row: Relevances) -> Relevances:
     """`row R`, `R = B_L ... B_1` with `B_l` the row-normalised `mean_h A_l + I`: attention rollout (Abnar & Zuidema, 2020).
 
     >>> import torch
     >>> even = torch.full((1, 1, 2, 2), 0.5)
-    >>> rollout([even], torch.tensor([[1.0, 0.0]])).tolist()
+    >>> attention_rollout([even], torch.tensor([[1.0, 0.0]])).tolist()
     [[0.75, 0.25]]
     """
     for attention in reversed(seen):
@@ -54,7 +61,7 @@ def gradient_attention(
     total = torch.ones_like(row[:, :1])
     for attention, gradient in zip(reversed(seen), reversed(gradients)):
         row = row + _times(row, torch.relu(gradient.to(row.dtype) * attention.to(row.dtype)).mean(1))
-        size = size_of(row, -1)
+        size = magnitude(row, -1)
         row, total = row / size, total * size
     return row if unit else row * total
 

@@ -1,4 +1,4 @@
-"""The first component of a matrix of channels and positions, from the smaller of its Gram matrices. Tensors only."""
+"""First components of a matrix of channels and positions: Eigen-CAM and its kin. Tensors only."""
 
 import math
 from typing import Literal, NamedTuple
@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camfn import _compat
-from camfn.formulas.scaling import size_of
+from camfn._types import Activations, FlatMaps, Gradients, Weights, wide
+from camfn.formulas.scaling import is_flat, magnitude
 
 Sign = Literal["sum", "peak"]
 Kernel = Literal["sigmoid", "rbf", "poly", "linear"]
@@ -49,8 +50,31 @@ def first(values: Float[Tensor, "*b c p"], sign: Sign = "sum") -> First:
     return First(turn * scores, turn * loadings)
 
 
-def kernel_first(
-    values: Float[Tensor, "*b c p"], kernel: Kernel, gamma: float | None, *, unit: bool = False
+def eigen_cam(activations: Activations, center: bool = False) -> First:
+    """Eigen-CAM: `L = X v`, with v the first singular vector of X, whose rows are positions (Muhammad & Yeasin, 2020).
+
+    X is the activation, less each channel's mean over positions if `center`. The entry of L with the largest size is positive.
+
+    >>> import torch
+    >>> eigen_cam(torch.tensor([[[3.0, 0.0, -6.0], [4.0, 0.0, -8.0]]])).scores.abs().round().tolist()
+    [[5.0, 0.0, 10.0]]
+    """
+    values = centered(activations, activations.dtype) if center else activations.to(wide(activations.dtype))
+    return first(values, "peak")
+
+
+def eigen_grad_cam(gradients: Gradients, activations: Activations, center: bool = True) -> FlatMaps:
+    """EigenGrad-CAM: the first component of `G * A`, with the sign of HiResCAM's map (pytorch-grad-cam's `EigenGradCAM`)."""
+    return component(gradients, activations, center=center)
+
+
+def seg_eigen_cam(gradients: Gradients, activations: Activations, center: bool = True) -> FlatMaps:
+    """Seg-Eigen-CAM: the first component of `|G| * A`; its entry with the largest size is positive (Chung & Ying, 2025)."""
+    return component(gradients.abs(), activations, center=center, sign="peak")
+
+
+def kpca_cam(
+    activations: Float[Tensor, "*b c p"], kernel: Kernel = "sigmoid", gamma: float | None = None, *, unit: bool = False
 ) -> Float[Tensor, "*b p"]:
     """The first kernel principal component of the positions: `sqrt(l) a`, of the largest eigenvalue l of the centred matrix
     `k(x_p, x_q)`. What is largest in size is positive.
@@ -59,8 +83,9 @@ def kernel_first(
     their digits, and equal ones have exactly nothing. `unit`: a positive multiple, which is finite where the component itself
     (a cube of the values, of the kernel `"poly"`) has no number.
     """
+    values = centered(activations, activations.dtype)
     gamma = 1 / values.shape[-2] if gamma is None else gamma
-    own = size_of(values, (-2, -1))
+    own = magnitude(values, (-2, -1))
     values = values / own
     # A kernel of smaller values is linear, to rounding: it is taken of these, where it has its digits, and scaled down.
     linear = math.sqrt(torch.finfo(values.dtype).eps / (32 * values.shape[-2] * gamma))
@@ -149,3 +174,34 @@ def spectrum(matrix: Float[Tensor, "*b m m"]) -> tuple[Float[Tensor, "*b m"], Fl
 def times(matrix: Float[Tensor, "*b i j"], vector: Float[Tensor, "*b j"]) -> Float[Tensor, "*b i"]:
     """A matrix times a vector, in any number of batches."""
     return (matrix @ vector[..., None])[..., 0]
+
+
+def component(weights: Weights | Gradients, activations: Activations, *, center: bool = True, sign: Sign = "sum") -> FlatMaps:
+    """The first principal component over positions of `w_k A_k`, for weights `(n, t, c)` or `(n, t, c, p)`.
+
+    `L = X v`, `X_pk = w_k A_kp - mean_p w_k A_kp`, v the unit vector that makes `L` longest; without the mean taken off unless
+    `center`. Its sign is that of its product with what `combine` gives; with `sign="peak"`, what is largest in size is
+    positive. As `combine` goes, pytorch-grad-cam's `eigen_smooth`, up to the sign, that is left to chance there.
+
+    >>> import torch
+    >>> component(torch.ones(1, 1, 2), torch.tensor([[[3.0, 0.0, -3.0], [0.0, 0.0, 0.0]]])).tolist()
+    [[[3.0, 0.0, -3.0]]]
+    """
+    dtype = wide(torch.promote_types(weights.dtype, activations.dtype))
+    values, weights = activations.to(dtype), (weights if weights.ndim == 4 else weights[..., None]).to(dtype)
+    # One target after the other: together they would take t times the memory of the activation.
+    weighed = (each * values for each in weights.unbind(1))
+    found = [first(centered(each, activations.dtype) if center else each, sign).scores for each in weighed]
+    return torch.stack(found, 1)
+
+
+def centered(activations: Float[Tensor, "*b c p"], dtype: torch.dtype) -> Float[Tensor, "*b c p"]:
+    """`A_kp - mean_p A_kp`, in float32 or wider; zeros where a channel is flat up to the rounding of `dtype`.
+
+    >>> import torch
+    >>> centered(torch.tensor([[1.0, 3.0], [0.1, 0.1]]), torch.float32).tolist()
+    [[-1.0, 1.0], [0.0, 0.0]]
+    """
+    flat = is_flat(activations.amin(-1, keepdim=True), activations.amax(-1, keepdim=True), dtype)
+    values = activations.to(wide(activations.dtype))
+    return torch.where(flat, 0, values - values.mean(-1, keepdim=True))

@@ -1,34 +1,54 @@
-"""From weights and activations to maps. Tensors only: no model, no layer."""
+"""From weights and activations to maps: sums over channels, and what some methods do beyond them. Tensors only."""
 
 import math
 from collections.abc import Sequence
+from functools import reduce
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.func import vmap
 
 from camfn._errors import CamError
-from camfn._types import Activations, FlatMaps, Gradients, Weights, wide
-from camfn.formulas import components
+from camfn._types import Activations, FlatMaps, Gradients, Scores, Weights, wide
+from camfn.formulas import masks
+from camfn.formulas.components import centered, component
+from camfn.formulas.resampling import blur, cubic, resize
+from camfn.formulas.scaling import is_flat, magnitude, normalize, percentile, rescale, share
 
 __all__ = [
+    "Fuse",
+    "Product",
+    "Resized",
+    "batch_norm_bias",
     "blur",
+    "cameras",
     "centered",
-    "checked_blur",
     "combine",
     "component",
     "cubic",
+    "full_grad",
     "fuse",
+    "gradient_times",
+    "group_cam",
+    "group_levels",
     "is_flat",
+    "layer_cam",
     "normalize",
     "percentile",
+    "poly_cam",
+    "recipro_cam",
     "resize",
-    "saliency",
+    "rise",
+    "score_cam_pp",
     "share",
 ]
 
-_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+Fuse = Literal["paper", "torchcam"]
+
+_CHANNELS_AT_ONCE = 64  # maps or masks at the input's size
+_VALUES_AT_ONCE = 1 << 22  # values of upsampled activations
 
 
 def combine(weights: Weights | Gradients, activations: Activations) -> FlatMaps:
@@ -44,155 +64,134 @@ def combine(weights: Weights | Gradients, activations: Activations) -> FlatMaps:
     return weights.to(dtype) @ activations.to(dtype)
 
 
-def component(
-    weights: Weights | Gradients, activations: Activations, *, center: bool = True, sign: components.Sign = "sum"
-) -> FlatMaps:
-    """The first principal component over positions of `w_k A_k`, for weights `(n, t, c)` or `(n, t, c, p)`.
+def score_cam_pp(scores: Weights, activations: Activations, grid: Sequence[int], size: Sequence[int]) -> FlatMaps:
+    """ScoreCAM++: `L = sum_k S_k tanh(U(A_k))`, with U to `size` (Chen et al., 2024). `scores` are `(n, t, c)`."""
+    values = activations.to(scores.dtype).unflatten(-1, tuple(grid))
+    pieces = zip(scores.split(_CHANNELS_AT_ONCE, -1), values.split(_CHANNELS_AT_ONCE, 1))
+    return reduce(torch.add, (combine(w, torch.tanh(resize(some, size)).flatten(2)) for w, some in pieces))
 
-    `L = X v`, `X_pk = w_k A_kp - mean_p w_k A_kp`, v the unit vector that makes `L` longest; without the mean taken off unless
-    `center`. Its sign is that of its product with what `combine` gives; with `sign="peak"`, what is largest in size is
-    positive. As `combine` goes, pytorch-grad-cam's `eigen_smooth`, up to the sign, that is left to chance there.
 
-    >>> import torch
-    >>> component(torch.ones(1, 1, 2), torch.tensor([[[3.0, 0.0, -3.0], [0.0, 0.0, 0.0]]])).tolist()
-    [[[3.0, 0.0, -3.0]]]
+def group_levels(weights: Weights, activations: Activations, groups: int) -> Tensor:
+    """`relu(sum_{k in g} w_k A_k)` over groups of consecutive channels, `(n, t, g, p)`, each to a positive factor."""
+    pieces = zip(weights.chunk(groups, -1), activations.chunk(groups, 1))
+    return torch.relu(torch.stack([combine(rescale(w, -1), values) for w, values in pieces], 2))
+
+
+def group_cam(scores: Weights, group_masks: Tensor) -> FlatMaps:
+    """Group-CAM: `L = sum_g S_g M_g`, for scores `(n, t, g)` and masks `(n, t, g, p)` (Zhang et al., 2021)."""
+    return torch.einsum("ntg,ntgp->ntp", scores, group_masks.to(scores.dtype))
+
+
+def rise(scores: Scores, cells: Tensor, shifts: Tensor, size: Sequence[int], probability: float) -> FlatMaps:
+    """RISE: `L = sum_i S_i M_i / (N p)` over N masks (Petsiuk et al., 2018).
+
+    A mask is made of its cells again, a few at a time. `scores (n, N, t)`, `cells (N, *s)`, `shifts (N, axes)`.
     """
-    dtype = wide(torch.promote_types(weights.dtype, activations.dtype))
-    values, weights = activations.to(dtype), (weights if weights.ndim == 4 else weights[..., None]).to(dtype)
-    # One target after the other: together they would take t times the memory of the activation.
-    weighed = (each * values for each in weights.unbind(1))
-    found = [components.first(centered(each, activations.dtype) if center else each, sign).scores for each in weighed]
-    return torch.stack(found, 1)
+    window = vmap(lambda some, shift: masks.window(some, shift, size))
+    pieces = zip(*(each.split(_CHANNELS_AT_ONCE, axis) for each, axis in ((scores, 1), (cells, 0), (shifts, 0))))
+    total = reduce(torch.add, (s.mT @ window(some, shift).flatten(1).to(s.dtype) for s, some, shift in pieces))
+    return total / (len(cells) * probability)
 
 
-def centered(activations: Float[Tensor, "*b c p"], dtype: torch.dtype) -> Float[Tensor, "*b c p"]:
-    """`A_kp - mean_p A_kp`, in float32 or wider; zeros where a channel is flat up to the rounding of `dtype`.
+def recipro_cam(scores: Sequence[Float[Tensor, "p t"]]) -> FlatMaps:
+    """Recipro-CAM: `L_p = s(head(A * m_p))`, the score with the mask of position p (Byun and Lee, 2024)."""
+    return torch.stack(tuple(scores)).mT
 
-    >>> import torch
-    >>> centered(torch.tensor([[1.0, 3.0], [0.1, 0.1]]), torch.float32).tolist()
-    [[-1.0, 1.0], [0.0, 0.0]]
+
+def poly_cam(signed: Sequence[FlatMaps], grids: Sequence[tuple[int, ...]]) -> list[FlatMaps]:
+    """Poly-CAM: `L_l = S_l / U(D(relu(S_l))) * U(relu(L_{l+1}))`, from the deepest layer up (Englebert et al., 2022).
+
+    `signed` are the layers' sums `S_l`, from shallow to deep; D resizes to the next layer's grid, U back. The factor is 0 where
+    its denominator is: the authors divide by 1e-12 there, which gives the map's largest values to what D does not see.
     """
-    flat = is_flat(activations.amin(-1, keepdim=True), activations.amax(-1, keepdim=True), dtype)
-    values = activations.to(wide(activations.dtype))
-    return torch.where(flat, 0, values - values.mean(-1, keepdim=True))
+    found = [signed[-1]]
+    for own, grid, deeper in zip(reversed(signed[:-1]), reversed(grids[:-1]), reversed(grids[1:])):
+        coarse = resize(torch.relu(own).unflatten(-1, grid), deeper)
+        around, above = (resize(each, grid).flatten(2) for each in (coarse, torch.relu(found[0]).unflatten(-1, deeper)))
+        found.insert(0, torch.where(around > 0, own / torch.where(around > 0, around, 1) * above, 0))
+    return found
 
 
-def is_flat(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """Are values between `low` and `high`, computed in `dtype`, one value up to rounding?
+def layer_cam(found: Sequence[Tensor], axes: int, how: Fuse, size: Sequence[int]) -> Tensor:
+    """LayerCAM's fusion: the maximum over layers of `tanh(2 L / max L)`, after resizing to `size` (Jiang et al., 2021).
 
-    The bound is relative to the size of the values and to the dtype; an absolute one is 0 in float16, or calls a small
-    map flat.
+    The deepest layer's map is `L / max L`: the paper does not say how it is scaled, and unscaled it would not compare with the
+    others. `how="torchcam"`: `tanh(2 norm(L))` for all layers, with the min-max norm.
     """
-    return high - low <= 4 * torch.finfo(dtype).eps * torch.maximum(high.abs(), low.abs())
+    if how == "torchcam":
+        return fuse([torch.tanh(2 * normalize(each, tuple(range(-axes, 0)))) for each in found], size)
+    shares = [share(each, axes) for each in found]
+    return fuse([*(torch.tanh(2 * each) for each in shares[:-1]), shares[-1]], size)
 
 
-def normalize(maps: Tensor, dim: int | Sequence[int] = -1) -> Tensor:
-    """`(L - min L) / (max L - min L)` over `dim`: in [0, 1]. A map that is flat up to rounding becomes zeros.
+class Resized(NamedTuple):
+    """The activation and the gradient of an input at one size."""
 
-    The division is exact (no epsilon in the denominator), so that a map of small values is not made smaller.
+    activations: Activations
+    gradients: Gradients
+    grid: tuple[int, ...]
 
-    >>> import torch
-    >>> normalize(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]])).tolist()
-    [[0.0, 1.0, 0.5], [0.0, 0.0, 0.0]]
+
+def cameras(parts: Sequence[Resized], shares: Float[Tensor, "r n"], size: Sequence[int]) -> FlatMaps:
+    """CAMERAS: `L = sum_k mean_r U(G_k(x_r)) * mean_r U(A_k(x_r))`, with U to `size` (Jalwana et al., 2021).
+
+    `shares` weigh the sizes for each image. Channels are upsampled a few at a time.
     """
-    dims = (dim,) if isinstance(dim, int) else tuple(dim)
-    low, high = maps.amin(dims, keepdim=True), maps.amax(dims, keepdim=True)
-    flat = is_flat(low, high, maps.dtype)
-    # The inner `where` matters: without it the branch that is not taken still makes NaN gradients.
-    return torch.where(flat, 0, (maps - low) / torch.where(flat, 1, high - low))
+    _, targets, channels, _ = parts[0].gradients.shape
+    step = max(1, _VALUES_AT_ONCE // (math.prod(size) * shares.shape[1] * (1 + targets)))
+    total: Any = 0
+    for start in range(0, channels, step):
+        activations: Any = 0
+        gradients: Any = 0
+        for part, share_ in zip(parts, shares):
+            activations = activations + _upsampled(part.activations[:, start : start + step], part.grid, size, share_)
+            gradients = gradients + _upsampled(part.gradients[:, :, start : start + step], part.grid, size, share_)
+        total = total + combine(gradients, activations)
+    return total
 
 
-def resize(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
-    """Multilinear interpolation of the last `len(size)` axes (one to three) to `size`, without antialiasing.
-
-    >>> import torch
-    >>> resize(torch.tensor([[0.0, 1.0]]), (4,)).tolist()
-    [[0.0, 0.25, 0.75, 1.0]]
-    """
-    size = tuple(int(side) for side in size)
-    axes = len(size)
-    if axes not in _LINEAR or maps.ndim < axes:
-        raise CamError(
-            f"size has {axes} axes, maps have shape {tuple(maps.shape)}: one to three of their last axes can be resized"
-        )
-    if tuple(maps.shape[-axes:]) == size:
-        return maps
-    lead = maps.shape[:-axes]
-    flat = maps.reshape(1, -1, *maps.shape[-axes:])
-    return F.interpolate(flat, size, mode=_LINEAR[axes], align_corners=align_corners).reshape(*lead, *size)
+def _upsampled(values: Tensor, grid: Sequence[int], size: Sequence[int], share_: Tensor) -> Tensor:
+    """Values on a grid, at another size, times each image's share."""
+    found = resize(values.to(wide(values.dtype)).unflatten(-1, tuple(grid)), size).flatten(-len(size))
+    return found * share_.to(found.dtype).reshape(-1, *[1] * (found.ndim - 1))
 
 
-def blur(values: Tensor, kernel: int, sigma: float, axes: int) -> Tensor:
-    """Gaussian blur of the last `axes` axes, by a kernel of so many pixels (an odd number), mirrored at the border.
+class Product(NamedTuple):
+    """A gradient times what it belongs to, divided by the magnitudes of both: no product leaves the dtype's range."""
 
-    An axis may be shorter than the kernel.
+    values: Tensor
+    magnitudes: tuple[Tensor, Tensor]
 
-    >>> import torch
-    >>> blur(torch.tensor([0.0, 0.0, 4.0, 0.0, 0.0]), 3, 1e9, 1)  # a box
-    tensor([0.0000, 1.3333, 1.3333, 1.3333, 0.0000])
-    """
-    offsets = torch.arange(kernel, device=values.device) - kernel // 2
-    bell = torch.exp(-0.5 * (offsets.to(values.dtype) / sigma).square())
-    for axis in range(-axes, 0):
-        side = values.shape[axis]
-        at = (torch.arange(side, device=values.device)[:, None] + offsets).abs() % max(1, 2 * side - 2)
-        mirrored = torch.minimum(at, (2 * side - 2 - at).abs())
-        matrix = torch.zeros(side, side, dtype=values.dtype, device=values.device)
-        matrix = matrix.scatter_add(1, mirrored, (bell / bell.sum()).expand(side, kernel))
-        values = (values.movedim(axis, -1) @ matrix.mT).movedim(-1, axis)
-    return values
+    def sum(self) -> Tensor:
+        """Each image's sum, in its own units, `(n,)`."""
+        first, second = (each.flatten() for each in self.magnitudes)
+        return self.values.flatten(1).sum(1) * first * second
 
 
-def percentile(values: Tensor, percent: float) -> Tensor:
-    """The percentile over the last axis, which stays: `torch.quantile`, which has no limit of size here, and no loop in `vmap`.
-
-    >>> import torch
-    >>> percentile(torch.tensor([4.0, 1.0, 2.0]), 75)
-    tensor([3.])
-    """
-    ordered = values.sort(-1).values
-    place = percent / 100 * (values.shape[-1] - 1)
-    low, high = (ordered[..., at(place) : at(place) + 1] for at in (math.floor, math.ceil))
-    return low + (place - math.floor(place)) * (high - low)
+def gradient_times(gradient: Tensor, other: Tensor) -> Product:
+    """`G * B`, for a gradient with the batch first and an input, or a bias, that broadcasts to it."""
+    other = other.to(wide(other.dtype))
+    sizes = magnitude(gradient, tuple(range(1, gradient.ndim))), magnitude(other, tuple(range(other.ndim)))
+    return Product(gradient / sizes[0] * (other / sizes[1]), sizes)
 
 
-def checked_blur(blur: tuple[int, float]) -> tuple[int, float]:
-    """The kernel and deviation of a blur, or a sentence about what is wrong with them."""
-    pair = isinstance(blur, (tuple, list)) and len(blur) == 2 and isinstance(blur[0], int)
-    if not pair or blur[0] < 1 or blur[0] % 2 == 0 or not blur[1] > 0:
-        raise CamError(f"blur={blur!r} must be an odd number of pixels and a standard deviation, as in (51, 50.0)")
-    return blur
+def full_grad(part: Tensor, size: Sequence[int], *, each: bool = False, align_corners: bool = True) -> Tensor:
+    """FullGrad's `psi(P) = sum_k U(norm(|P_k|))`, for one part `(n, c, *grid)` of the score (Srinivas and Fleuret, 2019).
 
-
-def cubic(image: Tensor, size: Sequence[int]) -> Tensor:
-    """An image `(n, k, *sides)` at another size, by cubic interpolation along one axis after the other.
-
-    >>> import torch
-    >>> cubic(torch.tensor([[[1.0, 1.0, 1.0]]]), (6,)).tolist()
-    [[[1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]]
-    """
-    found = image.to(wide(image.dtype))
-    for axis, side in enumerate(size, 2):
-        last = found.movedim(axis, -1)
-        flat = last.reshape(1, -1, last.shape[-1], 1)  # torch has it for two axes; along one of length 1 it changes nothing
-        longer = F.interpolate(flat, (side, 1), mode="bicubic", align_corners=False)
-        found = longer.reshape(*last.shape[:-1], side).movedim(-1, axis)
-    return found.to(image.dtype)
-
-
-def share(maps: Tensor, axes: int) -> Tensor:
-    """`L / max L` over the last `axes`; zeros where nothing is positive."""
-    high = maps.amax(tuple(range(-axes, 0)), keepdim=True)
-    return torch.where(high > 0, maps / torch.where(high > 0, high, 1), 0)
-
-
-def saliency(part: Tensor, size: Sequence[int], *, each: bool = False, align_corners: bool = True) -> Tensor:
-    """`sum_k U(norm(|part_k|))` of `(n, c, *grid)`: FullGrad's psi, summed over channels and brought to `size`.
-
-    norm is min-max over an image's channels and positions together; `each`: over each channel's positions.
+    A part is the input or a bias times its gradient. norm is min-max over an image's channels and positions together, or over
+    each channel's positions with `each`. U resizes to `size`.
     """
     axes = tuple(range(2 if each else 1, part.ndim))
     return resize(normalize(part.abs(), axes).sum(1), size, align_corners=align_corners)
+
+
+def batch_norm_bias(
+    bias: Tensor | None, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+) -> Float[Tensor, " c"]:
+    """`b - m w / sqrt(v + eps)`: all that a batch norm adds in eval mode."""
+    shift = -mean * torch.rsqrt(variance + eps)
+    shift = shift if weight is None else shift * weight
+    return shift if bias is None else bias + shift
 
 
 def fuse(maps: Sequence[Tensor], size: Sequence[int] | None = None) -> Tensor:

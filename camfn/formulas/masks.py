@@ -1,19 +1,25 @@
-"""From an activation to masks, and from a mask to a masked input. One channel of one image; `vmap` makes the rows."""
+"""Masks, and masked inputs. A function takes one channel of one image; `vmap` maps it over the rows of a sweep."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from camfn import _compat
 from camfn._errors import CamError, closest
-from camfn.formulas.maps import is_flat, resize
+from camfn._types import Activations, wide
+from camfn.formulas.resampling import resize
+from camfn.formulas.scaling import is_flat, percentile
+
+_AT_ONCE = 64  # masks at the input's size
+
+
+Noise = Literal["mask", "activation", "input"]
 
 
 class Recipe(NamedTuple):
-    """Where the papers and the libraries differ about Score-CAM, as knobs. See `camfn.RECIPES`."""
+    """The choices of Score-CAM in which papers and libraries differ. See `camfn.RECIPES`."""
 
     masks: Literal["normalize_first", "upsample_first"] = "normalize_first"
     align_corners: bool = False
@@ -52,7 +58,6 @@ def recipe_of(recipe: str | Recipe) -> Recipe:
     return RECIPES[recipe]
 
 
-Noise = Literal["mask", "activation", "input"]
 Form = Literal["recipe", "given", "tanh", "shifted"]
 
 
@@ -66,6 +71,7 @@ class Variation(NamedTuple):
     recipe: Recipe = Recipe()
     form: Form = "recipe"  # min-max as the recipe has it; or, upsampled, what is given; or its tanh; or a window of it
     shifts: Tensor | None = None  # (c, axes), on the CPU: where the windows begin
+    under: Tensor | None = None  # (n, k, *size): what shows where the mask does not
 
     @property
     def zeros_are_equal(self) -> bool:
@@ -77,8 +83,14 @@ class Variation(NamedTuple):
         return flat_channels(channels) if self.form == "recipe" else (channels == 0).all(-1)
 
 
-def path_scales(num_samples: int, path: str) -> tuple[float, ...]:
-    """IS-CAM's coefficients: `"cumulative"` is `c_i = sum_{j<=i} j/N`, `"linear"` is `c_i = i/N`, for i = 1..N."""
+def is_cam(num_samples: int, path: str) -> tuple[float, ...]:
+    """IS-CAM's coefficients of the masked input, for i = 1..N, N being `num_samples` (Naidu et al., 2020).
+
+    `path="cumulative"`: `c_i = sum_{j<=i} j/N`, as the authors and torchcam have it. `path="linear"`: `c_i = i/N`.
+
+    >>> is_cam(4, "linear"), is_cam(4, "cumulative")
+    ((0.25, 0.5, 0.75, 1.0), (0.25, 0.75, 1.5, 2.5))
+    """
     steps = range(1, num_samples + 1)
     if path == "cumulative":
         return tuple(i * (i + 1) / (2 * num_samples) for i in steps)
@@ -88,7 +100,7 @@ def path_scales(num_samples: int, path: str) -> tuple[float, ...]:
 
 
 class Rule(NamedTuple):
-    """How a row's masked input is made: what all rows share."""
+    """How to make the masked input of a row: what all rows share."""
 
     size: tuple[int, ...]
     dtype: torch.dtype  # of the activation: what "flat up to rounding" is relative to
@@ -102,7 +114,7 @@ class Rule(NamedTuple):
         return *self[:-1], self.under is None
 
 
-def unit(values: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def min_max(values: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Min-max of one channel, `(A - min A) / (max A - min A + eps)`; zeros where it is flat."""
     low, high = values.amin(), values.amax()
     flat = is_flat(low, high, dtype)
@@ -110,24 +122,36 @@ def unit(values: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
 
 
 def mask_of(rule: Rule, channel: Tensor, noise: Any) -> Tensor:
-    """The mask of one channel `(*grid)` at the input's size. `noise` is what was drawn for it: of a window, where it begins."""
-    recipe = rule.recipe
+    """The mask of one channel `(*grid)`, at the input's size. `noise` is the channel's sample, or the place of its window."""
     if rule.form == "shifted":
         return window(channel, noise, rule.size)
-    if rule.form != "recipe":
-        return gate(rule.form, resize(channel, rule.size))
-    if rule.noise == "activation":  # SS-CAM's first form: the noise goes on before the min-max, whatever the recipe's order
-        return unit(resize(channel, rule.size, align_corners=recipe.align_corners) + noise, recipe.eps, rule.dtype)
+    if rule.form == "tanh":
+        return torch.tanh(resize(channel, rule.size))
+    if rule.form == "given":
+        return resize(channel, rule.size)
+    if rule.noise in ("mask", "activation"):
+        return ss_cam(rule, channel, noise)
+    return score_cam(rule, channel)
+
+
+def score_cam(rule: Rule, channel: Tensor) -> Tensor:
+    """Score-CAM's mask: `M = U(norm(A))`, or `norm(U(A))` where the recipe upsamples first (Wang et al., 2020)."""
+    recipe = rule.recipe
     if recipe.masks == "normalize_first":
-        mask = resize(unit(channel, recipe.eps, rule.dtype), rule.size, align_corners=recipe.align_corners)
-    else:
-        mask = unit(resize(channel, rule.size, align_corners=recipe.align_corners), recipe.eps, rule.dtype)
-    return mask + noise if rule.noise == "mask" else mask
+        return resize(min_max(channel, recipe.eps, rule.dtype), rule.size, align_corners=recipe.align_corners)
+    return min_max(resize(channel, rule.size, align_corners=recipe.align_corners), recipe.eps, rule.dtype)
 
 
-def gate(form: Form, values: Tensor) -> Tensor:
-    """What an upsampled activation lets through: itself, or its tanh."""
-    return torch.tanh(values) if form == "tanh" else values
+def ss_cam(rule: Rule, channel: Tensor, noise: Tensor) -> Tensor:
+    """SS-CAM's mask: `M + e`, or `norm(U(A) + e)` for noise on the activation (Wang et al., 2020, arXiv 2006.14255).
+
+    The noise on the activation is added before the min-max norm, whatever the recipe's order. With noise on the input the mask
+    is Score-CAM's: see `with_input_noise`.
+    """
+    if rule.noise == "activation":
+        upsampled = resize(channel, rule.size, align_corners=rule.recipe.align_corners)
+        return min_max(upsampled + noise, rule.recipe.eps, rule.dtype)
+    return score_cam(rule, channel) + noise
 
 
 def window(cells: Tensor, shift: Tensor, size: Sequence[int]) -> Tensor:
@@ -140,26 +164,10 @@ def window(cells: Tensor, shift: Tensor, size: Sequence[int]) -> Tensor:
     return stretched
 
 
-@_compat.eager
-def random_cells(
-    seed: int | torch.Generator, count: int, cells: int, size: Sequence[int], probability: float
-) -> tuple[Tensor, Tensor]:
-    """RISE's cells `(count, cells, ...)`, true with this probability, and the shifts `(count, axes)` of their windows.
-
-    However many there are, the first are the same, on every device: they are drawn on the CPU, and are small.
-    """
-    with _compat.outside_transforms():
-        generator, _ = _generator_for(seed, torch.device("cpu"))
-        axes, number = len(size), cells ** len(size)
-        drawn = torch.rand(count, number + axes, generator=generator, dtype=torch.float64, device="cpu")
-        breadths = torch.tensor([math.ceil(side / cells) for side in size], dtype=torch.float64, device="cpu")
-        return (drawn[:, :number] < probability).reshape(count, *(cells,) * axes), (drawn[:, number:] * breadths).long()
-
-
 def masked_input(rule: Rule, image: Tensor, under: Tensor | None, channel: Tensor, scale: Tensor, noise: Any) -> Tensor:
     """`scale * image * mask`, for one image `(k, *size)` and one channel of its activation `(*grid)`.
 
-    With what is seen under the mask, `image * mask + under * (1 - mask)`.
+    With `under`, which shows where the mask does not: `image * mask + under * (1 - mask)`.
     """
     mask = mask_of(rule, channel, noise).to(image.dtype)
     scale = scale.to(image.dtype)
@@ -167,12 +175,18 @@ def masked_input(rule: Rule, image: Tensor, under: Tensor | None, channel: Tenso
         return image * mask + under * (1 - mask)
     if rule.noise != "input":
         return image * (mask * scale)  # a mask has fewer values than an image
-    masked = image * mask
-    # SS-CAM's second form. The authors' code passes std/(max - min) squared as the deviation; the paper says deviation.
+    return with_input_noise(image * mask, noise) * scale
+
+
+def with_input_noise(masked: Tensor, noise: Tensor) -> Tensor:
+    """SS-CAM's second form: `x * M + e / (max - min of x * M)`.
+
+    The authors' code has `std / (max - min)` squared as the deviation; the paper has the deviation.
+    """
     span = masked.amax() - masked.amin()
-    flat = is_flat(masked.amin(), masked.amax(), image.dtype)
+    flat = is_flat(masked.amin(), masked.amax(), masked.dtype)
     # To the image's dtype before the division: a float64 scalar does not make a float32 tensor wider.
-    return (masked + torch.where(flat, 0, noise.to(image.dtype) / torch.where(flat, 1, span))) * scale
+    return masked + torch.where(flat, 0, noise.to(masked.dtype) / torch.where(flat, 1, span))
 
 
 def flat_channels(channels: Tensor) -> Tensor:
@@ -180,90 +194,55 @@ def flat_channels(channels: Tensor) -> Tensor:
     return is_flat(channels.amin(-1), channels.amax(-1), channels.dtype)
 
 
-def check_noise(method: str, num_samples: Any, std: Any, seed: Any) -> None:
-    """A sentence about what is wrong with how a method draws."""
-    check_samples(method, num_samples)
-    if not (isinstance(std, (int, float)) and 0 <= std < math.inf):
-        raise CamError(f"{method} needs a finite std >= 0, found {std!r}")
-    if not isinstance(seed, (int, torch.Generator)):
-        raise CamError(f"seed must be an int or a torch.Generator, found {seed!r}")
+# ------------------------------------------------------------------------------- masks of other methods, on the layer's grid
 
 
-def check_samples(method: str, num_samples: Any) -> None:
-    """How often it draws, or steps."""
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise CamError(f"{method} needs a whole num_samples >= 1, found {num_samples!r}")
+def group_cam(levels: Tensor, grid: Sequence[int], size: Sequence[int], percent: float | None, dtype: torch.dtype) -> Tensor:
+    """Group-CAM's masks, of each group's positive sum `levels (n, t, g, p)` (Zhang et al., 2021).
 
-
-def _generator_for(given: int | torch.Generator, device: torch.device) -> tuple[torch.Generator, int]:
-    """A generator of our own on `device`, and a seed; the caller's generator is copied and does not advance."""
-    generator = torch.Generator(device)
-    if isinstance(given, int):
-        return generator.manual_seed(given), given
-    if given.device.type != device.type:
-        return generator.manual_seed(given.initial_seed()), given.initial_seed()
-    generator.set_state(given.get_state())
-    return generator, 0 if device.type == "cpu" else int(torch.randint(1 << 62, (), generator=generator, device=device))
-
-
-@_compat.eager
-def uniform(seed: int | torch.Generator, count: int) -> Tensor:
-    """So many numbers in [0, 1), on the CPU: the same for every device, and for all that `vmap` maps over."""
-    with _compat.outside_transforms():
-        generator, _ = _generator_for(seed, torch.device("cpu"))
-        return torch.rand(count, generator=generator, device="cpu", dtype=torch.float64)
-
-
-_EVERY = 256  # 5 kB each: who goes back draws up to so many pieces again
-
-
-def noise_stream(
-    variation: Variation, channels: int, shape: Sequence[int], device: torch.device
-) -> Callable[[Tensor], Tensor | None]:
-    """A function from `(b, 2)` pairs (draw, channel), at best in order, to their noise `(b, *shape)`, float32.
-
-    A pair's noise depends on nothing but the seed and the pair. On the CPU that is one stream with the draws outermost, as
-    torchcam draws it, so channels that are left out are drawn and dropped; elsewhere each pair has its own generator.
+    `M_g = norm(U(L_g))`, on the grid: upsampling is linear, so a sum that is scaled on the grid by the extremes of the
+    upsampled one is upsampled to a mask from 0 to 1. `percent`: values up to this percentile become 0 before. `dtype` is the
+    activation's, to whose rounding a sum may be flat.
     """
-    if (shifts := variation.shifts) is not None:
-        return lambda pairs: shifts.index_select(0, pairs[:, 1]).to(device)
-    if variation.noise is None:
-        return lambda pairs: None
-    on_cpu = device.type == "cpu"
-    generator, seed = _generator_for(variation.seed, device)
-    drawn, last = 0, torch.empty(0, device=device)
-    marks = [generator.get_state()] if on_cpu else []  # of every `_EVERY`th piece: the way back, for who asks out of order
-
-    def fresh() -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32) * variation.std
-
-    def piece(draw: int, channel: int) -> Tensor:
-        nonlocal drawn, last
-        if not on_cpu:
-            generator.manual_seed(((seed * 1_000_003 + draw) * 1_000_003 + channel) % (1 << 62))
-            return fresh()
-        wanted = draw * channels + channel
-        if drawn > wanted + 1:
-            drawn = wanted // _EVERY * _EVERY
-            generator.set_state(marks[drawn // _EVERY])
-        while drawn <= wanted:
-            last = fresh()
-            drawn += 1
-            if drawn == len(marks) * _EVERY:
-                marks.append(generator.get_state())
-        return last
-
-    @_compat.eager
-    def take(pairs: Tensor) -> Tensor:
-        with _compat.outside_transforms():  # vmap forbids drawing inside it; this noise is the same for all that it maps
-            asked = [(draw, channel) for draw, channel in _compat.unwrapped(pairs).tolist()]
-            made = {pair: piece(*pair) for pair in dict.fromkeys(asked)}
-            return torch.stack([made[pair] for pair in asked])
-
-    return take
+    if percent is not None:
+        levels = torch.where(levels > percentile(levels, percent), levels, 0)
+    pieces = levels.flatten(0, 2).unflatten(-1, tuple(grid)).split(_AT_ONCE)
+    upsampled = (resize(some, size).flatten(1) for some in pieces)
+    extremes = torch.cat([torch.stack([each.amin(-1), each.amax(-1)], -1) for each in upsampled])
+    low, high = extremes.reshape(*levels.shape[:3], 2).split(1, -1)
+    flat = is_flat(low, high, dtype)
+    return torch.where(flat, 0, (levels - low) / torch.where(flat, 1, high - low))
 
 
-def noises(draws: int, std: float, seed: int | torch.Generator, like: Tensor) -> Iterator[Tensor]:
-    """Noise like one image `(k, *size)`, float32, one draw after the other."""
-    take: Any = noise_stream(Variation((1.0,) * draws, "input", std, seed), 1, tuple(like.shape), like.device)
-    return (take(torch.tensor([(draw, 0)], device="cpu"))[0] for draw in range(draws))
+def poly_cam(values: Activations, flat: Tensor, variant: str, percent: float) -> Activations:
+    """Poly-CAM's masks `M_k` and what they leave, `1 - M_k`, on the grid (Englebert et al., 2022).
+
+    `M_k` is 0 at the `percent` percentile of its channel and 1 at `100 - percent`, linear between. `variant="+"` has the masks,
+    `"-"` what they leave, `"+-"` both. A flat channel has zeros for both: it masks nothing and leaves the input.
+    """
+    values = values.to(wide(values.dtype))
+    low, high = percentile(values, percent), percentile(values, 100 - percent)
+    # The authors divide by `high` alone. Hardly anything of a channel may be above its lowest value: then the mask is that.
+    steep = is_flat(low, high, values.dtype)
+    levels = torch.where(steep, (values > high).to(values.dtype), (values - low) / torch.where(steep, 1, high - low))
+    kept = torch.where(flat[..., None], 0, levels.clamp(0, 1))
+    # Upsampling is linear and its weights sum to one, so the complement can be taken on the grid.
+    left = torch.where(flat[..., None], 0, 1 - kept)
+    return torch.cat({"+": [kept], "-": [left], "+-": [kept, left]}[variant], 1)
+
+
+def recipro_cam(grid: Sequence[int], numbers: Tensor, steps: Tensor) -> Tensor:
+    """Recipro-CAM's masks `(r, p)` of the positions `numbers (r,)` (Byun and Lee, 2024).
+
+    `steps` are the weights at distance 0, 1, ... along an axis, the last one beyond: `(1, 0)` leaves one position,
+    `(1/2, 1/4, 0)` a Gaussian window, cut off at the border. Axes multiply.
+    """
+    axes = [torch.arange(side, device=numbers.device) for side in grid]
+    places = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")])
+    away = (places[:, None] - places.index_select(1, numbers)[..., None]).abs()
+    return steps[away.clamp(max=len(steps) - 1)].prod(0)
+
+
+def opti_cam(level: Tensor, grid: Sequence[int], size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Opti-CAM's mask: `norm(U(L))`, of one map `(p,)` (Zhang et al., 2023). `dtype` is the activation's."""
+    return min_max(resize(level.unflatten(0, tuple(grid)), size), 0.0, dtype)

@@ -10,14 +10,16 @@ from camfn.methods.head import ablation_cam, lift_cam, recipro_cam
 from camfn.methods.masked import is_cam, score_cam, ss_cam
 from camfn.methods.optimised import opti_cam
 from camfn.methods.poly import poly_cam
+from camfn.methods.registry import METHODS, Cost, Method, Need, Outcome
 from camfn.methods.sampled import rise
 from camfn.methods.summed import group_cam, score_cam_pp
-from camfn.methods.table import METHODS, Method, Outcome
 from camfn.methods.transformers import ag_cam, attention_rollout, gradient_attention, legrad
 
 __all__ = [
     "METHODS",
+    "Cost",
     "Method",
+    "Need",
     "Outcome",
     "ablation_cam",
     "ag_cam",

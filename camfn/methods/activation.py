@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -10,16 +11,14 @@ from torch import Tensor, nn
 
 from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layer, Layers, Layout, Size, State, Target
-from camfn.formulas import weights
-from camfn.formulas.masks import uniform
-from camfn.layouts import Read
-from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read
-from camfn.model.forward import Subject, look
+from camfn.formulas import noise, weights
+from camfn.methods._common import Drawing, Explained, combined, drawn, explain_layer, weighed
+from camfn.methods.registry import Need, Outcome, method
 from camfn.model.linear_head import find_linear, matrix_of
-from camfn.targets import Score, at_columns, resolve
+from camfn.targets import at_columns
 
 
-@method("activations", "linear head", cost="1")
+@method(weights.cam, (Need.ACTIVATIONS, Need.LINEAR_HEAD))
 def cam(
     model: nn.Module,
     layer: Layers,
@@ -62,20 +61,18 @@ def cam(
     """
     if isinstance(layer, (list, tuple)) and len(layer) > 1:
         raise CamError(f"cam explains one layer, the one before the pooling; found {len(layer)}")
-    subject, score, clean, reads = look_at(model, layer, x, target, state, layout)
-    if not score.linear:
+    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    if not found.score.linear:
         raise CamError(
             "cam weighs channels by a class's row of the linear layer: its target must be classes, or a sum or contrast of them"
         )
-    name = find_linear(subject.shell, fc, reads[0].values.shape[1], subject.output)
-    matrix = matrix_of(subject.shell, subject.state, name)
-    found = (at_columns(score, matrix),)  # of a class: its row
-    drawing = Drawing(relu, size, normalize, checked_combine(combine))
-    outcome = drawn(subject, score, clean, combined(found, reads, drawing), [reads[0].grid], drawing)
-    return outcome._replace(weights=found)
+    task = found.forward.task
+    name = find_linear(task.shell, fc, found.reads[0].values.shape[1], found.forward.output)
+    matrix = matrix_of(task.shell, task.state, name)
+    return weighed(found, [weights.cam(partial(at_columns, found.score), matrix)])
 
 
-@method("activations", cost="1")
+@method(weights.mean_cam, (Need.ACTIVATIONS,))
 def mean_cam(
     model: nn.Module,
     layer: Layers,
@@ -106,11 +103,11 @@ def mean_cam(
 
     Karjauv & Albayrak, LaFAM, 2024 (arXiv 2407.06059).
     """
-    seen, drawing = look_at(model, layer, x, target, state, layout), Drawing(relu, size, normalize, checked_combine(combine))
-    return alike_weighed(seen, [weights.mean_cam(part.values) for part in seen.reads], seen.reads, drawing)
+    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    return weighed_alike(found, [weights.mean_cam(part.values) for part in found.reads])
 
 
-@method("activations", cost="1")
+@method(weights.fem, (Need.ACTIVATIONS,))
 def fem(
     model: nn.Module,
     layer: Layers,
@@ -151,15 +148,13 @@ def fem(
         raise CamError(f'form must be "mean" or "share", found {form!r}')
     if isinstance(k, bool) or not isinstance(k, (int, float)) or not math.isfinite(k):
         raise CamError(f"fem needs a finite number of deviations for k, found {k!r}")
-    seen, drawing = look_at(model, layer, x, target, state, layout), Drawing(relu, size, normalize, checked_combine(combine))
-    strong = [weights.far_above(part.values, k) for part in seen.reads]
-    if form == "share":
-        return alike_weighed(seen, [part.mean(-1) for part in strong], seen.reads, drawing)
-    summed = [part._replace(values=where) for part, where in zip(seen.reads, strong)]
-    return alike_weighed(seen, [weights.means(part.values) for part in seen.reads], summed, drawing)
+    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    pairs = [weights.fem(part.values, k, form) for part in found.reads]
+    summed = tuple(part._replace(values=values) for part, (_, values) in zip(found.reads, pairs))
+    return weighed_alike(found._replace(reads=summed), [weight for weight, _ in pairs])
 
 
-@method("activations", cost="1")
+@method(weights.random_cam, (Need.ACTIVATIONS,))
 def random_cam(
     model: nn.Module,
     layer: Layers,
@@ -196,41 +191,26 @@ def random_cam(
     """
     if not isinstance(seed, (int, torch.Generator)):
         raise CamError(f"seed must be an int or a torch.Generator, found {seed!r}")
-    seen, drawing = look_at(model, layer, x, target, state, layout), Drawing(relu, size, normalize, checked_combine(combine))
-    found = [weights.random_cam(uniform(seed, part.values.shape[1]), part.values) for part in seen.reads]
-    return alike_weighed(seen, found, seen.reads, drawing)
+    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    drawn = [noise.uniform(seed, part.values.shape[1]) for part in found.reads]
+    return weighed_alike(found, [weights.random_cam(u, part.values) for u, part in zip(drawn, found.reads)])
 
 
 # ------------------------------------------------------------------------------------------------- what they share
 
 
-class Seen(NamedTuple):
-    """What one forward gives."""
-
-    subject: Subject
-    score: Score
-    clean: Tensor  # (n, t)
-    reads: list[Read]  # of each layer
+def weighed_alike(found: Explained, weights: Sequence[Float[Tensor, "n c"]]) -> Outcome:
+    """The outcome of weights that all targets share."""
+    signed = combined(found, [each[:, None] for each in weights])
+    return drawn_alike(found, [part[:, 0] for part in signed], weights)
 
 
-def look_at(model: nn.Module, layer: Layers, x: Inputs, target: Target, state: State | None, layout: Layout) -> Seen:
-    """Activations and scores."""
-    subject = look(model, layer, x, state, None, masks=False)
-    score = resolve(target, subject.output, subject.n, subject.image.device)
-    clean = clean_scores(subject, score)
-    return Seen(subject, score, clean, [read(subject, *each, layout) for each in zip(subject.layers, subject.seen)])
-
-
-def alike_weighed(seen: Seen, found: Sequence[Float[Tensor, "n c"]], summed: Sequence[Read], drawing: Drawing) -> Outcome:
-    """The maps of weights that are the same for all targets."""
-    signed = combined([each[:, None] for each in found], summed, drawing)
-    return alike(seen, [part[:, 0] for part in signed], found, drawing)
-
-
-def alike(
-    seen: Seen, signed: Sequence[Float[Tensor, "n p"]], found: Sequence[Float[Tensor, "n c"]], drawing: Drawing
+def drawn_alike(
+    found: Explained, signed: Sequence[Float[Tensor, "n p"]], weights: Sequence[Float[Tensor, "n c"]] = ()
 ) -> Outcome:
-    """Maps that are the same for all targets: made once, and shown for each."""
-    every = [part[:, None].expand(-1, seen.clean.shape[1], -1) for part in signed]
-    outcome = drawn(seen.subject, seen.score, seen.clean, every, [part.grid for part in seen.reads], drawing)
-    return outcome._replace(weights=tuple(each[:, None].expand(-1, seen.clean.shape[1], -1) for each in found))
+    """The outcome of class-agnostic maps: made once, and returned for each target."""
+
+    def each(value: Tensor) -> Tensor:
+        return value[:, None].expand(-1, found.clean.shape[1], -1)
+
+    return drawn(found, [each(part) for part in signed])._replace(weights=tuple(each(part) for part in weights))

@@ -8,15 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from camfn._errors import CamError
-from camfn._types import Combine, FlatMaps, Inputs, Layers, Layout, Size, State, Target, wide
-from camfn.formulas import maps as _maps
-from camfn.formulas import weights
-from camfn.formulas.masks import check_noise, noises
-from camfn.formulas.scaling import size_of
-from camfn.methods.graded import Graded, grade, seen_of, weighed
-from camfn.methods.table import Drawing, Outcome, checked_combine, drawn, method, read, slopes_at, stacked
-from camfn.model.forward import again, look, without_graph
-from camfn.model.gradients import slopes_of
+from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target
+from camfn.formulas import maps, noise, weights
+from camfn.formulas.maps import Resized
+from camfn.formulas.scaling import magnitude
+from camfn.methods._common import (
+    Drawing,
+    Explained,
+    Graded,
+    check_noise,
+    drawn,
+    explained,
+    gradients_of,
+    read,
+    stacked,
+    weighed,
+)
+from camfn.methods.registry import Cost, Need, Outcome, method
+from camfn.model.forward import again, look, look_with_gradients, without_graph
+from camfn.model.gradients import each_target
 from camfn.model.inputs import Key
 from camfn.model.memory import is_exhausted
 from camfn.targets import resolve
@@ -24,11 +34,8 @@ from camfn.targets import resolve
 SIZES = tuple(side / 224 for side in range(324, 1000, 100))
 """CAMERAS' default: beside an input of 224 pixels, 324, 424 ... 924."""
 
-_AT_ONCE = 1 << 22
-"""Values of upsampled activations that CAMERAS holds at once."""
 
-
-@method("activations", "gradients", cost="5, 4 backward")
+@method(weights.smooth_grad_cam_pp, (Need.ACTIVATIONS, Need.GRADIENTS), Cost(5, backwards=4))
 def smooth_grad_cam_pp(
     model: nn.Module,
     layer: Layers,
@@ -73,20 +80,20 @@ def smooth_grad_cam_pp(
     """
     check_noise("smooth_grad_cam_pp", num_samples, std, seed)
     with without_graph():
-        seen = seen_of(look(model, layer, x, state, masked, masks=True), target, layout)
-        subject, score, clean, reads, _ = seen
-        held: list[Any] = [None] * len(reads)
-        for noise in noises(num_samples, std, seed, subject.image[0]):
-            noisy = again(subject, subject.image + noise.to(subject.image.dtype))
-            slopes = slopes_at(noisy, score, layout)
-            held = [weights.with_draw(*pair) for pair in zip(held, slopes)]
-        found = [weights.smooth_grad_cam_pp(each, num_samples, part.values) for each, part in zip(held, reads)]
-        outcome = weighed(seen, found, Drawing(relu, size, normalize, checked_combine(combine)))
-    forwards = subject.forwards + num_samples * subject.n
-    return outcome._replace(forwards=forwards, backwards=num_samples * clean.numel())
+        forward = look(model, layer, x, state, masked, masks=True)
+        found = explained(forward, target, Drawing(relu, size, normalize, layout, combine))
+        held: list[Any] = [None] * len(found.reads)
+        for sample in noise.noises(num_samples, std, seed, forward.image[0]):
+            noisy, pullback = again(forward, forward.image + sample.to(forward.image.dtype))
+            gradients = gradients_of(found._replace(forward=noisy), pullback)
+            held = [weights.with_draw(*pair) for pair in zip(held, gradients)]
+        each = [weights.smooth_grad_cam_pp(moments, num_samples, part.values) for moments, part in zip(held, found.reads)]
+        outcome = weighed(found, each)
+    forwards = forward.forwards + num_samples * forward.n
+    return outcome._replace(forwards=forwards, backwards=num_samples * found.clean.numel())
 
 
-@method("activations", "gradients", "any size", cost="8, 8 backward")
+@method(maps.cameras, (Need.ACTIVATIONS, Need.GRADIENTS, Need.ANY_SIZE), Cost(8, backwards=8))
 def cameras(
     model: nn.Module,
     layer: Layers,
@@ -129,14 +136,14 @@ def cameras(
     """
     factors = _checked_factors(factors)
     with without_graph():
-        own = grade(model, layer, x, target, state, layout, masked=masked, masks=True)
-        others = [_at(own, factor) for factor in factors]
-        shares = _shares(own, others, target)
-        side: Any = own.subject.size
-        drawing, every = Drawing(relu, size, normalize), [own, *others]
-        signed = [_product(_within(every, i, drawing), i, shares, side) for i in range(len(own.reads))]
-        outcome = drawn(own.subject, own.score, own.clean, signed, [side] * len(signed), drawing)
-    forwards = outcome.forwards + len(others) * own.subject.n
+        forward, pullback = look_with_gradients(model, layer, x, state, masked, masks=True)
+        own = explained(forward, target, Drawing(relu, size, normalize, layout))
+        graded = Graded(own, gradients_of(own, pullback))
+        others = [_at(graded, factor) for factor in factors]
+        shares, side = _shares(own, [other.explained for other in others], target), tuple(forward.image.shape[2:])
+        parts = [_resized([graded, *others], i) for i in range(len(own.reads))]
+        outcome = drawn(own, [maps.cameras(each, shares, side) for each in parts], [side] * len(parts))
+    forwards = outcome.forwards + len(others) * forward.n
     return outcome._replace(forwards=forwards, backwards=(1 + len(others)) * own.clean.numel())
 
 
@@ -148,11 +155,11 @@ def _checked_factors(factors: Any) -> tuple[float, ...]:
 
 
 def _at(own: Graded, factor: float) -> Graded:
-    """Activation and gradient of the input at another size."""
-    subject = own.subject
-    size = [max(1, round(side * factor)) for side in subject.image.shape[2:]]
+    """The activation and the gradient of the input at another size."""
+    forward, found = own.explained.forward, own.explained
+    size = [max(1, round(side * factor)) for side in forward.image.shape[2:]]
     try:
-        other = again(subject, _maps.cubic(subject.image, size))
+        other, pullback = again(forward, maps.cubic(forward.image, size))
     except (RuntimeError, ValueError, AssertionError) as error:
         if isinstance(error, CamError) or is_exhausted(error):
             raise
@@ -161,48 +168,26 @@ def _at(own: Graded, factor: float) -> Graded:
             f"cameras shows the model its input at other sizes, and it does not take {tuple(size)} ({first}); "
             "factors= says which, factors=() none"
         ) from error
-    assert other.pull is not None
-    reads = [read(other, name, seen, part.like) for name, seen, part in zip(other.layers, other.seen, own.reads)]
-    found = slopes_of(other.pull, other.output, own.score)
-    return Graded(other, own.score, own.clean, reads, stacked(other, found, [part.view for part in reads]))
+    likes = [part.like for part in found.reads]
+    reads = tuple(read(other, *each) for each in zip(other.layers, other.activations, likes))
+    each = each_target(pullback.gradients, other.output, found.score)
+    return Graded(found._replace(forward=other, reads=reads), stacked(other, each, [part.view for part in reads]))
 
 
-def _shares(own: Graded, others: Sequence[Graded], target: Target) -> Tensor:
-    """How much each size counts for each image, `(r, n)`; where the class is predicted, only sizes that agree on it do."""
+def _shares(own: Explained, others: Sequence[Explained], target: Target) -> Tensor:
+    """The weight of each size for each image, `(r, n)`. Where the class is predicted, sizes that predict another have none."""
     kept = torch.ones_like(own.clean[:, 0]).expand(1 + len(others), -1)
     if target is None:
-        best = [resolve(None, other.subject.output, len(own.clean), own.clean.device).rows for other in others]
+        best = [resolve(None, other.forward.output, len(own.clean), own.clean.device).rows for other in others]
         kept = torch.stack([rows[:, 0] == own.score.rows[:, 0] for rows in (own.score.rows, *best)]).to(kept.dtype)
     return kept / kept.sum(0)
 
 
-def _within(graded: Sequence[Graded], layer: int, drawing: Drawing) -> list[Graded]:
-    """With a layer's gradients, at all sizes, up to one positive factor for each map, where that is normalised anyway."""
-    if not drawing.normalize:
-        return list(graded)
-    size = torch.stack([size_of(part.slopes[layer], (2, 3)) for part in graded]).amax(0)
-    return [
-        part._replace(slopes=[slope / size if i == layer else slope for i, slope in enumerate(part.slopes)]) for part in graded
-    ]
-
-
-def _product(graded: Sequence[Graded], layer: int, shares: Tensor, size: Sequence[int]) -> FlatMaps:
-    """`sum_k mean_r U(G) * mean_r U(A)` at a layer, some channels at a time."""
-    _, targets, channels, _ = graded[0].slopes[layer].shape
-    step = max(1, _AT_ONCE // (math.prod(size) * shares.shape[1] * (1 + targets)))
-    total: Any = 0
-    for start in range(0, channels, step):
-        activations: Any = 0
-        slopes: Any = 0
-        for part, share in zip(graded, shares):
-            values, grid = part.reads[layer].values[:, start : start + step], part.reads[layer].grid
-            activations = activations + _spread(values, grid, size, share)
-            slopes = slopes + _spread(part.slopes[layer][:, :, start : start + step], grid, size, share)
-        total = total + _maps.combine(slopes, activations)
-    return total
-
-
-def _spread(values: Tensor, grid: Sequence[int], size: Sequence[int], share: Tensor) -> Tensor:
-    """A share of values on a grid, brought to `size`."""
-    upsampled = _maps.resize(values.to(wide(values.dtype)).unflatten(-1, tuple(grid)), size).flatten(-len(size))
-    return upsampled * share.to(upsampled.dtype).reshape(-1, *[1] * (upsampled.ndim - 1))
+def _resized(graded: Sequence[Graded], layer: int) -> list[Resized]:
+    """A layer at all sizes. Its gradients are scaled by one positive factor for each map where that is normalized anyway."""
+    gradients = [part.gradients[layer] for part in graded]
+    if graded[0].explained.drawing.normalize:
+        size = torch.stack([magnitude(each, (2, 3)) for each in gradients]).amax(0)
+        gradients = [each / size for each in gradients]
+    reads = [part.explained.reads[layer] for part in graded]
+    return [Resized(part.values, each, part.grid) for part, each in zip(reads, gradients)]

@@ -1,5 +1,6 @@
 """FullGrad: what the input and every bias of the network contribute to the score."""
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,15 +11,14 @@ from torch.nn.modules.conv import _ConvNd
 from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Inputs, Layout, Size, State, Target, wide
-from camfn.formulas import maps as _maps
+from camfn.formulas import maps
 from camfn.formulas.diagnostics import Finding
-from camfn.formulas.scaling import size_of
-from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, without_layer
+from camfn.methods._common import Drawing, checked_size, drawn, explained, without_layer
+from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.capture import Captured, calls_from
-from camfn.model.forward import Subject, check_slopes, introduced, without_graph
-from camfn.model.gradients import Pull, slopes_of, with_pull
-from camfn.model.inputs import pick, with_input
-from camfn.targets import resolve
+from camfn.model.forward import Forward, Task, begin, check_differentiable, without_graph
+from camfn.model.gradients import Of, Pullback, each_target, with_pullback
+from camfn.model.inputs import Companions, pick, with_input
 
 Form = Literal["authors", "pytorch-grad-cam"]
 
@@ -37,12 +37,12 @@ class Bias(NamedTuple):
 class Parts(NamedTuple):
     """A network taken apart: by its gradient at the input and at every layer with a bias."""
 
-    subject: Subject
-    pull: Pull  # to the input, 0, and to the layers with a bias, 1, 2, ... in the order of execution
+    forward: Forward
+    pullback: Pullback  # to the input, 0, and to the layers with a bias, 1, 2, ... in the order of execution
     biases: list[Bias]  # of these layers
 
 
-@method("gradients", "biases", cost="1, 1 backward")
+@method(maps.full_grad, (Need.GRADIENTS, Need.BIASES), Cost(backwards=1))
 def full_grad(
     model: nn.Module,
     layer: None,
@@ -95,81 +95,73 @@ def full_grad(
         )
     with without_graph():
         parts = _apart(model, x, state)
-        subject, score = parts.subject, resolve(target, parts.subject.output, parts.subject.n, parts.subject.image.device)
-        if subject.size is None:
-            raise CamError(f"full_grad needs spatial axes in the input, and x has shape {tuple(subject.image.shape)}")
-        clean = clean_scores(subject, score)
-        made = slopes_of(parts.pull, subject.output, score, lambda slopes: _joined(parts, slopes, form))
-        signed = torch.stack([joined.flatten(1) for joined, _ in made], 1)
-        outcome = drawn(subject, score, clean, [signed], [subject.size], Drawing(relu, size, normalize))
-        remarks = _left_out(clean, torch.stack([total for _, total in made], 1)) if score.linear else ()
-    return outcome._replace(backwards=clean.numel(), remarks=remarks)
+        forward, spatial = parts.forward, parts.forward.size
+        found = explained(forward, target, Drawing(relu, size, normalize, layout))
+        if spatial is None:
+            raise CamError(f"full_grad needs spatial axes in the input, and x has shape {tuple(forward.image.shape)}")
+        checked_size(size, forward.batch, len(spatial))
+
+        def joined(of: Of) -> tuple[Tensor, Tensor]:
+            return _joined(parts, parts.pullback.gradients(of), form)
+
+        made = each_target(joined, forward.output, found.score)
+        outcome = drawn(found, [torch.stack([part.flatten(1) for part, _ in made], 1)], [spatial])
+        remarks = _left_out(found.clean, torch.stack([total for _, total in made], 1)) if found.score.linear else ()
+    return outcome._replace(backwards=found.clean.numel(), remarks=remarks)
 
 
 def _apart(model: nn.Module, x: Inputs, state: State | None) -> Parts:
-    subject = introduced(model, x, state)
-    check_slopes(subject.shell)
-    found = {name: _bias_of(subject, name, module) for name, module in subject.shell.distinct().items()}
-    biases = {name: bias for name, bias in found.items() if bias is not None}
+    task = begin(model, x, state)
+    check_differentiable(task.shell)
+    every = {name: _bias_of(task, name, module) for name, module in task.shell.distinct().items()}
+    biases = {name: bias for name, bias in every.items() if bias is not None}
     called: tuple[str, ...] = ()
 
     def run(state: State, x: Inputs, nudge: Any = None) -> Captured:
         nonlocal called
-        image = pick(x, subject.key)
+        image = pick(x, task.batch.key)
         own: Any = nudge(image) if callable(nudge) else nudge and nudge[0]
-        moved = x if own is None else with_input(x, subject.key, image + own)
+        moved = x if own is None else with_input(x, task.batch.key, image + own)
         rest = nudge if callable(nudge) else nudge and nudge[1:]
-        (output, seen), called = calls_from(subject.model.shell(), [*biases])(state, moved, rest)
+        (output, seen), called = calls_from(task.model.shell(), [*biases])(state, moved, rest)
         return Captured(output, (image, *seen))
 
-    (output, _), pull = with_pull(run, subject.state, subject.x, None)
-    return Parts(subject._replace(output=output, forwards=subject.n), pull, [biases[name] for name in called])
+    (output, _), pullback = with_pullback(run, task.state, task.batch.x, None)
+    companions = Companions(task.batch.key, task.batch.n)
+    forward = Forward(task, (), False, output, (), companions, task.batch.n)
+    return Parts(forward, pullback, [biases[name] for name in called])
 
 
-def _bias_of(subject: Subject, name: str, module: nn.Module) -> Bias | None:
+def _bias_of(task: Task, name: str, module: nn.Module) -> Bias | None:
     """All that the layer adds to a linear function of its input."""
     if not isinstance(module, (_ConvNd, nn.Linear, _BatchNorm)):
         return None
 
     def own(leaf: str) -> Tensor | None:
-        tensor = subject.state.get(subject.shell.aliases.get(f"{name}.{leaf}", ""))
+        tensor = task.state.get(task.shell.aliases.get(f"{name}.{leaf}", ""))
         return None if tensor is None else tensor.to(wide(tensor.dtype))
 
     bias, mean, variance = own("bias"), own("running_mean"), own("running_var")
     if isinstance(module, _BatchNorm) and mean is not None and variance is not None:
-        shift = -mean * torch.rsqrt(variance + module.eps)
-        weight = own("weight")
-        shift = shift if weight is None else shift * weight
-        bias = shift if bias is None else bias + shift
+        bias = maps.batch_norm_bias(bias, own("weight"), mean, variance, module.eps)
     return None if bias is None else Bias(bias, isinstance(module, nn.Linear))
 
 
-def _joined(parts: Parts, slopes: dict[int, Tensor], form: Form) -> tuple[Tensor, Tensor]:
-    """The map of one target, and what all its parts sum to in each image."""
-    image, side = parts.subject.image, parts.subject.image.shape[2:]
+def _joined(parts: Parts, gradients: dict[int, Tensor], form: Form) -> tuple[Tensor, Tensor]:
+    """The map of one target, and the sum of all its parts in each image."""
+    image, side = parts.forward.image, parts.forward.image.shape[2:]
     peer = form == "pytorch-grad-cam"
-    product, size = _product(slopes[0], image)
-    joined, total = _maps.saliency(product, side, each=peer, align_corners=not peer), _sum(product, size)
+    psi = partial(maps.full_grad, size=side, each=peer, align_corners=not peer)
+    product = maps.gradient_times(gradients[0], image)
+    joined, total = psi(product.values), product.sum()
     for i, bias in enumerate(parts.biases, 1):
-        product, size = _product(slopes[i], bias.along(slopes[i]))
-        if len(product) == len(image):  # else it is of windows, or has its tokens first: whose is which cannot be told
-            total = total + _sum(product, size)
-            if product.ndim == image.ndim and not (peer and bias.last):
-                part = product.movedim(-1, 1) if bias.last else product
-                joined = joined + _maps.saliency(part, side, each=peer, align_corners=not peer)
+        product = maps.gradient_times(gradients[i], bias.along(gradients[i]))
+        values = product.values
+        if len(values) == len(image):  # else it is of windows, or has its tokens first: which image it is of is not known
+            total = total + product.sum()
+            if values.ndim == image.ndim and not (peer and bias.last):
+                joined = joined + psi(values.movedim(-1, 1) if bias.last else values)
     return joined, total
-
-
-def _product(slopes: Tensor, other: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """A gradient times what is added, each in units of its size; saliency is the same in any. And the two sizes."""
-    other = other.to(wide(other.dtype))
-    sizes = size_of(slopes, tuple(range(1, slopes.ndim))), size_of(other, tuple(range(other.ndim)))
-    return slopes / sizes[0] * (other / sizes[1]), sizes
-
-
-def _sum(product: Tensor, sizes: tuple[Tensor, Tensor]) -> Tensor:
-    first, second = (size.flatten() for size in sizes)
-    return product.flatten(1).sum(1) * first * second
 
 
 def _left_out(clean: Tensor, total: Tensor) -> tuple[Finding, ...]:

@@ -1,20 +1,21 @@
 """Methods whose map is a first component: of an activation, or of its product with a gradient."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
 from camfn._errors import CamError
-from camfn._types import FlatMaps, Inputs, Layers, Layout, Size, State, Target, wide
-from camfn.formulas import components, maps
+from camfn._types import FlatMaps, Inputs, Layers, Layout, Size, State, Target
+from camfn.formulas import components
 from camfn.formulas.components import Kernel
-from camfn.methods.activation import alike, look_at
-from camfn.methods.gradient import Graded, grade
-from camfn.methods.table import Drawing, Outcome, drawn, method, within
+from camfn.methods._common import Drawing, Graded, drawn, explain_layer, grade_layer, within
+from camfn.methods.activation import drawn_alike
+from camfn.methods.registry import Cost, Need, Outcome, method
 
 
-@method("activations", cost="1")
+@method(components.eigen_cam, (Need.ACTIVATIONS,))
 def eigen_cam(
     model: nn.Module,
     layer: Layers,
@@ -55,14 +56,12 @@ def eigen_cam(
 
     Muhammad & Yeasin, Eigen-CAM, IJCNN 2020 (arXiv 2008.00299).
     """
-    seen, drawing = look_at(model, layer, x, target, state, layout), Drawing(relu, size, normalize)
-    values = [part.values for part in seen.reads]
-    values = [maps.centered(each, each.dtype) if center else each.to(wide(each.dtype)) for each in values]
-    found = [components.first(each, "peak") for each in values]
-    return alike(seen, [first.scores for first in found], [first.loadings for first in found], drawing)
+    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout))
+    first = [components.eigen_cam(part.values, center) for part in found.reads]
+    return drawn_alike(found, [each.scores for each in first], [each.loadings for each in first])
 
 
-@method("activations", cost="1")
+@method(components.kpca_cam, (Need.ACTIVATIONS,))
 def kpca_cam(
     model: nn.Module,
     layer: Layers,
@@ -103,12 +102,11 @@ def kpca_cam(
         raise CamError(f"kernel {kernel!r} is not known; all: {', '.join(components.KERNELS)}")
     if gamma is not None and not (isinstance(gamma, (int, float)) and 0 < gamma < math.inf):
         raise CamError(f"gamma must be None or a finite number above 0, found {gamma!r}")
-    seen, drawing = look_at(model, layer, x, target, state, layout), Drawing(relu, size, normalize)
-    values = [maps.centered(part.values, part.values.dtype) for part in seen.reads]
-    return alike(seen, [components.kernel_first(each, kernel, gamma, unit=normalize) for each in values], [], drawing)
+    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout))
+    return drawn_alike(found, [components.kpca_cam(part.values, kernel, gamma, unit=normalize) for part in found.reads])
 
 
-@method("activations", "gradients", cost="1, 1 backward")
+@method(components.eigen_grad_cam, (Need.ACTIVATIONS, Need.GRADIENTS), Cost(backwards=1))
 def eigen_grad_cam(
     model: nn.Module,
     layer: Layers,
@@ -140,13 +138,11 @@ def eigen_grad_cam(
 
     Muhammad & Yeasin, Eigen-CAM, IJCNN 2020 (arXiv 2008.00299), with the gradient as in pytorch-grad-cam's `EigenGradCAM`.
     """
-    graded = grade(model, layer, x, target, state, layout)
-    pairs, drawing = zip(graded.slopes, graded.reads), Drawing(relu, size, normalize)
-    signed = [maps.component(within(slopes, drawing), part.values, center=center) for slopes, part in pairs]
-    return _of_gradients(graded, signed, drawing)
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout))
+    return _of_gradients(graded, partial(components.eigen_grad_cam, center=center))
 
 
-@method("activations", "gradients", cost="1, 1 backward")
+@method(components.seg_eigen_cam, (Need.ACTIVATIONS, Need.GRADIENTS), Cost(backwards=1))
 def seg_eigen_cam(
     model: nn.Module,
     layer: Layers,
@@ -179,13 +175,11 @@ def seg_eigen_cam(
 
     Chung & Ying, Seg-Eigen-CAM, Applied Sciences 2025 (doi 10.3390/app15137562). pytorch-grad-cam's `SegEigenCAM`.
     """
-    graded = grade(model, layer, x, target, state, layout)
-    pairs, drawing = zip(graded.slopes, graded.reads), Drawing(relu, size, normalize)
-    weights = ((within(slopes, drawing).abs(), part) for slopes, part in pairs)
-    signed = [maps.component(sizes, part.values, center=center, sign="peak") for sizes, part in weights]
-    return _of_gradients(graded, signed, drawing)
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout))
+    return _of_gradients(graded, partial(components.seg_eigen_cam, center=center))
 
 
-def _of_gradients(graded: Graded, signed: Sequence[FlatMaps], drawing: Drawing) -> Outcome:
-    outcome = drawn(graded.subject, graded.score, graded.clean, signed, [part.grid for part in graded.reads], drawing)
-    return outcome._replace(backwards=graded.clean.numel())
+def _of_gradients(graded: Graded, formula: Callable[..., FlatMaps]) -> Outcome:
+    found = graded.explained
+    signed = [formula(within(gradients, found.drawing), activations) for gradients, activations in graded.pairs]
+    return drawn(found, signed)._replace(backwards=found.clean.numel())

@@ -1,22 +1,18 @@
 """Methods that weigh every position of a channel by the gradient of the score there."""
 
 import itertools
-from typing import Literal
 
-import torch
 from torch import nn
 
 from camfn._errors import CamError
 from camfn._types import Combine, Gradients, Inputs, Layers, Layout, Size, State, Target
-from camfn.formulas import maps as _maps
-from camfn.formulas import weights
-from camfn.methods.graded import Graded, grade, weighed
-from camfn.methods.table import Drawing, Outcome, checked_combine, checked_size, method, within
-
-Fuse = Literal["paper", "torchcam"]
+from camfn.formulas import maps, weights
+from camfn.formulas.maps import Fuse
+from camfn.methods._common import Drawing, Graded, checked_size, grade_layer, weighed_by_gradients, within
+from camfn.methods.registry import Cost, Need, Outcome, method
 
 
-@method("activations", "gradients", cost="1, 1 backward")
+@method(weights.hires_cam, (Need.ACTIVATIONS, Need.GRADIENTS), Cost(backwards=1))
 def hires_cam(
     model: nn.Module,
     layer: Layers,
@@ -48,11 +44,11 @@ def hires_cam(
 
     Draelos & Carin, Use HiResCAM instead of Grad-CAM, 2020 (arXiv 2011.08891).
     """
-    graded = grade(model, layer, x, target, state, layout)
-    return weighed(graded, graded.slopes, Drawing(relu, size, normalize, checked_combine(combine)))
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    return weighed_by_gradients(graded, [weights.hires_cam(gradients) for gradients in graded.gradients])
 
 
-@method("activations", "gradients", cost="1, 1 backward")
+@method(weights.grad_cam_elementwise, (Need.ACTIVATIONS, Need.GRADIENTS), Cost(backwards=1))
 def grad_cam_elementwise(
     model: nn.Module,
     layer: Layers,
@@ -84,12 +80,11 @@ def grad_cam_elementwise(
     Cai, CAMs as Shapley Value-based Explainers, 2025 (arXiv 2501.06261), as Grad-CAM-E; pytorch-grad-cam's
     `GradCAMElementWise`.
     """
-    graded = grade(model, layer, x, target, state, layout)
-    found = [weights.grad_cam_elementwise(slopes, part.values) for slopes, part in zip(graded.slopes, graded.reads)]
-    return weighed(graded, found, Drawing(relu, size, normalize, checked_combine(combine)))
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    return weighed_by_gradients(graded, [weights.grad_cam_elementwise(*pair) for pair in graded.pairs])
 
 
-@method("activations", "gradients", cost="1, 1 backward")
+@method(weights.layer_cam, (Need.ACTIVATIONS, Need.GRADIENTS), Cost(backwards=1))
 def layer_cam(
     model: nn.Module,
     layer: Layers,
@@ -132,28 +127,23 @@ def layer_cam(
     """
     if fuse not in (None, "paper", "torchcam"):
         raise CamError(f'fuse must be None, "paper" or "torchcam", found {fuse!r}')
-    graded = grade(model, layer, x, target, state, layout)
-    found = [torch.relu(slopes) for slopes in graded.slopes]
-    drawing = Drawing(relu, size, normalize, checked_combine(combine))
-    return weighed(graded, found, drawing) if fuse is None else _fused(graded, found, fuse, drawing)
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    found = [weights.layer_cam(gradients) for gradients in graded.gradients]
+    return weighed_by_gradients(graded, found) if fuse is None else _fused(graded, found, fuse)
 
 
-def _fused(graded: Graded, found: list[Gradients], how: Fuse, drawing: Drawing) -> Outcome:
+def _fused(graded: Graded, found: list[Gradients], how: Fuse) -> Outcome:
     """One map of several layers' maps."""
-    subject, grids = graded.subject, [part.grid for part in graded.reads]
+    explained, drawing = graded.explained, graded.explained.drawing
+    grids = [part.grid for part in explained.reads]
     if len(grids) < 2 or not drawing.relu:
         raise CamError(f"fuse={how!r} joins the maps of several layers, after their ReLU; found {len(grids)}, {drawing.relu=}")
     if any(after > before for grid, deeper in itertools.pairwise(grids) for before, after in zip(grid, deeper)):
         raise CamError(f"fuse={how!r} takes layers from shallow to deep; found grids {', '.join(map(str, grids))}")
     scaled = [within(each, drawing._replace(normalize=True)) for each in found]  # each map is scaled before they are fused
-    outcome = weighed(graded, scaled, drawing._replace(size=None, normalize=False))._replace(weights=tuple(found))
+    raw = graded._replace(explained=explained._replace(drawing=drawing._replace(size=None, normalize=False)))
+    outcome = weighed_by_gradients(raw, scaled)._replace(weights=tuple(found))
     axes = len(grids[0])
-    if how == "torchcam":
-        shown = [torch.tanh(2 * _maps.normalize(each, tuple(range(-axes, 0)))) for each in outcome.maps]
-    else:
-        shares = [_maps.share(each, axes) for each in outcome.maps]
-        # How the deepest is scaled the paper does not say; as it is, it would not compare with what is below 1.
-        shown = [*(torch.tanh(2 * each) for each in shares[:-1]), shares[-1]]
-    size = checked_size(drawing.size, subject.x, subject.key, axes) or [max(sides) for sides in zip(*grids)]
-    fused = _maps.fuse(shown, size)
-    return outcome._replace(maps=_maps.normalize(fused, tuple(range(-axes, 0))) if drawing.normalize else fused)
+    size = checked_size(drawing.size, explained.forward.batch, axes) or [max(sides) for sides in zip(*grids)]
+    fused = maps.layer_cam(tuple(outcome.maps), axes, how, size)
+    return outcome._replace(maps=maps.normalize(fused, tuple(range(-axes, 0))) if drawing.normalize else fused)

@@ -6,12 +6,21 @@ from camfn._errors import CamError
 from camfn._types import Combine, Gradients, Inputs, Layers, Layout, Size, State, Target
 from camfn.formulas import weights
 from camfn.formulas.weights import Alphas
-from camfn.methods.graded import Graded, grade, seen_of, weighed
-from camfn.methods.table import Drawing, Outcome, bends_at, checked_combine, method
-from camfn.model.forward import Subject, again, look
+from camfn.methods._common import (
+    Drawing,
+    Explained,
+    curvatures_of,
+    explained,
+    grade_layer,
+    weighed,
+    weighed_by_gradients,
+)
+from camfn.methods.registry import Cost, Need, Outcome, method
+from camfn.model.forward import again, look_with_gradients
+from camfn.model.gradients import Pullback
 
 
-@method("activations", "gradients", cost="1, 1 backward")
+@method(weights.grad_cam, (Need.ACTIVATIONS, Need.GRADIENTS), Cost(backwards=1))
 def grad_cam(
     model: nn.Module,
     layer: Layers,
@@ -46,13 +55,11 @@ def grad_cam(
 
     Selvaraju et al., Grad-CAM, ICCV 2017 (arXiv 1610.02391).
     """
-    graded = grade(model, layer, x, target, state, layout)
-    return weighed(
-        graded, [weights.grad_cam(slopes) for slopes in graded.slopes], Drawing(relu, size, normalize, checked_combine(combine))
-    )
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    return weighed_by_gradients(graded, [weights.grad_cam(gradients) for gradients in graded.gradients])
 
 
-@method("activations", "gradients", cost="1, 1 backward")
+@method(weights.grad_cam_pp, (Need.ACTIVATIONS, Need.GRADIENTS), Cost(backwards=1))
 def grad_cam_pp(
     model: nn.Module,
     layer: Layers,
@@ -90,12 +97,11 @@ def grad_cam_pp(
     """
     if alphas not in ("paper", "authors"):
         raise CamError(f'alphas must be "paper" or "authors", found {alphas!r}')
-    graded = grade(model, layer, x, target, state, layout)
-    found = [weights.grad_cam_pp(slopes, part.values, alphas) for slopes, part in zip(graded.slopes, graded.reads)]
-    return weighed(graded, found, Drawing(relu, size, normalize, checked_combine(combine)))
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    return weighed_by_gradients(graded, [weights.grad_cam_pp(*pair, alphas) for pair in graded.pairs])
 
 
-@method("activations", "gradients", cost="1, 1 backward")
+@method(weights.xgrad_cam, (Need.ACTIVATIONS, Need.GRADIENTS), Cost(backwards=1))
 def xgrad_cam(
     model: nn.Module,
     layer: Layers,
@@ -128,12 +134,11 @@ def xgrad_cam(
 
     Fu et al., Axiom-based Grad-CAM, BMVC 2020 (arXiv 2008.02312). torchcam's `XGradCAM`, but for the 1e-8 in its denominator.
     """
-    graded = grade(model, layer, x, target, state, layout)
-    found = [weights.xgrad_cam(slopes, part.values) for slopes, part in zip(graded.slopes, graded.reads)]
-    return weighed(graded, found, Drawing(relu, size, normalize, checked_combine(combine)))
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    return weighed_by_gradients(graded, [weights.xgrad_cam(*pair) for pair in graded.pairs])
 
 
-@method("activations", "gradients", cost="1, 2 backward")
+@method(weights.shapley_cam, (Need.ACTIVATIONS, Need.GRADIENTS), Cost(backwards=2))
 def shapley_cam(
     model: nn.Module,
     layer: Layers,
@@ -169,20 +174,21 @@ def shapley_cam(
 
     Cai, CAMs as Shapley Value-based Explainers, 2025 (arXiv 2501.06261).
     """
-    seen = seen_of(look(model, layer, x, state, None, masks=False, graph=True), target, layout)
-    subject, pairs = _bent(seen, layout)
-    found, seen = [weights.shapley_cam(*pair) for pair in pairs], seen._replace(subject=subject)
-    outcome = weighed(seen, found, Drawing(relu, size, normalize, checked_combine(combine)))
-    return outcome._replace(backwards=outcome.backwards * (1 + len(set(outcome.layers))))
+    forward, pullback = look_with_gradients(model, layer, x, state)
+    found = explained(forward, target, Drawing(relu, size, normalize, layout, combine))
+    found, pairs = _with_curvatures(found, pullback)
+    outcome = weighed(found, [weights.shapley_cam(*pair) for pair in pairs])
+    return outcome._replace(backwards=found.clean.numel() * (1 + len(set(outcome.layers))))
 
 
-def _bent(seen: Graded, layout: Layout) -> tuple[Subject, list[tuple[Gradients, Gradients]]]:
-    """Gradients and Hessian products, and the subject that gave them."""
-    subject = seen.subject
+def _with_curvatures(found: Explained, pullback: Pullback) -> tuple[Explained, list[tuple[Gradients, Gradients]]]:
+    """Gradients and Hessian-vector products, and the forward pass that gave them."""
+    forward = found.forward
     try:
-        return subject, bends_at(subject, seen.score, layout)
+        return found, curvatures_of(found, pullback)
     except RuntimeError as error:
         if "scaled_dot_product" not in str(error):
             raise
-    other = again(subject, subject.image, unfused=True)
-    return other._replace(forwards=subject.forwards + subject.n), bends_at(other, seen.score, layout)
+    other, pullback = again(forward, forward.image, unfused=True)
+    found = found._replace(forward=other._replace(forwards=forward.forwards + forward.n))
+    return found, curvatures_of(found, pullback)

@@ -1,5 +1,6 @@
 """Methods that change the layer's activation, or follow it, through what comes after the layer alone."""
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -9,18 +10,18 @@ from torch import Tensor, nn
 from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target
-from camfn.formulas import weights
-from camfn.formulas.scaling import unit
+from camfn.formulas import maps, masks, weights
+from camfn.formulas.scaling import rescale
 from camfn.layouts import Read
-from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read, within
+from camfn.methods._common import Drawing, Explained, combined, drawn, explain_layer, weighed, within
+from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.deeplift import multipliers
-from camfn.model.forward import Subject, check_slopes, look, without_graph
+from camfn.model.forward import check_differentiable, without_graph
 from camfn.sweep.changes import Change, Scored, room_for, sweep_at
 from camfn.sweep.options import Sweep, checked, counter
-from camfn.targets import Score, resolve
 
 
-@method("activations", "head", cost="1, channels + 1 head")
+@method(weights.ablation_cam, (Need.ACTIVATIONS, Need.HEAD), Cost(head=1, head_per_channel=1))
 def ablation_cam(
     model: nn.Module,
     layer: Layers,
@@ -60,14 +61,13 @@ def ablation_cam(
     Desai & Ramaswamy, Ablation-CAM, WACV 2020 (doi 10.1109/WACV45572.2020.9093360). pytorch-grad-cam's `AblationCAM`.
     """
     with without_graph():
-        swept = _swept(model, layer, x, target, sweep, state, layout, _without_channel, _channels)
-        found = [_drops(part, numbers, scored) for part, numbers, scored in zip(swept.reads, swept.wanted, swept.scored)]
-        drawing = Drawing(relu, size, normalize, checked_combine(combine))
-        outcome = _drawn(swept, combined(found, swept.reads, drawing), drawing)
-        return outcome._replace(weights=tuple(found))
+        found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+        swept = _swept(found, sweep, _without_channel, _channels)
+        each = [_drops(part, numbers, scored) for part, numbers, scored in zip(found.reads, swept.wanted, swept.scored)]
+        return _counted(weighed(found, each), swept)
 
 
-@method("activations", "head", cost="1, positions head")
+@method(masks.recipro_cam, (Need.ACTIVATIONS, Need.HEAD), Cost(head_per_position=1))
 def recipro_cam(
     model: nn.Module,
     layer: Layers,
@@ -109,12 +109,12 @@ def recipro_cam(
         raise CamError(f'window must be None or "gaussian", found {window!r}')
     steps = (1.0, 0.0) if window is None else (0.5, 0.25, 0.0)
     with without_graph():
-        swept = _swept(model, layer, x, target, sweep, state, layout, lambda part: _around_position(part, steps), _positions)
-        signed = [torch.stack(scored.scores).mT for scored in swept.scored]
-        return _drawn(swept, signed, Drawing(relu, size, normalize))
+        found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout))
+        swept = _swept(found, sweep, lambda part: _around_position(part, steps), _positions)
+        return _counted(drawn(found, [maps.recipro_cam(scored.scores) for scored in swept.scored]), swept)
 
 
-@method("activations", "gradients", "head", cost="1, 1 backward, 2 head")
+@method(weights.lift_cam, (Need.ACTIVATIONS, Need.GRADIENTS, Need.HEAD), Cost(backwards=1, head=2))
 def lift_cam(
     model: nn.Module,
     layer: Layers,
@@ -153,17 +153,17 @@ def lift_cam(
     Shrikumar et al., 2017 (arXiv 1704.02685).
     """
     with without_graph():
-        subject, score, clean, reads = _looked(model, layer, x, target, state, layout)
-        check_slopes(subject.shell)
-        drawing = Drawing(relu, size, normalize, checked_combine(combine))
-        found, shown = [], []
-        for name, part, activation in zip(subject.layers, reads, subject.seen):
-            slopes = torch.stack([part.view(slope) for slope in multipliers(subject, name, activation, score)], 1)
-            found.append(weights.contributions(slopes, part.values))
-            shown.append(weights.contributions(within(slopes, drawing), unit(part.values, (1, 2))) if normalize else found[-1])
-        outcome = drawn(subject, score, clean, combined(shown, reads, drawing), [part.grid for part in reads], drawing)
-        heads = 2 * subject.n * len(reads)  # the activation and the zeros
-        return outcome._replace(weights=tuple(found), backwards=clean.numel() * len(reads), heads=heads)
+        found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+        forward, drawing = found.forward, found.drawing
+        check_differentiable(forward.task.shell)
+        each, shown = [], []
+        for name, part, activation in zip(forward.layers, found.reads, forward.activations):
+            slopes = torch.stack([part.view(slope) for slope in multipliers(forward, name, activation, found.score)], 1)
+            each.append(weights.lift_cam(slopes, part.values))
+            shown.append(weights.lift_cam(within(slopes, drawing), rescale(part.values, (1, 2))) if normalize else each[-1])
+        outcome = drawn(found, combined(found, shown))
+        heads = 2 * forward.n * len(found.reads)  # the activation and the zeros
+        return outcome._replace(weights=tuple(each), backwards=found.clean.numel() * len(found.reads), heads=heads)
 
 
 # ------------------------------------------------------------------------------------------------- what they share
@@ -172,50 +172,28 @@ def lift_cam(
 class _Swept(NamedTuple):
     """A sweep at each layer."""
 
-    subject: Subject
-    score: Score
-    clean: Tensor
-    reads: list[Read]
     wanted: list[list[Tensor]]  # of each layer and image, the numbers of the changes that were scored
     scored: list[Scored]
 
 
-def _looked(
-    model: nn.Module, layer: Layers, x: Inputs, target: Target, state: State | None, layout: Layout
-) -> tuple[Subject, Score, Tensor, list[Read]]:
-    subject = look(model, layer, x, state, None, masks=False)
-    score = resolve(target, subject.output, subject.n, subject.image.device)
-    clean = clean_scores(subject, score)
-    return subject, score, clean, [read(subject, name, seen, layout) for name, seen in zip(subject.layers, subject.seen)]
-
-
 def _swept(
-    model: nn.Module,
-    layer: Layers,
-    x: Inputs,
-    target: Target,
-    sweep: Sweep,
-    state: State | None,
-    layout: Layout,
-    change_of: Callable[[Read], Change],
-    wanted_of: Callable[[Read], list[Tensor]],
+    found: Explained, sweep: Sweep, change_of: Callable[[Read], Change], wanted_of: Callable[[Read], list[Tensor]]
 ) -> _Swept:
-    subject, score, clean, reads = _looked(model, layer, x, target, state, layout)
-    options = checked(sweep)
-    wanted = [wanted_of(part) for part in reads]
+    forward, options = found.forward, checked(sweep)
+    wanted = [wanted_of(part) for part in found.reads]
     tick = counter(options.progress, sum(len(numbers) for each in wanted for numbers in each))
     scored = []
-    for name, part, each in zip(subject.layers, reads, wanted):
+    for name, part, each in zip(forward.layers, found.reads, wanted):
         change = change_of(part)
-        room = room_for(subject, options, change.ways)
-        scored.append(sweep_at(subject, name, part, score, change, each, room, tick))
+        room = room_for(forward, options, change.ways)
+        scored.append(sweep_at(forward, name, part, found.score, change, wanted=each, room=room, tick=tick))
         room.tell()
     tick(None)
-    return _Swept(subject, score, clean, reads, wanted, scored)
+    return _Swept(wanted, scored)
 
 
-def _drawn(swept: _Swept, signed: list[Tensor], drawing: Drawing) -> Outcome:
-    outcome = drawn(swept.subject, swept.score, swept.clean, signed, [part.grid for part in swept.reads], drawing)
+def _counted(outcome: Outcome, swept: _Swept) -> Outcome:
+    """The outcome with the sweep's cost."""
     forwards = outcome.forwards + sum(scored.forwards for scored in swept.scored)
     return outcome._replace(forwards=forwards, heads=sum(scored.heads for scored in swept.scored))
 
@@ -248,21 +226,17 @@ def _drops(part: Read, wanted: list[Tensor], scored: Scored) -> Tensor:
     for y, numbers, scores in zip(whole, wanted, scored.scores):
         every = scores if len(scores) > c else y.repeat(c + 1, 1).index_copy(0, numbers.to(y.device), scores)
         without.append(every[:c])
-    return weights.ablation(torch.stack(without), whole)
+    return weights.ablation_cam(torch.stack(without), whole)
 
 
 def _around_position(part: Read, steps: tuple[float, ...]) -> Change:
-    """Position p left, and what is around it by the weights that so many steps along each axis have; zeros elsewhere."""
-    device = part.values.device
-    axes = [torch.arange(side, device=device) for side in part.grid]
-    places = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")])
-    falls = torch.tensor(steps, dtype=part.values.dtype, device=device)
+    """Position p left with its surroundings, weighted by their distance in steps along each axis; zeros elsewhere."""
+    falls = torch.tensor(steps, dtype=part.values.dtype, device=part.values.device)
 
     def make(activation: Tensor, numbers: Tensor) -> Tensor:
-        away = (places[:, None] - places.index_select(1, numbers)[..., None]).abs()
-        return falls[away.clamp(max=len(steps) - 1)].prod(0)[:, None] * activation
+        return masks.recipro_cam(part.grid, numbers, falls)[:, None] * activation
 
-    return Change(make, places.shape[1], lambda p: f"all but position {p} set to zero")
+    return Change(make, math.prod(part.grid), lambda p: f"all but position {p} set to zero")
 
 
 def _positions(part: Read) -> list[Tensor]:

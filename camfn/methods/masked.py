@@ -1,27 +1,27 @@
 """Methods that score masked inputs: Score-CAM and its kin."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target
-from camfn.formulas import weights
-from camfn.formulas.masks import Noise, Recipe, Variation, check_noise, check_samples, path_scales, recipe_of
-from camfn.methods.sweeps import sweep_layers
-from camfn.methods.table import Drawing, Outcome, checked_combine, clean_scores, combined, drawn, method, read, slopes_at
-from camfn.model.forward import Subject, look, without_graph
+from camfn.formulas import masks, weights
+from camfn.formulas.masks import Noise, Recipe, Variation, recipe_of
+from camfn.methods._common import Drawing, check_noise, check_samples, explained, gradients_of, weighed
+from camfn.methods.registry import Cost, Need, Outcome, method
+from camfn.model.forward import Forward, look, look_with_gradients, without_graph
+from camfn.model.gradients import Pullback
 from camfn.model.inputs import Key
 from camfn.sweep.budget import Limits, Order, checked_limits, rows_within, sweep_some
 from camfn.sweep.low_precision import sweep_narrow
 from camfn.sweep.options import Sweep, checked, usable
-from camfn.sweep.scoring import Scoring, Swept, plan, sweep_all
-from camfn.targets import resolve
+from camfn.sweep.scoring import Scoring, Swept, plan, sweep_all, sweep_layers
 
 
-@method("activations", "masked inputs", cost="channels + 1")
+@method(weights.score_cam, (Need.ACTIVATIONS, Need.MASKED_INPUTS), Cost(per_channel=1))
 def score_cam(
     model: nn.Module,
     layer: Layers,
@@ -95,11 +95,11 @@ def score_cam(
     """
     variation = Variation(recipe=recipe_of(recipe))
     limits = checked_limits(Limits(budget, tolerance, order, _as_int(seed)), variation.recipe.weights)
-    subject = look(model, layer, x, state, masked, masks=True, graph=limits.any)
-    return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize, checked_combine(combine)))
+    how = _How(variation, limits, _checked(sweep, limits, combine), Drawing(relu, size, normalize, layout, combine))
+    return _swept(_looked(model, layer, x, state, masked, how), target, how)
 
 
-@method("activations", "masked inputs", cost="35 x channels + 1")
+@method(masks.ss_cam, (Need.ACTIVATIONS, Need.MASKED_INPUTS), Cost(per_channel=35))
 def ss_cam(
     model: nn.Module,
     layer: Layers,
@@ -151,11 +151,11 @@ def ss_cam(
         raise CamError(f'noise must be "mask", "activation" or "input", found {noise!r}')
     variation = Variation((1.0,) * num_samples, noise, std, seed, recipe_of(recipe))
     limits = checked_limits(Limits(budget, tolerance, order, _as_int(seed)), variation.recipe.weights)
-    subject = look(model, layer, x, state, masked, masks=True, graph=limits.any)
-    return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize, checked_combine(combine)))
+    how = _How(variation, limits, _checked(sweep, limits, combine), Drawing(relu, size, normalize, layout, combine))
+    return _swept(_looked(model, layer, x, state, masked, how), target, how)
 
 
-@method("activations", "masked inputs", cost="10 x channels + 1")
+@method(masks.is_cam, (Need.ACTIVATIONS, Need.MASKED_INPUTS), Cost(per_channel=10))
 def is_cam(
     model: nn.Module,
     layer: Layers,
@@ -199,10 +199,10 @@ def is_cam(
     Naidu et al., IS-CAM: Integrated Score-CAM, 2020 (arXiv 2010.03023). torchcam's `ISCAM` by default.
     """
     check_samples("is_cam", num_samples)
-    variation = Variation(path_scales(num_samples, path), recipe=recipe_of(recipe))
+    variation = Variation(masks.is_cam(num_samples, path), recipe=recipe_of(recipe))
     limits = checked_limits(Limits(budget, tolerance, order, _as_int(seed)), variation.recipe.weights)
-    subject = look(model, layer, x, state, masked, masks=True, graph=limits.any)
-    return _swept(subject, target, variation, limits, sweep, layout, Drawing(relu, size, normalize, checked_combine(combine)))
+    how = _How(variation, limits, _checked(sweep, limits, combine), Drawing(relu, size, normalize, layout, combine))
+    return _swept(_looked(model, layer, x, state, masked, how), target, how)
 
 
 # ------------------------------------------------------------------------------------------------- what they share
@@ -212,33 +212,49 @@ def _as_int(seed: Any) -> Any:
     return seed.initial_seed() % (1 << 63) if isinstance(seed, torch.Generator) else seed
 
 
-def _swept(
-    subject: Subject, target: Target, variation: Variation, limits: Limits, sweep: Sweep, layout: Layout, drawing: Drawing
-) -> Outcome:
-    """Score-CAM and its kin: the weights come from the scores of masked inputs."""
-    recipe = variation.recipe
-    weigh = weights.softmax if recipe.weights == "softmax" else weights.score
-    if drawing.combine != "sum" and (limits.any or checked(sweep).dtype is not None):
+class _How(NamedTuple):
+    """The options of Score-CAM and its kin."""
+
+    variation: Variation
+    limits: Limits
+    sweep: Sweep
+    drawing: Drawing
+
+
+def _checked(sweep: Sweep, limits: Limits, combine: Combine) -> Sweep:
+    if combine != "sum" and (limits.any or checked(sweep).dtype is not None):
         raise CamError('budget=, tolerance= and Sweep(dtype=...) know the error of a sum: they need combine="sum"')
+    return checked(sweep)
+
+
+def _looked(
+    model: nn.Module, layer: Layers, x: Inputs, state: State | None, masked: Key, how: _How
+) -> tuple[Forward, Pullback | None]:
+    """The clean forward pass, with gradients where a budget takes them."""
+    if how.limits.any:
+        return look_with_gradients(model, layer, x, state, masked, masks=True)
+    return look(model, layer, x, state, masked, masks=True), None
+
+
+def _swept(looked: tuple[Forward, Pullback | None], target: Target, how: _How) -> Outcome:
+    """The maps of weights that come from the scores of masked inputs."""
+    (variation, limits, sweep, drawing), (forward, pullback) = how, looked
     with without_graph():
-        score = resolve(target, subject.output, subject.n, subject.image.device, recipe.score)
-        clean = clean_scores(subject, score)
-        slopes = slopes_at(subject, score, layout) if limits.any else [None] * len(subject.layers)
-        subject = subject._replace(pull=None)  # and with it the graph
-        reads = [read(subject, name, activation, layout) for name, activation in zip(subject.layers, subject.seen)]
-        plans = [plan(read, variation) for read in reads]
+        found = explained(forward, target, drawing, variation.recipe.score)
+        gradients = [None] * len(found.reads) if pullback is None else gradients_of(found, pullback)
+        del looked, pullback  # and with it the graph
+        plans = [plan(part, variation) for part in found.reads]
         rows = sum(rows_within(todo, variation, limits) for todo in plans)
-        sweep = usable(checked(sweep), subject.image.device, subject.image.dtype)
-        ways = [partial(_sweep, slopes=slope, limits=limits) for slope in slopes]
-        swept = sweep_layers(subject, score, plans, ways, rows, variation, sweep)
-        found, errors = tuple(weigh(part.scores) for part in swept), tuple(part.error for part in swept)
-        outcome = drawn(subject, score, clean, combined(found, reads, drawing), [part.grid for part in reads], drawing)
+        sweep = usable(sweep, forward.image.device, forward.image.dtype)
+        ways = [partial(_sweep, gradients=each, limits=limits) for each in gradients]
+        swept = sweep_layers(forward, found.score, plans, ways, variation, sweep, rows=rows)
+        outcome = weighed(found, [weights.score_cam(part.scores, variation.recipe.weights) for part in swept])
         forwards = outcome.forwards + sum(part.forwards for part in swept)
-        backwards = clean.numel() if limits.any else 0
-        return outcome._replace(weights=found, errors=errors, forwards=forwards, backwards=backwards)
+        backwards = found.clean.numel() if limits.any else 0
+        return outcome._replace(errors=tuple(part.error for part in swept), forwards=forwards, backwards=backwards)
 
 
-def _sweep(scoring: Scoring, slopes: Tensor | None, limits: Limits) -> Swept:
-    if slopes is not None:
-        return sweep_some(scoring, slopes, limits)
+def _sweep(scoring: Scoring, gradients: Tensor | None, limits: Limits) -> Swept:
+    if gradients is not None:
+        return sweep_some(scoring, gradients, limits)
     return sweep_all(scoring) if scoring.options.dtype is None else sweep_narrow(scoring)

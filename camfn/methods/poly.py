@@ -3,25 +3,26 @@
 import itertools
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from camfn import _compat
 from camfn._errors import CamError, warn
-from camfn._types import Activations, FlatMaps, Inputs, Layers, Layout, Size, State, Target, wide
-from camfn.formulas import maps, weights
+from camfn._types import Inputs, Layers, Layout, Size, State, Target
+from camfn.formulas import maps, masks, weights
 from camfn.formulas.masks import Variation, flat_channels
 from camfn.formulas.weights import Variant
-from camfn.methods.sweeps import sweep_in_full
-from camfn.methods.table import Drawing, Outcome, clean_scores, combined, drawn, method, read
-from camfn.model.forward import Shared, introduced, look, without_graph
+from camfn.methods._common import Drawing, combined, drawn, explained
+from camfn.methods.registry import Cost, Need, Outcome, method
+from camfn.model.forward import begin, look, without_graph
 from camfn.model.inputs import Key
 from camfn.model.layers import stages
+from camfn.model.prepare import Model
 from camfn.sweep.options import Sweep
-from camfn.targets import as_probabilities, resolve
+from camfn.sweep.scoring import sweep_in_full
+from camfn.targets import as_probabilities
 
 
-@method("activations", "masked inputs", cost="2 x channels + 1")
+@method(weights.poly_cam, (Need.ACTIVATIONS, Need.MASKED_INPUTS), Cost(per_channel=2))
 def poly_cam(
     model: nn.Module,
     layer: Layers,
@@ -71,23 +72,22 @@ def poly_cam(
     ICPR 2022 (arXiv 2204.13359).
     """
     _check(variant, percentile)
-    subject = look(model, _staged(model, x, state, masked) if layer is None else layer, x, state, masked, masks=True)
-    if layer is None:  # the finest map of all, and one forward more, to choose
-        subject = subject._replace(several=False, forwards=subject.forwards + subject.n)
+    names = _staged(model, x, state, masked) if layer is None else layer
+    forward = look(model, names, x, state, masked, masks=True)
+    if layer is None:  # the finest map of all, and one forward pass more, to choose
+        forward = forward._replace(several=False, forwards=forward.forwards + forward.n)
     with without_graph():
-        score = resolve(as_probabilities(target), subject.output, subject.n, subject.image.device)
-        clean = clean_scores(subject, score)
-        reads = [read(subject, name, activation, layout) for name, activation in zip(subject.layers, subject.seen)]
-        grids = [part.grid for part in reads]
-        _check_order(subject.layers, grids)
-        flat = [flat_channels(part.values) for part in reads]
-        rows = [part._replace(values=_masks(part.values, dead, variant, percentile)) for part, dead in zip(reads, flat)]
-        swept = sweep_in_full("poly_cam", subject, score, rows, Variation(form="given"), sweep)
-        found = tuple(weights.poly_cam(part.scores, clean, dead, variant) for part, dead in zip(swept, flat))
-        drawing = Drawing(relu, size, normalize)
-        signed = _refined(combined(found, reads, drawing), grids)
-        outcome = drawn(subject, score, clean, signed, grids, drawing)
-        return outcome._replace(weights=found, forwards=outcome.forwards + sum(part.forwards for part in swept))
+        found = explained(forward, as_probabilities(target), Drawing(relu, size, normalize, layout))
+        grids = [part.grid for part in found.reads]
+        _check_order(forward.layers, grids)
+        flat = [flat_channels(part.values) for part in found.reads]
+        each = [masks.poly_cam(part.values, dead, variant, percentile) for part, dead in zip(found.reads, flat)]
+        rows = [part._replace(values=values) for part, values in zip(found.reads, each)]
+        swept = sweep_in_full("poly_cam", forward, found.score, rows, Variation(form="given"), sweep)
+        scored = [weights.poly_cam(part.scores, found.clean, dead, variant) for part, dead in zip(swept, flat)]
+        outcome = drawn(found, maps.poly_cam(combined(found, scored), grids))
+        forwards = outcome.forwards + sum(part.forwards for part in swept)
+        return outcome._replace(weights=tuple(scored), forwards=forwards)
 
 
 def _check(variant: Variant, percentile: float) -> None:
@@ -97,9 +97,9 @@ def _check(variant: Variant, percentile: float) -> None:
         raise CamError(f"percentile={percentile!r} must be from 0 to less than 50 (0.1 is the authors')")
 
 
-def _staged(model: nn.Module | Shared, x: Inputs, state: State | None, masked: Key) -> tuple[str, ...]:
-    subject = introduced(model, x, state, masked, masks=True)
-    names = stages(subject.model, subject.state, subject.x, subject.size, subject.n)
+def _staged(model: Model, x: Inputs, state: State | None, masked: Key) -> tuple[str, ...]:
+    task = begin(model, x, state, masked, masks=True)
+    names = stages(task.model, task.state, task.batch)
     if not _compat.transformed():
         warn(f"layer=None: {', '.join(map(repr, names))} were chosen, the last layers of their sizes; name them to be sure")
     return names
@@ -111,27 +111,3 @@ def _check_order(names: Sequence[str], grids: Sequence[tuple[int, ...]]) -> None
             raise CamError(
                 f"poly_cam takes layers in the order of execution; found {name!r} of {grid} before {other!r} of {deeper}"
             )
-
-
-def _masks(values: Activations, flat: Tensor, variant: Variant, percentile: float) -> Activations:
-    """Masks at the layer's grid, and what they leave. A flat channel has none, and leaves the input: both are zeros here."""
-    values = values.to(wide(values.dtype))
-    low, high = maps.percentile(values, percentile), maps.percentile(values, 100 - percentile)
-    # The authors divide by `high` alone. Hardly anything of a channel may be above its lowest value: then the mask is that.
-    steep = maps.is_flat(low, high, values.dtype)
-    levels = torch.where(steep, (values > high).to(values.dtype), (values - low) / torch.where(steep, 1, high - low))
-    kept = torch.where(flat[..., None], 0, levels.clamp(0, 1))
-    # Upsampling is linear, and its weights sum to one: what is left of 1 can be taken on the grid.
-    left = torch.where(flat[..., None], 0, 1 - kept)
-    return torch.cat({"+": [kept], "-": [left], "+-": [kept, left]}[variant], 1)
-
-
-def _refined(signed: Sequence[FlatMaps], grids: Sequence[tuple[int, ...]]) -> list[FlatMaps]:
-    """Each layer's sum, but for the deepest, relative to its neighbourhood, times the map of those after it."""
-    found = [signed[-1]]
-    for own, grid, deeper in zip(reversed(signed[:-1]), reversed(grids[:-1]), reversed(grids[1:])):
-        coarse = maps.resize(torch.relu(own).unflatten(-1, grid), deeper)
-        around, above = (maps.resize(each, grid).flatten(2) for each in (coarse, torch.relu(found[0]).unflatten(-1, deeper)))
-        # The authors' least divisor, 1e-12, would make of what D does not see the largest values of the map.
-        found.insert(0, torch.where(around > 0, own / torch.where(around > 0, around, 1) * above, 0))
-    return found

@@ -1,26 +1,23 @@
 """Methods that look at no layer: what the model makes of masked inputs is all they know."""
 
-from functools import partial, reduce
-
 import torch
-from torch import Tensor, nn
-from torch.func import vmap
+from torch import nn
 
 from camfn import layouts
 from camfn._errors import CamError
-from camfn._types import FlatMaps, Inputs, Layers, Layout, Scores, Size, State, Target, wide
-from camfn.formulas.masks import Rule, Variation, check_noise, mask_of, random_cells
-from camfn.methods.sweeps import sweep_in_full
-from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, without_layer
+from camfn._types import Inputs, Layers, Layout, Size, State, Target, wide
+from camfn.formulas import maps, noise
+from camfn.formulas.masks import Variation
+from camfn.methods._common import Drawing, check_noise, checked_size, drawn, explained, without_layer
+from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.forward import look, without_graph
 from camfn.model.inputs import Key
 from camfn.sweep.options import Sweep
-from camfn.targets import as_probabilities, resolve
+from camfn.sweep.scoring import sweep_in_full
+from camfn.targets import as_probabilities
 
-_AT_ONCE = 64  # masks at the input's size
 
-
-@method("masked inputs", cost="4000 + 1")
+@method(maps.rise, (Need.MASKED_INPUTS,), Cost(masked=4000))
 def rise(
     model: nn.Module,
     layer: Layers,
@@ -67,22 +64,15 @@ def rise(
     check_noise("rise", num_samples, 0.0, seed)
     if not isinstance(cells, int) or cells < 1 or not 0 < probability <= 1:
         raise CamError(f"rise needs a whole number of cells >= 1 and a probability in (0, 1]; found {cells!r}, {probability!r}")
-    subject = look(model, None, x, state, masked, masks=True, taps=False)
+    forward = look(model, None, x, state, masked, masks=True, taps=False)
     with without_graph():
-        image, spatial = subject.image, tuple(subject.image.shape[2:])
-        score = resolve(as_probabilities(target), subject.output, subject.n, image.device)
-        clean = clean_scores(subject, score)
-        drawn_cells, shifts = random_cells(seed, num_samples, cells, spatial, probability)
+        image, spatial = forward.image, tuple(forward.image.shape[2:])
+        checked_size(size, forward.batch, len(spatial))
+        found = explained(forward, as_probabilities(target), Drawing(relu, size, normalize, layout))
+        drawn_cells, shifts = noise.rise(seed, num_samples, cells, spatial, probability)
         some = drawn_cells.to(image.device, wide(image.dtype))
-        rows = layouts.read(some.expand(subject.n, *some.shape), "channels_first", spatial, "", subject.n)
-        (swept,) = sweep_in_full("rise", subject, score, [rows], Variation(form="shifted", shifts=shifts), sweep)
-        summed = _weighted(swept.scores, some, shifts.to(image.device), spatial) / (num_samples * probability)
-        outcome = drawn(subject, score, clean, [summed], [spatial], Drawing(relu, size, normalize))
+        rows = layouts.read(some.expand(forward.n, *some.shape), "channels_first", spatial, "", forward.n)
+        (swept,) = sweep_in_full("rise", forward, found.score, [rows], Variation(form="shifted", shifts=shifts), sweep)
+        summed = maps.rise(swept.scores, some, shifts.to(image.device), spatial, probability)
+        outcome = drawn(found, [summed], [spatial])
         return outcome._replace(forwards=outcome.forwards + swept.forwards)
-
-
-def _weighted(scores: Scores, cells: Tensor, shifts: Tensor, size: tuple[int, ...]) -> FlatMaps:
-    """`sum_i S_i M_i`, some masks at a time; made again, which costs nothing beside the forwards."""
-    mask = partial(mask_of, Rule(size=size, dtype=cells.dtype, form="shifted"))
-    pieces = zip(scores.split(_AT_ONCE, 1), cells.split(_AT_ONCE), shifts.split(_AT_ONCE))
-    return reduce(torch.add, (s.mT @ vmap(mask)(some, shift).flatten(1).to(s.dtype) for s, some, shift in pieces))

@@ -1,27 +1,24 @@
 """Methods that score masked inputs by masks of their own, and whose maps are sums of these masks: Group-CAM, ScoreCAM++."""
 
-from functools import reduce
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from camfn._errors import CamError
-from camfn._types import FlatMaps, Gradients, Inputs, Layers, Layout, Size, State, Target, wide
-from camfn.formulas import maps, weights
-from camfn.formulas.masks import Variation, gate
-from camfn.formulas.scaling import unit
-from camfn.layouts import Read
-from camfn.methods.sweeps import sweep_in_full
-from camfn.methods.table import Drawing, Outcome, checked_size, clean_scores, drawn, method, read, slopes_at, within
-from camfn.model.forward import look, without_graph
+from camfn._types import Inputs, Layers, Layout, Size, State, Target, wide
+from camfn.formulas import maps, masks, weights
+from camfn.formulas.masks import Variation
+from camfn.methods._common import Drawing, Explained, checked_blur, checked_size, drawn, explained, gradients_of, within
+from camfn.methods.registry import Cost, Need, Outcome, method
+from camfn.model.forward import look, look_with_gradients, without_graph
 from camfn.model.inputs import Key
 from camfn.sweep.options import Sweep
-from camfn.targets import as_probabilities, resolve
+from camfn.sweep.scoring import Swept, sweep_in_full
+from camfn.targets import as_probabilities
 
-_AT_ONCE = 64  # maps at the input's size
 
-
-@method("activations", "gradients", "masked inputs", cost="32 + 2, 1 backward")
+@method(weights.group_cam, (Need.ACTIVATIONS, Need.GRADIENTS, Need.MASKED_INPUTS), Cost(2, masked=32, backwards=1))
 def group_cam(
     model: nn.Module,
     layer: Layers,
@@ -65,31 +62,31 @@ def group_cam(
     Zhang et al., Group-CAM: Group Score-Weighted Visual Explanations, 2021 (arXiv 2103.13859).
     """
     _check_groups(groups, percentile)
-    kernel, sigma = maps.checked_blur(blur)
-    subject = look(model, layer, x, state, masked, masks=True, graph=True)
+    kernel, sigma = checked_blur(blur)
+    forward, pullback = look_with_gradients(model, layer, x, state, masked, masks=True)
     with without_graph():
-        n, device = subject.n, subject.image.device
-        slopes = slopes_at(subject, resolve(target, subject.output, n, device), layout)
-        score = resolve(as_probabilities(target), subject.output, n, device)
-        clean = clean_scores(subject, score)
-        subject = subject._replace(pull=None)  # and with it the graph
-        reads = [read(subject, name, activation, layout) for name, activation in zip(subject.layers, subject.seen)]
-        spatial = tuple(subject.image.shape[2:])
-        masks = [_group_masks(part, slope, groups, percentile, spatial) for part, slope in zip(reads, slopes)]
+        drawing, spatial = Drawing(relu, size, normalize, layout), tuple(forward.image.shape[2:])
+        gradients = gradients_of(explained(forward, target, drawing), pullback)
+        del pullback  # and with it the graph
+        found = explained(forward, as_probabilities(target), drawing)
+        pairs = [(weights.grad_cam(each), part.values) for each, part in zip(gradients, found.reads)]
+        levels = [maps.group_levels(*pair, groups) for pair in pairs]
+        each = [
+            masks.group_cam(level, part.grid, spatial, percentile, part.values.dtype)
+            for level, part in zip(levels, found.reads)
+        ]
         # The masks of all targets are swept as channels, and a mask of zeros beside them, which scores the blurred input.
-        each = [torch.cat([m.flatten(1, 2), torch.zeros_like(m[:, 0, :1])], 1) for m in masks]
-        rows = [part._replace(values=values) for part, values in zip(reads, each)]
-        under = _blurred(subject.image, kernel, sigma)
-        swept = sweep_in_full("group_cam", subject, score, rows, Variation(form="given"), sweep, under)
-        found = tuple(weights.gain(part.scores, m.shape[2]) for part, m in zip(swept, masks))
-        summed = [torch.einsum("ntg,ntgp->ntp", w, m.to(w.dtype)) for w, m in zip(found, masks)]
+        rows = [torch.cat([m.flatten(1, 2), torch.zeros_like(m[:, 0, :1])], 1) for m in each]
+        reads = [part._replace(values=values) for part, values in zip(found.reads, rows)]
+        variation = Variation(form="given", under=_blurred(forward.image, kernel, sigma))
+        swept = sweep_in_full("group_cam", forward, found.score, reads, variation, sweep)
+        gains = [weights.group_cam(part.scores, m.shape[2]) for part, m in zip(swept, each)]
+        summed = [maps.group_cam(*pair) for pair in zip(gains, each)]
         # To the size before the ReLU: on the grid a mask may begin below 0, where upsampling does not reach its lowest cell.
-        sizes = [checked_size(size, subject.x, subject.key, len(part.grid)) or part.grid for part in reads]
-        signed = [maps.resize(s.unflatten(-1, r.grid), to).flatten(2) for s, r, to in zip(summed, reads, sizes)]
-        outcome = drawn(subject, score, clean, signed, sizes, Drawing(relu, size, normalize))
-        forwards = outcome.forwards + sum(part.forwards for part in swept)
-        grids = tuple(part.grid for part in reads)
-        return outcome._replace(weights=found, grids=grids, forwards=forwards, backwards=clean.numel())
+        sizes = _sizes(found)
+        signed = [maps.resize(m.unflatten(-1, part.grid), to).flatten(2) for m, part, to in zip(summed, reads, sizes)]
+        outcome = _counted(drawn(found, signed, sizes), found, swept)
+        return outcome._replace(weights=tuple(gains), backwards=found.clean.numel())
 
 
 def _check_groups(groups: int, percentile: float | None) -> None:
@@ -99,30 +96,23 @@ def _check_groups(groups: int, percentile: float | None) -> None:
         raise CamError(f"percentile={percentile!r} must be None, or from 0 to less than 100 (70 is the paper's)")
 
 
-def _group_masks(part: Read, slopes: Gradients, groups: int, percentile: float | None, size: tuple[int, ...]) -> Tensor:
-    """The masks of each target's groups `(n, t, g, p)`: such that, upsampled to `size`, they begin at 0 and end at 1."""
-    pieces = zip(weights.grad_cam(slopes).chunk(groups, -1), part.values.chunk(groups, 1))
-    levels = torch.relu(torch.stack([maps.combine(unit(w, -1), values) for w, values in pieces], 2))  # each is normalised
-    if percentile is not None:
-        bound = maps.percentile(levels, percentile)
-        levels = torch.where(levels > bound, levels, 0)
-    # Upsampling is linear: scaled on the grid by the extremes of what is upsampled, a map is upsampled to a scaled one.
-    pieces = levels.flatten(0, 2).unflatten(-1, part.grid).split(_AT_ONCE)
-    extremes = torch.cat([_extremes(maps.resize(some, size).flatten(1)) for some in pieces])
-    low, high = extremes.reshape(*levels.shape[:3], 2).split(1, -1)
-    flat = maps.is_flat(low, high, part.values.dtype)
-    return torch.where(flat, 0, (levels - low) / torch.where(flat, 1, high - low))
+def _sizes(found: Explained) -> list[tuple[int, ...]]:
+    """The size of each layer's map."""
+    batch, size = found.forward.batch, found.drawing.size
+    return [checked_size(size, batch, len(part.grid)) or part.grid for part in found.reads]
 
 
-def _extremes(values: Tensor) -> Tensor:
-    return torch.stack([values.amin(-1), values.amax(-1)], -1)
+def _counted(outcome: Outcome, found: Explained, swept: Sequence[Swept]) -> Outcome:
+    """The outcome with the layers' own grids, and the sweep's cost."""
+    forwards = outcome.forwards + sum(part.forwards for part in swept)
+    return outcome._replace(grids=tuple(part.grid for part in found.reads), forwards=forwards)
 
 
 def _blurred(image: Tensor, kernel: int, sigma: float) -> Tensor:
     return maps.blur(image.to(wide(image.dtype)), kernel, sigma, image.ndim - 2).to(image.dtype)
 
 
-@method("activations", "masked inputs", cost="channels + 1")
+@method(maps.score_cam_pp, (Need.ACTIVATIONS, Need.MASKED_INPUTS), Cost(per_channel=1))
 def score_cam_pp(
     model: nn.Module,
     layer: Layers,
@@ -156,22 +146,11 @@ def score_cam_pp(
 
     Chen et al., ScoreCAM++: Gated Score-Weighted Visual Explanations for CNNs, 2024 (arXiv 2404.19341).
     """
-    subject = look(model, layer, x, state, masked, masks=True)
+    forward = look(model, layer, x, state, masked, masks=True)
     with without_graph():
-        score = resolve(as_probabilities(target), subject.output, subject.n, subject.image.device)
-        clean = clean_scores(subject, score)
-        reads = [read(subject, name, activation, layout) for name, activation in zip(subject.layers, subject.seen)]
-        swept = sweep_in_full("score_cam_pp", subject, score, reads, Variation(form="tanh"), sweep)
-        found = tuple(weights.score(part.scores) for part in swept)
-        sizes = [checked_size(size, subject.x, subject.key, len(part.grid)) or part.grid for part in reads]
-        drawing = Drawing(relu, size, normalize)
-        signed = [_gated(within(w, drawing), part, grid) for w, part, grid in zip(found, reads, sizes)]
-        outcome = drawn(subject, score, clean, signed, sizes, drawing)
-        forwards = outcome.forwards + sum(part.forwards for part in swept)
-        return outcome._replace(weights=found, grids=tuple(part.grid for part in reads), forwards=forwards)
-
-
-def _gated(scores: Tensor, part: Read, size: tuple[int, ...]) -> FlatMaps:
-    """`sum_k S_k tanh(U(A_k))`, some channels at a time."""
-    pieces = zip(scores.split(_AT_ONCE, -1), part.values.to(scores.dtype).unflatten(-1, part.grid).split(_AT_ONCE, 1))
-    return reduce(torch.add, (maps.combine(w, gate("tanh", maps.resize(values, size)).flatten(2)) for w, values in pieces))
+        found = explained(forward, as_probabilities(target), Drawing(relu, size, normalize, layout))
+        swept = sweep_in_full("score_cam_pp", forward, found.score, found.reads, Variation(form="tanh"), sweep)
+        each, sizes = [weights.score_cam(part.scores, "score") for part in swept], _sizes(found)
+        scaled = [within(w, found.drawing) for w in each]
+        signed = [maps.score_cam_pp(w, p.values, p.grid, to) for w, p, to in zip(scaled, found.reads, sizes)]
+        return _counted(drawn(found, signed, sizes), found, swept)._replace(weights=tuple(each))

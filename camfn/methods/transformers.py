@@ -12,28 +12,27 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from camfn import _compat, layouts
 from camfn._errors import CamError
 from camfn._types import Inputs, Layers, Layout, Relevances, Size, State, Target
-from camfn.formulas import attention as attention_formulas
-from camfn.methods.table import Drawing, Outcome, clean_scores, drawn, method, read, without_layer
+from camfn.formulas import attention
+from camfn.methods._common import Drawing, Explained, drawn, explained, read, without_layer
+from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.attention import Attention, Blocks, Nudge, attended, blocks_of, self_attention
 from camfn.model.capture import Captured, tap_from
-from camfn.model.forward import Subject, check_slopes, introduced, run_checked
-from camfn.model.gradients import Pull, last_slope, slopes_of, with_pull
-from camfn.model.prepare import Call, Prepared, opened
+from camfn.model.forward import Forward, Task, begin, check_differentiable, run_checked
+from camfn.model.gradients import Of, Pullback, each_target, last_gradient, with_pullback
+from camfn.model.inputs import Companions
+from camfn.model.prepare import Model, opened
 from camfn.model.torch_errors import ForwardError
-from camfn.targets import Score, resolve
 
 
 class Attentive(NamedTuple):
-    """What one forward of a transformer gives."""
+    """The clean forward pass of a transformer, with its attention."""
 
-    subject: Subject
-    score: Score
-    clean: Tensor  # (n, t)
-    attention: Attention  # of the layers that count
-    pull: Pull  # from the output, or from each layer's own, to the attention of every layer
+    explained: Explained
+    attention: Attention  # of the layers from `start` on
+    pullback: Pullback  # from the output, or from each layer's own, to the attention of every layer
 
 
-@method("attention", cost="1, 1 backward")
+@method(attention.attention_rollout, (Need.ATTENTION,), Cost(backwards=1))
 def attention_rollout(
     model: nn.Module,
     layer: None,
@@ -83,15 +82,17 @@ def attention_rollout(
 
     Abnar & Zuidema, Quantifying Attention Flow in Transformers, ACL 2020 (arXiv 2005.00928).
     """
-    found = _followed("attention_rollout", model, layer, x, target, state, start, slopes=query is None)
-    n, targets = found.clean.shape
+    drawing = Drawing(relu, size, normalize, layout)
+    found = _followed("attention_rollout", layer, begin(model, x, state), target, drawing, start=start, slopes=query is None)
+    n, targets = found.explained.clean.shape
+    forward, seen = found.explained.forward, found.attention.seen
     # A query that is named needs no gradient: the attention itself has as many rows.
-    last = last_slope(found.pull, found.subject.output, found.score) if query is None else found.attention.seen[-1]
-    row = attention_formulas.rollout(found.attention.seen, _row(last, query))
-    return _on_patches(found, [row] * targets, layout, Drawing(relu, size, normalize), n if query is None else 0)
+    last = last_gradient(found.pullback, forward.output, found.explained.score) if query is None else seen[-1]
+    row = attention.attention_rollout(seen, _row(last, query))
+    return _on_patches(found, [row] * targets, n if query is None else 0)
 
 
-@method("attention", "gradients", cost="1, 1 backward")
+@method(attention.gradient_attention, (Need.ATTENTION, Need.GRADIENTS), Cost(backwards=1))
 def gradient_attention(
     model: nn.Module,
     layer: None,
@@ -130,17 +131,18 @@ def gradient_attention(
 
     Chefer et al., Generic Attention-model Explainability, ICCV 2021 (arXiv 2103.15679).
     """
-    found = _followed("gradient_attention", model, layer, x, target, state, start)
+    drawing = Drawing(relu, size, normalize, layout)
+    found = _followed("gradient_attention", layer, begin(model, x, state), target, drawing, start=start)
     first = -len(found.attention.seen)
 
     def follow(gradients: list[Tensor]) -> Relevances:
         row = _row(gradients[-1], query)
-        return attention_formulas.gradient_attention(found.attention.seen, gradients[first:], row, unit=normalize)
+        return attention.gradient_attention(found.attention.seen, gradients[first:], row, unit=normalize)
 
-    return _of_gradients(found, follow, layout, Drawing(relu, size, normalize))
+    return _of_gradients(found, follow)
 
 
-@method("attention", "gradients", cost="2, 1 backward")
+@method(attention.legrad, (Need.ATTENTION, Need.GRADIENTS), Cost(2, backwards=1))
 def legrad(
     model: nn.Module,
     layer: None,
@@ -182,14 +184,14 @@ def legrad(
 
     Bousselham et al., LeGrad, ICCV 2025 (arXiv 2404.03214). torchcam's `LeGrad`.
     """
-    found = _followed("legrad", model, layer, x, target, state, start, tails=True)
+    drawing = Drawing(relu, size, normalize, layout)
+    found = _followed("legrad", layer, begin(model, x, state), target, drawing, start=start, tails=True)
     first = -len(found.attention.seen)
-    drawing = Drawing(relu, size, normalize)
-    outcome = _of_gradients(found, lambda gradients: attention_formulas.legrad(gradients[first:]), layout, drawing)
+    outcome = _of_gradients(found, lambda gradients: attention.legrad(gradients[first:]))
     return outcome._replace(forwards=2 * outcome.forwards)
 
 
-@method("attention", "gradients", cost="1, 1 backward")
+@method(attention.ag_cam, (Need.ATTENTION, Need.GRADIENTS), Cost(backwards=1))
 def ag_cam(
     model: nn.Module,
     layer: None,
@@ -230,10 +232,10 @@ def ag_cam(
 
     Leem & Seo, Attention Guided CAM, AAAI 2024 (arXiv 2402.04563).
     """
-    found = _followed("ag_cam", model, layer, x, target, state, start, held=True)
+    drawing = Drawing(relu, size, normalize, layout)
+    found = _followed("ag_cam", layer, begin(model, x, state), target, drawing, start=start, held=True)
     first, logits = -len(found.attention.seen), found.attention.logits
-    drawing = Drawing(relu, size, normalize)
-    return _of_gradients(found, lambda gradients: attention_formulas.ag_cam(logits, gradients[first:]), layout, drawing)
+    return _of_gradients(found, lambda gradients: attention.ag_cam(logits, gradients[first:]))
 
 
 # ------------------------------------------------------------------------------------------------- what they share
@@ -242,58 +244,62 @@ def ag_cam(
 @_compat.eager
 def _followed(
     name: str,
-    model: nn.Module,
     layer: Layers,
-    x: Inputs,
+    task: Task,
     target: Target,
-    state: State | None,
-    start: int,
+    drawing: Drawing,
     *,
+    start: int,
     held: bool = False,
     tails: bool = False,
     slopes: bool = True,
 ) -> Attentive:
-    """One forward with attention written out; with `tails` also each layer's own output, beside the model's.
+    """Run the model once with its attention written out. `tails`: each layer's own output, beside the model's.
 
-    `slopes`: gradients are needed.
+    `held`: the gradient passes through no later attention. `slopes`: gradients are needed.
     """
     without_layer(name, layer)
-    subject = introduced(model, x, state)
     if slopes:
-        check_slopes(subject.shell)
-    blocks = _blocks(subject) if tails else Blocks([], 1)
-    run = functools.partial(_run, subject, blocks, held)
-    captured, back = with_pull(run, subject.state, subject.x, None)
+        check_differentiable(task.shell)
+    blocks = _blocks(task) if tails else Blocks([], 1)
+    captured, back = with_pullback(functools.partial(_run, task, blocks, held), task.state, task.batch.x, None)
     output, also = captured.output
-    subject = subject._replace(output=output, forwards=subject.n)
-    score = resolve(target, output, subject.n, subject.image.device)
     count = len(captured.seen)
+    forward = Forward(task, (), False, output, (), Companions(task.batch.key, task.batch.n), task.batch.n)
+    found = explained(forward, target, drawing)
     if not isinstance(start, int) or not -count <= start < count:
         raise CamError(f"start={start!r} must be one of the model's {count} attention layers, or a negative int from the end")
-
-    def pull(of: Callable[[Any], Tensor], last: bool = False) -> dict[int, Tensor]:
-        return back(lambda got: sum(of(tail) for tail in got[1]) if tails else of(got[0]), last)
-
     seen: Any = captured.seen
-    attention = Attention(seen[start:], also[start:] if held else ())
-    return Attentive(subject, score, clean_scores(subject, score), attention, pull)
+    return Attentive(found, Attention(seen[start:], also[start:] if held else ()), _of_output(back, tails))
 
 
-def _blocks(subject: Subject) -> Blocks:
+def _of_output(back: Pullback, tails: bool) -> Pullback:
+    """The way back from the model's output, or from the sum over the layers' own outputs, where a run returned both."""
+
+    def lifted(way: Callable[[Of], Any]) -> Callable[[Of], Any]:
+        def of_tails(of: Of) -> Of:
+            return lambda got: torch.stack([of(tail) for tail in got[1]]).sum()
+
+        return lambda of: way(of_tails(of) if tails else lambda got: of(got[0]))
+
+    return back.through(lifted)
+
+
+def _blocks(task: Task) -> Blocks:
     def find(state: State, x: Inputs, nudge: Any) -> Captured:
-        return Captured(blocks_of(subject.model, state, x), ())
+        return Captured(blocks_of(task.model, state, x), ())
 
-    return run_checked(find, subject, subject.state, subject.x).output
+    return run_checked(find, task, (task.state, task.batch.x)).output
 
 
-def _run(subject: Subject, blocks: Blocks, held: bool, state: State, x: Inputs, nudge: Nudge = None) -> Captured:
-    """The attention seen; the model's output, and beside it the outputs that blocks give, or the logits of held attention."""
-    tap = tap_from(subject.model.shell(), blocks.names)
+def _run(task: Task, blocks: Blocks, held: bool, state: State, x: Inputs, nudge: Nudge = None) -> Captured:
+    """The attention seen, with the model's output, and the outputs of blocks or the logits of held attention."""
+    tap = tap_from(task.model.shell(), blocks.names)
     apart = (_apart,) * len(blocks.names)
-    (output, given), attention = attended(lambda: run_checked(tap, subject, state, x, apart), nudge, held=held)
-    self_attention(attention, subject.n)
-    also = _tails(subject.model, blocks, given, state, x) if blocks.names else attention.logits if held else ()
-    return Captured((output, also), attention.seen)
+    (output, given), seen = attended(lambda: run_checked(tap, task, (state, x), apart), nudge, held=held)
+    self_attention(seen, task.batch.n)
+    also = _tails(task.model, blocks, given, state, x) if blocks.names else seen.logits if held else ()
+    return Captured((output, also), seen.seen)
 
 
 def _apart(value: Tensor) -> Tensor:
@@ -301,7 +307,7 @@ def _apart(value: Tensor) -> Tensor:
     return _compat.constant(value) - value
 
 
-def _tails(model: nn.Module | Prepared | Call, blocks: Blocks, given: Any, state: State, x: Inputs) -> tuple[Any, ...]:
+def _tails(model: Model, blocks: Blocks, given: Any, state: State, x: Inputs) -> tuple[Any, ...]:
     """The model's output for the mean token of each block, in the place of all that the last block returns."""
     tap = tap_from(opened(model).shell(), blocks.names[-1:])
     means = torch.stack([tokens.mean(blocks.axis, keepdim=True).expand_as(tokens) for tokens in given])
@@ -332,24 +338,28 @@ def _tails(model: nn.Module | Prepared | Call, blocks: Blocks, given: Any, state
 def _row(gradient: Tensor, query: int | None) -> Relevances:
     """The row that is followed back from the last layer, `(n, q)`: weights of the tokens that are read."""
     if query is None:
-        return attention_formulas.readers(gradient)
+        return attention.readers(gradient)
     count = gradient.shape[2]
     if not isinstance(query, int) or not -count <= query < count:
         raise CamError(f"query={query!r} must be one of the {count} tokens, or None")
-    one = torch.zeros_like(attention_formulas.readers(gradient))
-    return torch.cat([one[:, : query % count], one[:, :1] + 1, one[:, query % count + 1 :]], 1)
+    return attention.row_of(gradient, query)
 
 
-def _of_gradients(found: Attentive, formula: Callable[[list[Tensor]], Relevances], layout: Layout, drawing: Drawing) -> Outcome:
-    """A backward for each target, and the formula of the gradients at every layer's attention."""
-    rows = slopes_of(found.pull, found.subject.output, found.score, lambda slopes: formula([*slopes.values()]))
-    return _on_patches(found, rows, layout, drawing, found.clean.numel())
+def _of_gradients(found: Attentive, formula: Callable[[list[Tensor]], Relevances]) -> Outcome:
+    """The maps of a formula of the gradients at every layer's attention, one gradient for each target."""
+
+    def row(of: Of) -> Relevances:
+        return formula([*found.pullback.gradients(of).values()])
+
+    rows = each_target(row, found.explained.forward.output, found.explained.score)
+    return _on_patches(found, rows, found.explained.clean.numel())
 
 
-def _on_patches(found: Attentive, rows: list[Relevances], layout: Layout, drawing: Drawing, backwards: int) -> Outcome:
-    """Tokens that are no patches are dropped, and the others laid on their grid."""
-    subject, score, clean, *_ = found
+def _on_patches(found: Attentive, rows: list[Relevances], backwards: int) -> Outcome:
+    """Drop the tokens that are not patches, and lay the others on their grid."""
+    explained, layout = found.explained, found.explained.drawing.layout
     if isinstance(layout, str) and layout != "auto":
         raise CamError(f'layout={layout!r}: attention is over tokens, say where they lie by "auto" or camfn.layouts.tokens()')
-    patches = read(subject, "attention", torch.stack(rows, 2), layouts.tokens() if layout == "auto" else layout)
-    return drawn(subject, score, clean, [patches.values], [patches.grid], drawing)._replace(backwards=backwards)
+    lie = layouts.tokens() if layout == "auto" else layout
+    patches = read(explained.forward, "attention", torch.stack(rows, 2), lie)
+    return drawn(explained, [patches.values], [patches.grid])._replace(backwards=backwards)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from camfn import _compat
 from camfn._errors import CamError, layer_called
 from camfn._types import wide
-from camfn.model.forward import Subject
+from camfn.model.forward import Forward
 from camfn.model.gradients import ungraphed
 from camfn.model.head import Head, agree, head_of
 from camfn.model.tape import Operation, Value, leaves, mapped
@@ -36,19 +36,19 @@ class Three(NamedTuple):
 
 
 @_compat.eager
-def multipliers(subject: Subject, layer: str, activation: Tensor, score: Score) -> list[Tensor]:
+def multipliers(forward: Forward, layer: str, activation: Tensor, score: Score) -> list[Tensor]:
     """For each target, the slopes `m` of the affine function, in the layer's own shape."""
     # Recorded at zeros, and looked at there: these are the two that the rule goes through.
     zeros = torch.zeros_like(activation)
-    head = head_of(subject, layer, subject.x, zeros, lambda head: _gives_clean(head, subject, activation))
-    given = activation, head.handed(subject.state, subject.x), score.rows
+    head = head_of(forward.task, layer, forward.batch.x, zeros, lambda head: _gives_clean(head, forward, activation))
+    given = activation, head.handed(forward.task.state, forward.batch.x), score.rows
     with torch.inference_mode(False):
         activation, handed, rows = given if _compat.transformed() else tree_map(ungraphed, given)
         return _multipliers(head, layer, activation, handed, score._replace(rows=rows))
 
 
-def _gives_clean(head: Head, subject: Subject, activation: Tensor) -> bool:
-    return agree(head.at(subject.state, subject.x)(activation), subject.output)
+def _gives_clean(head: Head, forward: Forward, activation: Tensor) -> bool:
+    return agree(head.at(forward.task.state, forward.batch.x)(activation), forward.output)
 
 
 def _multipliers(head: Head, layer: str, activation: Tensor, handed: Sequence[Tensor], score: Score) -> list[Tensor]:

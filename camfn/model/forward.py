@@ -1,4 +1,4 @@
-"""What is explained: a model on inputs, checked, and captured once at the layers."""
+"""The clean forward pass: validated arguments, the model's output, the layers' outputs, and the way back to them."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten
 
@@ -15,152 +15,184 @@ from camfn import _compat
 from camfn._errors import CamError, RefusedError, warn
 from camfn._types import Inputs, Layers, State
 from camfn.model.agreement import is_close
-from camfn.model.attention import unfused as written_out
+from camfn.model.attention import unfused as attention_written_out
 from camfn.model.capture import Captured, pure_from, resolve_state, tap_from, watch
-from camfn.model.gradients import Pull, Run, with_pull
-from camfn.model.inputs import Key, Place, beside, check_inputs, key_of, pick, plain, rows_of, size_of, with_input
+from camfn.model.gradients import Pullback, Run, with_pullback
+from camfn.model.inputs import Batch, Companions, Key, beside, check, check_inputs, key_of, pick, plain, rows_of
 from camfn.model.layers import choose
 from camfn.model.linear_head import is_convolution
 from camfn.model.memory import is_exhausted
 from camfn.model.ports import is_several, resolve_layers
-from camfn.model.prepare import Call, Prepared, opened
+from camfn.model.prepare import Call, Model, Prepared, opened
 from camfn.model.private_copy import Shell
 from camfn.model.randomness import refusing_draws
 from camfn.model.torch_errors import WITHOUT_GRADIENTS, quantised_in
 from camfn.targets import logits_of
 
 
-class Subject(NamedTuple):
-    """A model and its inputs, and what one forward of them gave."""
+class Task(NamedTuple):
+    """A model and its validated inputs: what one call works on. Nothing has run yet."""
 
     model: Call
-    shell: Shell  # for its names: its layers have ports
+    shell: Shell  # a private copy, for its names: ports are put into it
     state: State
-    x: Inputs
-    key: Key  # which input has the pixels; None: x is the only one
-    n: int
+    batch: Batch
+    facts: dict[Any, Any]  # what this call found out about the model
+
+    def with_image(self, image: Tensor) -> "Task":
+        """The same model on another image, about which nothing is known."""
+        return self._replace(batch=self.batch.with_image(image), facts={})
+
+
+class Forward(NamedTuple):
+    """The clean forward pass: the model's output, and the outputs of the layers."""
+
+    task: Task
     layers: tuple[str, ...]
     several: bool  # the caller gave a sequence of layers and gets a tuple of maps
     output: Any
-    seen: tuple[Tensor, ...]
-    forwards: int
-    facts: dict[Any, Any]  # what is found out of the model in this call
-    pull: Pull | None = None  # where it was looked at with `graph=True`
-    slopes: dict[Any, Any] | None = None  # where several methods share them
-    beside: int | None = None  # inputs of so many rows have one for each image: n where it is not found to be 0
+    activations: tuple[Tensor, ...]  # as the layers gave them
+    companions: Companions
+    forwards: int  # forward passes so far, counted in images
+
+    @property
+    def batch(self) -> Batch:
+        """The inputs."""
+        return self.task.batch
+
+    @property
+    def n(self) -> int:
+        """Number of images."""
+        return self.task.batch.n
 
     @property
     def image(self) -> Tensor:
         """The input that has the pixels, `(n, k, *size)`."""
-        return pick(self.x, self.key)
-
-    @property
-    def place(self) -> Place:
-        """Where its pixels are among the inputs, and what goes with them."""
-        return Place(self.key, self.n if self.beside is None else self.beside)
+        return self.task.batch.image
 
     @property
     def size(self) -> tuple[int, ...] | None:
-        """Its spatial size, if it has one, and images of a list have the same."""
-        return size_of(self.x, self.key)
+        """The spatial size of the pixels."""
+        return self.task.batch.size
 
 
 def without_graph() -> AbstractContextManager[Any]:
-    """In a plain call no graph is recorded; a transform needs all of it."""
+    """In a plain call no graph is recorded. A transform needs all of it."""
     return nullcontext() if _compat.transformed() else torch.no_grad()
 
 
 class Shared(Call):
-    """A call in which several methods share the clean forward of these inputs, and the gradients there."""
+    """A call in which several methods share the clean forward pass of these inputs, and the gradients there."""
 
     def __init__(self, prepared: Prepared, x: Inputs, graph: bool) -> None:
         super().__init__(prepared)
         self.x, self.graph = x, graph
-        self.seen: dict[Any, Subject] = {}
-        self.last: Subject | None = None
+        self.seen: dict[Any, tuple[Forward, Pullback | None]] = {}
+        self.last: Forward | None = None
 
     def inner(self) -> AbstractContextManager["Shared"]:
-        """A method's call: what it is lent is lent until all methods are done."""
+        """A method's call: the copies that it is lent stay lent until all methods are done."""
         return nullcontext(self)
 
-    def look(self, layer: Layers, x: Inputs, state: State | None, masked: Key, masks: bool, graph: bool, taps: bool) -> Subject:
-        """Of other inputs, as a method makes that smooths another, nothing is shared; nor is what taps no layer."""
-        if x is not self.x or not taps:
-            return look(Call(self.prepared), layer, x, state, masked, masks=masks, graph=graph, taps=taps)
-        given = plain(x)  # what another method has asked for may be less than this one needs
-        check_inputs(given, key_of(given, masked, masks), {}, masks)
-        layers = tuple(layer) if is_several(layer) else layer  # pyright: ignore[reportArgumentType]: it is a sequence then
-        graph = graph or self.graph  # a sweep wants a gradient too, where it has a budget
-        key = layers, masked, graph, masks and not graph  # with a `pull`, the maps have no graph either way
+    def look(self, question: "_Question") -> tuple[Forward, Pullback | None]:
+        """Share the forward pass, unless a method asks about other inputs, as a smoothing one does, or about no layer."""
+        if question.x is not self.x or not question.taps:
+            return _look(Call(self.prepared), question)
+        given = plain(self.x)  # another method may have asked for less than this one needs
+        check_inputs(given, key_of(given, question.masked, question.masks), {}, question.masks)
+        question = question._replace(graph=question.graph or self.graph)  # a sweep with a budget takes gradients too
+        key = question.layers, question.masked, question.graph, question.masks and not question.graph
         if key not in self.seen:
-            subject = _look(self, layer, x, state, masked, masks=masks, graph=graph, taps=True)
-            self.seen[key] = subject._replace(slopes={})
-        self.last = self.seen[key]
-        return self.last
+            self.seen[key] = _look(self, question)
+        self.last = self.seen[key][0]
+        return self.seen[key]
+
+
+class _Question(NamedTuple):
+    """The arguments of a forward pass."""
+
+    layer: Layers
+    x: Inputs
+    state: State | None
+    masked: Key
+    masks: bool  # the method masks an input, and its maps have no graph
+    graph: bool = False  # gradients are asked for
+    taps: bool = True  # there are layers
+
+    @property
+    def layers(self) -> Any:
+        """The layers, hashable."""
+        return tuple(self.layer) if is_several(self.layer) else self.layer  # pyright: ignore[reportArgumentType]: a sequence
 
 
 def look(
-    model: nn.Module | Prepared | Call,
-    layer: Layers,
-    x: Inputs,
-    state: State | None,
-    masked: Key,
-    *,
-    masks: bool,
-    graph: bool = False,
-    taps: bool = True,
-) -> Subject:
-    """Check the arguments and run the clean forward.
-
-    `masks`: the method masks an input, and its maps have no graph. `graph`: there is to be a `pull`, for gradients.
-    `taps=False`: no layer is looked at.
-    """
-    if isinstance(model, Shared):
-        return model.look(layer, x, state, masked, masks, graph, taps)
-    return _look(opened(model), layer, x, state, masked, masks=masks, graph=graph, taps=taps)
+    model: Model, layer: Layers, x: Inputs, state: State | None, masked: Key = None, *, masks: bool = False, taps: bool = True
+) -> Forward:
+    """Validate the arguments and run the clean forward pass. `masks`: the method masks an input. `taps=False`: no layer."""
+    return _answered(model, _Question(layer, x, state, masked, masks, taps=taps))[0]
 
 
-def _look(
-    model: Call, layer: Layers, x: Inputs, state: State | None, masked: Key, *, masks: bool, graph: bool, taps: bool
-) -> Subject:
-    subject = introduced(model, x, state, masked, masks=masks, named=taps and layer is not None)
-    shell, full, x, n = subject.shell, subject.state, subject.x, subject.n
-    if is_several(layer) and not layer:
-        raise CamError("layer is an empty sequence: name one layer at least, or pass None to have one chosen")
-    names, forwards = [], n
-    if taps:
-        names = _choose(subject.model, full, x, subject.key, n) if layer is None else resolve_layers(shell, layer)
-        forwards = n if layer is not None else 2 * n
+def look_with_gradients(
+    model: Model, layer: Layers, x: Inputs, state: State | None, masked: Key = None, *, masks: bool = False
+) -> tuple[Forward, Pullback]:
+    """The same, and the way back from the output to the layers."""
+    forward, pullback = _answered(model, _Question(layer, x, state, masked, masks, graph=True))
+    assert pullback is not None
+    return forward, pullback
+
+
+def _answered(model: Model, question: _Question) -> tuple[Forward, Pullback | None]:
+    return model.look(question) if isinstance(model, Shared) else _look(opened(model), question)
+
+
+def _look(model: Call, question: _Question) -> tuple[Forward, Pullback | None]:
+    layer, x, state, masked, masks, graph, taps = question
+    task = begin(model, x, state, masked, masks=masks, named=taps and layer is not None)
+    names, forwards = _layers_of(task, layer) if taps else ((), task.batch.n)
     distinct = list(dict.fromkeys(names))
-
     # Under a transform, what a model writes to has to be made inside it.
-    run = tapped(subject, distinct, None if _compat.transformed() else shell)
-    if graph or (masks and _compat.is_differentiated(subject.image)):
-        check_slopes(shell)
+    run = tapped(task, distinct, None if _compat.transformed() else task.shell)
+    if graph or (masks and _compat.is_differentiated(task.batch.image)):
+        check_differentiable(task.shell)
+    pullback = None
     if graph:
-        captured, pull = with_pull(run, full, x, distinct)
+        captured, pullback = with_pullback(run, task.state, task.batch.x, distinct)
     else:
         with without_graph() if masks else nullcontext():
-            captured, pull = run(full, x), None
-    seen = tuple(captured.seen[distinct.index(name)] for name in names)
-    told: dict[str, Any] = {"layers": tuple(names), "several": is_several(layer), "forwards": forwards}
-    subject = subject._replace(output=captured.output, seen=seen, pull=pull, **told)
-    return subject._replace(beside=_rows_beside(subject))
+            captured = run(task.state, task.batch.x)
+    activations = tuple(captured.seen[distinct.index(name)] for name in names)
+    companions = _companions(task, captured.output)
+    return Forward(task, names, is_several(layer), captured.output, activations, companions, forwards), pullback
 
 
-def _rows_beside(subject: Subject) -> int:
-    """Has an input of n rows one for each image, or only as many, as two texts for two images? A batch of the first image
-    twice tells, where the logits can be read: both have those that it had."""
-    n, x, key = subject.n, subject.x, subject.key
+def _layers_of(task: Task, layer: Layers) -> tuple[tuple[str, ...], int]:
+    """The names of the layers, and the forward passes so far, with the one that follows."""
+    if is_several(layer) and not layer:
+        raise CamError("layer is an empty sequence: name one layer at least, or pass None to have one chosen")
+    if layer is not None:
+        return tuple(resolve_layers(task.shell, layer)), task.batch.n
+    name, why = choose(task.model, task.state, task.batch)
+    if not _compat.transformed():
+        warn(f"layer=None: {name!r} was chosen, the {why}; name it to be sure")
+    return (name,), 2 * task.batch.n
+
+
+def _companions(task: Task, output: Any) -> Companions:
+    """Tell whether a companion input of n rows has one for each image, or is shared, as two texts are by two images.
+
+    A batch of the first image twice tells, where the logits can be read: both rows have the logits of the first.
+    """
+    x, key, n = task.batch
     if _compat.transformed() or not beside(x, key, n):
-        return n
+        return Companions(key, n)
 
     def find() -> int:
-        call, twice = pure_from(subject.model.shell()), torch.zeros(2, dtype=torch.long, device=subject.image.device)
+        image = task.batch.image
+        call, twice = pure_from(task.model.shell()), torch.zeros(2, dtype=torch.long, device=image.device)
         for rows in (n, 0):
             try:
-                expected = logits_of(subject.output)[twice]
-                found = logits_of(call(subject.state, rows_of(x, Place(key, rows), twice, subject.image[twice])))
+                expected = logits_of(output)[twice]
+                found = logits_of(call(task.state, rows_of(x, Companions(key, rows), twice, image[twice])))
                 if found.shape == expected.shape and bool(((found - expected).abs() <= 0.01 * expected.abs().amax()).all()):
                     return rows
             except Exception as error:
@@ -168,62 +200,53 @@ def _rows_beside(subject: Subject) -> int:
                     raise
         return n
 
-    return once(subject, ("rows beside", n), find)
+    return Companions(key, once(task, ("companion rows", n), find))
 
 
-def once(subject: Subject, what: Any, find: Callable[[], Any]) -> Any:
-    """A fact that hangs on the values of this call: found once in it, and not kept for another."""
-    if what not in subject.facts:
-        # Not in inference mode, whose tensors a model may not write to outside of it.
+def once(task: Task, what: Any, find: Callable[[], Any]) -> Any:
+    """A fact that depends on the values of this call: found once in it, and not kept for another."""
+    if what not in task.facts:
+        # Not in inference mode: a model may not write to its tensors outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            subject.facts[what] = find()
-    return subject.facts[what]
+            task.facts[what] = find()
+    return task.facts[what]
 
 
-def tapped(subject: Subject, names: Sequence[str], shell: Shell | None = None) -> Run:
-    """The model with ports at these layers; in this shell, which is then for one run, or for each run in one of its own."""
+def tapped(task: Task, names: Sequence[str], shell: Shell | None = None) -> Run:
+    """The model with ports at these layers. With a shell, this is for one run; without, each run gets a shell of its own."""
 
     def run(state: State, x: Inputs, nudge: Any = None) -> Captured:
-        return run_checked(tap_from(shell or subject.model.shell(), names), subject, state, x, nudge)
+        return run_checked(tap_from(shell or task.model.shell(), names), task, (state, x), nudge)
 
     return run
 
 
-def again(subject: Subject, image: Tensor, *, unfused: bool = False) -> Subject:
-    """Another image in the place of its own, looked at with a `pull`; `unfused`: with attention written out."""
-    other = subject._replace(x=with_input(subject.x, subject.key, image), slopes=None, facts={})
-    names = list(dict.fromkeys(subject.layers))
-    check_slopes(subject.shell)
-    run = tapped(other, names)
+def again(forward: Forward, image: Tensor, *, unfused: bool = False) -> tuple[Forward, Pullback]:
+    """The forward pass of another image, with the way back. `unfused`: attention is written out."""
+    task = forward.task.with_image(image)
+    names = list(dict.fromkeys(forward.layers))
+    check_differentiable(task.shell)
+    run = tapped(task, names)
 
     def openly(state: State, x: Inputs, nudge: Any = None) -> Captured:
-        return written_out(lambda: run(state, x, nudge))
+        return attention_written_out(lambda: run(state, x, nudge))
 
-    captured, pull = with_pull(openly if unfused else run, other.state, other.x, names)
-    return other._replace(
-        output=captured.output, seen=tuple(captured.seen[names.index(name)] for name in other.layers), pull=pull
-    )
+    captured, pullback = with_pullback(openly if unfused else run, task.state, task.batch.x, names)
+    activations = tuple(captured.seen[names.index(name)] for name in forward.layers)
+    return forward._replace(task=task, output=captured.output, activations=activations), pullback
 
 
-def introduced(
-    model: nn.Module | Prepared | Call,
-    x: Inputs,
-    state: State | None,
-    masked: Key = None,
-    *,
-    masks: bool = False,
-    named: bool = False,
-) -> Subject:
-    """The model and its inputs, checked; nothing has run. `named`: with a layer, and a layout comes with it if need be."""
+def begin(
+    model: Model, x: Inputs, state: State | None, masked: Key = None, *, masks: bool = False, named: bool = False
+) -> Task:
+    """Validate the model and its inputs. `named`: there is a layer, and a layout if one is needed."""
     call = opened(model)
     shell = call.shell()
     full = resolve_state(shell, state)
-    x = plain(x)
-    key = key_of(x, masked, masks)
-    n = check_inputs(x, key, full, masks)
+    batch = check(x, masked, full, masks)
     if masks or not named:
-        _check_frames(shell, pick(x, key))
-    return Subject(call, shell, full, x, key, n, (), False, None, (), 0, {})
+        _check_frames(shell, batch.image)
+    return Task(call, shell, full, batch, {})
 
 
 @contextmanager
@@ -262,12 +285,12 @@ def _plain_tensors(output: Any) -> list[Tensor]:
     return [leaf.detach() for leaf in leaves if leaf.is_floating_point()]
 
 
-def run_checked(tap: Callable[..., Captured], subject: Subject, state: State, x: Inputs, nudge: Any = None) -> Captured:
-    """The clean forward; a convolution that did not like the number of axes speaks of the batch."""
-    key = subject.key
-    wrong = _wrong_rank(x, key, subject.shell)
+def run_checked(tap: Callable[..., Captured], task: Task, given: tuple[State, Inputs], nudge: Any = None) -> Captured:
+    """Run the clean forward pass. Turn a convolution's rank error into a message about the missing batch axis."""
+    (state, x), key = given, task.batch.key
+    wrong = _wrong_rank(x, key, task.shell)
     try:
-        with deterministic(lambda: pure_from(subject.model.shell())(state, x)) as told:
+        with deterministic(lambda: pure_from(task.model.shell())(state, x)) as told:
             captured = tap(state, x, nudge)
             told.append(captured.output)
     except (AttributeError, TypeError) as error:
@@ -315,7 +338,7 @@ def _wrong_rank(x: Inputs, key: Key, shell: Shell) -> str:
     )
 
 
-def check_slopes(shell: Shell) -> None:
+def check_differentiable(shell: Shell) -> None:
     """Raise where a gradient could not come through the model."""
     quantised = quantised_in(shell.distinct())
     if quantised:
@@ -325,14 +348,7 @@ def check_slopes(shell: Shell) -> None:
         )
 
 
-def _choose(model: Call, state: State, x: Inputs, key: Key, n: int) -> list[str]:
-    name, why = choose(model, state, x, size_of(x, key), n)
-    if not _compat.transformed():
-        warn(f"layer=None: {name!r} was chosen, the {why}; name it to be sure")
-    return [name]
-
-
-def first_nonfinite(model: Call, state: State, x: Inputs) -> str:
+def first_nonfinite(task: Task, x: Inputs) -> str:
     """The layer, in the order of execution, whose output is the first that is not finite, for the end of a sentence."""
     found: list[str] = []
 
@@ -342,5 +358,5 @@ def first_nonfinite(model: Call, state: State, x: Inputs) -> str:
             found.append(name)
 
     with torch.no_grad():
-        watch(model, state, x, see)
+        watch(task.model, task.state, x, see)
     return f"it first appears in the output of layer {found[0]!r}" if found and found[0] else "no layer's output shows it"

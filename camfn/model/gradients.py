@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,36 +15,49 @@ from camfn.model.capture import Captured
 from camfn.model.torch_errors import about_gradient, is_reentrant, refuse_once, refuse_quantising
 from camfn.targets import Score, score_rows
 
-Pull = Callable[..., dict[Any, Tensor]]
-"""`pull(of, last=False, bent=False)`: the gradient of `of`, a function of the model's output to one number, at each layer, or
-only at the last, shaped as what the layer gave.
+Of = Callable[[Any], Tensor]
+"""A function of the model's output to one number."""
 
-`bent`: `(2, ...)`, the gradient G and how it changes along what the layer gave, A: the product H A with the score's Hessian at
-this layer. It is the gradient of `<G, A>`. Not by `jvp`: torch's forward mode has one level for all threads of a process, so
-that two of them at once fail, or are wrong without an error. """
+
+class Pullback(NamedTuple):
+    """The way back from the output to the layers. Each function takes an `Of`; tensors are shaped as the layers' outputs."""
+
+    gradients: Callable[[Of], dict[Any, Tensor]]
+    """The gradient G at each layer."""
+    last: Callable[[Of], Tensor]
+    """The gradient at the last layer alone."""
+    curvatures: Callable[[Of], dict[Any, tuple[Tensor, Tensor]]]
+    """G, and the product H A of the Hessian with the layer's own output A: the gradient of `<G, A>` at this layer. It is not
+    found by `jvp`: torch's forward mode has one level for all threads of a process, so two threads at once fail, or get wrong
+    values without an error."""
+
+    def through(self, wrap: Callable[[Any], Any]) -> "Pullback":
+        """The same, each function wrapped."""
+        return Pullback(wrap(self.gradients), wrap(self.last), wrap(self.curvatures))
+
 
 Run = Callable[..., Captured]
 """`(state, x, nudge)`: the tapped model; a nudge is a tensor for each layer, or a function of the layer's output to one."""
 
 
 @_compat.eager
-def with_pull(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pull]:
-    """The clean forward, without a graph, and the way back from its output to the layers.
+def with_pullback(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pullback]:
+    """Run the clean forward pass, and return the way back from its output to the layers. The output has no graph.
 
-    `names` is `None` where only the forward tells how many there are: their names are then 0, 1, ..., in order, and one
-    function is given that makes every nudge.
+    Where `names` is `None`, the forward pass tells how many layers there are: they are named 0, 1, ... in order, and one nudge
+    is given for all of them.
     """
-    captured, pull = (_by_vjp if _compat.transformed() else _by_graph)(run, state, x, names)
-    return captured, about_gradient()(pull)
+    captured, pullback = (_by_vjp if _compat.transformed() else _by_graph)(run, state, x, names)
+    return captured, pullback.through(about_gradient())
 
 
-def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pull]:
-    """State and inputs have no graph, and what comes before the layers records none."""
+def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pullback]:
+    """The state and the inputs have no graph, and the layers before the nudges record none."""
     zeros: dict[Any, Tensor] = {}
 
     def zero(name: Any, value: Tensor) -> Tensor:
         made = torch.zeros_like(value, requires_grad=True)
-        zeros.setdefault(name, made)  # a checkpointed block runs again in the backward, with others
+        zeros.setdefault(name, made)  # a checkpointed block runs again in the backward pass, with others
         return made
 
     def next_zero(value: Tensor) -> Tensor:
@@ -57,21 +70,25 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
         x = tree_map(ungraphed, x)
         output, seen = run(state, x, nudge)
 
-    def pull(of: Callable[[Any], Tensor], last: bool = False, bent: bool = False) -> dict[Any, Tensor]:
-        at = dict([*zeros.items()][-1:]) if last else zeros
+    def gradients(of: Of, at: dict[Any, Tensor] = zeros) -> dict[Any, Tensor]:
+        with torch.inference_mode(False), torch.enable_grad():
+            return _gradients(of(output), at, lambda: run(state, x, None))
+
+    def last(of: Of) -> Tensor:
+        return next(iter(gradients(of, dict([*zeros.items()][-1:])).values()))
+
+    def curvatures(of: Of) -> dict[Any, tuple[Tensor, Tensor]]:
         with torch.inference_mode(False), torch.enable_grad():
             total = of(output)
-            slopes = _gradients(total, at, lambda: run(state, x, None), graph=bent)
-            if not bent:
-                return slopes
+            slopes = _gradients(total, zeros, lambda: run(state, x, None), graph=True)
             refuse_once(total)
             leans = {name: (slope * values[name]).sum() for name, slope in slopes.items()}
-            bends = {name: _gradients(lean, {name: at[name]}, None)[name] for name, lean in leans.items()}
-        return {name: torch.stack([slope.detach(), bends[name]]) for name, slope in slopes.items()}
+            bends = {name: _gradients(lean, {name: zeros[name]}, None)[name] for name, lean in leans.items()}
+        return {name: (slope.detach(), bends[name]) for name, slope in slopes.items()}
 
     detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
     values = dict(zip(zeros if names is None else names, (value.detach() for value in seen)))
-    return Captured(detached, tuple(values.values())), pull
+    return Captured(detached, tuple(values.values())), Pullback(gradients, last, curvatures)
 
 
 def _gradients(
@@ -101,24 +118,27 @@ def _by_backward(total: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor | No
     return found
 
 
-def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pull]:
-    """The gradient can be differentiated, and mapped over. One forward more, which tells the layers' shapes."""
+def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pullback]:
+    """The gradient can be differentiated, and mapped over. This takes one forward pass more, for the layers' shapes."""
     zeros = tuple(map(torch.zeros_like, run(state, x, None).seen))
     captured, back = _pulled(run, state, x, zeros)
+    named = range(len(zeros)) if names is None else names
 
-    def lean(of: Callable[[Any], Tensor], i: int, nudge: Tensor) -> Tensor:
+    def along(of: Of, i: int, nudge: Tensor) -> Tensor:
         slopes = _pulled(run, state, x, (*zeros[:i], nudge, *zeros[i + 1 :]))[1](of)
         return (slopes[i] * captured.seen[i]).sum()
 
-    def pull(of: Callable[[Any], Tensor], last: bool = False, bent: bool = False) -> dict[Any, Tensor]:
-        slopes = back(of)
-        if bent:
-            bends = (grad(functools.partial(lean, of, i))(zero) for i, zero in enumerate(zeros))
-            slopes = tuple(map(torch.stack, zip(slopes, bends)))
-        found = dict(zip(range(len(zeros)) if names is None else names, slopes))
-        return dict([*found.items()][-1:]) if last else found
+    def gradients(of: Of) -> dict[Any, Tensor]:
+        return dict(zip(named, back(of)))
 
-    return captured, pull
+    def last(of: Of) -> Tensor:
+        return back(of)[-1]
+
+    def curvatures(of: Of) -> dict[Any, tuple[Tensor, Tensor]]:
+        bends = (grad(functools.partial(along, of, i))(zero) for i, zero in enumerate(zeros))
+        return dict(zip(named, zip(back(of), bends)))
+
+    return captured, Pullback(gradients, last, curvatures)
 
 
 def _pulled(
@@ -155,19 +175,18 @@ def _has_slope(leaf: Any) -> bool:
 
 
 @_compat.eager
-def slopes_of(pull: Pull, output: Any, score: Score, then: Callable[[dict[Any, Tensor]], Any] = dict) -> list[Any]:
-    """The gradient of each target's score at the layers, or what `then` makes of it before the next is taken."""
-    return [then(pull(of)) for of in _sums(output, score)]
+def each_target(way: Callable[[Of], Any], output: Any, score: Score) -> list[Any]:
+    """What a way back gives for each target's score, one target after the other."""
+    return [way(of) for of in _sums(output, score)]
 
 
 @_compat.eager
-def last_slope(pull: Pull, output: Any, score: Score) -> Tensor:
+def last_gradient(pullback: Pullback, output: Any, score: Score) -> Tensor:
     """The gradient of the first target's score at the last layer."""
-    (slope,) = pull(_sums(output, score)[0], last=True).values()
-    return slope
+    return pullback.last(_sums(output, score)[0])
 
 
-def slope_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def gradient_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The gradient of a function to one number: by a graph that begins at its argument, or, under a transform, by `grad`."""
     if _compat.transformed():
         return about_gradient()(grad(function))
@@ -180,7 +199,7 @@ def slope_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return about_gradient()(slope)
 
 
-def _sums(output: Any, score: Score) -> list[Callable[[Any], Tensor]]:
+def _sums(output: Any, score: Score) -> list[Of]:
     """For each target, the function of an output that sums its score over images."""
     with torch.inference_mode(False):
         rows = tree_map(torch.clone, score.rows)  # no inference tensors, whatever mode they were made in

@@ -14,7 +14,7 @@ from camfn._errors import CamError, layer_called
 from camfn._types import Inputs, Layer, State
 from camfn.model.agreement import is_close
 from camfn.model.capture import resolve_state, tap_from
-from camfn.model.forward import Subject
+from camfn.model.forward import Task
 from camfn.model.ports import resolve_layers
 from camfn.model.prepare import Call, Prepared, opened, prepares, shapes
 from camfn.model.private_copy import Shell
@@ -75,19 +75,19 @@ def head(model: nn.Module | Prepared, layer: Layer, x: Inputs, value: Tensor) ->
     return Head(*made(call, name, shell.tensors, x, value), shell)
 
 
-def head_of(subject: Subject, name: str, x: Inputs, value: Tensor, fits: Callable[[Head], bool]) -> Head:
-    """`head` for a subject, recorded at `value`; `fits` looks at it at another, as `Record` says. It may hold for these inputs
+def head_of(task: Task, name: str, x: Inputs, value: Tensor, fits: Callable[[Head], bool]) -> Head:
+    """`head` for a task, recorded at `value`; `fits` looks at it at another, as `Record` says. It may hold for these inputs
     alone."""
-    call = subject.model
+    call = task.model
     if not _compat.transformed():
 
         def make() -> Made:
-            return _record(call.shell(), subject.state, name, x, value)
+            return _record(call.shell(), task.state, name, x, value)
 
-        key = _key(name, subject.state, x, value)
-        made = _lasting(call.prepared, key, make, lambda made: fits(Head(*made, subject.shell)), layer_called(name))
-        return Head(*made, subject.shell)
-    return Head(*_on_blanks(call, name, subject.shell.tensors, x, value), subject.shell)
+        key = _key(name, task.state, x, value)
+        made = _lasting(call.prepared, key, make, lambda made: fits(Head(*made, task.shell)), layer_called(name))
+        return Head(*made, task.shell)
+    return Head(*_on_blanks(call, name, task.shell.tensors, x, value), task.shell)
 
 
 def _on_blanks(call: Call, name: str, state: State, x: Inputs, value: Tensor) -> Made:

@@ -15,11 +15,47 @@ Key = str | int | None
 """Which input has the pixels; `None` where x is the only one."""
 
 
-class Place(NamedTuple):
-    """Where the pixels are among the inputs, and what goes with them."""
+class Companions(NamedTuple):
+    """Which input has the pixels, and how the inputs beside it belong to images."""
 
     key: Key
-    rows: int  # inputs of so many rows have one for each image; 0: none has
+    rows: int  # batch size of the companion inputs; 0 if all images share them
+
+
+class Batch(NamedTuple):
+    """The validated inputs of one call."""
+
+    x: Inputs
+    key: Key  # which input has the pixels; None: x is the only one
+    n: int  # images
+
+    @property
+    def image(self) -> Tensor:
+        """The input that has the pixels, `(n, k, *size)`."""
+        return pick(self.x, self.key)
+
+    @property
+    def size(self) -> tuple[int, ...] | None:
+        """The spatial size of the pixels. `None` without spatial axes, and for a list of images of several sizes."""
+        return size_of(self.x, self.key)
+
+    def with_image(self, image: Tensor) -> "Batch":
+        """Another image in the place of the pixels."""
+        return self._replace(x=with_input(self.x, self.key, image))
+
+
+def batch_of(x: Any, masked: Key) -> Batch:
+    """The batch of inputs that a method has validated."""
+    x = plain(x)
+    key = key_of(x, masked, False)
+    return Batch(x, key, len(pick(x, key)))
+
+
+def check(x: Any, masked: Key, state: State, masks: bool) -> Batch:
+    """Validate the inputs. `masks`: the method masks the pixels."""
+    x = plain(x)
+    key = key_of(x, masked, masks)
+    return Batch(x, key, check_inputs(x, key, state, masks))
 
 
 def plain(x: Any) -> Any:
@@ -53,17 +89,17 @@ def beside(x: Inputs, key: Key, rows: int) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(_without(x, key))[0] if _has_rows(leaf, rows)]
 
 
-def rows_of(x: Inputs, place: Place, image: Tensor, masked: Tensor) -> Inputs:
+def rows_of(x: Inputs, companions: Companions, image: Tensor, masked: Tensor) -> Inputs:
     """The inputs of a chunk: the masked one, and copies of those beside it, or of their rows of the same images."""
-    if place.key is None:
+    if companions.key is None:
         return with_input(x, None, masked)
 
     def pick(leaf: Any) -> Any:
-        if place.rows and _has_rows(leaf, place.rows):
+        if companions.rows and _has_rows(leaf, companions.rows):
             return leaf.index_select(0, image)
         return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
-    return with_input(tree_map(pick, _without(x, place.key)), place.key, masked)
+    return with_input(tree_map(pick, _without(x, companions.key)), companions.key, masked)
 
 
 def _without(x: Inputs, key: Key) -> Inputs:

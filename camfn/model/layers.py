@@ -13,10 +13,10 @@ from camfn._errors import CamError
 from camfn._types import Inputs, State
 from camfn.layouts import Clues, Form, Sides, forms_of
 from camfn.model.capture import resolve_state, watch
-from camfn.model.inputs import Key, check_inputs, key_of, plain, size_of
+from camfn.model.inputs import Batch, Key, check
 from camfn.model.linear_head import is_auxiliary, is_convolution, sides
 from camfn.model.ports import Place, tensors_of
-from camfn.model.prepare import Call, Prepared, opened, prepares
+from camfn.model.prepare import Model, opened, prepares
 from camfn.targets import logits_of
 
 
@@ -35,9 +35,7 @@ class Candidate(NamedTuple):
 
 
 @prepares
-def candidate_layers(
-    model: nn.Module | Prepared | Call, x: Inputs, *, masked: Key = None, state: State | None = None
-) -> tuple[Candidate, ...]:
+def candidate_layers(model: Model, x: Inputs, *, masked: Key = None, state: State | None = None) -> tuple[Candidate, ...]:
     """The layers that can be explained, in the order of execution, and which of them `layer=None` takes; one forward.
 
     That is the last one with a grid, but: where a class token leads the others, the last block but one, since after the
@@ -56,9 +54,8 @@ def candidate_layers(
     0 Conv2d (6, 6) False
     1 ReLU (6, 6) True
     """
-    shell, x = opened(model).shell(), plain(x)
-    full, key = resolve_state(shell, state), key_of(x, masked, False)
-    found = _outputs(model, full, x, size_of(x, key), check_inputs(x, key, full, False))
+    full = resolve_state(opened(model).shell(), state)
+    found = _outputs(model, full, check(x, masked, full, False))
     chosen = _chosen(found) if found.all else None
     return tuple(Candidate(out.name, out.kind, out.shape, out.form.grid, out is chosen) for out in found.all)
 
@@ -70,24 +67,24 @@ class Choice(NamedTuple):
     why: str  # what it is, after "the"
 
 
-def choose(model: nn.Module | Prepared | Call, state: State, x: Inputs, spatial: Sides | None, n: int) -> Choice:
+def choose(model: Model, state: State, batch: Batch) -> Choice:
     """Choose a layer; one forward."""
-    found = _outputs(model, state, x, spatial, n)
+    found = _outputs(model, state, batch)
     if not found.all:
-        raise CamError(none_on_a_grid(model, spatial))
+        raise CamError(none_on_a_grid(model, batch.size))
     chosen = _chosen(found)
     why = "last block but one: after the last, only the class token counts" if chosen.form.prefix else "last layer on a grid"
     return Choice(chosen.name, why)
 
 
-def stages(model: nn.Module | Prepared | Call, state: State, x: Inputs, spatial: Sides | None, n: int) -> tuple[str, ...]:
+def stages(model: Model, state: State, batch: Batch) -> tuple[str, ...]:
     """The chosen layer, and before it, of each size that is larger along every axis, the last layer; one forward.
 
     Of one size, layers that stand in no other come first: the next stage's first convolutions can be of this one's size.
     """
-    found = _outputs(model, state, x, spatial, n)
+    found = _outputs(model, state, batch)
     if not found.all:
-        raise CamError(none_on_a_grid(model, spatial))
+        raise CamError(none_on_a_grid(model, batch.size))
     last = _chosen(found)
     usable = [out for out in found.all[: found.all.index(last)] if out.lone and out.form.channels not in found.classes]
     ends = [last]
@@ -97,7 +94,7 @@ def stages(model: nn.Module | Prepared | Call, state: State, x: Inputs, spatial:
     return tuple(out.name for out in ends)
 
 
-def none_on_a_grid(model: nn.Module | Prepared | Call, spatial: Sides | None) -> str:
+def none_on_a_grid(model: Model, spatial: Sides | None) -> str:
     """A sentence for where there is no candidate."""
     axes = "spatial axes" if spatial is None else f"{len(spatial)} spatial axes"
     kind = type(opened(model).prepared.model).__name__
@@ -136,7 +133,8 @@ _LEVELS = 3
 """From so many grids of one layer on, they are a pyramid. Two are an output and what it was before it was made smaller."""
 
 
-def _outputs(model: nn.Module | Prepared | Call, state: State, x: Inputs, spatial: Sides | None, n: int) -> _Outputs:
+def _outputs(model: Model, state: State, batch: Batch) -> _Outputs:
+    spatial, n = batch.size, batch.n
     modules = dict(opened(model).shell().module.named_modules())
     clues = clues_of(modules[""], spatial)
     runs: Counter[str] = Counter()
@@ -147,7 +145,7 @@ def _outputs(model: nn.Module | Prepared | Call, state: State, x: Inputs, spatia
         given.append((name, runs[name], {part: tuple(tensor.shape) for part, tensor in tensors_of(out)}))
 
     with torch.no_grad():
-        output = watch(model, state, x, see)
+        output = watch(model, state, batch.x, see)
     found: list[_Output] = []
     pyramid = False
     for name, call, shapes in given:

@@ -6,7 +6,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -222,8 +222,12 @@ class Call:
         self.close()
 
 
+Model: TypeAlias = nn.Module | Prepared | Call
+"""The model that a function takes: from the user, or from another function of the same call."""
+
+
 @_compat.eager
-def opened(model: nn.Module | Prepared | Call) -> Call:
+def opened(model: Model) -> Call:
     """A call on a prepared model, or on a plain one, which is prepared for one call."""
     if isinstance(model, Call):
         return model

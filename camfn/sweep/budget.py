@@ -11,8 +11,8 @@ from torch import Tensor
 from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Scores
-from camfn.formulas.masks import Variation, unit
-from camfn.formulas.scaling import size_of
+from camfn.formulas.masks import Variation, min_max
+from camfn.formulas.scaling import magnitude
 from camfn.sweep import gaussian_process
 from camfn.sweep.low_precision import in_dtype, quietly, refine
 from camfn.sweep.scoring import Plan, Scoring, Swept, scorer, scores_of
@@ -179,7 +179,7 @@ def _ranked(
     """The first channels in a published order; the others have no weight, as published."""
     values = todo.read.values
     rank = {
-        "std": (values / size_of(values, (1, 2))).std(-1, unbiased=False),
+        "std": (values / magnitude(values, (1, 2))).std(-1, unbiased=False),
         "max": values.amax(-1),
         "gradient": slopes.mean(-1).sum(1),
     }
@@ -221,7 +221,7 @@ class _Search:
         self.priors = []
         if most:
             own = values[self.live]
-            masks = torch.stack([unit(channel, 0.0, todo.read.values.dtype) for channel in own])
+            masks = torch.stack([min_max(channel, 0.0, todo.read.values.dtype) for channel in own])
             # The whole activation seen through a channel's mask, and the head linear: `<G, A * m_k>`.
             predictions = (slopes[image].double().cpu() * values).sum(1) @ masks.T
             pairs = zip(predictions, zeros)

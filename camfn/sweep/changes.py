@@ -19,7 +19,7 @@ from camfn.layouts import Read
 from camfn.model.agreement import is_close
 from camfn.model.attention import unfused
 from camfn.model.capture import Captured, tap_from
-from camfn.model.forward import Subject
+from camfn.model.forward import Forward
 from camfn.model.head import Head, head_of
 from camfn.model.inputs import rows_of
 from camfn.model.memory import is_exhausted
@@ -53,17 +53,18 @@ class Scored(NamedTuple):
 
 
 def sweep_at(
-    subject: Subject,
+    forward: Forward,
     layer: str,
     read: Read,
     score: Score,
     change: Change,
+    *,
     wanted: Sequence[Tensor],
     room: Room,
     tick: Callable[[int | None], None],
 ) -> Scored:
     """The scores of each image's activation, changed in the ways `wanted` of it."""
-    sweeper = _Sweeper(subject, layer, score)
+    sweeper = _Sweeper(forward, layer, score)
     found = []
     for image, numbers in enumerate(wanted):
         site = _Site(sweeper, read, image, torch.tensor([image], device=read.values.device))
@@ -77,19 +78,19 @@ def sweep_at(
     return Scored(found, sweeper.forwards, sum(map(len, found)))
 
 
-def room_for(subject: Subject, options: Sweep, ways: int) -> Room:
+def room_for(forward: Forward, options: Sweep, ways: int) -> Room:
     """For how many changed activations there is room: as many in each chunk, so that the last is not short of others."""
-    most = _most(subject, options)
+    most = _most(forward, options)
     return Room(-(-ways // -(-ways // most)), "changed activations")
 
 
-def _most(subject: Subject, options: Sweep) -> int:
+def _most(forward: Forward, options: Sweep) -> int:
     if not _compat.transformed() and options.memory is None and options.chunk is None:
-        free = free_share(subject.image.device)
-        largest = max(t[:1].numel() * t.element_size() for t in (subject.image, *subject.seen))
+        free = free_share(forward.image.device)
+        largest = max(t[:1].numel() * t.element_size() for t in (forward.image, *forward.activations))
         if free is None or CHUNK * _TIMES * largest <= free:
             return CHUNK
-    return chunk_of(subject, options, CHUNK)
+    return chunk_of(forward, options, CHUNK)
 
 
 def _raise_nonfinite(found: list[Tensor], wanted: Sequence[Tensor], layer: str, change: Change) -> None:
@@ -105,8 +106,8 @@ def _raise_nonfinite(found: list[Tensor], wanted: Sequence[Tensor], layer: str, 
 class _Sweeper:
     """How the changed activations of a layer are scored, as it is found out, and what it took."""
 
-    def __init__(self, subject: Subject, layer: str, score: Score) -> None:
-        self.subject, self.layer, self.score = subject, layer, score
+    def __init__(self, forward: Forward, layer: str, score: Score) -> None:
+        self.forward, self.layer, self.score = forward, layer, score
         self.heads: dict[Any, Head | None] = {}  # by how many activations they take, and the form of an input
         self.maps = True  # does the model take `vmap` over what is swapped in?
         self.forwards = 0
@@ -114,7 +115,7 @@ class _Sweeper:
     @functools.cached_property
     def run(self) -> Callable[..., Captured]:
         """The model with ports at the layer."""
-        return tap_from(self.subject.model.shell(), [self.layer])
+        return tap_from(self.forward.task.model.shell(), [self.layer])
 
 
 class _Site(NamedTuple):
@@ -132,10 +133,10 @@ class _Site(NamedTuple):
 
     def inputs(self, count: int) -> Inputs:
         """The image `count` times, with what belongs to it."""
-        subject, numbers = self.sweeper.subject, self.number.expand(count)
-        if isinstance(subject.x, list):  # of several sizes, maybe
-            return [subject.x[self.image].clone() for _ in range(count)]
-        return rows_of(subject.x, subject.place, numbers, subject.image.index_select(0, numbers))
+        forward, numbers = self.sweeper.forward, self.number.expand(count)
+        if isinstance(forward.batch.x, list):  # of several sizes, maybe
+            return [forward.batch.x[self.image].clone() for _ in range(count)]
+        return rows_of(forward.batch.x, forward.companions, numbers, forward.image.index_select(0, numbers))
 
     def restored(self, values: Tensor) -> Tensor:
         """Activations `(b, c, p)` as the layer returns them."""
@@ -175,16 +176,16 @@ def _by_head(site: _Site, count: int) -> Callable[[Tensor], Tensor] | None:
     if head is None:
         return None
     sweeper.forwards += head.record.around
-    onward = head.at(sweeper.subject.state, x)
+    onward = head.at(sweeper.forward.task.state, x)
     return lambda values: site.scores(onward(site.restored(values)), count)
 
 
 def _recorded(site: _Site, x: Inputs, count: int) -> Head | None:
     """What comes after the layer; `None` where it cannot be recorded, or may not hold for other activations."""
-    subject, layer = site.sweeper.subject, site.sweeper.layer
+    forward, layer = site.sweeper.forward, site.sweeper.layer
     halves = site.restored(_halved(site, count))
     try:
-        head = head_of(subject, layer, x, halves, lambda head: _holds(head, site, x, count))
+        head = head_of(forward.task, layer, x, halves, lambda head: _holds(head, site, x, count))
         return None if head.record.unseen else head
     except Exception as error:  # a model that makes sure of its shapes, say
         if is_exhausted(error) or isinstance(error, RefusedError):
@@ -209,9 +210,9 @@ def _checking(site: _Site, count: int) -> Tensor:
 
 def _holds(head: Head, site: _Site, x: Inputs, count: int) -> bool:
     """Does the activation itself give what the clean forward gave?"""
-    subject = site.sweeper.subject
-    found = _sample(head.at(subject.state, x)(site.restored(_checking(site, count))), 0, count)
-    clean = _sample(subject.output, site.image, subject.n)
+    forward = site.sweeper.forward
+    found = _sample(head.at(forward.task.state, x)(site.restored(_checking(site, count))), 0, count)
+    clean = _sample(forward.output, site.image, forward.n)
     return 0 < len(found) == len(clean) and all(is_close(a, b, 1000) for a, b in zip(found, clean))
 
 
@@ -248,5 +249,5 @@ def _by_swap(site: _Site, values: Tensor) -> Tensor:
 def _swapped(site: _Site, values: Tensor) -> Tensor:
     """The scores of a model that gets the activations `(b, c, p)` in the place of the layer's own, and the image for each."""
     count = len(values)
-    output = site.sweeper.run(site.sweeper.subject.state, site.inputs(count), None, (site.restored(values),)).output
+    output = site.sweeper.run(site.sweeper.forward.task.state, site.inputs(count), None, (site.restored(values),)).output
     return site.scores(output, count)

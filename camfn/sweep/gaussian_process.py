@@ -19,7 +19,7 @@ from torch import Tensor
 
 from camfn._types import Activations, Scores
 from camfn.formulas import maps
-from camfn.formulas.scaling import size_of
+from camfn.formulas.scaling import magnitude
 
 _SLOPE = (1.0, -0.15, 0.4)  # prior mean in the features. These constants are those of the largest marginal likelihood of swept
 _LINEAR = 0.05  # variance of each slope.                 scores; halves of the photos and each network alone agree on them
@@ -170,7 +170,7 @@ def shrunk(drawn: Tensor, swept: Tensor, values: Activations, total: int, seed: 
     together, which independent draws are not.
     """
     count, done = swept.sum(1).clamp(min=1)[:, None, None], len(drawn)
-    size = size_of(drawn, (0, 1, 2, 3))[0]  # of which variances are taken
+    size = magnitude(drawn, (0, 1, 2, 3))[0]  # of which variances are taken
     drawn = drawn / size
     mean = drawn.mean(0)
 

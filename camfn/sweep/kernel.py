@@ -18,8 +18,8 @@ from camfn import _compat
 from camfn._errors import warn
 from camfn._types import Inputs, State
 from camfn.formulas.masks import Rule, masked_input
-from camfn.model.forward import Subject
-from camfn.model.inputs import Place, pick, rows_of, with_input
+from camfn.model.forward import Forward
+from camfn.model.inputs import Companions, pick, rows_of
 from camfn.model.memory import is_exhausted
 from camfn.model.prepare import Slot, shapes
 from camfn.sweep.options import Sweep
@@ -49,62 +49,76 @@ def mask_row(rule: Rule, images: Tensor, row: Rows) -> Tensor:
 
 
 def folded(
-    call: Callable[[State, Inputs], Any], of: Any, rule: Rule, place: Place, state: State, x: Inputs, targets: Any, rows: Rows
+    call: Callable[[State, Inputs], Any],
+    of: Any,
+    rule: Rule,
+    companions: Companions,
+    state: State,
+    x: Inputs,
+    targets: Any,
+    rows: Rows,
 ) -> Tensor:
     """The scores `(b, t)` of a chunk of rows: masking and targets mapped, the chunk a batch of the model."""
-    images = pick(x, place.key)
+    images = pick(x, companions.key)
     masked = vmap(functools.partial(mask_row, rule, images))(rows)
-    output = call(state, rows_of(x, place, rows["image"], masked))
+    output = call(state, rows_of(x, companions, rows["image"], masked))
     return score_rows(of, output, rows_at(targets, rows["image"]))
 
 
 def mapped(
-    call: Callable[[State, Inputs], Any], of: Any, rule: Rule, place: Place, state: State, x: Inputs, targets: Any, rows: Rows
+    call: Callable[[State, Inputs], Any],
+    of: Any,
+    rule: Rule,
+    companions: Companions,
+    state: State,
+    x: Inputs,
+    targets: Any,
+    rows: Rows,
 ) -> Tensor:
     """The same by the definition: one row, model and all, mapped over the chunk."""
 
     def one(row: Rows) -> Tensor:
-        return folded(call, of, rule, place, state, x, targets, {name: value[None] for name, value in row.items()})[0]
+        return folded(call, of, rule, companions, state, x, targets, {name: value[None] for name, value in row.items()})[0]
 
     return vmap(one)(rows)
 
 
-def kernel_of(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: tuple[int, ...], options: Sweep) -> Kernel:
+def kernel_of(forward: Forward, runner: Runner, score: Score, rule: Rule, grid: tuple[int, ...], options: Sweep) -> Kernel:
     """The kernel for a layer of this grid: compiled if asked for, or if it is there already."""
     body = folded if runner.folded else mapped
     # Images with the channels last give masked inputs that have them last: nothing is left to be moved.
-    image = subject.image.contiguous(memory_format=torch.channels_last) if runner.channels_last else subject.image
-    x = with_input(subject.x, subject.key, image)
-    arguments = (runner.call(), score.of, rule, subject.place, runner.state, x, score.rows)
+    image = forward.image.contiguous(memory_format=torch.channels_last) if runner.channels_last else forward.image
+    x = forward.batch.with_image(image).x
+    arguments = (runner.call(), score.of, rule, forward.companions, runner.state, x, score.rows)
     eager = Kernel(functools.partial(body, *arguments), False)
     guarded = functools.partial(body, runner.call(guarded=True), *arguments[1:])
     eager = eager._replace(guarded=guarded)
     if options.compile is False or _compat.transformed():
         return eager
-    key = _key(subject, runner, score, rule, grid)
+    key = _key(forward, runner, score, rule, grid)
 
     def compiled() -> Kernel:
-        slot = subject.model.prepared.slot(key)
+        slot = forward.task.model.prepared.slot(key)
         if reason := slot.made.reason if isinstance(slot.made, _Refused) else _compat.can_compile():
             _warn_of(reason)
             return eager
-        if not subject.model.prepared.lasting:
+        if not forward.task.model.prepared.lasting:
             warn("the kernel is compiled for this call alone; camfn.prepare(model), passed in the model's place, keeps it")
         # A graph holds for what its arguments have in common: a call's state and what is in the copy may be one, or two.
         with torch.inference_mode(False):
             runner.shell.put({name: _plain(tensor).detach() for name, tensor in runner.state.items()})
         return Kernel(functools.partial(_call_compiled, slot, body, arguments), True, guarded=guarded)
 
-    if options.compile is True or subject.model.prepared.has(key):
+    if options.compile is True or forward.task.model.prepared.has(key):
         return compiled()
     return eager._replace(compiled=compiled)
 
 
-def _key(subject: Subject, runner: Runner, score: Score, rule: Rule, grid: tuple[int, ...]) -> Any:
+def _key(forward: Forward, runner: Runner, score: Score, rule: Rule, grid: tuple[int, ...]) -> Any:
     state = tuple((t.dtype, t.device) for t in runner.state.values())
     of = weakly(score.of), shapes(score.rows)
-    settings = (rule.static(), grid, subject.place, runner.folded, runner.channels_last, runner.room.asked, runner.dtype)
-    return "kernel", of, settings, shapes(subject.x), state, runner.merged
+    settings = (rule.static(), grid, forward.companions, runner.folded, runner.channels_last, runner.room.asked, runner.dtype)
+    return "kernel", of, settings, shapes(forward.batch.x), state, runner.merged
 
 
 class _Refused(NamedTuple):

@@ -48,7 +48,7 @@ def quietly(scoring: Scoring) -> Scoring:
 def in_dtype(scoring: Scoring) -> Callable[[Tensor], Tensor]:
     """The scorer in the narrow dtype that is asked for."""
     assert scoring.options.dtype is not None
-    return scorer(scoring._replace(runner=narrowed(scoring.subject, scoring.runner, scoring.options.dtype)))
+    return scorer(scoring._replace(runner=narrowed(scoring.forward, scoring.runner, scoring.options.dtype)))
 
 
 def refine(

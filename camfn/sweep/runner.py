@@ -14,7 +14,7 @@ from camfn._errors import CamError, RefusedError, warn
 from camfn._types import Inputs, State
 from camfn.model.agreement import is_close
 from camfn.model.capture import pure_from
-from camfn.model.forward import Subject, once
+from camfn.model.forward import Forward, once
 from camfn.model.inputs import rows_of
 from camfn.model.memory import free_bytes, is_exhausted
 from camfn.model.private_copy import Shell
@@ -75,23 +75,23 @@ class Runner(NamedTuple):
         return call
 
 
-def runner_of(subject: Subject, score: Score, options: Sweep, rows: int) -> Runner:
+def runner_of(forward: Forward, score: Score, options: Sweep, rows: int) -> Runner:
     """The model as it is best run for so many rows: as it is, or as a copy whose function is the same to rounding.
 
     Two forwards tell: a second image alone, and the two images together, by the copy; that one alone again, where it is known
     how a batch is taken.
     """
-    shell = subject.model.shell()  # the subject's own has ports
-    own = Runner(shell, subject.state, False, False, options.fold is not False, Room(chunk_of(subject, options, CHUNK)))
+    shell = forward.task.model.shell()  # the forward's own has ports
+    own = Runner(shell, forward.task.state, False, False, options.fold is not False, Room(chunk_of(forward, options, CHUNK)))
     if _compat.transformed():
         return own
     asks = options.fold == "auto" and min(rows, own.room.chunk) > 1
-    for found in _rewritten(subject, own, rows):
-        if _agrees(found, subject, score, _LOOSE, pair=asks):
+    for found in _rewritten(forward, own, rows):
+        if _agrees(found, forward, score, _LOOSE, pair=asks):
             return found
-    if not asks or _agrees(own, subject, score, _TIGHT):
+    if not asks or _agrees(own, forward, score, _TIGHT):
         return own
-    maps = _agrees(own._replace(folded=False), subject, score, _TIGHT)
+    maps = _agrees(own._replace(folded=False), forward, score, _TIGHT)
     how = "maps through the model" if maps else "runs the model on one input at a time"
     warn(
         f"the model's output for an input depends on the others of its batch: the sweep {how} (slower); "
@@ -100,24 +100,24 @@ def runner_of(subject: Subject, score: Score, options: Sweep, rows: int) -> Runn
     return own._replace(folded=False) if maps else own._replace(room=Room(1))
 
 
-def _rewritten(subject: Subject, own: Runner, rows: int) -> Iterator[Runner]:
+def _rewritten(forward: Forward, own: Runner, rows: int) -> Iterator[Runner]:
     """Copies, the fastest first: batch norms merged and channels last; less of it, for models that do not take that."""
-    if not own.folded or rows < _WORTH or rows * second_of(subject).found.reuse < _REUSED:
+    if not own.folded or rows < _WORTH or rows * second_of(forward).found.reuse < _REUSED:
         return
-    folds, images = second_of(subject).found.folds, any(tensor.ndim == 4 for tensor in own.state.values())
+    folds, images = second_of(forward).found.folds, any(tensor.ndim == 4 for tensor in own.state.values())
     for merged, spread in dict.fromkeys(((bool(folds), images), (bool(folds), False), (False, images))):
         if merged or spread:
-            shell, state = merge_norms(subject.model.shell(), own.state, folds if merged else ())
+            shell, state = merge_norms(forward.task.model.shell(), own.state, folds if merged else ())
             state = channels_last(state) if spread else state
             yield own._replace(shell=shell, state=state, merged=merged, channels_last=spread)
 
 
-def narrowed(subject: Subject, runner: Runner, dtype: torch.dtype) -> Runner:
+def narrowed(forward: Forward, runner: Runner, dtype: torch.dtype) -> Runner:
     """The same in a narrow dtype."""
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in runner.state.items()}
     narrow = runner._replace(state=state, dtype=dtype)
     try:
-        narrow.call(guarded=True)(state, _first(subject, subject.image[:1]))
+        narrow.call(guarded=True)(state, _first(forward, forward.image[:1]))
     except Exception as error:
         if is_exhausted(error) or isinstance(error, RefusedError):
             raise
@@ -126,15 +126,15 @@ def narrowed(subject: Subject, runner: Runner, dtype: torch.dtype) -> Runner:
     return narrow
 
 
-def _image(subject: Subject) -> Tensor:
+def _image(forward: Forward) -> Tensor:
     """The first image, to be written to by a model that does."""
-    return subject.image[:1].clone()
+    return forward.image[:1].clone()
 
 
-def _first(subject: Subject, images: Tensor) -> Inputs:
+def _first(forward: Forward, images: Tensor) -> Inputs:
     """Inputs with these images, and with what belongs to the first image beside each."""
     first = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    return rows_of(subject.x, subject.place, first, images)
+    return rows_of(forward.batch.x, forward.companions, first, images)
 
 
 def _read(score: Score, output: Any, count: int) -> list[Tensor]:
@@ -163,43 +163,43 @@ class Second(NamedTuple):
     found: Found
 
 
-def second_of(subject: Subject) -> Second:
+def second_of(forward: Forward) -> Second:
     """The first image turned over and half as bright: not made up, since a model may have its range of values."""
 
     def find() -> Second:
-        image = 0.5 * _image(subject).flip(tuple(range(2, subject.image.ndim)))
-        return Second(image, find_folds(subject.model, subject.state, _first(subject, image.clone())))
+        image = 0.5 * _image(forward).flip(tuple(range(2, forward.image.ndim)))
+        return Second(image, find_folds(forward.task.model, forward.task.state, _first(forward, image.clone())))
 
-    return once(subject, "second", find)
+    return once(forward.task, "second", find)
 
 
 _TIGHT, _LOOSE = 100, 1000
 """Roundings by which the outputs of one function may differ, and of two that are equal but for rounding."""
 
 
-def _first_alone(subject: Subject, score: Score, runner: Runner) -> list[Tensor]:
+def _first_alone(forward: Forward, score: Score, runner: Runner) -> list[Tensor]:
     """What the first image gives. In a batch of several it is what it gives alone only where the batch makes no difference."""
-    if runner.folded or subject.n == 1:
-        return [part[:1] for part in _read(score, subject.output, subject.n)]
-    call = pure_from(subject.model.shell())
-    return _read(score, once(subject, "first", lambda: call(subject.state, _first(subject, _image(subject)))), 1)
+    if runner.folded or forward.n == 1:
+        return [part[:1] for part in _read(score, forward.output, forward.n)]
+    call = pure_from(forward.task.model.shell())
+    return _read(score, once(forward.task, "first", lambda: call(forward.task.state, _first(forward, _image(forward)))), 1)
 
 
-def _agrees(runner: Runner, subject: Subject, score: Score, times: int, pair: bool = True) -> bool:
+def _agrees(runner: Runner, forward: Forward, score: Score, times: int, pair: bool = True) -> bool:
     """Does it give, of both images together, or of the second, what each gave alone? Mapped, where it maps."""
 
     def find() -> list[Tensor]:
-        images, call = second_of(subject).image.clone(), runner.call(guarded=True)
-        images = torch.cat((_image(subject), images)) if pair else images
+        images, call = second_of(forward).image.clone(), runner.call(guarded=True)
+        images = torch.cat((_image(forward), images)) if pair else images
 
         def read(images: Tensor) -> list[Tensor]:
-            return _read(score, call(runner.state, _first(subject, images)), len(images))
+            return _read(score, call(runner.state, _first(forward, images)), len(images))
 
         return read(images) if runner.folded else vmap(lambda image: [part[0] for part in read(image[None])])(images)
 
     try:
-        expected = _read(score, second_of(subject).found.output, 1)
-        expected = [torch.cat(parts) for parts in zip(_first_alone(subject, score, runner), expected)] if pair else expected
+        expected = _read(score, second_of(forward).found.output, 1)
+        expected = [torch.cat(parts) for parts in zip(_first_alone(forward, score, runner), expected)] if pair else expected
         with torch.inference_mode(False), torch.no_grad():
             return all(is_close(a, b, times) for a, b in zip(find(), expected))
     except RefusedError:
@@ -236,26 +236,26 @@ def weakly(value: Any) -> Any:
     return _Same(value) if callable(value) else value
 
 
-def chunk_of(subject: Subject, options: Sweep, usual: int) -> int:
+def chunk_of(forward: Forward, options: Sweep, usual: int) -> int:
     """Rows per forward: what was asked for, or what fits."""
-    device, memory = subject.image.device, options.memory
+    device, memory = forward.image.device, options.memory
     if _compat.transformed() or (memory is None and (options.chunk is not None or device.type != "cpu")):
         return options.chunk or usual
-    most = options.chunk or (1024 if memory is not None else min(usual, _best_on_cpu(subject)))
+    most = options.chunk or (1024 if memory is not None else min(usual, _best_on_cpu(forward)))
     allowed = memory if isinstance(memory, int) else free_share(device, _SHARE if memory is None else memory)
     if allowed is None:
         if memory is None:
             return most
         raise CamError(f"Sweep(memory={memory}): how much is free on {device} is not known; give bytes")
-    pixels = subject.image[0].numel() * subject.image.element_size()
-    return min(most, max(1, allowed // (second_of(subject).found.bytes + 4 * pixels)))
+    pixels = forward.image[0].numel() * forward.image.element_size()
+    return min(most, max(1, allowed // (second_of(forward).found.bytes + 4 * pixels)))
 
 
-def _best_on_cpu(subject: Subject) -> int:
+def _best_on_cpu(forward: Forward) -> int:
     """A power of two, so that threads have equal parts: few rows hold little, but each chunk reads all weights again, for
     which it has to hold half as much as they do (`benchmarks/chunk.py` measures the rows, and by how much they matter)."""
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in subject.state.values())
-    rows = max(_HELD * max(2, torch.get_num_threads()), weights // 2) // max(1, second_of(subject).found.bytes)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in forward.task.state.values())
+    rows = max(_HELD * max(2, torch.get_num_threads()), weights // 2) // max(1, second_of(forward).found.bytes)
     return 1 << max(1, rows).bit_length() - 1
 
 

@@ -1,7 +1,7 @@
 """The sweep: which masked inputs are scored, in chunks, and what their scores say of the channels."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, NoReturn
 
@@ -12,14 +12,15 @@ from torch.func import vmap
 from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Scores, wide
-from camfn.formulas.masks import Rule, Variation, noise_stream
+from camfn.formulas.masks import Rule, Variation
+from camfn.formulas.noise import noise_stream
 from camfn.layouts import Read
-from camfn.model.forward import Subject, first_nonfinite
+from camfn.model.forward import Forward, first_nonfinite
 from camfn.model.inputs import rows_of
 from camfn.model.memory import is_exhausted
 from camfn.sweep.kernel import Kernel, Rows, kernel_of, mask_row
-from camfn.sweep.options import Sweep, pays
-from camfn.sweep.runner import Room, Runner
+from camfn.sweep.options import Sweep, checked, counter, pays
+from camfn.sweep.runner import Room, Runner, runner_of
 from camfn.targets import Score, score_rows
 
 
@@ -77,14 +78,45 @@ def plan(read: Read, variation: Variation) -> Plan:
 class Scoring(NamedTuple):
     """Everything that a sweep is made of."""
 
-    subject: Subject
+    forward: Forward
     runner: Runner
     score: Score
     plan: Plan
     variation: Variation
     options: Sweep
     tick: Callable[[int | None], None]
-    under: Tensor | None = None  # what is seen where a mask is not
+
+
+def sweep_layers(
+    forward: Forward,
+    score: Score,
+    plans: Sequence[Plan],
+    ways: Sequence[Callable[[Scoring], Swept]],
+    variation: Variation,
+    options: Sweep,
+    *,
+    rows: int,
+) -> list[Swept]:
+    """Sweep each layer's plan in its way, `rows` masked inputs in all. All layers share one runner."""
+    runner, tick = runner_of(forward, score, options, rows), counter(options.progress, rows)
+    found = [way(Scoring(forward, runner, score, todo, variation, options, tick)) for todo, way in zip(plans, ways)]
+    tick(None)
+    runner.room.tell()
+    return found
+
+
+def sweep_in_full(
+    method: str, forward: Forward, score: Score, reads: Sequence[Read], variation: Variation, options: Sweep
+) -> list[Swept]:
+    """Score all masks of each layer, for methods that have no budget and no low precision."""
+    if checked(options).dtype is not None:
+        raise CamError(
+            f"Sweep(dtype={options.dtype}) is not for {method}: it needs channels that can be scored again, weighed as "
+            "score_cam and its kin weigh them; leave dtype= out"
+        )
+    plans = [plan(part, variation) for part in reads]
+    rows = sum(todo.rows_in_all for todo in plans)
+    return sweep_layers(forward, score, plans, [sweep_all] * len(plans), variation, options, rows=rows)
 
 
 def sweep_all(scoring: Scoring) -> Swept:
@@ -96,19 +128,19 @@ def sweep_all(scoring: Scoring) -> Swept:
 
 def scorer(scoring: Scoring) -> Callable[[Tensor], Tensor]:
     """A function of `(r, 3)` masked inputs `(draw, channel, image)`, draws in order: their scores `(r, t)`."""
-    subject, runner, score, (read, *_), variation, options, tick, under = scoring
-    size = tuple(subject.image.shape[2:])
-    rule = Rule(size, read.values.dtype, variation.recipe, variation.noise, variation.form, under)
-    kernel = kernel_of(subject, runner, score, rule, read.grid, options)
-    rows_from = _rows_from(subject, read, variation, size)
+    forward, runner, score, (read, *_), variation, options, tick = scoring
+    size = tuple(forward.image.shape[2:])
+    rule = Rule(size, read.values.dtype, variation.recipe, variation.noise, variation.form, variation.under)
+    kernel = kernel_of(forward, runner, score, rule, read.grid, options)
+    rows_from = _rows_from(forward, read, variation, size)
 
     def scored(index: Tensor) -> Tensor:
         if not len(index):
-            return score_rows(score.of, subject.output, score.rows)[:0]
+            return score_rows(score.of, forward.output, score.rows)[:0]
         found = in_chunks(kernel, rows_from, index, runner.room, tick)
         if not _compat.transformed() and not bool(torch.isfinite(found).all()):
             bad = index[(~torch.isfinite(found)).any(1).nonzero()[0]]
-            _raise_nonfinite(subject, runner, rule, bad, rows_from(bad))
+            _raise_nonfinite(forward, runner, rule, bad, rows_from(bad))
         return found
 
     return scored
@@ -120,11 +152,11 @@ def scores_of(score: Callable[[Tensor], Tensor], todo: Plan, variation: Variatio
     return gather(score(part.rows), part, variation)
 
 
-def _raise_nonfinite(subject: Subject, runner: Runner, rule: Rule, index: Tensor, rows: Rows) -> NoReturn:
-    masked = vmap(partial(mask_row, rule, subject.image))(rows)
-    x = rows_of(subject.x, subject.place, rows["image"], masked)
+def _raise_nonfinite(forward: Forward, runner: Runner, rule: Rule, index: Tensor, rows: Rows) -> NoReturn:
+    masked = vmap(partial(mask_row, rule, forward.image))(rows)
+    x = rows_of(forward.batch.x, forward.companions, rows["image"], masked)
     _, channel, image = index[0].tolist()
-    where = first_nonfinite(subject.model, subject.state, x)
+    where = first_nonfinite(forward.task, x)
     if runner.dtype is not None:
         where = f"the sweep runs in {runner.dtype}, which may be too narrow for this model: leave Sweep(dtype=) out"
     if not bool(torch.isfinite(rows["channel"]).all()):
@@ -133,13 +165,13 @@ def _raise_nonfinite(subject: Subject, runner: Runner, rule: Rule, index: Tensor
     raise CamError(f"the score of image {image} masked by {mask} {channel} is not finite; {where}")
 
 
-def _rows_from(subject: Subject, read: Read, variation: Variation, size: tuple[int, ...]) -> Callable[[Tensor], Rows]:
+def _rows_from(forward: Forward, read: Read, variation: Variation, size: tuple[int, ...]) -> Callable[[Tensor], Rows]:
     """From `(draw, channel, image)` to what the kernel needs to make the masked input."""
     n, c, _ = read.values.shape
     device = read.values.device
     channels = read.values.to(wide(read.values.dtype)).reshape(n * c, *read.grid)
     scales = torch.tensor(variation.scales, dtype=channels.dtype, device=device)
-    shape = tuple(subject.image.shape[1:]) if variation.noise == "input" else size
+    shape = tuple(forward.image.shape[1:]) if variation.noise == "input" else size
     noise_of = noise_stream(variation, c, shape, device)
 
     def rows(index: Tensor) -> Rows:

@@ -1,0 +1,102 @@
+"""Random numbers: noise, random masks, random weights. Each depends on the seed and on what it is for, and on nothing else.
+
+A caller's `torch.Generator` is copied and does not advance.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from camfn import _compat
+from camfn.formulas.masks import Variation
+
+
+def _generator_for(given: int | torch.Generator, device: torch.device) -> tuple[torch.Generator, int]:
+    """A generator of our own on `device`, and a seed; the caller's generator is copied and does not advance."""
+    generator = torch.Generator(device)
+    if isinstance(given, int):
+        return generator.manual_seed(given), given
+    if given.device.type != device.type:
+        return generator.manual_seed(given.initial_seed()), given.initial_seed()
+    generator.set_state(given.get_state())
+    return generator, 0 if device.type == "cpu" else int(torch.randint(1 << 62, (), generator=generator, device=device))
+
+
+@_compat.eager
+def uniform(seed: int | torch.Generator, count: int) -> Tensor:
+    """So many numbers in [0, 1), on the CPU: the same for every device, and for all that `vmap` maps over."""
+    with _compat.outside_transforms():
+        generator, _ = _generator_for(seed, torch.device("cpu"))
+        return torch.rand(count, generator=generator, device="cpu", dtype=torch.float64)
+
+
+_EVERY = 256  # 5 kB each: who goes back draws up to so many pieces again
+
+
+def noise_stream(
+    variation: Variation, channels: int, shape: Sequence[int], device: torch.device
+) -> Callable[[Tensor], Tensor | None]:
+    """A function from `(b, 2)` pairs (draw, channel), at best in order, to their noise `(b, *shape)`, float32.
+
+    A pair's noise depends on nothing but the seed and the pair. On the CPU that is one stream with the draws outermost, as
+    torchcam draws it, so channels that are left out are drawn and dropped; elsewhere each pair has its own generator.
+    """
+    if (shifts := variation.shifts) is not None:
+        return lambda pairs: shifts.index_select(0, pairs[:, 1]).to(device)
+    if variation.noise is None:
+        return lambda pairs: None
+    on_cpu = device.type == "cpu"
+    generator, seed = _generator_for(variation.seed, device)
+    drawn, last = 0, torch.empty(0, device=device)
+    marks = [generator.get_state()] if on_cpu else []  # of every `_EVERY`th piece: the way back, for who asks out of order
+
+    def fresh() -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32) * variation.std
+
+    def piece(draw: int, channel: int) -> Tensor:
+        nonlocal drawn, last
+        if not on_cpu:
+            generator.manual_seed(((seed * 1_000_003 + draw) * 1_000_003 + channel) % (1 << 62))
+            return fresh()
+        wanted = draw * channels + channel
+        if drawn > wanted + 1:
+            drawn = wanted // _EVERY * _EVERY
+            generator.set_state(marks[drawn // _EVERY])
+        while drawn <= wanted:
+            last = fresh()
+            drawn += 1
+            if drawn == len(marks) * _EVERY:
+                marks.append(generator.get_state())
+        return last
+
+    @_compat.eager
+    def take(pairs: Tensor) -> Tensor:
+        with _compat.outside_transforms():  # vmap forbids drawing inside it; this noise is the same for all that it maps
+            asked = [(draw, channel) for draw, channel in _compat.unwrapped(pairs).tolist()]
+            made = {pair: piece(*pair) for pair in dict.fromkeys(asked)}
+            return torch.stack([made[pair] for pair in asked])
+
+    return take
+
+
+def noises(draws: int, std: float, seed: int | torch.Generator, like: Tensor) -> Iterator[Tensor]:
+    """Noise like one image `(k, *size)`, float32, one draw after the other."""
+    take: Any = noise_stream(Variation((1.0,) * draws, "input", std, seed), 1, tuple(like.shape), like.device)
+    return (take(torch.tensor([(draw, 0)], device="cpu"))[0] for draw in range(draws))
+
+
+@_compat.eager
+def rise(seed: int | torch.Generator, count: int, cells: int, size: Sequence[int], probability: float) -> tuple[Tensor, Tensor]:
+    """RISE's cells `(count, cells, ...)`, true with this probability, and the shifts `(count, axes)` of their windows.
+
+    However many there are, the first are the same, on every device: they are drawn on the CPU, and are small.
+    """
+    with _compat.outside_transforms():
+        generator, _ = _generator_for(seed, torch.device("cpu"))
+        axes, number = len(size), cells ** len(size)
+        drawn = torch.rand(count, number + axes, generator=generator, dtype=torch.float64, device="cpu")
+        breadths = torch.tensor([math.ceil(side / cells) for side in size], dtype=torch.float64, device="cpu")
+        return (drawn[:, :number] < probability).reshape(count, *(cells,) * axes), (drawn[:, number:] * breadths).long()

@@ -1,0 +1,69 @@
+"""Values on a grid at another size, or blurred. The last axes are spatial; all others are carried along."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from camfn._errors import CamError
+from camfn._types import wide
+
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def resize(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
+    """Multilinear interpolation of the last `len(size)` axes (one to three) to `size`, without antialiasing.
+
+    >>> import torch
+    >>> resize(torch.tensor([[0.0, 1.0]]), (4,)).tolist()
+    [[0.0, 0.25, 0.75, 1.0]]
+    """
+    size = tuple(int(side) for side in size)
+    axes = len(size)
+    if axes not in _LINEAR or maps.ndim < axes:
+        raise CamError(
+            f"size has {axes} axes, maps have shape {tuple(maps.shape)}: one to three of their last axes can be resized"
+        )
+    if tuple(maps.shape[-axes:]) == size:
+        return maps
+    lead = maps.shape[:-axes]
+    flat = maps.reshape(1, -1, *maps.shape[-axes:])
+    return F.interpolate(flat, size, mode=_LINEAR[axes], align_corners=align_corners).reshape(*lead, *size)
+
+
+def blur(values: Tensor, kernel: int, sigma: float, axes: int) -> Tensor:
+    """Gaussian blur of the last `axes` axes, by a kernel of so many pixels (an odd number), mirrored at the border.
+
+    An axis may be shorter than the kernel.
+
+    >>> import torch
+    >>> blur(torch.tensor([0.0, 0.0, 4.0, 0.0, 0.0]), 3, 1e9, 1)  # a box
+    tensor([0.0000, 1.3333, 1.3333, 1.3333, 0.0000])
+    """
+    offsets = torch.arange(kernel, device=values.device) - kernel // 2
+    bell = torch.exp(-0.5 * (offsets.to(values.dtype) / sigma).square())
+    for axis in range(-axes, 0):
+        side = values.shape[axis]
+        at = (torch.arange(side, device=values.device)[:, None] + offsets).abs() % max(1, 2 * side - 2)
+        mirrored = torch.minimum(at, (2 * side - 2 - at).abs())
+        matrix = torch.zeros(side, side, dtype=values.dtype, device=values.device)
+        matrix = matrix.scatter_add(1, mirrored, (bell / bell.sum()).expand(side, kernel))
+        values = (values.movedim(axis, -1) @ matrix.mT).movedim(-1, axis)
+    return values
+
+
+def cubic(image: Tensor, size: Sequence[int]) -> Tensor:
+    """An image `(n, k, *sides)` at another size, by cubic interpolation along one axis after the other.
+
+    >>> import torch
+    >>> cubic(torch.tensor([[[1.0, 1.0, 1.0]]]), (6,)).tolist()
+    [[[1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]]
+    """
+    found = image.to(wide(image.dtype))
+    for axis, side in enumerate(size, 2):
+        last = found.movedim(axis, -1)
+        flat = last.reshape(1, -1, last.shape[-1], 1)  # torch has it for two axes; along one of length 1 it changes nothing
+        longer = F.interpolate(flat, (side, 1), mode="bicubic", align_corners=False)
+        found = longer.reshape(*last.shape[:-1], side).movedim(-1, axis)
+    return found.to(image.dtype)

@@ -1,0 +1,152 @@
+"""The table of methods, and the decorator that makes a public function and its row."""
+
+import functools
+from collections.abc import Callable, Mapping
+from enum import Enum
+from types import MappingProxyType
+from typing import Any, NamedTuple, ParamSpec
+
+from torch import Tensor
+
+from camfn import _compat
+from camfn._errors import warn
+from camfn._types import Maps, Weights
+from camfn.formulas.diagnostics import Finding
+from camfn.model.prepare import prepares
+from camfn.targets import Score
+
+P = ParamSpec("P")
+
+
+class Outcome(NamedTuple):
+    """A method's maps, and what they were made of."""
+
+    maps: Maps
+    layers: tuple[str, ...]
+    grids: tuple[tuple[int, ...], ...]  # of the layers
+    classes: Tensor | None  # (n, t), where the target is of classes
+    scores: Tensor  # (n, t), of the clean input
+    score: Score  # what was scored
+    weights: tuple[Weights, ...]  # of each layer (n, t, c), for methods that have one for each channel
+    forwards: int  # inputs that went through the model
+    backwards: int  # gradients of an input's score
+    findings: tuple[Finding, ...]  # warnings about the maps
+    heads: int = 0  # activations that went through the layers after the explained one, and through nothing else
+    errors: tuple[Tensor | None, ...] = ()  # of each layer (n, t): the error of an approximate normalized map
+    remarks: tuple[Finding, ...] = ()  # findings for a card, which are no reason for a warning
+
+    @property
+    def single(self) -> bool:
+        """One map per image, without an axis of targets."""
+        return self.score.single
+
+
+class Need(str, Enum):
+    """What a method needs of a model or an input."""
+
+    ACTIVATIONS = "activations"
+    GRADIENTS = "gradients"
+    MASKED_INPUTS = "masked inputs"
+    HEAD = "head"
+    LINEAR_HEAD = "linear head"
+    ATTENTION = "attention"
+    BIASES = "biases"
+    ANY_SIZE = "any size"
+    """Inputs of other sizes than x has."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Cost(NamedTuple):
+    """The cost of a method with its defaults, for each image, layer and target.
+
+    >>> str(Cost(1, per_channel=35)), str(Cost(2, masked=32, backwards=1)), str(Cost(1, head=1, head_per_channel=1))
+    ('35 x channels + 1', '32 + 2, 1 backward', '1, channels + 1 head')
+    """
+
+    forwards: int = 1
+    """Forward passes of inputs that are not masked."""
+    masked: int = 0
+    """Masked inputs, for any number of channels."""
+    per_channel: int = 0
+    """Masked inputs for each channel."""
+    backwards: int = 0
+    """Gradients of one target's score."""
+    head: int = 0
+    """Activations through the layers after the explained one."""
+    head_per_channel: int = 0
+    head_per_position: int = 0
+
+    def __str__(self) -> str:
+        forwards = _sum(_times(self.per_channel, "channels"), self.masked, self.forwards)
+        head = _sum(_times(self.head_per_channel, "channels"), _times(self.head_per_position, "positions"), self.head)
+        parts = forwards, f"{self.backwards} backward" if self.backwards else "", f"{head} head" if head else ""
+        return ", ".join(part for part in parts if part)
+
+
+def _sum(*terms: int | str) -> str:
+    return " + ".join(str(term) for term in terms if term)
+
+
+def _times(count: int, what: str) -> str:
+    return "" if not count else what if count == 1 else f"{count} x {what}"
+
+
+class Method(NamedTuple):
+    """A row of `camfn.METHODS`."""
+
+    function: Callable[..., Maps]
+    """The public function."""
+    run: Callable[..., Outcome]
+    """The same function with all of its outcome: maps, weights, scores, cost."""
+    formula: Callable[..., Any]
+    """The equation of its paper, a function of tensors in `camfn.formulas`."""
+    needs: frozenset[Need]
+    cost: Cost
+
+    @property
+    def of_layer(self) -> bool:
+        """Whether it explains a layer. Other methods take `None` for the layer, and refuse one."""
+        return vars(self.function)["of_layer"]
+
+
+_TABLE: dict[str, Method] = {}
+METHODS: Mapping[str, Method] = MappingProxyType(_TABLE)
+"""Every method by name: its function, its formula, what it needs and what it costs."""
+
+
+def method(
+    formula: Callable[..., Any], needs: tuple[Need, ...], cost: Cost = Cost()
+) -> Callable[[Callable[P, Outcome]], Callable[P, Maps]]:
+    """Make the public function, which returns the maps alone, and its row of the table."""
+
+    def register(of: Callable[P, Outcome]) -> Callable[P, Maps]:
+        function = published(of, Need.ACTIVATIONS in needs)
+        _TABLE[of.__name__] = Method(function, vars(function)["run"], formula, frozenset(needs), cost)
+        return function
+
+    return register
+
+
+def published(of: Callable[P, Outcome], of_layer: bool) -> Callable[P, Maps]:
+    """The public function of a method: it returns the maps alone, and warns about them.
+
+    For compositions it carries `run`, which returns the whole outcome, and whether the method explains a layer.
+    """
+
+    @functools.wraps(of)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Outcome:
+        with _compat.unnarrowed():
+            return prepares(of)(*args, **kwargs)
+
+    @functools.wraps(of)
+    def function(*args: P.args, **kwargs: P.kwargs) -> Maps:
+        outcome = run(*args, **kwargs)
+        for finding in outcome.findings:
+            warn(finding.sentence)
+        return outcome.maps
+
+    function.__annotations__ = {**of.__annotations__, "return": Maps}
+    vars(function).update(run=run, of_layer=of_layer)
+    return function
