@@ -21,8 +21,7 @@ from camfn.model.forward import Forward, Shared, first_nonfinite, look, look_wit
 from camfn.model.gradients import Pullback, each_target
 from camfn.model.inputs import Batch
 from camfn.model.layers import clues_of
-from camfn.model.prepare import Model
-from camfn.sweep.runner import weakly
+from camfn.model.prepare import Model, weakly
 from camfn.targets import Scale, Score, resolve, score_rows
 
 # ------------------------------------------------------------------------------------------------------- the beginning

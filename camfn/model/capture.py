@@ -119,7 +119,7 @@ def _run(
     # even in eval mode. What else it writes to the guard tells; without one, inputs are copied unless they are `fresh`, made
     # for this run alone.
     if _compat.compiling():
-        return _compiled_run(run, shell, state, x, nudges, swaps, fresh)
+        return _compiled_run(run, shell, state, x, (nudges, swaps), fresh)
     refuse_cached(shell)
     copies = frozenset(shell.buffers | shell.written)
     own = {name: t.clone() if name in copies else t for name, t in state.items()}
@@ -134,14 +134,14 @@ def _run(
         return run.forward(tree_unflatten(given, tree), nudges, swaps)
 
 
-def _compiled_run(run: _Run, shell: Shell, state: State, x: Inputs, nudges: Any, swaps: Any, fresh: bool) -> tuple[Any, Any]:
+def _compiled_run(run: _Run, shell: Shell, state: State, x: Inputs, ports: tuple[Any, Any], fresh: bool) -> tuple[Any, Any]:
     """The same where a compiler traces it: without a guard, which it cannot trace, and by `functional_call`, which it can."""
     copies = shell.buffers | shell.written
     own = {name: t.clone() if name in copies else t for name, t in state.items()}
     tensors = {f"model.{slot}": own[name] for slot, name in shell.slots.items()}
     given = x if fresh else tree_map(copied, x)
     # Every place is named once: `tie_weights` would name a place that has two paths twice, and restore it wrongly.
-    return functional_call(run, tensors, (given, nudges, swaps), tie_weights=False)
+    return functional_call(run, tensors, (given, *ports), tie_weights=False)
 
 
 def _is_graphed(leaf: Any) -> bool:

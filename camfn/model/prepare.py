@@ -264,3 +264,27 @@ def shapes(x: Any) -> Hashable:
     leaves, tree = tree_flatten(x)
     signed = ((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     return tuple(signed), str(tree)
+
+
+class _Same:
+    """Equal for one and the same object, which it does not keep alive; the object may be without hash or weak references."""
+
+    def __init__(self, value: Any) -> None:
+        self.id = id(value)
+        try:
+            self.ref: Any = weakref.ref(value)
+        except TypeError:
+            self.ref = lambda: value
+
+    def __hash__(self) -> int:
+        return self.id
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.ref() is not None and self.ref() is other.ref()
+
+
+def weakly(value: Any) -> Any:
+    """A caller's callable may lead to the model, which what is kept must not hold on to."""
+    if isinstance(value, tuple):
+        return tuple(map(weakly, value))
+    return _Same(value) if callable(value) else value

@@ -13,13 +13,12 @@ from camfn._errors import CamError
 from camfn._types import Scores
 from camfn.formulas.masks import Variation, min_max
 from camfn.formulas.scaling import magnitude
-from camfn.sweep import gaussian_process
+from camfn.sweep import gaussian_process as gp
 from camfn.sweep.low_precision import in_dtype, quietly, refine
 from camfn.sweep.scoring import Plan, Scoring, Swept, scorer, scores_of
+from camfn.sweep.search import search
 
 Order = Literal["predicted", "std", "max", "gradient"]
-_ROUND = 32  # a thirty-second of the channels is swept before the belief is renewed, or a quarter of those swept so far
-_TWICE = 2  # rounds in a row whose stated error must be below the tolerance
 
 
 class Limits(NamedTuple):
@@ -154,7 +153,7 @@ def _by_draws(scoring: Scoring, limits: Limits) -> Swept:
         rows = index[(index[:, 0] >= done) & (index[:, 0] < upto) & open_[index[:, 2]]]
         drawn.append(_each_draw(score(rows), rows, apart, done, upto))
         done, forwards = upto, forwards + len(rows)
-        found = gaussian_process.shrunk(torch.cat(drawn), apart, todo.read.values, total, limits.seed)
+        found = gp.shrunk(torch.cat(drawn), apart, todo.read.values, total, limits.seed)
         now = open_.to(apart.device)
         scores = found[0] if scores is None else torch.where(now[:, None, None], found[0], scores)
         error = found[1] if error is None else torch.where(now[:, None], found[1], error)
@@ -194,17 +193,9 @@ def _believed(
     todo: Plan, slopes: Tensor, shared: Tensor, limits: Limits, score: Callable[[Tensor], Scores]
 ) -> tuple[Tensor, Scores, Tensor]:
     """In rounds, all images at once: the channels most at stake, until the budget is spent or the error is small enough."""
-    searches = [_Search(todo, slopes, shared, image, most, limits) for image, most in enumerate(_most(todo, limits))]
-    chosen = torch.zeros_like(todo.flat, device="cpu")
-    while True:
-        next_ = torch.stack([search.choose() for search in searches])
-        if not bool(next_.any()):
-            break
-        chosen |= next_
-        found = score(next_).double().cpu()
-        for search, scores, mask in zip(searches, found, next_):
-            search.learn(scores, mask)
-    ends = [search.end() for search in searches]
+    images = [_Search(todo, slopes, shared, image, most, limits) for image, most in enumerate(_most(todo, limits))]
+    chosen = search(images, lambda channels: score(channels).double().cpu())
+    ends = [image.end() for image in images]
     scores, error = (torch.stack(part).to(shared) for part in zip(*ends))
     return chosen.to(todo.flat.device), torch.where(todo.flat[..., None], shared[:, None], scores), error
 
@@ -225,14 +216,14 @@ class _Search:
             # The whole activation seen through a channel's mask, and the head linear: `<G, A * m_k>`.
             predictions = (slopes[image].double().cpu() * values).sum(1) @ masks.T
             pairs = zip(predictions, zeros)
-            self.priors = [gaussian_process.prior_of(own, masks, predicted, values[flat], zero) for predicted, zero in pairs]
+            self.priors = [gp.prior_of(own, masks, predicted, values[flat], zero) for predicted, zero in pairs]
         self.swept, self.below = torch.empty(0, dtype=torch.long), 0
         self.known = torch.empty(0, len(zeros), dtype=torch.float64)
         self.surprises = torch.empty(0, dtype=torch.float64)
         self._believe()
 
     def _believe(self) -> None:
-        self.beliefs = [gaussian_process.believe(prior, self.swept, known) for prior, known in zip(self.priors, self.known.T)]
+        self.beliefs = [gp.believe(prior, self.swept, known) for prior, known in zip(self.priors, self.known.T)]
 
     def choose(self) -> Tensor:
         """The channels of the next round, as a mask; none when it is enough.
@@ -241,10 +232,10 @@ class _Search:
         the belief was off on them is then a fair sample of how far it is off elsewhere, and widens the stated error.
         """
         chosen = torch.zeros(self.channels, dtype=torch.bool)
-        size = min(max(1, len(self.live) // _ROUND, len(self.swept) // 4), self.most - len(self.swept))
-        if size <= 0 or self.below == _TWICE:
+        size = min(max(1, int(len(self.live) * gp.ROUND), len(self.swept) // 4), self.most - len(self.swept))
+        if size <= 0 or self.below == gp.TWICE:
             return chosen
-        each = torch.stack([gaussian_process.stakes(prior, now) for prior, now in zip(self.priors, self.beliefs)])
+        each = torch.stack([gp.stakes(prior, now) for prior, now in zip(self.priors, self.beliefs)])
         stake = (each - each.logsumexp(1, keepdim=True)).logsumexp(0)
         if self.limits.tolerance is not None:
             uniform = torch.rand(len(stake), generator=self.generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
@@ -269,7 +260,7 @@ class _Search:
     def end(self) -> tuple[Tensor, Tensor]:
         """The scores swept, and for the others what makes the best map, `(c, t)`; the stated error `(t,)`."""
         found, error = torch.zeros(self.channels, self.known.shape[1], dtype=torch.float64), torch.zeros(self.known.shape[1])
-        widen, fair = gaussian_process.widening(self.surprises), self.limits.tolerance is not None
+        widen, fair = gp.widening(self.surprises), self.limits.tolerance is not None
         for t, (prior, now) in enumerate(zip(self.priors, self.beliefs)):
-            found[self.live, t], error[t] = gaussian_process.settled(prior, now, widen, fair, self.generator)
+            found[self.live, t], error[t] = gp.settled(prior, now, widen, fair, self.generator)
         return found, error

@@ -1,15 +1,18 @@
-"""What is believed of the scores of channels that were not swept. Tensors only, one image and target at a time, in float64.
+"""The Gaussian process over channels that saves forward passes, and its constants. Tensors only, one image at a time, float64.
 
-A Gaussian process over the channels that are not flat, in units of the spread of the head's prediction `<G, A * m_k>`: the
-prior mean is linear in three features (prediction, log spread of `A_k`, coverage of its mask), the covariance is linear in
-them plus a Matern-3/2 of the distance between masks. After some channels were swept:
+A channel's unknown is its score (a budget leaves channels out), or the rounding of its score (a sweep in low precision). Both
+have the same process: a mean, and the covariance
 
-    S ~ Student-t(mean, covariance),    w_k = exp(S_k),    L = relu(sum_k w_k A_k), min-max.
+    k(i, j) = f_i . f_j + smooth * matern32(near * |m_i - m_j|^2 + apart * |f_i - f_j|^2) + broad,
 
-Joint draws of the unswept scores give the rest: the weights are the mean of their softmaxes, and the error of the map is the
-95 % quantile of the largest difference between the draws' maps and it.
+with features f and masks m of the channels, and noise on the diagonal. For scores, in units of the spread of the head's
+prediction `<G, A * m_k>`, the features are the prediction, the log spread of `A_k` and the coverage of its mask. After some
+channels were swept,
 
-`docs/budgeted-scoring.md` has what else was tried, and the figures.
+    S ~ Student-t(mean, covariance),    w_k = exp(S_k),    L = relu(sum_k w_k A_k), min-max normalized.
+
+Joint samples of the unknown scores give the rest: the weights are the mean of their softmaxes, and the error of the map is the
+95 % quantile of the largest difference between the samples' maps and it. `docs/budgeted-scoring.md` has the figures.
 """
 
 from typing import NamedTuple
@@ -21,20 +24,89 @@ from camfn._types import Activations, Scores
 from camfn.formulas import maps
 from camfn.formulas.scaling import magnitude
 
-_SLOPE = (1.0, -0.15, 0.4)  # prior mean in the features. These constants are those of the largest marginal likelihood of swept
-_LINEAR = 0.05  # variance of each slope.                 scores; halves of the photos and each network alone agree on them
-_SMOOTH = 2.0  # variance of the Matern part
-_NEAR = 0.9  # weight of the squared distance between masks, in units of its mean
-_APART = 0.06  # weight of the squared distance between features
-_NOISE = 0.015
-_DOF = 6.0
-_LEAST = 0.5  # the least unit: where the head foresees nothing, scores may well differ by what a softmax can tell
-_BROAD = 1e3  # variance of the constant: the first scores set it
-_DRAWS, _QUANTILE = 200, 0.95
+
+class Constants(NamedTuple):
+    """The constants of a process."""
+
+    linear: float  # variance of the slope along each feature
+    smooth: float  # variance of the Matern part
+    near: float  # weight of the squared distance between masks, in units of its mean
+    apart: float  # weight of the squared distance between features
+    noise: float  # variance of each channel for itself
+    broad: float  # variance of the constant, which the first values set
+
+
+SCORES = Constants(linear=0.05, smooth=2.0, near=0.9, apart=0.06, noise=0.015, broad=1e3)
+SLOPES = (1.0, -0.15, 0.4)  # prior mean of a score, along its three features
+DOF = 6.0  # degrees of freedom of the prior scale
+LEAST = 0.5  # the least unit of a score: where the head predicts no spread, scores may differ all the same
+"""These maximize the marginal likelihood of the swept scores of three networks (`benchmarks/budget.py`). Halves of the photos,
+and each network alone, agree on them."""
+
+ROUNDING = Constants(linear=1.0, smooth=1.0, near=3.0, apart=0.0, noise=0.3, broad=1e3)
+ALONG = 1.0  # variance of the slope of the rounding along the scores: large scores are rounded up more often than down
+"""These are likely on all three networks of `benchmarks/precision.py`; each network alone would have others. Their unit is that
+of the differences seen."""
+
+GOAL = 0.02  # three standard errors of the normalized map: above it, more channels are scored again in full precision
+MOST = 0.25  # share of the channels that are scored again at most: with more, the time saved is spent
+STEP = 1 / 40  # share of the channels scored again at a time for each target, or half of those scored again so far
+ROUND = 1 / 32  # share of the channels swept between two posteriors, or a quarter of those swept so far
+TWICE = 2  # consecutive rounds whose stated error must be below the tolerance
+SAMPLES, QUANTILE = 200, 0.95  # joint samples of the unknown scores, and the quantile of their error that is stated
+
+
+# -------------------------------------------------------------------------------------------------------- the process
+
+
+def covariance(constants: Constants, features: Tensor, masks: Tensor) -> Tensor:
+    """The covariance `(c, c)` of channels with these features `(c, f)` and masks `(c, p)`, without noise."""
+    distance = constants.near * apart(masks)
+    if constants.apart:
+        distance = distance + constants.apart * torch.cdist(features, features).square()
+    return constants.linear * features @ features.T + constants.smooth * matern(distance) + constants.broad
+
+
+def apart(masks: Tensor) -> Tensor:
+    """Squared distances between `masks (c, p)`, in units of their mean."""
+    distance = torch.cdist(masks, masks).square()
+    return distance / distance.mean().clamp(min=1e-12)
+
+
+def matern(squared: Tensor) -> Tensor:
+    """The Matern-3/2 covariance of squared distances; 1 where these are 0."""
+    root = (3 * squared).sqrt()
+    return (1 + root) * torch.exp(-root)
+
+
+def standard(values: Tensor) -> Tensor:
+    """Columns with mean 0 and standard deviation 1."""
+    centred = values - values.mean(0)
+    return centred / centred.square().mean(0).sqrt().clamp(min=1e-12)
+
+
+class Posterior(NamedTuple):
+    """A process after some channels were seen."""
+
+    mean: Tensor  # (c,): the mean of what was seen, and what the process adds to it
+    gain: Tensor  # (d, c): the covariance loses `gain.T @ gain`
+    white: Tensor  # (d,): the values seen, in independent units
+
+
+def conditioned(rows: Tensor, noise: float, seen: Tensor, values: Tensor) -> Posterior:
+    """Condition a process on the `values (d,)` of the channels `seen`. `rows (d, c)` are theirs of the covariance."""
+    centre = values.mean() if len(values) else values.sum()
+    factor = torch.linalg.cholesky(rows[:, seen] + noise * torch.eye(len(values), dtype=rows.dtype))
+    gain = torch.linalg.solve_triangular(factor, rows, upper=False)
+    white = torch.linalg.solve_triangular(factor, (values - centre)[:, None], upper=False)[:, 0]
+    return Posterior(centre + gain.T @ white, gain, white)
+
+
+# --------------------------------------------------------------------------------------------------- scores not swept
 
 
 class Prior(NamedTuple):
-    """What is known of the channels that are not flat before any is swept; and the flat ones with their score."""
+    """The process of the scores of the channels that are not flat, before any is swept; and the flat ones with their score."""
 
     activation: Tensor  # (c, p)
     mean: Tensor  # (c,), in units of `unit`
@@ -54,53 +126,30 @@ class Belief(NamedTuple):
 
     @property
     def variance(self) -> Tensor:
-        """Of each channel's score."""
+        """The variance of each channel's score."""
         return self.covariance.diagonal().clamp(min=0)
 
 
 def prior_of(activation: Tensor, mask: Tensor, prediction: Tensor, flat: Tensor, zero: Tensor) -> Prior:
     """`activation` and `mask` `(c, p)` of the channels that are not flat, `prediction (c,)` in units of the score."""
     features = standard(torch.stack([prediction, activation.std(1).log(), mask.mean(1)], 1))
-    alike = matern(_NEAR * apart(mask) + _APART * torch.cdist(features, features).square())
-    covariance = _LINEAR * features @ features.T + _SMOOTH * alike + _BROAD
-    mean = features @ features.new_tensor(_SLOPE)
-    return Prior(activation, mean, covariance, prediction.std(unbiased=False).clamp(min=_LEAST), flat, zero)
-
-
-def apart(masks: Tensor) -> Tensor:
-    """Squared distances between `masks (c, p)`, in units of their mean."""
-    distance = torch.cdist(masks, masks).square()
-    return distance / distance.mean().clamp(min=1e-12)
-
-
-def matern(squared: Tensor) -> Tensor:
-    """The Matern-3/2 covariance of squared distances; 1 where these are 0."""
-    root = (3 * squared).sqrt()
-    return (1 + root) * torch.exp(-root)
-
-
-def standard(values: Tensor) -> Tensor:
-    """Columns with mean 0 and deviation 1."""
-    centred = values - values.mean(0)
-    return centred / centred.square().mean(0).sqrt().clamp(min=1e-12)
+    mean = features @ features.new_tensor(SLOPES)
+    unit = prediction.std(unbiased=False).clamp(min=LEAST)
+    return Prior(activation, mean, covariance(SCORES, features, mask), unit, flat, zero)
 
 
 def believe(prior: Prior, swept: Tensor, scores: Tensor) -> Belief:
     """The posterior given the `scores` of the channels `swept`; its scale is inverse-gamma."""
     n = len(swept)
-    noise = _NOISE * torch.eye(len(prior.mean), dtype=prior.mean.dtype)
-    residual = scores / prior.unit - prior.mean[swept]
-    centre = residual.mean() if n else residual.sum()
-    factor = torch.linalg.cholesky((prior.covariance + noise)[swept][:, swept])
-    gain = torch.linalg.solve_triangular(factor, prior.covariance[swept], upper=False)
-    white = torch.linalg.solve_triangular(factor, (residual - centre)[:, None], upper=False)[:, 0]
-    scale = (_DOF + white @ white) / (_DOF + n) * prior.unit**2
-    mean = (prior.mean + centre + gain.T @ white) * prior.unit
+    noise = SCORES.noise * torch.eye(len(prior.mean), dtype=prior.mean.dtype)
+    found = conditioned(prior.covariance[swept], SCORES.noise, swept, scores / prior.unit - prior.mean[swept])
+    scale = (DOF + found.white @ found.white) / (DOF + n) * prior.unit**2
+    mean = (prior.mean + found.mean) * prior.unit
     # With nothing swept the constant is unknown, and all that depends on it is a common factor of the weights.
-    covariance = (prior.covariance - (gain.T @ gain if n else _BROAD) + noise) * scale
-    mean[swept], covariance[swept], covariance[:, swept] = scores, 0, 0
+    left = (prior.covariance - (found.gain.T @ found.gain if n else SCORES.broad) + noise) * scale
+    mean[swept], left[swept], left[:, swept] = scores, 0, 0
     unswept = torch.ones(len(mean), dtype=torch.bool).index_fill(0, swept, False).nonzero()[:, 0]
-    return Belief(mean, covariance, _DOF + n, unswept)
+    return Belief(mean, left, DOF + n, unswept)
 
 
 def drawn(prior: Prior, scores: Tensor) -> Tensor:
@@ -129,11 +178,11 @@ def settled(prior: Prior, belief: Belief, widen: float, fair: bool, generator: t
     u = belief.unswept
     if not len(u):
         return belief.mean, 0.0
-    normal = torch.randn(_DRAWS, len(u), generator=generator, dtype=torch.float64) @ _root(belief.covariance[u][:, u]).T
+    normal = torch.randn(SAMPLES, len(u), generator=generator, dtype=torch.float64) @ _root(belief.covariance[u][:, u]).T
     # Chi-squared by adding squares: torch's own sampler takes no generator.
-    chi = torch.randn(_DRAWS, int(belief.dof), generator=generator, dtype=torch.float64).square().mean(1, keepdim=True)
-    close, wide = (belief.mean.repeat(_DRAWS, 1).index_add(1, u, part) for part in (normal, widen * normal / chi.sqrt()))
-    of_all = torch.cat([wide if fair else close, prior.zero.expand(_DRAWS, len(prior.flat))], 1)
+    chi = torch.randn(SAMPLES, int(belief.dof), generator=generator, dtype=torch.float64).square().mean(1, keepdim=True)
+    close, wide = (belief.mean.repeat(SAMPLES, 1).index_add(1, u, part) for part in (normal, widen * normal / chi.sqrt()))
+    of_all = torch.cat([wide if fair else close, prior.zero.expand(SAMPLES, len(prior.flat))], 1)
     scores = torch.softmax(of_all, 1).mean(0)[: len(belief.mean)].clamp(min=1e-300).log()
     swept = torch.ones(len(scores), dtype=torch.bool).index_fill(0, u, False)
     # All draws have the same score there, so one constant, which cancels in the softmax, makes it exact again.
@@ -142,7 +191,7 @@ def settled(prior: Prior, belief: Belief, widen: float, fair: bool, generator: t
         scores = scores + belief.mean[top] - scores[top]
     scores[swept] = belief.mean[swept]
     difference = (drawn(prior, wide) - drawn(prior, scores[None])).abs().amax(1)
-    return scores, difference.quantile(_QUANTILE).item()
+    return scores, difference.quantile(QUANTILE).item()
 
 
 def _root(covariance: Tensor) -> Tensor:
@@ -186,7 +235,7 @@ def shrunk(drawn: Tensor, swept: Tensor, values: Activations, total: int, seed: 
     scores = (centre + factor * (mean - centre)) * size
     left = (wanted * (1 - factor)).clamp(min=0).sqrt() * swept[..., None] * size
     generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(_DRAWS, mean.shape[1], generator=generator, dtype=torch.float64).to(mean)
+    normal = torch.randn(SAMPLES, mean.shape[1], generator=generator, dtype=torch.float64).to(mean)
     error = torch.stack([_spread_of(s, d, a, normal) for s, d, a in zip(scores, left, values.to(mean.dtype))])
     return scores, (1.6 * error).clamp(max=1)
 
@@ -198,5 +247,5 @@ def _spread_of(scores: Tensor, deviation: Tensor, values: Tensor, normal: Tensor
         return maps.normalize(torch.relu(torch.softmax(of, -1) @ values))
 
     pairs = zip(scores.T, deviation.T)
-    found = [(normalised(s + d * normal) - normalised(s)).abs().amax(1).quantile(_QUANTILE) for s, d in pairs]
+    found = [(normalised(s + d * normal) - normalised(s)).abs().amax(1).quantile(QUANTILE) for s, d in pairs]
     return torch.stack(found)

@@ -21,9 +21,9 @@ from camfn.formulas.masks import Rule, masked_input
 from camfn.model.forward import Forward
 from camfn.model.inputs import Companions, pick, rows_of
 from camfn.model.memory import is_exhausted
-from camfn.model.prepare import Slot, shapes
+from camfn.model.prepare import Slot, shapes, weakly
 from camfn.sweep.options import Sweep
-from camfn.sweep.runner import Runner, weakly
+from camfn.sweep.runner import Runner
 from camfn.targets import Score, rows_at, score_rows
 
 Rows = dict[str, Tensor]
@@ -38,6 +38,14 @@ class Kernel(NamedTuple):
     guarded: Callable[[Rows], Tensor] | None = None  # the same in plain Python, with every forward under the guard
 
 
+class Scorer(NamedTuple):
+    """How a batch of masked inputs is scored."""
+
+    call: Callable[[State, Inputs], Any]  # the model
+    of: Any  # the targets
+    companions: Companions
+
+
 def mask_row(rule: Rule, images: Tensor, row: Rows) -> Tensor:
     """The masked input of one row."""
 
@@ -48,37 +56,19 @@ def mask_row(rule: Rule, images: Tensor, row: Rows) -> Tensor:
     return masked_input(rule, of_row(images), under, row["channel"], row["scale"], row.get("noise"))
 
 
-def folded(
-    call: Callable[[State, Inputs], Any],
-    of: Any,
-    rule: Rule,
-    companions: Companions,
-    state: State,
-    x: Inputs,
-    targets: Any,
-    rows: Rows,
-) -> Tensor:
+def folded(scorer: Scorer, rule: Rule, state: State, x: Inputs, targets: Any, rows: Rows) -> Tensor:
     """The scores `(b, t)` of a chunk of rows: masking and targets mapped, the chunk a batch of the model."""
-    images = pick(x, companions.key)
+    images = pick(x, scorer.companions.key)
     masked = vmap(functools.partial(mask_row, rule, images))(rows)
-    output = call(state, rows_of(x, companions, rows["image"], masked))
-    return score_rows(of, output, rows_at(targets, rows["image"]))
+    output = scorer.call(state, rows_of(x, scorer.companions, rows["image"], masked))
+    return score_rows(scorer.of, output, rows_at(targets, rows["image"]))
 
 
-def mapped(
-    call: Callable[[State, Inputs], Any],
-    of: Any,
-    rule: Rule,
-    companions: Companions,
-    state: State,
-    x: Inputs,
-    targets: Any,
-    rows: Rows,
-) -> Tensor:
+def mapped(scorer: Scorer, rule: Rule, state: State, x: Inputs, targets: Any, rows: Rows) -> Tensor:
     """The same by the definition: one row, model and all, mapped over the chunk."""
 
     def one(row: Rows) -> Tensor:
-        return folded(call, of, rule, companions, state, x, targets, {name: value[None] for name, value in row.items()})[0]
+        return folded(scorer, rule, state, x, targets, {name: value[None] for name, value in row.items()})[0]
 
     return vmap(one)(rows)
 
@@ -89,9 +79,10 @@ def kernel_of(forward: Forward, runner: Runner, score: Score, rule: Rule, grid: 
     # Images with the channels last give masked inputs that have them last: nothing is left to be moved.
     image = forward.image.contiguous(memory_format=torch.channels_last) if runner.channels_last else forward.image
     x = forward.batch.with_image(image).x
-    arguments = (runner.call(), score.of, rule, forward.companions, runner.state, x, score.rows)
+    scorer = Scorer(runner.call(), score.of, forward.companions)
+    arguments = (scorer, rule, runner.state, x, score.rows)
     eager = Kernel(functools.partial(body, *arguments), False)
-    guarded = functools.partial(body, runner.call(guarded=True), *arguments[1:])
+    guarded = functools.partial(body, scorer._replace(call=runner.call(guarded=True)), *arguments[1:])
     eager = eager._replace(guarded=guarded)
     if options.compile is False or _compat.transformed():
         return eager
@@ -139,8 +130,8 @@ def _call_compiled(slot: Slot, body: Any, arguments: tuple[Any, ...], rows: Rows
     """Outside grad and inference mode, which would each be one more graph; the first call alone, since it compiles."""
 
     with torch.inference_mode(False), torch.no_grad():
-        call, of, *tensors = arguments
-        given = (call, of, *tree_map(_plain, tensors), tree_map(_plain, rows))
+        scorer, *tensors = arguments
+        given = (scorer, *tree_map(_plain, tensors), tree_map(_plain, rows))
         with slot.lock if slot.made is None else nullcontext():
             kernel = slot.made or _compat.compiled(body)
             if not isinstance(kernel, _Refused):

@@ -1,6 +1,5 @@
 """How the model runs in a sweep: what a few forwards tell about it, and the copy that is made for it."""
 
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -210,30 +209,6 @@ def _agrees(runner: Runner, forward: Forward, score: Score, times: int, pair: bo
         if runner.merged or runner.channels_last or not runner.folded:
             raise
         return True  # which says nothing about the model; the sweep will see
-
-
-class _Same:
-    """Equal for one and the same object, which it does not keep alive; the object may be without hash or weak references."""
-
-    def __init__(self, value: Any) -> None:
-        self.id = id(value)
-        try:
-            self.ref: Any = weakref.ref(value)
-        except TypeError:
-            self.ref = lambda: value
-
-    def __hash__(self) -> int:
-        return self.id
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.ref() is not None and self.ref() is other.ref()
-
-
-def weakly(value: Any) -> Any:
-    """A caller's callable may lead to the model, which what is kept must not hold on to."""
-    if isinstance(value, tuple):
-        return tuple(map(weakly, value))
-    return _Same(value) if callable(value) else value
 
 
 def chunk_of(forward: Forward, options: Sweep, usual: int) -> int:
