@@ -1,27 +1,29 @@
-"""Score-CAM for a tenth of the forwards: how near is the map, and is the error that it states true? On trained networks.
+"""Score-CAM for a tenth of the forwards: how accurate is the map, and is its stated error true? On trained networks.
 
     python benchmarks/budget.py --out benchmarks/results/budget.json    # an hour; draws budget.png beside it
-    python benchmarks/budget.py --networks cifar10_resnet20 --photos 2    # a look, in seconds
-    python benchmarks/budget.py --plot benchmarks/results/budget.json     # draws it again (of several: joined)
+    python benchmarks/budget.py --networks cifar10_resnet20 --photos 2    # a quick look, in seconds
+    python benchmarks/budget.py --plot benchmarks/results/budget.json     # draws the figure again; joins several records
 
-The networks and photos are those of a folder that CAMFN_REAL names; `tests/support.py` says what it must have. The class is the
-predicted one. Each photo is explained once in full, and then, by a real call each, with
+The networks and photos come from the folder in the environment variable CAMFN_REAL; `tests/support.py` describes its contents.
+The target is the predicted class. Each photo gets one full map, and then one real call each with
 
-* a budget of .05 to .7 of the channels that are not flat: `order="predicted"`, and at .1 and .2 the published orders beside it:
-  `std` (Faster-Score-CAM), `max` (CSKIP), `gradient` (gScoreCAM), which give no weight to what they leave out;
+* a budget of .05 to .7 of the channels that are not flat, with `order="predicted"`; at .1 and .2 also the published orders
+  `std` (Faster-Score-CAM), `max` (CSKIP) and `gradient` (gScoreCAM), which give no weight to the channels that they leave out;
 * a tolerance of .3, .1 and .03;
-* `is_cam` and `ss_cam` at .1 and .2, each against its own full map, on the small networks and on fewer photos: they are slow.
+* `is_cam` and `ss_cam` at .1 and .2, each against its own full map, on the small networks and on fewer photos, because they
+  are slow.
 
-Beside them stand two maps that no call gives: `bound`, the channels of the largest true weights and nothing of the others, the
-best of all orders that give no weight to the rest; and `equal`, where all channels weigh the same: what no forward gives.
+Two more maps serve as references, although no call returns them. `bound` keeps the channels with the largest true weights and
+drops the others: the best of all orders that give no weight to the rest. `equal` weights all channels equally, which needs no
+forward.
 
-Pearson's correlation and the largest difference are between normalised maps at the layer's grid. The stated error is the card's
-(`camfn.explain`). It is honest where the true one is at most it (and ROUNDING, which two full float32 maps may differ by);
-`exceeded by` is the most that a true one was above it; `within` is the share of maps whose true error is at most the
-tolerance. Forwards are counted at the model, the clean one included; share is theirs over those of the full map. Time is
-seconds over the full map's, from the model to the finished map, of one call each after a warm-up: gradients and linear algebra
-count there, and weigh much where a forward is cheap; `busy with us` tells what other work on the machine has made of it. Of
-stated, forwards, share and time the tables have medians over photos.
+Pearson's correlation and the largest difference compare normalized maps on the layer's grid. The stated error is on the card
+(`camfn.explain`). It is honest if the true error is at most the stated error plus ROUNDING, the possible difference of two
+full float32 maps. `exceeded by` is the largest excess of a true error over its stated error. `within` is the share of maps
+whose true error is at most the tolerance. Forwards are counted at the model, including the clean one; `share` divides them by
+those of the full map. `time` divides the seconds from the model to the finished map by those of the full map, for one call
+each after a warm-up. It includes gradients and linear algebra, which matter if forwards are cheap. `busy with us` shows the
+effect of other work on the machine. The tables show medians over photos of stated error, forwards, share and time.
 
 Typical output:
 
@@ -81,7 +83,7 @@ PLOT = "measure nothing: show these records again, those of several runs joined"
 
 
 def trained(name: str, count: int) -> tuple[nn.Module, list[Tensor]]:
-    """A trained network and photos `(1, 3, h, w)` for it."""
+    """A trained network, and photos `(1, 3, h, w)` for it."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     import support
     from PIL import Image
@@ -95,7 +97,7 @@ def trained(name: str, count: int) -> tuple[nn.Module, list[Tensor]]:
 
 @contextmanager
 def counted(model: nn.Module) -> Iterator[list[int]]:
-    """Rows of each forward, counted by the model's class: camfn runs a copy."""
+    """Collect the rows of each forward. Counts at the model's class, because camfn runs a copy."""
     rows: list[int] = []
     with common.watched(model, lambda x: rows.append(len(x))):
         yield rows
@@ -105,23 +107,23 @@ def counted(model: nn.Module) -> Iterator[list[int]]:
 
 
 class Way(NamedTuple):
-    """How a map is come by."""
+    """How a map is computed."""
 
     method: str = "score_cam"
-    order: str = "predicted"  # one of camfn's, or "full", "bound", "equal"
+    order: str = "predicted"  # an order of camfn, or "full", "bound", "equal"
     budget: float | None = None
     tolerance: float | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the method is asked."""
+        """The options of the method."""
         if self.order == "full":
             return {}
         return {"budget": self.budget, "order": self.order} if self.tolerance is None else {"tolerance": self.tolerance}
 
 
 def ways_of(network: str) -> Iterator[tuple[Way, int]]:
-    """All ways, the full map of a method before the others of the method, and for how many photos."""
+    """All ways, with their number of photos. The full map of each method comes before its other maps."""
     every = sys.maxsize
     for method, photos in {"score_cam": every, **KIN.get(network, {})}.items():
         yield Way(method, "full"), photos
@@ -136,7 +138,7 @@ def ways_of(network: str) -> Iterator[tuple[Way, int]]:
 
 
 class Full(NamedTuple):
-    """A method's full map of a photo, and what can be made of it without a forward."""
+    """A method's full map of a photo, and the maps that can be computed from it without a forward."""
 
     card: camfn.Explanation
     activation: Tensor  # (1, c, p)
@@ -145,7 +147,7 @@ class Full(NamedTuple):
     seconds: float
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """The normalised map of other weights `(1, 1, c)`."""
+        """The normalized map with other weights `(1, 1, c)`."""
         flat = maps.normalize(torch.relu(maps.combine(weights, self.activation)))
         return flat[0, 0].reshape(self.card.maps.shape[1:])
 
@@ -158,14 +160,14 @@ class Full(NamedTuple):
 
 
 def compared(map: Tensor, other: Tensor) -> dict[str, float]:
-    """Pearson's correlation (0 where a map is flat) and the largest difference."""
+    """Pearson's correlation (0 if a map is flat) and the largest difference."""
     a, b = (m.double().flatten() - m.double().mean() for m in (map, other))
     pearson = float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))
     return {"pearson": pearson, "error": float((map - other).abs().max())}
 
 
 def called(model: nn.Module, layer: str, x: Tensor, target: int | None, way: Way) -> tuple[camfn.Explanation, int]:
-    """The card of one call, and its forwards as the model saw them."""
+    """The card of one call, and its forwards, counted at the model."""
     with counted(model) as rows:
         card = camfn.explain(model, layer, x, target, method=way.method, **way.options)
     return card, sum(rows)
@@ -178,7 +180,7 @@ def full_of(model: nn.Module, layer: str, x: Tensor, method: str) -> Full:
 
 
 def found(model: nn.Module, layer: str, x: Tensor, way: Way, full: Full) -> dict[str, float | None]:
-    """How near the map is, what it says of that, and what it cost."""
+    """The accuracy of the map, its stated error, and its cost."""
     nothing = {"stated": None, "forwards": None, "share": None, "seconds": None, "time": None}
     if way.order == "full":
         return {"forwards": full.forwards, "seconds": full.seconds}
@@ -199,11 +201,11 @@ def found(model: nn.Module, layer: str, x: Tensor, way: Way, full: Full) -> dict
 
 
 def measured(network: str, count: int, only: Sequence[str]) -> dict[str, Any]:
-    """For every way, lists over photos."""
+    """The results of every way, as lists over photos."""
     model, photos = trained(network, count)
     layer, todo = LAYERS[network], [pair for pair in ways_of(network) if pair[0].method in only]
     runs = {way: [] for way, _ in todo}
-    camfn.score_cam(model, layer, photos[0], budget=0.05)  # warm-up: what is found out about a model is found out once
+    camfn.score_cam(model, layer, photos[0], budget=0.05)  # warm-up
     live, cpu, start = [], time.process_time(), time.perf_counter()
     for number, x in enumerate(photos):
         full = functools.cache(functools.partial(full_of, model, layer, x))
@@ -235,13 +237,13 @@ def _columns(way: Way, of: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def pick(network: dict[str, Any], **way: Any) -> dict[str, Any] | None:
-    """The run of a way."""
+    """The run with these options."""
     wanted = Way(**way)._asdict()
     return next((run for run in network["runs"] if all(run[name] == value for name, value in wanted.items())), None)
 
 
 def near(run: dict[str, Any]) -> dict[str, float | None]:
-    """How near the maps of a way are."""
+    """The accuracy of the maps of a run, over photos."""
     pearson, error = run["pearson"], run["error"]
     middle = {name: run[name] and statistics.median(run[name]) for name in ("stated", "forwards", "share", "seconds", "time")}
     return {
@@ -260,7 +262,7 @@ def honest(error: Sequence[float], stated: Sequence[float]) -> float:
 
 
 def tolerated(runs: Sequence[dict[str, Any]], tolerance: float) -> dict[str, float | None]:
-    """Of maps made to a tolerance: is it kept, is the stated error true, and does it help?"""
+    """For maps with a tolerance: is it met, is the stated error true, and how many forwards does it save?"""
     error, stated, share, time = (
         [value for run in runs for value in run[name] or ()] for name in ("error", "stated", "share", "time")
     )
@@ -279,7 +281,7 @@ def tolerated(runs: Sequence[dict[str, Any]], tolerance: float) -> dict[str, flo
 
 
 def summary(networks: dict[str, Any]) -> dict[str, Any]:
-    """What the runs come to: nearness by network and way, tolerances by network and over all."""
+    """The summary of all runs: accuracy by network and way, tolerances by network and over all."""
     groups = {name: [network] for name, network in networks.items()} | {"all": list(networks.values())}
     kept = {
         name: {str(level): tolerated(runs, level) for level in TOLERANCES if (runs := _to(group, level))}
@@ -296,7 +298,7 @@ def _to(group: Iterable[dict[str, Any]], tolerance: float) -> list[dict[str, Any
 
 
 def _maps(network: dict[str, Any]) -> list[dict[str, Any]]:
-    """Runs that have something to be compared with, those of a budget sorted by it."""
+    """The runs with a budget, sorted by budget, and the references."""
     runs = [run for run in network["runs"] if run["order"] != "full" and run["tolerance"] is None]
     return sorted(runs, key=lambda run: (run["method"] != "score_cam", run["method"], run["budget"] or 0))
 
@@ -371,7 +373,7 @@ FLOOR = 1e-3
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """True and stated error against the share of forwards, a panel for each network."""
+    """Plot true and stated error against the share of forwards, with one panel per network."""
     figure, axes = panels(1, len(record["networks"]), sharey=True)
     for axis, (name, network) in zip(axes[0], record["networks"].items()):
         runs = [run for budget in CURVE if (run := pick(network, budget=budget))]
@@ -455,7 +457,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def joined(paths: Sequence[Path]) -> dict[str, Any]:
-    """One record of those of several runs, on one machine."""
+    """Join the records of several runs on one machine."""
     records = [json.loads(path.read_text()) for path in paths]
     if any(record["environment"] != records[0]["environment"] for record in records):
         sys.exit('the records were made in different environments (see their "environment"): not joined')

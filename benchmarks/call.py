@@ -1,29 +1,30 @@
-"""What does a call cost beside torchcam's, and what of it is not the model's own work?
+"""What does a call cost, compared with torchcam's, and how much of it is not the model's own work?
 
     python benchmarks/call.py --out benchmarks/results/call.json      # every figure, ten minutes
     python benchmarks/call.py grad_cam --rounds 5                     # one of them
     python benchmarks/call.py grad_cam --parts                        # and where the time goes
 
-The networks are torchvision's and a MobileNetV1 of half the width, at 224 px, with one image and seeded random weights; their
-batch norms have the statistics of such images, since maps of what vanishes tell nothing. `prepared` is a call on what
-`camfn.prepare` gave, made outside of the timed part; `plain` is a call on the model. Calls are made a few in a row, since a
-single one meets cold caches; rows of them take turns in each round, ratios are taken within a round, and their median counts.
+The networks are torchvision's and a MobileNetV1 of half the width, at 224 px, with one image and seeded random weights. Their
+batch norms have the statistics of such images, because vanishing activations give meaningless maps. `prepared` is a call on a
+prepared model, which is made outside the timed part. `plain` is a call on the model. Several calls run in a row, because
+single calls meet cold caches. The rows of calls are interleaved in each round. Ratios are medians of the ratios within a
+round.
 
-* `grad_cam`: Grad-CAM beside torchcam's, whose extractor is built outside of the timed part, and beside the plain forward under
-  `no_grad`. The maps are compared before.
-* `finds`: how many images Score-CAM runs through the model besides the clean one and the masked ones, counted at the model: a
-  line through the counts for some channels and for twice as many, of which one image for each channel is the sweep's. And the
-  call's time over that of its clean and its masked images alone, in chunks as in the call.
-* `record`: the time of the first call of Ablation-CAM with what was just prepared, less that of the second, in forwards.
-* `later`: whether calls with what was prepared get slower or larger: calls 151 to 200 beside calls 3 to 52, each over a plain
-  forward made next to it, and resident memory after them. Each image is another one; Score-CAM has 8 channels. And what a
-  thousand plain calls of each of three methods leave behind, of a tiny network and of a thousand tiny networks.
-  Memory is measured in fresh processes.
+* `grad_cam`: Grad-CAM, compared with torchcam's, whose extractor is built outside the timed part, and with the plain forward
+  under `no_grad`. The maps are compared first.
+* `finds`: the number of images that Score-CAM runs through the model besides the clean and the masked images, counted at the
+  model. It is the intercept of a line through the counts for 8 and for 16 channels, where the sweep has one image per channel.
+  Also the time of the call, divided by the time of its clean and masked images alone in the same chunks.
+* `record`: the time of the first call of Ablation-CAM on a newly prepared model, minus that of the second call, in forwards.
+* `later`: whether calls on a prepared model get slower or use more memory. Calls 151 to 200 are compared with calls 3 to 52,
+  each divided by a plain forward next to it. The resident memory after them is compared too. Every call has a new image, and
+  Score-CAM has 8 channels. Also the memory that a thousand plain calls of each of three methods leave behind, on one tiny
+  network and on a thousand tiny networks. Memory is measured in fresh processes.
 
-`--parts` adds two tables. The pieces, in plain torch, each by the time that it adds to the forward: a torch-function mode that
-does nothing, detached tensors by `functional_call`, copies of the buffers, a graph of all parameters as torchcam's, and the
-gradient from the layer on by hand. And the time in each file (cProfile: what is built in counts for the file that calls it;
-Python looks slower than it is).
+`--parts` adds two tables. One gives the time that each step adds to a forward in plain torch: a torch-function mode that does
+nothing, detached tensors with `functional_call`, copies of the buffers, a graph of all parameters as in torchcam, and the
+gradient from the layer on by hand. The other gives the time in each file, by cProfile, which charges built-in functions to the
+file that calls them and overstates the time in Python.
 """
 
 import argparse
@@ -52,16 +53,16 @@ from torch.overrides import TorchFunctionMode
 import camfn
 
 ROW = 5  # calls in a row
-CLOSE = 1e-3  # of normalised maps: torchcam's differ by 1e-8 over their largest value before
-CHANNELS = 8  # of the sweep whose images are counted, and twice as many
-CALLS, FIRST, SOME = 200, 2, 50  # `later`: calls, those before the first that count, how many count at either end
+CLOSE = 1e-3  # tolerance for normalized maps: torchcam adds 1e-8 to the range that it divides by
+CHANNELS = 8  # `finds` counts the images of a sweep of this many channels, and of twice as many
+CALLS, FIRST, SOME = 200, 2, 50  # `later`: calls, skipped calls at the start, counted calls at each end
 THOUSAND, WARM = 1000, 50
 
 # -------------------------------------------------------------------------------------------------------- networks
 
 
 class MobileNetV1(nn.Module):
-    """Of half the width, its blocks counted as in the original: `features.26` is the last."""
+    """MobileNetV1 of half the width. Its blocks are numbered as in the original; `features.26` is the last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,12 +93,12 @@ LAYERS = {
 
 
 def network(name: str, size: int) -> tuple[nn.Module, Tensor]:
-    """The same ones every time."""
+    """The model and input, the same every time."""
     torch.manual_seed(0)
     model = MobileNetV1() if name.startswith("mobilenet_v1") else getattr(common.torchvision_models(), name)(weights=None)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the mean of what it has seen
+            module.momentum = None  # the plain average over all batches
     with torch.no_grad():
         model.train()(torch.randn(8, 3, size, size))
     return model.eval(), torch.randn(1, 3, size, size)
@@ -114,7 +115,7 @@ def forward(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def in_a_row(call: Callable[[], Any], times: int = ROW) -> Callable[[], None]:
-    """Several calls as one, for the clock."""
+    """Several calls in a row as one call, for timing."""
 
     def row() -> None:
         for _ in range(times):
@@ -124,7 +125,7 @@ def in_a_row(call: Callable[[], Any], times: int = ROW) -> Callable[[], None]:
 
 
 def milliseconds(found: Mapping[str, common.Timing]) -> dict[str, float]:
-    """Of one call of each row."""
+    """Milliseconds of a single call of each row."""
     return {name: 1e3 * timing.median / ROW for name, timing in found.items()}
 
 
@@ -132,7 +133,7 @@ def milliseconds(found: Mapping[str, common.Timing]) -> dict[str, float]:
 
 
 class Contenders(NamedTuple):
-    """A network's calls; torchcam has a network of its own, for its hooks."""
+    """The calls on a network. torchcam has its own copy of the network, because of its hooks."""
 
     model: nn.Module
     x: Tensor
@@ -141,7 +142,7 @@ class Contenders(NamedTuple):
 
 
 def contenders(name: str, size: int) -> Contenders:
-    """The calls that are compared; stops if camfn and torchcam do not give one map."""
+    """The calls to compare. Exits if the maps of camfn and torchcam differ."""
     from torchcam.methods import GradCAM
 
     model, x = network(name, size)
@@ -193,8 +194,8 @@ class _Nothing(TorchFunctionMode):
 
 
 def pieces(model: nn.Module, x: Tensor, layer: str, rounds: int) -> dict[str, float]:
-    """What each adds to a forward, in milliseconds."""
-    twin = copy.deepcopy(model)  # by_hand changes its parameters
+    """Milliseconds that each step adds to a forward."""
+    twin = copy.deepcopy(model)  # by_hand changes the parameters
 
     def guarded() -> None:
         with _Nothing():
@@ -231,7 +232,7 @@ def pieces(model: nn.Module, x: Tensor, layer: str, rounds: int) -> dict[str, fl
 
 
 def files(calls: Mapping[str, Callable[[], Any]], times: int = 20) -> dict[str, dict[str, float]]:
-    """Milliseconds of one call, under the profiler, by file: where the files are, and whatever they are called."""
+    """Milliseconds of one call under the profiler, by file. Found from the paths, whatever the files are called."""
     spent: dict[str, Counter[str]] = {}
     for name, call in calls.items():
         profile = cProfile.Profile()
@@ -253,7 +254,7 @@ def _by_file(stats: Mapping[tuple[str, int, str], Any]) -> Counter[str]:
 
 
 def _place(file: str) -> str:
-    """`camfn/model/private_copy.py`, `torch/nn`: camfn's files one by one, others by what they belong to."""
+    """The label of a file: `camfn/model/private_copy.py` for a file of camfn, the package, such as `torch/nn`, for others."""
     if file == "~":
         return "built in"
     own = Path(camfn.__file__).parent
@@ -273,7 +274,7 @@ def finds(options: argparse.Namespace) -> dict[str, Any]:
 def _finds(name: str, options: argparse.Namespace) -> dict[str, float]:
     model, x = network(name, options.size)
     prepared, layer = camfn.prepare(model), LAYERS[name]
-    alive = forward_to(model, layer, x).flatten(2).amax(2)[0].argsort(descending=True)  # flat channels share a forward
+    alive = forward_to(model, layer, x).flatten(2).amax(2)[0].argsort(descending=True)  # because flat channels share a forward
 
     def sweep(channels: int) -> None:
         kept = alive[:channels]
@@ -304,7 +305,7 @@ def forward_to(model: nn.Module, layer: str, x: Tensor) -> Tensor:
 
 
 def _images(model: nn.Module, call: Callable[[], Any]) -> int:
-    """How many went through copies of the model in the second call: at the class, since camfn runs copies."""
+    """The number of images in the second call. Counts at the model's class, because camfn runs copies."""
     call()
     count: list[int] = []
     with common.watched(model, lambda x: count.append(x.shape[0])):
@@ -331,7 +332,7 @@ def _record(name: str, options: argparse.Namespace) -> dict[str, float]:
         prepared = camfn.prepare(model)
         ablate()
 
-    # In this order, or the other way round: the second call always comes after a first of the same `prepared`.
+    # In either order of a round, the second call follows a first call on the same `prepared`.
     found = common.interleaved({"first": anew, "second": ablate, "forward": lambda: forward(model, x)}, options.rounds)
     pairs = zip(found["first"].seconds, found["second"].seconds)
     times = {call: 1e3 * timing.median for call, timing in found.items()}
@@ -342,7 +343,7 @@ def _record(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def later(options: argparse.Namespace) -> dict[str, Any]:
-    """Each in a process of its own."""
+    """Run each measurement in a fresh process."""
     return {what: common.in_fresh_process(__file__, ["--alone", what]) for what in ALONE}
 
 
@@ -363,7 +364,7 @@ def _many(method: str, **options: Any) -> dict[str, float]:
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    """Of one call, with whatever garbage there is: two hundred collections would take longer than the calls."""
+    """Seconds of one call, without garbage collection before it: two hundred collections would take longer than the calls."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -373,7 +374,7 @@ def _thousand(networks: Iterator[nn.Module]) -> dict[str, float]:
     x = tiny()[1]
 
     def run(times: int) -> float:
-        """Each with one of the methods of a gradient, of a mask, and of a swap, and what is left."""
+        """Call a gradient method, a masking method and a swapping method on each network; return the resident memory."""
         for _ in range(times):
             model = next(networks)
             for function in (camfn.grad_cam, camfn.score_cam, camfn.ablation_cam):
@@ -423,7 +424,7 @@ def main() -> None:
     parser.add_argument("--alone", choices=ALONE, help=argparse.SUPPRESS)
     parser.add_argument("--out", help="write the figures to this file; others in it stay as they are")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", category=camfn.CamWarning)  # of maps of random networks, that they are nowhere positive
+    warnings.filterwarnings("ignore", category=camfn.CamWarning)  # warnings that maps of random networks are nowhere positive
     if options.alone:
         print(json.dumps(ALONE[options.alone]()))
         return
@@ -438,7 +439,7 @@ def main() -> None:
 
 
 def _tables(name: str, rows: Mapping[str, Any]) -> str:
-    """Each network's figures, and a table for each that is one."""
+    """The figures of each network, and a table for each figure that is a table."""
     said = []
     for row, figures in rows.items():
         said.append(f"{name}, {row}")

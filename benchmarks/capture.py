@@ -1,8 +1,9 @@
-"""What does a tap cost, with and without a gradient, and what does Score-CAM cost beside its forwards?
+"""What does a tap cost, with and without a gradient, and what does Score-CAM cost on top of its forwards?
 
-Medians of interleaved rounds, in milliseconds. A shell is made anew in every call of camfn; its bound is 5 ms for a ResNet-50.
-`head backward` is the plain forward with a graph that begins at the layer, and its backward, by a hook in plain torch. The last
-figure is of a network so small that its forwards take nothing: `score_cam`, less as many forwards of as many rows.
+Times are medians of interleaved rounds, in milliseconds. Every plain call of camfn makes a private copy; the bound is 5 ms for
+a ResNet-50. `head backward` is the plain forward with a graph that starts at the layer, and its backward, with a hook in plain
+torch. The last figure uses a network so small that its forwards take almost no time: `score_cam` minus the same number of
+forwards of the same rows.
 
     python benchmarks/capture.py --out benchmarks/results/capture.json
 """
@@ -52,7 +53,7 @@ def measure(name: str, layer: str, rounds: int) -> dict[str, float]:
 
 
 def by_hand(model: nn.Module, layer: str, x: torch.Tensor) -> torch.Tensor:
-    """In plain torch: parameters without gradients, and the layer's output the first that has one."""
+    """Plain torch: the parameters need no gradients, and the graph starts at the layer's output."""
     leaves = []
 
     def leaf(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
@@ -74,7 +75,7 @@ def captured(model: nn.Module, layer: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def overhead(rounds: int) -> float:
-    """Milliseconds of `score_cam` on a tiny network, less its forwards; in a row, since a single call meets cold caches."""
+    """Milliseconds of `score_cam` on a tiny network, minus its forwards, in a row: single calls meet cold caches."""
     row = range(50)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
     x, rows = torch.randn(1, 3, 16, 16), torch.randn(8, 3, 16, 16)

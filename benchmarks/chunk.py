@@ -1,13 +1,14 @@
-"""How many masked inputs should a forward have on a CPU? What the default chunk goes by.
+"""How many masked inputs should a forward have on a CPU? The basis of the default chunk.
 
-`score_cam` on 64 channels, eager, its batch norms merged and its channels last, in chunks of 4 to 32 and in its own. All take
-turns, one call of each in a round; a time is told as its ratio to chunks of 32 within the round, the median over rounds.
+Runs `score_cam` eagerly on 64 channels, with folded batch norms and channels last, in chunks of 4 to 32 and in its default
+chunk. The calls are interleaved, one of each per round. A time is given as its ratio to chunks of 32 within the round, median
+over rounds.
 
     python benchmarks/chunk.py --out benchmarks/results/chunk.json        # ten minutes
-    python benchmarks/chunk.py --models resnet18 --rounds 1               # a look
+    python benchmarks/chunk.py --models resnet18 --rounds 1               # a quick look
 
-A forward that holds more than memory is quick with takes longer for each input; one of few inputs reads all the weights for
-them, which shows where a network has many and holds little (ViT). The rule is `camfn.sweep.runner.chunk_of`.
+A forward whose activations do not fit the fast memory takes longer per input. A forward of few inputs reads all weights for
+them, which matters if a network has many weights and small activations (ViT). The rule is `camfn.sweep.runner.chunk_of`.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 
 def chunk_of(model: nn.Module, call: Any) -> int:
-    """The most rows that a forward of the call gets; the call is a warm-up, too."""
+    """The largest number of rows in a forward of the call. The call also serves as a warm-up."""
     rows = []
     with common.watched(model, lambda x: rows.append(len(x))):
         call()

@@ -1,6 +1,6 @@
-"""What the benchmarks share: where they ran, interleaved timing, peak memory in a fresh process, the record on disk.
+"""Shared code of the benchmarks: environment, interleaved timing, peak memory in a fresh process, records on disk.
 
-A record has no date, host name or path in it: two runs on one machine with the same versions differ only in what was measured.
+A record contains no date, host name or path. Two runs on one machine with the same versions differ only in the measurements.
 """
 
 import argparse
@@ -35,7 +35,7 @@ MIB = 1 << 20
 
 
 def environment(packages: Iterable[str]) -> dict[str, Any]:
-    """Versions of the packages (as distributions are named), the processor, and how many threads torch uses."""
+    """Versions of the packages (by distribution name), the processor, and torch's number of threads."""
     return {
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.machine()}",
@@ -61,14 +61,14 @@ def _version(name: str) -> str | None:
 
 
 def require(modules: Mapping[str, str]) -> None:
-    """Stop with a sentence if a module is missing; `modules` maps its name to the distribution that has it."""
+    """Exit with a message if a module is missing; `modules` maps module names to distribution names."""
     missing = [distribution for module, distribution in modules.items() if importlib.util.find_spec(module) is None]
     if missing:
         sys.exit(f"{' and '.join(missing)} missing: pip install 'camfn[bench]', or leave it out of this run (see --help)")
 
 
 def torchvision_models() -> Any:
-    """`torchvision.models`, also where it was built for another torch: the tests know how."""
+    """`torchvision.models`, even if torchvision was built for another torch version; the tests have the workaround."""
     require({"torchvision": "torchvision"})
     try:
         import torchvision
@@ -84,10 +84,10 @@ def torchvision_models() -> Any:
 
 
 class Timing(NamedTuple):
-    """One call per round."""
+    """The times of one call, once per round."""
 
     seconds: list[float]
-    cpu_seconds: list[float]  # of all threads: what the call cost however busy the machine was
+    cpu_seconds: list[float]  # CPU time of all threads, which does not depend on the load of the machine
 
     @property
     def median(self) -> float:
@@ -95,9 +95,9 @@ class Timing(NamedTuple):
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
-    """Time every call once in each round, in turned order in every other round. Warm up before.
+    """Time every call once per round, in reversed order in every other round. Warm up the calls first.
 
-    Within a round all calls meet the same machine, so ratios within a round mean more than any of the times.
+    All calls of a round see the same load, so ratios within a round are more reliable than times.
     """
     timings = {name: Timing([], []) for name in calls}
     for number in range(rounds):
@@ -112,12 +112,12 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
 
 
 def ratio(of: Timing, to: Timing) -> float:
-    """The median over rounds of the ratio within the round: below 1, `of` is faster."""
+    """The median over rounds of the ratio within the round; below 1, `of` is faster."""
     return statistics.median(a / b for a, b in zip(of.seconds, to.seconds))
 
 
 def share_of_threads(timings: Iterable[Timing]) -> float:
-    """How much of its threads' time the process got, median over calls: well below 1, others used the machine."""
+    """The share of its threads' time that the process got, median over calls; well below 1, others used the machine."""
     pairs = ((c, s) for timing in timings for c, s in zip(timing.cpu_seconds, timing.seconds))
     return statistics.median(c / (s * torch.get_num_threads()) for c, s in pairs)
 
@@ -126,7 +126,7 @@ def share_of_threads(timings: Iterable[Timing]) -> float:
 
 
 def peak_above(call: Callable[[], Any]) -> dict[str, float]:
-    """MiB resident before the call, and how much higher it rose during it. Meant for a fresh process."""
+    """Resident MiB before the call, and the rise during the call. Use it in a fresh process."""
     before, linux = resident(), _forget_peak()
     call()
     peak = _resident("VmHWM") if linux else _max_resident()
@@ -134,21 +134,21 @@ def peak_above(call: Callable[[], Any]) -> dict[str, float]:
 
 
 def resident() -> float:
-    """MiB that are resident now, with what was freed given back."""
+    """Resident MiB now, after freed memory is returned to the system."""
     gc.collect()
     _give_back()
     return _resident("VmRSS")
 
 
 def _give_back() -> None:
-    """What was freed and the allocator keeps would be used again without a rise. glibc gives it back."""
+    """Return freed memory to the system; otherwise the allocator reuses it without a visible rise. glibc only."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
 
 
 def _forget_peak() -> bool:
-    """Let the high-water mark start from here: making the model may have been higher. Linux only."""
+    """Reset the high-water mark, because making the model may have used more. Linux only."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -157,7 +157,7 @@ def _forget_peak() -> bool:
 
 
 def _resident(field: str) -> float:
-    # Not getrusage: on Linux its maximum starts from the parent's at the fork, not from zero.
+    # Not getrusage: on Linux, its maximum starts from the parent's value at the fork, not from zero.
     status = Path("/proc/self/status")
     return int(re.search(rf"^{field}:\s+(\d+) kB$", status.read_text(), re.M)[1]) / 1024 if status.exists() else _max_resident()
 
@@ -167,7 +167,7 @@ def _max_resident() -> float:
 
 
 def in_fresh_process(script: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Any:
-    """Run the script with other arguments in a process of its own; it prints one JSON value as its last line."""
+    """Run the script with other arguments in a fresh process; its last output line must be one JSON value."""
     env = {**os.environ, **(environment or {})}
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False, env=env)
     if done.returncode:
@@ -180,7 +180,7 @@ def in_fresh_process(script: str, arguments: Sequence[str], environment: Mapping
 
 @contextmanager
 def watched(model: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Show what each forward gets, by the model's class: camfn runs a copy."""
+    """Call `see` with the input of each forward. Patches the model's class, because camfn runs a copy."""
     kind = type(model)
     forward = kind.forward
 
@@ -196,28 +196,28 @@ def watched(model: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
 
 
 class Case(NamedTuple):
-    """A call of a method, by the numbers that its cost may depend on."""
+    """A call of a method, described by the numbers that may determine its cost."""
 
     method: str = "score_cam"
-    model: str = "resnet18"  # of torchvision, with seeded random weights: neither time nor memory asks for their values
+    model: str = "resnet18"  # a torchvision model with seeded random weights; time and memory do not depend on their values
     layer: str = "layer4"
     size: int = 224  # side of the input in pixels
     chunk: int = 32  # masked inputs per forward
-    channels: int | None = None  # the first so many of the layer are swept, or all
-    samples: int = 1  # of ss_cam and is_cam
+    channels: int | None = None  # sweep only the first channels of the layer; None sweeps all
+    samples: int = 1  # number of samples of ss_cam and is_cam
     images: int = 1
     targets: int = 1  # the classes with the highest logits
 
 
 def model_and_input(case: Case) -> tuple[nn.Module, Tensor]:
-    """The same ones every time."""
+    """The model and input of a case, the same every time."""
     torch.manual_seed(0)
     model = getattr(torchvision_models(), case.model)(weights=None).eval()
     return model, torch.randn(case.images, 3, case.size, case.size)
 
 
 def call_of(case: Case, model: nn.Module, x: Tensor) -> Callable[[], camfn.Explanation]:
-    """The call, eager."""
+    """The eager call of a case."""
     options: dict[str, Any] = {"layout": lambda activation: activation[:, : case.channels]}
     if case.method != "score_cam":
         options["num_samples"] = case.samples
@@ -230,12 +230,12 @@ def call_of(case: Case, model: nn.Module, x: Tensor) -> Callable[[], camfn.Expla
 
 
 def say(line: str) -> None:
-    """Progress, apart from the result."""
+    """Print progress to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Aligned columns, the first to the left."""
+    """Format rows as aligned columns, the first column to the left."""
     lines = [tuple(columns), *map(tuple, rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
@@ -245,14 +245,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def positive(text: str) -> int:
-    """An argument that is a positive int."""
+    """Parse a positive int argument."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, found {text!r}")
     return int(text)
 
 
 def write(path: str | Path, record: Any) -> None:
-    """The record as JSON, numbers with six significant digits."""
+    """Write the record as JSON, with six significant digits."""
     Path(path).write_text(json.dumps(_rounded(record), indent=1) + "\n")
 
 

@@ -1,8 +1,9 @@
-"""When does compiling a sweep pay? What `Sweep(compile="auto")` goes by.
+"""When does compiling a sweep pay off? The basis of `Sweep(compile="auto")`.
 
-In a fresh process: the first compiled call, a second one, and the same sweep uncompiled (batch norms merged, channels last), by
-turns. Then once more in another process, which finds the compiler's artefacts on disk. Compiling costs the first call less
-a later one; what it saves is a share of the uncompiled time; it pays from cost / share seconds of uncompiled work on.
+In a fresh process, time the first compiled call. Then time a later compiled call and the eager sweep (batch norms folded,
+channels last), interleaved. Repeat in a second process that finds the compiler's artifacts on disk. The cost of compiling is
+the time of the first call minus that of a later call. The saving is a share of the eager time. Compiling pays off from cost /
+share seconds of eager work.
 
     python benchmarks/compile.py --out benchmarks/results/compile.json        # five minutes
 """
@@ -22,7 +23,7 @@ import torch
 import camfn
 from camfn.sweep import options as sweep_options
 
-MODELS = {"resnet18": "layer2", "mobilenet_v2": "features.13"}  # a masked image costs the same at every layer
+MODELS = {"resnet18": "layer2", "mobilenet_v2": "features.13"}  # a masked input costs the same at every layer
 
 
 def seconds(call: Any) -> float:
@@ -32,7 +33,7 @@ def seconds(call: Any) -> float:
 
 
 def measure(name: str, rounds: int) -> dict[str, float]:
-    """In a process of its own."""
+    """Measure one model; run this in a fresh process."""
     torch.manual_seed(0)
     model, x = getattr(common.torchvision_models(), name)(weights=None).eval(), torch.randn(1, 3, 224, 224)
     sweep = functools.partial(camfn.score_cam, model, MODELS[name], x, 1)

@@ -1,7 +1,7 @@
-"""Does the network that ships know its shapes, and do the maps lie on them? Scenes of one object that it was not trained on.
+"""Does the demo network recognize its shapes, and do the maps lie on them? Scenes of one object, not used for training.
 
-A hit is a map whose maximum is on the object or within one cell (8 pixels) of it. Beside the methods stands what they have to
-beat: the middle of the picture, a map of random numbers, and Score-CAM on the same network with random weights.
+A hit is a map whose maximum is on the object or within one cell (8 pixels) of it. The controls are the middle of the picture,
+a map of random numbers, and Score-CAM on the same network with random weights.
 
     python benchmarks/demo.py --out benchmarks/results/demo.json
 """
@@ -28,7 +28,7 @@ def maps_of(method: str, model: torch.nn.Module, x: Tensor, classes: Tensor) -> 
 
 
 def measure(methods: Sequence[str], count: int) -> dict[str, dict[str, float]]:
-    """For each map, the hits and the mean energy inside the object, in percent."""
+    """The hits and the mean energy inside the object of each map, in percent."""
     scenes = [demo.scene(seed) for seed in range(count)]
     x, masks = torch.stack([demo.preprocess(s.image) for s in scenes]), torch.stack([s.masks[0] for s in scenes])
     classes = torch.tensor([s.classes[0] for s in scenes])

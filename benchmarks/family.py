@@ -1,28 +1,28 @@
-"""The family beside Score-CAM: how fast are its methods, next to each other and next to peers?
+"""How fast are the methods other than Score-CAM, compared with each other and with peers?
 
     python benchmarks/family.py                                  # every part, a few minutes
     python benchmarks/family.py recipro --rounds 3               # one part
 
-Each part takes its calls in turn, one of each in a round; ratios are taken within a round, and their median counts. Before,
-each call is run once, untimed: what camfn finds out about a model once is kept then. A cold call gets a copy of the model, of
-which nothing is known. Networks have seeded random weights: of their values time does not ask.
+Each part runs its calls in turn, one of each per round. Ratios are medians of the ratios within a round. Most calls run once
+untimed before. Networks have seeded random weights; times do not depend on their values.
 
-* `ablation`: Ablation-CAM of VGG-16's last convolution, 512 channels, after its ReLU. pytorch-grad-cam's runs the whole network
-  for each channel, and takes minutes: its time is that of its first `--channels` channels, two chunks of 32 by default, carried
-  on to all. camfn leaves out channels that are zero already; here none is, since the last bias is raised. (So the weights are
-  not compared: a channel without a zero pytorch-grad-cam sets far below its least value. The tests compare where it is right.)
-* `recipro`: Recipro-CAM next to Grad-CAM, on ResNet-50's `layer4` of 49 positions, each warm and cold.
-* `gradient`: Grad-CAM and its kin at `layer4` of ResNet-18 and ResNet-50, next to a forward and a backward from the score to
-  the layer in plain torch (`by_hand` in `capture.py`), and to torchcam's, whose hooks are in place. Each has a copy of the
-  model.
-* `eigen`: Eigen-CAM of ResNet-50's `layer4` of 2048 channels next to pytorch-grad-cam's: the whole call, and what is made of
-  the activation, since the forward is common to both. Both take the channels' means off.
-* `shared`: five methods of the gradient in one `camfn.explain`, next to five calls of it.
+* `ablation`: Ablation-CAM on VGG-16's last convolution after the ReLU, 512 channels. pytorch-grad-cam runs the whole network
+  for each channel, which takes minutes. Its time is extrapolated from the first `--channels` channels, two chunks of 32 by
+  default. camfn skips channels that are zero; here none is, because the last bias is raised. The weights are not compared:
+  pytorch-grad-cam sets a channel without zeros far below its smallest value. The tests compare the cases where it is correct.
+* `recipro`: Recipro-CAM and Grad-CAM on ResNet-50's `layer4` with 49 positions, warm and cold. A cold call gets a fresh copy
+  of the model.
+* `gradient`: Grad-CAM and related methods at `layer4` of ResNet-18 and ResNet-50. They are compared with a forward and a
+  backward from the score to the layer in plain torch (`by_hand` in `capture.py`), and with torchcam, whose hooks are already
+  in place. The plain call and each extractor of torchcam have their own copies of the model.
+* `eigen`: Eigen-CAM on ResNet-50's `layer4` with 2048 channels, compared with pytorch-grad-cam: the whole call, and the part
+  after the forward, which both share. Both subtract the mean of each channel.
+* `shared`: five gradient methods in one call of `camfn.explain`, compared with five calls.
 """
 
 import os
 
-os.environ["TQDM_DISABLE"] = "1"  # pytorch-grad-cam shows a bar; tqdm reads this when it is imported
+os.environ["TQDM_DISABLE"] = "1"  # hide pytorch-grad-cam's progress bar; tqdm reads this at import
 
 import argparse
 import copy
@@ -41,13 +41,13 @@ import camfn
 from camfn import maps
 from camfn.formulas import components
 
-CHUNK = 32  # pytorch-grad-cam's own
+CHUNK = 32  # pytorch-grad-cam's default
 TORCHCAMS = {"grad_cam": "GradCAM", "grad_cam_pp": "GradCAMpp", "xgrad_cam": "XGradCAM", "layer_cam": "LayerCAM"}
 KIN = (*TORCHCAMS, "hires_cam")
 
 
 class Part(NamedTuple):
-    """What a part has measured."""
+    """The measurements of a part."""
 
     rows: dict[str, float]  # seconds of each call, median over rounds
     ratios: dict[str, float]
@@ -69,7 +69,7 @@ def ablation(options: argparse.Namespace) -> Part:
     found = common.interleaved(calls, options.rounds)
     mine, part = found.values()
     channels = seen.shape[1]
-    # Its first forward, of the whole input, is one more than the channels'.
+    # It runs one forward of the whole input in addition to one per channel.
     share = (channels + 1) / (options.channels + 1)
     seconds = {"camfn": mine.median, "pytorch-grad-cam, estimated": part.median * share}
     ratio = share * common.ratio(part, mine)
@@ -87,7 +87,7 @@ def _seen(model: nn.Module, layer: str, x: Tensor) -> Tensor:
 
 
 def _their_ablation(model: nn.Module, x: Tensor, activation: Tensor) -> Tensor:
-    """The weights of the channels that it is handed: the first of the layer's."""
+    """pytorch-grad-cam's weights of the given channels, the first of the layer."""
     from pytorch_grad_cam import AblationCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -126,7 +126,7 @@ def gradient(options: argparse.Namespace) -> Part:
 
 
 def _kin(name: str, rounds: int) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Seconds, ratios, and how far maps are from torchcam's."""
+    """Seconds, ratios, and the differences of the maps from torchcam's."""
     from torchcam import methods
 
     model, x = common.model_and_input(common.Case("grad_cam", name, "layer4"))

@@ -1,30 +1,31 @@
-"""How much memory does a sweep take beside the model's own forwards, and does it grow with the work?
+"""How much memory does a sweep take, compared with the model's own forwards, and does it grow with the work?
 
     python benchmarks/memory.py --out benchmarks/results/memory.json                            # the record
-    python benchmarks/memory.py --model resnet18 --size 64 --chunks 2 --repeats 1 --no-curves   # a look, in a minute
+    python benchmarks/memory.py --model resnet18 --size 64 --chunks 2 --repeats 1 --no-curves   # a quick look, in a minute
 
-Contenders, all eager, with the same chunk of masked inputs per forward, each in fresh processes:
+Contenders run eagerly, with the same chunk of masked inputs per forward, each in fresh processes:
 
-* `plain`: forwards of one chunk under `no_grad`, of the copy of the model that camfn sweeps with (batch norms merged, channels
-  last). The copy is made before the measuring, the batch within it.
-* `score_cam`, `ss_cam`, `is_cam`: the call of camfn, the first of its process, as it is the first that would be killed: what is
-  found out about the model (a few forwards of one or two inputs), and the making of the copy, are in it. The size of the copy
-  is then taken off, since the plain forwards have it already.
-* `torchcam-ScoreCAM`, `torchcam-SSCAM`, `torchcam-ISCAM`: the call. They make no copy; nothing is taken off.
+* `plain`: forwards of one chunk under `no_grad`, on the copy of the model that camfn uses for its sweep (batch norms folded,
+  channels last). The copy is made before the measurement, the batch during it.
+* `score_cam`, `ss_cam`, `is_cam`: the first call of camfn in its process, because the first call is the one that would run out
+  of memory. It includes the checks of the model (a few forwards of one or two inputs) and making the copy. The size of the
+  copy is then subtracted, because the plain forwards have it already.
+* `torchcam-ScoreCAM`, `torchcam-SSCAM`, `torchcam-ISCAM`: the call. torchcam makes no copy, so nothing is subtracted.
 
-SS-CAM and IS-CAM have `--samples` draws. Every sweep ends after `--chunks` forwards, and there are as many plain ones: what
-follows is more of the same (the curves show whether it is); 64 chunks are all of a ResNet-50's `layer4`.
+SS-CAM and IS-CAM have `--samples` draws. Every sweep ends after `--chunks` forwards, and `plain` runs equally many. Later
+chunks repeat the same work, which the curves confirm. 64 chunks cover the whole `layer4` of a ResNet-50.
 
-The peak is that of resident memory above what was resident just before, with imports, model and input in place, freed memory
-given back, and torch's threads started by a layer of something else. It is measured twice:
+The peak is the rise of resident memory above its value just before the call, after imports, with model and input in memory,
+freed memory returned to the system, and torch's threads started by an unrelated layer. There are two versions:
 
-* `peak`: as the machine has it, the median of `--repeats` processes. glibc keeps freed memory for what comes, and finds room
-  for some of it only: the plain forwards' own peak differs by a quarter from process to process.
-* `in use`: the same with glibc told to give large blocks back as soon as they are freed: what the code itself holds. It differs
-  by less than 1 %, and is what the ratio is taken of that has a bound. Elsewhere than under glibc the two are one.
+* `peak`: with the allocator's defaults, median of `--repeats` processes. glibc keeps freed memory and reuses only some of it,
+  so even the peak of the plain forwards varies by a quarter between processes.
+* `in use`: with glibc set to return large blocks immediately, which shows the memory that the code itself holds. It varies by
+  less than 1 %, and the bound applies to its ratio. Without glibc both are the same.
 
-The curves are in use, of whole sweeps on a MobileNetV2 at 112 px, with more and more channels, draws and images. "Growth" is
-the highest of a curve's peaks over its lowest: 1 is flat. (The forward of the clean input has all images in one batch.)
+The curves show the memory in use during whole sweeps on a MobileNetV2 at 112 px, with growing numbers of channels, draws and
+images. "Growth" is the highest peak of a curve divided by its lowest; 1 is flat. The forward of the clean input has all images
+in one batch.
 
 Typical output, of `--chunks 2 --repeats 1 --curve-counts 1 8` with one thread:
 
@@ -75,11 +76,11 @@ from camfn.model.forward import look
 from camfn.sweep.runner import Runner, runner_of
 from camfn.targets import resolve
 
-WHOLE = 1 << 30  # more chunks than any sweep has
+WHOLE = 1 << 30  # more chunks than any sweep needs
 GIVING_BACK = {
     "MALLOC_MMAP_THRESHOLD_": "131072"
-}  # named, glibc no longer moves it: larger blocks are mapped, and unmapped when freed
-BOUND = 1.2  # times the plain forwards, demanded of camfn
+}  # if set, glibc does not adapt it: larger blocks are mapped, and unmapped when freed
+BOUND = 1.2  # the largest allowed ratio to the plain forwards
 OURS = ("score_cam", "ss_cam", "is_cam")
 PEERS = {"torchcam-ScoreCAM": "ScoreCAM", "torchcam-SSCAM": "SSCAM", "torchcam-ISCAM": "ISCAM"}
 CONTENDERS = ("plain", *OURS, *PEERS)
@@ -89,7 +90,7 @@ CONTENDERS = ("plain", *OURS, *PEERS)
 
 
 def copy_of(case: Case, model: nn.Module, x: Tensor) -> Runner:
-    """The model as a sweep runs it, by the library's own way to it."""
+    """The model as a sweep runs it, made by the library's own code."""
     with torch.no_grad():
         subject = look(model, case.layer, x, None, None, masks=True)
         score = resolve(None, subject.output, subject.n, x.device)
@@ -98,7 +99,7 @@ def copy_of(case: Case, model: nn.Module, x: Tensor) -> Runner:
 
 @contextmanager
 def noting_copies(model: nn.Module) -> Iterator[list[float]]:
-    """The sizes of the copies that camfn makes inside; for few masked inputs it makes none."""
+    """Collect the sizes of the copies that camfn makes inside the block. For few masked inputs it makes none."""
     sizes: list[float] = []
 
     def noting(*args: Any) -> Runner:
@@ -114,7 +115,7 @@ def noting_copies(model: nn.Module) -> Iterator[list[float]]:
 
 
 def size_of(copy: Runner, model: nn.Module) -> float:
-    """MiB of the tensors that the model does not share."""
+    """MiB of the copy's tensors that it does not share with the model."""
     shared = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in copy.state.values()}
     return sum(size for place, size in storages.items() if place not in shared) / common.MIB
@@ -138,12 +139,12 @@ def torchcam(case: Case, model: nn.Module, x: Tensor) -> None:
 
 
 class EnoughError(Exception):
-    """The sweep has run as far as was asked."""
+    """The sweep has run the requested number of chunks."""
 
 
 @contextmanager
 def at_most(model: nn.Module, chunks: int, chunk: int) -> Iterator[None]:
-    """End what runs inside before the forward of one chunk more. Counted by the model's class: camfn runs a copy."""
+    """Stop the block before its next chunk. Counts at the model's class, because camfn runs a copy."""
     kind, seen = type(model), 0
     forward = kind.forward
 
@@ -167,7 +168,7 @@ def at_most(model: nn.Module, chunks: int, chunk: int) -> Iterator[None]:
 
 
 def peak_here(case: Case, chunks: int) -> dict[str, float]:
-    """In a fresh process: MiB before the call, how much higher it rose, the copy's share of that, and what is left."""
+    """In a fresh process: MiB before the call, the rise, the copy's share of the rise, and the rest."""
     model, x = common.model_and_input(case)
     _start_torch()
     if case.method in PEERS:
@@ -179,7 +180,7 @@ def peak_here(case: Case, chunks: int) -> dict[str, float]:
 
 
 def _start_torch() -> None:
-    """Threads and libraries, which the first convolution of a process brings, are no contender's."""
+    """Load the threads and libraries of a process's first convolution, so that no contender is charged for them."""
     with torch.no_grad():
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 62 * 62, 8))(torch.randn(2, 3, 64, 64))
 
@@ -197,14 +198,14 @@ def _call_of(case: Case, model: nn.Module, x: Tensor, copy: Runner | None, chunk
 
 
 def peak(case: Case, chunks: int = WHOLE, in_use: bool = True) -> dict[str, float]:
-    """The same in a process of its own; `in_use`: without what the allocator keeps of freed memory."""
+    """`peak_here` in a fresh process; `in_use` excludes freed memory that the allocator keeps."""
     common.say(f"peak{' in use' if in_use else ''}: {describe(case)}")
     arguments = ["--peak-of", json.dumps(case), "--chunks", str(chunks)]
     return common.in_fresh_process(__file__, arguments, GIVING_BACK if in_use else None)
 
 
 def describe(case: Case) -> str:
-    """What differs from the usual."""
+    """The arguments that differ from the defaults."""
     usual = Case()._asdict()
     return ", ".join(f"{name} {value}" for name, value in case._asdict().items() if value != usual[name] or name == "method")
 
@@ -213,7 +214,7 @@ def describe(case: Case) -> str:
 
 
 def curves(size: int, counts: list[int]) -> dict[str, list[Case]]:
-    """Cases that differ in one number each."""
+    """Cases that differ in one number, by name."""
     base = Case(model="mobilenet_v2", layer="features.18", size=size, channels=128)
     return {
         "score_cam, channels": [base._replace(channels=channels) for channels in (128, 320, 640, 1280)],
@@ -254,7 +255,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _entry(name: str, in_use: dict[str, dict[str, float]], found: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Ratios of the peaks in use, and of the medians of those as the machine has them."""
+    """Ratios of the peaks in use, and of the medians of the peaks with the allocator's defaults."""
 
     def middle(of: str) -> float:
         return statistics.median(run[of]["peak"] for run in found)
@@ -325,7 +326,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     options = options_of(argv)
-    warnings.simplefilter("ignore", camfn.CamWarning)  # random weights give maps that mean nothing
+    warnings.simplefilter("ignore", camfn.CamWarning)  # random weights give meaningless maps
     if options.peak_of:
         print(json.dumps(peak_here(Case(*options.peak_of), options.chunks)))
         return

@@ -1,25 +1,25 @@
-"""Score-CAM swept in bfloat16: how near is the map, what brings it there, and how much faster is it? On trained networks.
+"""Score-CAM swept in bfloat16: how accurate is the map, with and without refinement, and how much faster? On trained networks.
 
     python benchmarks/precision.py --out benchmarks/results/precision.json          # a quarter of an hour; and precision.png
-    python benchmarks/precision.py --only speed --out benchmarks/results/precision.json    # the speed anew, in the same record
-    python benchmarks/precision.py --networks darknet_tiny --photos 2 --rounds 1    # a look, in a minute
-    python benchmarks/precision.py --plot benchmarks/results/precision.json         # draws it again (of several: joined)
+    python benchmarks/precision.py --only speed --out benchmarks/results/precision.json    # only the speed, in the same record
+    python benchmarks/precision.py --networks darknet_tiny --photos 2 --rounds 1    # a quick look, in a minute
+    python benchmarks/precision.py --plot benchmarks/results/precision.json         # draws it again; joins several records
 
-The networks and photos are those of a folder that CAMFN_REAL names; `tests/support.py` says what it must have. The class is the
-predicted one. Each photo is explained three times:
+The networks and photos come from the folder in the environment variable CAMFN_REAL; `tests/support.py` describes its contents.
+The target is the predicted class. Each photo gets three maps:
 
-* `float32`: the map that the others are compared with;
-* `bfloat16`: `camfn.score_cam(..., sweep=camfn.Sweep(dtype=torch.bfloat16))`, which scores the channels that carry the map
-  again in full, until what the rounding of the others can move is small, and a quarter of the channels at most;
-* `unrefined`: the same with no channel scored again: the whole sweep in bfloat16, softmax and sums in float32.
+* `float32`: the reference for the others;
+* `bfloat16`: `camfn.score_cam(..., sweep=camfn.Sweep(dtype=torch.bfloat16))`. It scores the channels that carry the map again
+  in full precision, until the possible effect of the others' rounding is small: at most a quarter of the channels;
+* `unrefined`: the same with no channel scored again. The whole sweep is in bfloat16, softmax and sums in float32.
 
-Pearson's correlation and the largest difference are between normalised maps at the layer's grid; a map is `near` where they are
-at least .999 and at most .03. `again` is the share of the masked inputs that were scored again, from the card's forwards, in
-the median photo and at `most`; `stated` is the error on the card, `honest` where the true one is at most it (and what two full
-float32 maps may differ by). Of stated the table has the median.
+Pearson's correlation and the largest difference compare normalized maps on the layer's grid. A map is `near` if they are at
+least .999 and at most .03. `again` is the share of masked inputs that were scored again, from the card's forwards: the median
+over photos, and the maximum as `most`. `stated` is the error on the card, median over photos. It is `honest` if the true error
+is at most the stated error plus the possible difference of two full float32 maps.
 
-Then the speed: torchcam and the three take turns, one call each per round, on the first photo; ratios are taken within a round.
-(`score_cam.py` has the speed on a ResNet-18.)
+For the speed, torchcam and the three sweeps are interleaved on the first photo, one call each per round. Ratios are taken
+within a round. `score_cam.py` measures the speed on a ResNet-18.
 
 Typical output:
 
@@ -61,25 +61,25 @@ import camfn
 from camfn.sweep import low_precision
 
 NARROW = camfn.Sweep(dtype=torch.bfloat16)
-ERROR, PEARSON = 0.03, 0.999  # what a map must keep to be near
+ERROR, PEARSON = 0.03, 0.999  # the limits within which a map counts as near
 
 
 # -------------------------------------------------------------------------------------------------------------- calls
 
 
 def unrefined() -> AbstractContextManager[Any]:
-    """No error is large enough to score a channel again."""
+    """Switch off the refinement: no error is large enough to score a channel again."""
     return mock.patch.object(low_precision, "GOAL", math.inf)
 
 
 def card(model: nn.Module, layer: str, x: Tensor, target: int | None, way: str) -> camfn.Explanation:
-    """The card of one of the three."""
+    """The card of one of the three maps."""
     with unrefined() if way == "unrefined" else nullcontext():
         return camfn.explain(model, layer, x, target, sweep=camfn.Sweep() if way == "float32" else NARROW)
 
 
 def torchcam(model: nn.Module, layer: str, x: Tensor, target: int) -> Tensor:
-    """The peer, in its own chunks."""
+    """torchcam's map, with its default batch size."""
     from torchcam.methods import ScoreCAM
 
     with ScoreCAM(model, layer, batch_size=32) as extractor:
@@ -92,7 +92,7 @@ def torchcam(model: nn.Module, layer: str, x: Tensor, target: int) -> Tensor:
 
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Lists over photos, and seconds over rounds."""
+    """The results of one network: lists over photos, and seconds over rounds."""
     model, photos = trained(name, options.photos)
     layer, found = LAYERS[name], {"bfloat16": [], "unrefined": []}
     for number, x in enumerate(photos):
@@ -100,7 +100,7 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
         for way, rows in found.items():
             rows.append(against(full, card(model, layer, x, int(full.classes), way)))
         common.say(f"{name}: photo {number + 1} of {len(photos)}, {full.seconds:.1f} s in full")
-    found["unrefined"] = [row | {"stated": None} for row in found["unrefined"]]  # nothing is known there
+    found["unrefined"] = [row | {"stated": None} for row in found["unrefined"]]  # without refinement no error is stated
     ways = {way: {column: [row[column] for row in rows] for column in rows[0]} for way, rows in found.items()}
     shown = {way: summary(of) for way, of in ways.items()}
     return {"layer": layer, "photos": len(photos), "ways": ways, "summary": shown, "speed": None}
@@ -130,7 +130,7 @@ def summary(of: Mapping[str, list[Any]]) -> dict[str, Any]:
 
 
 def timed(name: str, rounds: int) -> dict[str, Any]:
-    """Each once as a warm-up, then in turns."""
+    """Run each sweep once as a warm-up, then interleaved."""
     model, (x,) = trained(name, 1)
     layer = LAYERS[name]
     target = int(card(model, layer, x, None, "float32").classes)
@@ -187,7 +187,7 @@ def _speed(of: dict[str, Any]) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """For each network, errors and correlations of all photos, sorted."""
+    """Plot the sorted errors and correlations of all photos for each network."""
     figure, axes = panels(2, len(record["networks"]), sharex="col", sharey="row")
     for column, (name, network) in zip(axes.T, record["networks"].items()):
         for way, mark in (("unrefined", "o:"), ("bfloat16", "o-")):
@@ -251,7 +251,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     options = options_of()
-    warnings.simplefilter("error", camfn.CamWarning)  # such as: this processor has no instructions for bfloat16
+    warnings.simplefilter("error", camfn.CamWarning)  # such as the warning that this processor has no bfloat16 instructions
     if not (options.plot or options.only == "errors"):
         common.require({"torchcam": "torchcam"})
     try:

@@ -1,20 +1,20 @@
-"""Do time and memory grow in line with the work, with no step?
+"""Do time and memory grow linearly with the work, without steps?
 
     python benchmarks/scaling.py --out benchmarks/results/scaling.json              # the record, and scaling.png beside it
-    python benchmarks/scaling.py --plot benchmarks/results/scaling.json             # the picture again, from the record
-    python benchmarks/scaling.py --out look.json --rounds 1 --points 2         # a look
+    python benchmarks/scaling.py --plot benchmarks/results/scaling.json             # draws the figure again, from the record
+    python benchmarks/scaling.py --out look.json --rounds 1 --points 2         # a quick look
 
-Eager calls of camfn on a MobileNetV2's `features.18`, in chunks of 32, that differ in one number each: channels swept, images
-in a batch, draws of SS-CAM and IS-CAM, side of the input, classes explained; the channels also with one thread. None is so
-small that camfn would do without its copy of the weights, with which a forward takes less time. Every call is warmed up once.
-Then all calls take turns, one each per round; times are medians over rounds.
+The calls are eager, on a MobileNetV2's `features.18`, in chunks of 32. On each line they differ in one number: channels,
+images in a batch, draws of SS-CAM and IS-CAM, side of the input, or classes; the line of channels also runs with one thread.
+All calls are large enough that camfn makes its copy of the weights, which speeds up its forwards. Every call is warmed up
+once. Then all calls are interleaved, one each per round. Times are medians over rounds.
 
-Time is held against the work: the pixels of all inputs that went through the model, which the call itself counts, or the number
-of classes where that is what differs. The straight line is the best one in relative terms, and the largest relative residual is
-the figure: how far a point lies from the line, as a share of the line there. A step would stand out.
+Time is fitted to the work: the pixels of all inputs that went through the model, as counted by the call, or the number of
+classes on the line of classes. The fit is the straight line that is best in relative terms. The largest relative residual is
+the distance of a point from the line, as a share of the line's value. A step would stand out.
 
-Memory is the peak in use of the whole first call in a fresh process, above the model, the input and the copy of the weights
-(`benchmarks/memory.py` tells how). It has to grow with the side of the input, as the forwards do, and with nothing else.
+Memory is the peak in use during the whole first call in a fresh process, above the model, the input and the copy of the
+weights (see `benchmarks/memory.py`). It may grow with the side of the input, as the forwards do, and with nothing else.
 
 Typical output, of `--rounds 1 --points 3` with one thread on a busy machine:
 
@@ -54,12 +54,12 @@ BASE = Case(model="mobilenet_v2", layer="features.18", size=112, channels=128)
 
 
 class Line(NamedTuple):
-    """Calls that differ in one number."""
+    """A line of calls that differ in one number."""
 
-    knob: str  # the field of `Case`
+    knob: str  # the field of `Case` that differs
     values: tuple[int, ...]
     base: Case = BASE
-    threads: int | None = None  # or as many as there are
+    threads: int | None = None  # None uses all threads
 
 
 SWEPT = (128, 200, 300, 400, 512, 640)
@@ -73,7 +73,7 @@ LINES = {
     "score_cam, side": Line("size", (96, 128, 160, 192, 224)),
     "score_cam, classes": Line("targets", (1, 5, 25, 100, 400, 1000)),
 }
-PANELS = {  # by column: the name of the horizontal axis, and its lines
+PANELS = {  # for each column, the label of the horizontal axis and its lines
     "channels swept": ("score_cam, channels", "score_cam, channels, one thread"),
     "images in the batch": ("score_cam, images",),
     "draws per channel": ("ss_cam, draws", "is_cam, draws"),
@@ -90,7 +90,7 @@ def cases_of(line: Line, points: int) -> list[Case]:
 
 
 def with_threads(call: Callable[[], Any], threads: int | None) -> Callable[[], Any]:
-    """The call on so many threads; all others keep what they have."""
+    """The call with this number of threads; other calls keep theirs."""
     if threads is None:
         return call
 
@@ -106,8 +106,8 @@ def with_threads(call: Callable[[], Any], threads: int | None) -> Callable[[], A
 
 
 def measured_times(chosen: dict[str, list[Case]], rounds: int) -> dict[str, dict[str, list[Any]]]:
-    """For each line: seconds of each of its points in every round, and the forwards that the call says it ran."""
-    prepared = functools.cache(common.model_and_input)  # one model for calls on the same input
+    """For each line, the seconds of each point in every round, and the forwards that the call reports."""
+    prepared = functools.cache(common.model_and_input)  # calls on the same input share a model
     calls, forwards = {}, {}
     for name, cases in chosen.items():
         for number, case in enumerate(cases):
@@ -126,7 +126,7 @@ def measured_times(chosen: dict[str, list[Case]], rounds: int) -> dict[str, dict
 
 
 def fit(work: list[float], seconds: list[float]) -> dict[str, Any]:
-    """The line `seconds = start + slope * work` that is best in relative terms, and how far the points are from it."""
+    """The line `seconds = start + slope * work` that is best in relative terms, and the residuals of the points."""
     slope, start = np.polyfit(work, seconds, 1, w=1 / np.asarray(seconds))
     line = start + slope * np.asarray(work)
     residual = np.abs(np.asarray(seconds) / line - 1)
@@ -134,7 +134,7 @@ def fit(work: list[float], seconds: list[float]) -> dict[str, Any]:
 
 
 def work_of(line: Line, cases: list[Case], forwards: list[int]) -> list[float]:
-    """Millions of pixels through the model; where that is the same for all, the number that differs."""
+    """Millions of pixels through the model, or, if that is the same for all calls, the number that differs."""
     if line.knob == "targets":
         return [case.targets for case in cases]
     return [count * case.size**2 / 1e6 for count, case in zip(forwards, cases)]
@@ -197,7 +197,7 @@ def _line(name: str, entry: dict[str, Any]) -> list[str]:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Time above, memory below, a column for each number that differs."""
+    """Plot time above memory, with a column for each number that differs."""
     common.require({"matplotlib": "matplotlib"})
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -211,8 +211,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
             axis.set_xlabel(label)
             axis.set_xlim(left=0)
             axis.grid(alpha=0.3)
-            if axis.has_data():  # a record may be without memory
-                axis.set_ylim(0, 1.35 * axis.dataLim.ymax)  # room for the legend
+            if axis.has_data():  # a record may lack memory
+                axis.set_ylim(0, 1.35 * axis.dataLim.ymax)  # leave room for the legend
                 axis.legend(fontsize=8, loc="upper left")
     axes[0, 0].set_ylabel("seconds (median)")
     axes[1, 0].set_ylabel("peak memory (MiB)\nabove model, input and copy of the weights")
@@ -253,7 +253,7 @@ def main(argv: list[str]) -> None:
     if options.plot:
         plot(json.loads(options.plot.read_text()), options.plot.with_suffix(".png"))
         return
-    warnings.simplefilter("ignore", camfn.CamWarning)  # random weights give maps that mean nothing
+    warnings.simplefilter("ignore", camfn.CamWarning)  # random weights give meaningless maps
     record = measure(options)
     print(text(record))
     if options.out:

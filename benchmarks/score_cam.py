@@ -1,25 +1,26 @@
-"""Score-CAM: is camfn as fast as the model itself, and how does it stand beside torchcam and pytorch-grad-cam?
+"""Score-CAM: is camfn as fast as the model itself, and how does it compare with torchcam and pytorch-grad-cam?
 
     python benchmarks/score_cam.py                                                     # a quarter of an hour
-    python benchmarks/score_cam.py --size 64 --layer layer1 --rounds 1 --no-memory     # a look, in seconds
+    python benchmarks/score_cam.py --size 64 --layer layer1 --rounds 1 --no-memory     # a quick look, in seconds
 
-Contenders, each from the model to the finished map as its documentation has it, with the same class and the same number of
-threads, and with as many masked inputs per forward as it takes by itself (`--chunk`: the same for all):
+Contenders run from the model to the finished map, as in their documentation, with the same class and the same number of
+threads. Each uses its own number of masked inputs per forward; `--chunk` sets one number for all.
 
-* `plain`: the model alone on a batch of 32, eager, under `no_grad`, as often as there are channels to score. No masks, no
-  maps: the ceiling of a library that runs the model eagerly, as it is, with torchcam's batch, and scores every channel.
-* `torchcam` (32), and `camfn`: `camfn.score_cam(..., recipe="torchcam")`, its default (on a CPU, what it finds fit).
-* `torchcam-best`: torchcam with the `batch_size` at which the plain forward is quickest here, if a user looks for it.
+* `plain`: the model alone on a batch of 32, eager, under `no_grad`, as often as there are channels to score. It computes no
+  masks and no maps. It is the ceiling for a library that runs the unmodified model eagerly, with torchcam's batch size, and
+  scores every channel.
+* `torchcam` (32), and `camfn`: `camfn.score_cam(..., recipe="torchcam")`, the default, with camfn's default chunk.
+* `torchcam-best`: torchcam with the `batch_size` at which the plain forward is fastest on this machine, for users who tune it.
 * `grad-cam` (pytorch-grad-cam, 16), and `camfn-as-grad-cam`: camfn with `recipe="pytorch-grad-cam"` and `size="input"`.
 
-The network has seeded random weights, with batch norm statistics of noise and logits of a trained network's spread: without
-these all channels score nearly the same, and maps would agree whatever the scores are.
+The network has seeded random weights. Its batch norms have the statistics of noise, and its logits the spread of a trained
+network's. Otherwise all channels would score nearly the same, and maps would agree whatever the scores are.
 
-First every contender runs once, untimed. This is the warm-up, and the check: the rows that reach the model are counted, and
-camfn's normalised maps are held against the peer's. A difference above 1e-4 stops the run. So does a map that equal weights
-would nearly give (within 1e-2), since agreement on it would prove nothing. Then the contenders take turns, one call each per
-round. Times are medians over rounds; ratios are taken within each round, and their median counts. Peak memory is that of one
-call in a fresh process, above what was resident just before it, with imports, model and input in place.
+First every contender runs once, untimed, as a warm-up and a check. The rows that reach the model are counted, and camfn's
+normalized maps are compared with the peer's. A difference above 1e-4 stops the run. A map within 1e-2 of the map of equal
+weights also stops it, because agreement on such a map would prove nothing. Then the contenders are interleaved, one call each
+per round. Times are medians over rounds. Ratios are medians of the ratios within a round. Peak memory is the rise of resident
+memory during one call in a fresh process, after imports, with model and input in memory.
 
 Typical output:
 
@@ -38,7 +39,7 @@ Typical output:
 
 import os
 
-os.environ["TQDM_DISABLE"] = "1"  # pytorch-grad-cam shows a bar; tqdm reads this when it is imported
+os.environ["TQDM_DISABLE"] = "1"  # hide pytorch-grad-cam's progress bar; tqdm reads this at import
 
 import argparse
 import copy
@@ -64,7 +65,7 @@ PEERS = {"torchcam": "torchcam", "torchcam-best": "torchcam", "grad-cam": "pytor
 
 
 class Job(NamedTuple):
-    """What every contender is asked: the maps of these classes, at this layer, of this input."""
+    """The task of every contender: the maps of these classes, at this layer, for this input."""
 
     model: nn.Module
     layer: str
@@ -90,7 +91,7 @@ def _noise(job: Job, rows: int) -> Tensor:
 
 
 def limit(job: Job) -> None:
-    """`torch.compile` of the forward, weights as inputs, channels last, at the batch that is best here; whole batches only."""
+    """The forward under `torch.compile`, weights as inputs, channels last, at the fastest batch size; full batches only."""
     run, batch = _limit_of(job)
     with torch.no_grad():
         for _ in range(_limit_rows(job) // len(batch)):
@@ -104,7 +105,7 @@ def _limit_rows(job: Job) -> int:
 
 
 _BATCHES = (4, 8, 16, 32, 64)
-_FOUND: dict[tuple[str, int], Any] = {}  # what was found out about a model, by its id
+_FOUND: dict[tuple[str, int], Any] = {}  # the compiled forward and the fastest batch of a model, by its id
 
 
 def _limit_of(job: Job) -> tuple[Callable[[Tensor], Any], Tensor]:
@@ -120,7 +121,7 @@ def _limit_of(job: Job) -> tuple[Callable[[Tensor], Any], Tensor]:
 
 
 def _quickest(job: Job, name: str, run: Callable[[Tensor], Any], batches: list[Tensor]) -> Tensor:
-    """The batch with the least time for an input, median of five turns; each turn takes as many inputs."""
+    """The batch with the least time per input, median of five turns with equally many inputs."""
     most = max(map(len, batches))
 
     def turn(batch: Tensor) -> None:
@@ -130,7 +131,7 @@ def _quickest(job: Job, name: str, run: Callable[[Tensor], Any], batches: list[T
 
     with torch.no_grad():
         for batch in batches:
-            run(batch)  # which may compile
+            run(batch)  # may compile
         found = common.interleaved({str(len(batch)): functools.partial(turn, batch) for batch in batches}, 5)
     best = min(batches, key=lambda batch: found[str(len(batch))].median)
     common.say(f"{name}: the best batch is {len(best)}")
@@ -182,7 +183,7 @@ def as_camfn(
 
 
 def prepare(name: str, job: Job) -> None:
-    """Look for the best batch, which is no part of a call."""
+    """Find the fastest batch before the timing, since it is not part of a call."""
     if name == "limit":
         _limit_of(job)
     elif name == "torchcam-best":
@@ -227,10 +228,10 @@ def job_of(options: argparse.Namespace) -> Job:
 
 @torch.no_grad()
 def _settle(model: nn.Module, x: Tensor) -> Tensor:
-    """Batch norm statistics of noise, logits with a standard deviation of 3: scores that differ. Returns the logits."""
+    """Set batch-norm statistics from noise and the logits' standard deviation to 3, so that scores differ. Returns logits."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = None  # the plain average of what comes
+            module.momentum = None  # the plain average over all batches
     model.train()
     model(torch.randn(16, *x.shape[1:]))
     model.eval()
@@ -243,7 +244,7 @@ def _settle(model: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def counted(job: Job) -> Iterator[dict[str, int]]:
-    """Count the rows that reach the model, by its class: camfn runs a copy. Rows of the input itself are `clean`."""
+    """Count the rows that reach the model, at its class, because camfn runs a copy. Rows of the input itself are `clean`."""
     rows = {"clean": 0, "masked": 0}
 
     def count(x: Tensor) -> None:
@@ -258,24 +259,24 @@ def counted(job: Job) -> Iterator[dict[str, int]]:
 
 
 def warm_up(job: Job, names: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
-    """Every contender once: its map and its rows."""
+    """Run every contender once; return the maps and the rows."""
     maps, rows = {}, {}
     for name in names:
         common.say(f"warm-up: {name}")
         prepare(name, job)
-        if name in COMPILED:  # a patched forward would be compiled in
+        if name in COMPILED:  # the compiler would trace the patched forward
             maps[name] = CONTENDERS[name](job)
             rows[name] = {"clean": 0, "masked": _limit_rows(job)} if name == "limit" else {**rows["camfn"]}
             continue
         if name.startswith("camfn"):
-            CONTENDERS[name](job)  # the first call of all finds out how the model may be run
+            CONTENDERS[name](job)  # warm up first, so that the rows of an ordinary call are counted
         with counted(job) as rows[name]:
             maps[name] = CONTENDERS[name](job)
     return maps, rows
 
 
 def differences(job: Job, maps: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """camfn's maps against the peers', and, as a yardstick, against the maps of equal weights. Stops where they disagree."""
+    """Differences of camfn's maps from the peers' and from the maps of equal weights. Exits if camfn and a peer disagree."""
     found = {}
     for ours, theirs in {**PAIRS, **APPROXIMATE}.items():
         if ours not in maps or theirs not in maps:
@@ -302,7 +303,7 @@ def _largest(a: Tensor, b: Tensor) -> float:
 
 
 def _unweighted(job: Job, like: Tensor) -> Tensor:
-    """The map if every channel counted the same, at the size of another."""
+    """The map with equal weights for all channels, at the size of another map."""
     activation = camfn.tap(job.model, job.layer)(camfn.state_of(job.model), job.x).seen
     return camfn.maps.normalize(camfn.maps.resize(torch.relu(activation.mean(1)), like.shape[1:]), (1, 2))
 
@@ -331,7 +332,7 @@ def measure(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
 
 
 def memory_of(name: str, job: Job) -> dict[str, float]:
-    """In a fresh process: one call, with the contender's own imports done before."""
+    """In a fresh process: the peak memory of one call, after the contender's own imports."""
     if name in PEERS:
         importlib.import_module("torchcam.methods" if "torchcam" in name else PEERS[name])
     prepare(name, job)
@@ -359,7 +360,7 @@ def _entry(
 
 
 def _share_of_limit(name: str, timings: dict[str, common.Timing], rows: dict[str, Any]) -> float | None:
-    """Rows per second over those of the limit, within each round; of who does all the work, and in float32."""
+    """Rows per second over those of `limit`, within each round; only for contenders that score all rows in float32."""
     if "limit" not in timings or name in APPROXIMATE:
         return None
     pairs = zip(timings[name].seconds, timings["limit"].seconds)
@@ -430,7 +431,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     options = options_of(argv)
-    warnings.simplefilter("error", camfn.CamWarning)  # a map that means nothing is no comparison
+    warnings.simplefilter("error", camfn.CamWarning)  # a meaningless map would make no comparison
     if options.memory_of:
         print(json.dumps(memory_of(options.memory_of, job_of(options))))
         return
