@@ -38,31 +38,31 @@ MAP, NONE = "✓", "-"
 REASONS = {
     "a": (
         r"has no attention that could be seen",
-        "nothing in the network is attention of tokens to one another; use a method that takes a layer",
+        "the network has no attention between tokens; use a method that takes a layer",
     ),
     "w": (
         r"attention of shape .* over windows or groups|attention of \d+ queries to \d+ keys|number of tokens changes",
-        "the method wants attention of all tokens to all, the same ones in every layer, and some of it is over windows or "
-        "groups, pooled, of one token alone, or on grids of several sizes",
+        "the method needs attention from all tokens to all tokens, the same in every layer, and some attention here is over "
+        "windows or groups, pooled, of a single token, or on grids of several sizes",
     ),
     "c": (
         r"cam needs a linear layer|several layers could be fc=|its target must be classes",
-        "no linear layer, or no single one, takes the layer's channels and gives the classes, or the target is no class",
+        "no linear layer, or more than one, maps the layer's channels to the classes, or the target is not a class",
     ),
-    "z": (r"cameras shows the model its input at other sizes", "the network takes pictures of one size only"),
+    "z": (r"cameras shows the model its input at other sizes", "the network accepts images of one size only"),
     "n": (
         r"lift_cam has no rule for|hangs on values that are read in Python",
-        "DeepLIFT's rule is for what is affine, functions of single values and max-pooling, and behind the layer come a layer "
-        "norm, attention, a product of two that change, or a decision in Python",
+        "DeepLIFT's rule covers affine operations, element-wise functions and max-pooling, and the head has a layer norm, "
+        "attention, a product of two varying values, or a branch in Python",
     ),
     "f": (
         r"frames come before channels",
-        "the model takes frames before channels, and camfn `(n, channels, *size)`: turn them",
+        "the model takes frames before channels, and camfn takes `(n, channels, *size)`: wrap the model to swap the axes",
     ),
     "s": (
         r"masked= must say which|needs spatial axes in the input|in \d+ ways that fit alike|no layer of \w+ has 1 spatial",
-        "the input is a sound or a spectrogram without an axis of channels: methods that mask want `(n, channels, *size)`; for "
-        "others name a layer, and say by `layout=` where its positions are",
+        "the input is a sound or a spectrogram without a channel axis: methods that mask need `(n, channels, *size)`; for "
+        "other methods, pass a layer and its `layout=`",
     ),
 }
 """By the mark of the table: how to know the refusal, and what it means."""
@@ -175,31 +175,31 @@ LIBRARIES = ("torch", "torchvision", "timm", "transformers")
 
 PROSE = """# What works on which architecture
 
-{count} networks, each kind once, made small and with random weights, and {methods} methods: every one was called with nothing
-but the model and an input, `camfn.explain(model, None, x, method=...)`. So the layer is the one that camfn chose, and the class
-the predicted one; only detectors, segmentations and image towers, which predict no class, got a target. This page is made by
-`python tests/compatibility.py --write`, with {libraries}.
+This page shows which method works on which architecture: {count} networks, one of each kind, small and with random weights, and
+{methods} methods. Every method was called with nothing but the model and an input, `camfn.explain(model, None, x, method=...)`. camfn
+therefore chose the layer, and the target is the predicted class. Only detectors, segmentation models and image towers got a
+target, because they predict no class. `python tests/compatibility.py --write` generates this page. This version is from
+{libraries}.
 
-A column is a group of methods that fared alike on all of them:
+Each column is a group of methods with the same result on every network:
 
 {columns}
 {table}
-✓: a map; it is finite, a gradient reaches the layer, and nothing was warned of but which layer was chosen. A letter: a
-`camfn.CamError`, which says why:
+✓ means a map: it is finite, a gradient reaches the layer, and the only warning names the chosen layer. A letter means a
+`camfn.CamError` that gives the reason:
 
 {reasons}
-`rise` and `full_grad` are of no layer, and their maps of the input's size, as those of `cameras` are. `poly_cam` takes the last
-layer of each size, and its map is on the finest grid of these. The methods that follow attention have maps on the grid of the
-tokens.
+`rise` and `full_grad` take no layer. Their maps, and those of `cameras`, have the size of the input. `poly_cam` takes the last
+layer of each grid size, and its map is on the finest of these grids. Maps of the attention methods are on the grid of the tokens.
 
-`cam` takes a linear layer of the right widths. That nothing but average pooling comes between, which a class token or a norm
-is not, it does not see.
+`cam` uses a linear layer of matching widths. It does not notice if the network has more than average pooling between the two,
+such as a class token or a norm.
 
-What is refused may be had by naming more: `layer=` another layer, `fc=` the linear layer, `factors=()` of `cameras`.
-Detection tokens that come after the patches, as YOLOS has them, look like tokens before them: say where the patches are by
-`layout=`, a function, as in [layers](layers.md#where-the-channels-are).
+Pass more arguments to get some of the refused maps: `layer=` for another layer, `fc=` for the linear layer, `factors=()` for
+`cameras`. Detection tokens after the patches, as in YOLOS, look like tokens before them. Pass the positions of the patches with
+a function as `layout=`; see [layers](layers.md#where-the-channels-are).
 
-Options were lowered to save time: {lowered}.
+These options were lowered to save time: {lowered}.
 """
 
 
