@@ -10,7 +10,7 @@ from torch import Tensor
 
 from camfn._errors import CamError, closest
 from camfn._paths import kind
-from camfn.formulas import maps as _maps
+from camfn.formulas import maps
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,7 +97,7 @@ def overlay(image: Any, map: Any, *, alpha: float = 0.5, colormap: str = "turbo"
     if not 0 <= alpha <= 1:
         raise CamError(f"alpha is the weight of the map, from 0 (the picture alone) to 1 (the map alone); found {alpha!r}")
     picture = _picture(image)
-    resized = _maps.resize(_map(map), picture.shape[:2]).numpy()
+    resized = maps.resize(_map(map), picture.shape[:2]).numpy()
     blend = (1 - alpha) * picture + alpha * colorize(resized, colormap)
     return _pillow().Image.fromarray(np.rint(blend * 255).astype(np.uint8))
 
@@ -301,7 +301,7 @@ def as_seen(x: Tensor, preprocess: Callable[[Any], Any], size: tuple[int, int]) 
     if undo is not None:
         return undo(x).clamp(0, 1).movedim(0, -1).expand(-1, -1, 3), True
     grey = x if x.shape[0] in (1, 3) else x.mean(0, keepdim=True)
-    return _maps.normalize(grey, (-3, -2, -1)).movedim(0, -1).expand(-1, -1, 3), False
+    return maps.normalize(grey, (-3, -2, -1)).movedim(0, -1).expand(-1, -1, 3), False
 
 
 def _measured(preprocess: Callable[[Any], Any], size: tuple[int, int], x: Tensor) -> Callable[[Tensor], Tensor] | None:

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from camfn._errors import CamError
 from camfn._types import wide
-from camfn.formulas import maps as _maps
 
 _POOL = {1: torch.nn.functional.max_pool1d, 2: torch.nn.functional.max_pool2d, 3: torch.nn.functional.max_pool3d}
 
@@ -79,7 +78,7 @@ def _on_pixels(maps: Tensor, masks: Tensor, axes: int, dilation: int = 0) -> tup
         raise CamError(
             f"maps have shape {tuple(maps.shape)} and masks {tuple(masks.shape)}: all axes but the last {axes} must be the same"
         )
-    resized = _maps.resize(maps.to(wide(maps.dtype)), masks.shape[-axes:])
+    resized = resize(maps.to(wide(maps.dtype)), masks.shape[-axes:])
     return resized.flatten(-axes), _dilated(masks, dilation, axes).flatten(-axes)
 
 

@@ -26,13 +26,14 @@ ROOMS = {
         *("agreement", "tape", "recording", "attention", "linear_head", "layers", "gradients", "forward", "head", "deeplift"),
     ),
     "sweep": (
-        *("options", "folding", "runner", "kernel", "scoring", "changes", "gaussian_process", "low_precision", "budget"),
+        *("options", "folding", "runner", "kernel", "scoring", "changes", "gaussian_process", "search", "low_precision"),
+        "budget",
     ),
     "methods": (
-        *("registry", "_common", "activation", "gradient", "elementwise", "averaged", "biases", "eigen", "head", "masked"),
-        *("optimised", "poly", "sampled", "summed", "transformers"),
+        *("registry", "_common", "activation", "gradient", "elementwise", "averaged", "full_grad", "eigen", "ablation"),
+        *("score_cam", "group_cam", "poly_cam", "opti_cam", "rise", "attention"),
     ),
-    "compose": ("asking", "inputs", "scales", "several"),
+    "compose": ("_common", "averages", "multi_scale", "ensembles"),
     ".cards": ("concepts", "explanation", "testing"),
     ".public": ("weights", "maps", "metrics"),
     ".pictures": ("images", "figures"),

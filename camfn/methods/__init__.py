@@ -1,19 +1,19 @@
 """The methods, by family; each is a composition: look, resolve the target, weigh, draw the map."""
 
+from camfn.methods.ablation import ablation_cam, lift_cam, recipro_cam
 from camfn.methods.activation import cam, fem, mean_cam, random_cam
+from camfn.methods.attention import ag_cam, attention_rollout, gradient_attention, legrad
 from camfn.methods.averaged import cameras, smooth_grad_cam_pp
-from camfn.methods.biases import full_grad
 from camfn.methods.eigen import eigen_cam, eigen_grad_cam, kpca_cam, seg_eigen_cam
 from camfn.methods.elementwise import grad_cam_elementwise, hires_cam, layer_cam
+from camfn.methods.full_grad import full_grad
 from camfn.methods.gradient import grad_cam, grad_cam_pp, shapley_cam, xgrad_cam
-from camfn.methods.head import ablation_cam, lift_cam, recipro_cam
-from camfn.methods.masked import is_cam, score_cam, ss_cam
-from camfn.methods.optimised import opti_cam
-from camfn.methods.poly import poly_cam
+from camfn.methods.group_cam import group_cam, score_cam_pp
+from camfn.methods.opti_cam import opti_cam
+from camfn.methods.poly_cam import poly_cam
 from camfn.methods.registry import METHODS, Cost, Method, Need, Outcome
-from camfn.methods.sampled import rise
-from camfn.methods.summed import group_cam, score_cam_pp
-from camfn.methods.transformers import ag_cam, attention_rollout, gradient_attention, legrad
+from camfn.methods.rise import rise
+from camfn.methods.score_cam import is_cam, score_cam, ss_cam
 
 __all__ = [
     "METHODS",

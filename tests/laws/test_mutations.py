@@ -234,7 +234,7 @@ def noise_goes_on_at_the_next_layer(noise_stream):
     return stream
 
 
-@mutation("methods.sampled:random_cells", repeated="rise")
+@mutation("methods.rise:random_cells", repeated="rise")
 def cells_from_the_global_generator(random_cells):
     return lambda seed, *args: random_cells(int(torch.randint(1 << 30, ())), *args)
 
@@ -281,7 +281,7 @@ def every_step_of_the_path_at_full_scale(rows_from):
     return unscaled
 
 
-@mutation("methods.masked:path_scales", path_of_inputs="is_cam", kin="is_cam, linear")
+@mutation("methods.score_cam:path_scales", path_of_inputs="is_cam", kin="is_cam, linear")
 def path_that_starts_at_zero(path_scales):
     return lambda num_samples, path: (0.0, *path_scales(num_samples, path)[:-1])
 
@@ -294,7 +294,7 @@ def mapped_form_with_the_target_of_the_neighbour(mapped):
     return neighbour
 
 
-@mutation("methods.masked:sweep_all", stacked_states="score_cam")
+@mutation("methods.score_cam:sweep_all", stacked_states="score_cam")
 def swept_with_the_tensors_of_the_model_whatever_the_state(sweep_all):
     def swept(scoring):
         return sweep_all(scoring._replace(runner=scoring.runner._replace(state=scoring.subject.shell.tensors)))
@@ -311,7 +311,7 @@ def target_of_the_neighbour(resolve):
     return rolled
 
 
-@mutation("methods.masked:resolve", neighbours="is_cam", images_permuted="score_cam")
+@mutation("methods.score_cam:resolve", neighbours="is_cam", images_permuted="score_cam")
 def target_of_the_first_image(resolve):
     def first(*args):
         score = resolve(*args)
@@ -328,7 +328,7 @@ def score_of_the_next_class(of_classes):
     return off_by_one
 
 
-@mutation("methods.masked:read", several_layers="score_cam")
+@mutation("methods.score_cam:read", several_layers="score_cam")
 def layers_the_other_way_round(read):
     def other(subject, name, activation, layout):
         return read(subject, name, subject.seen[::-1][subject.layers.index(name)], layout)

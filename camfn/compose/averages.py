@@ -8,7 +8,7 @@ from torch import Tensor
 
 from camfn._errors import CamError
 from camfn._types import Maps
-from camfn.compose.asking import Clean, Made, Question, composed, each_layer, joined, look_at, made, scaled
+from camfn.compose._common import Clean, Made, Question, composed, each_layer, joined, look_at, made, scaled
 from camfn.formulas.noise import noises
 from camfn.methods._common import check_noise, check_samples
 from camfn.methods.registry import Outcome

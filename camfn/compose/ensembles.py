@@ -8,9 +8,8 @@ from torch import Tensor
 
 from camfn._errors import CamError
 from camfn._types import Layer, Maps
-from camfn.compose.asking import Question, composed, each_layer, joined, made, scaled
-from camfn.formulas import maps as _maps
-from camfn.formulas import weights
+from camfn.compose._common import Question, composed, each_layer, joined, made, scaled
+from camfn.formulas import maps, weights
 from camfn.methods._common import checked_size
 from camfn.methods.registry import Outcome
 from camfn.model.inputs import batch_of
@@ -69,7 +68,7 @@ def _resized(found: Sequence[Tensor], to: Sequence[int] | None, lead: int) -> Te
     if len({m.ndim for m in found}) > 1:
         raise CamError(f"the maps to bring together have different axes: {[tuple(m.shape[lead:]) for m in found]}")
     to = to or tuple(max(sides) for sides in zip(*(m.shape[lead:] for m in found)))
-    return torch.stack([_maps.resize(m, to) for m in found])
+    return torch.stack([maps.resize(m, to) for m in found])
 
 
 def _fused(found: Tensor, how: How, outcome: Outcome, percentile: float) -> Tensor:

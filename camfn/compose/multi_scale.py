@@ -10,8 +10,8 @@ from torch import Tensor
 
 from camfn._errors import CamError
 from camfn._types import Maps
-from camfn.compose.asking import Clean, Made, Question, composed, each_layer, joined, look_at, made, scaled
-from camfn.formulas import maps as _maps
+from camfn.compose._common import Clean, Made, Question, composed, each_layer, joined, look_at, made, scaled
+from camfn.formulas import maps
 from camfn.methods._common import checked_blur, checked_size
 from camfn.methods.registry import Outcome
 from camfn.targets import as_probabilities
@@ -57,8 +57,8 @@ def multi_scale(
         outcomes, fused = _fused(inner, clean, [_enlarged(one, window) for one in wanted])
 
         def finish(found: Tensor) -> Tensor:
-            found = found if blur is None else _maps.blur(found, *blur, len(window))
-            return scaled(found if to is None else _maps.resize(found, to), len(window), question.normalize)
+            found = found if blur is None else maps.blur(found, *blur, len(window))
+            return scaled(found if to is None else maps.resize(found, to), len(window), question.normalize)
 
         return joined(each_layer(finish, fused), outcomes, clean.outcome)
 
@@ -84,7 +84,7 @@ def _places(large: Shape, window: Shape) -> Iterator[Shape]:
 def _patch(image: Tensor, window: Shape, size: Shape, place: Shape) -> Tensor:
     """What is seen in a window of the picture enlarged to `size`."""
     cuts = (slice(start, start + side) for start, side in zip(place, window))
-    return _maps.resize(image, size)[(..., *cuts)]
+    return maps.resize(image, size)[(..., *cuts)]
 
 
 def _fused(method: Made, clean: Clean, sizes: Sequence[Shape]) -> tuple[list[Outcome], Maps]:
@@ -120,4 +120,4 @@ def _put_back(window: Shape, size: Shape, place: Shape, weight: Tensor, found: T
     """A window's map in its place on the enlarged picture, zeros around it, brought to the input's size."""
     around = [(start, whole - start - side) for start, whole, side in zip(place, size, window)]
     padded = F.pad(found * weight, [pad for pair in reversed(around) for pad in pair])
-    return _maps.resize(padded, window)
+    return maps.resize(padded, window)
