@@ -18,7 +18,7 @@ from camfn._types import Inputs, Layers, Maps, Target, Weights
 from camfn.formulas import diagnostics
 from camfn.formulas.diagnostics import Finding
 from camfn.methods import METHODS, Method, Need, Outcome
-from camfn.methods._common import read
+from camfn.methods._common import read_layer
 from camfn.model.forward import Forward, Shared
 from camfn.model.prepare import opened
 from camfn.targets import Score, names
@@ -141,7 +141,7 @@ def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], forward: 
     if "recipe" in settings:
         found += diagnostics.about_weights(outcome.weights, outcome.layers)
     if forward is not None and Need.ACTIVATIONS in row.needs:
-        reads = [read(forward, *each, settings["layout"]) for each in zip(forward.layers, forward.activations)]
+        reads = [read_layer(forward, *each, settings["layout"]) for each in zip(forward.layers, forward.activations)]
         found += diagnostics.about_activations([part.values for part in reads], forward.layers)
         gradients = next((value for key, value in forward.task.facts.items() if key[0] == "gradients"), None)
         if Need.GRADIENTS in row.needs and gradients is not None:

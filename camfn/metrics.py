@@ -6,6 +6,7 @@ from torch import Tensor
 
 from camfn._errors import CamError
 from camfn._types import wide
+from camfn.formulas.resampling import resize
 
 _POOL = {1: torch.nn.functional.max_pool1d, 2: torch.nn.functional.max_pool2d, 3: torch.nn.functional.max_pool3d}
 

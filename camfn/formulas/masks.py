@@ -58,7 +58,7 @@ def recipe_of(recipe: str | Recipe) -> Recipe:
     return RECIPES[recipe]
 
 
-Form = Literal["recipe", "given", "tanh", "shifted"]
+MaskForm = Literal["recipe", "given", "tanh", "shifted"]
 
 
 class Variation(NamedTuple):
@@ -69,7 +69,7 @@ class Variation(NamedTuple):
     std: float = 0.0
     seed: int | torch.Generator = 0
     recipe: Recipe = Recipe()
-    form: Form = "recipe"  # min-max as the recipe has it; or, upsampled, what is given; or its tanh; or a window of it
+    form: MaskForm = "recipe"  # min-max as the recipe has it; or, upsampled, what is given; or its tanh; or a window of it
     shifts: Tensor | None = None  # (c, axes), on the CPU: where the windows begin
     under: Tensor | None = None  # (n, k, *size): what shows where the mask does not
 
@@ -106,7 +106,7 @@ class Rule(NamedTuple):
     dtype: torch.dtype  # of the activation: what "flat up to rounding" is relative to
     recipe: Recipe = Recipe()
     noise: Noise | None = None
-    form: Form = "recipe"
+    form: MaskForm = "recipe"
     under: Tensor | None = None  # (n, k, *size): what is seen where the mask is not; nothing, where it is None
 
     def static(self) -> tuple[Any, ...]:

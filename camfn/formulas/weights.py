@@ -12,7 +12,7 @@ from camfn.formulas.scaling import magnitude, rescale
 
 __all__ = [
     "Alphas",
-    "Form",
+    "FemForm",
     "Moments",
     "Variant",
     "Weighting",
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 Alphas = Literal["paper", "authors"]
-Form = Literal["mean", "share"]
+FemForm = Literal["mean", "share"]
 Weighting = Literal["softmax", "score"]
 Variant = Literal["+", "-", "+-"]
 
@@ -71,7 +71,7 @@ def mean_cam(activations: Activations) -> Float[Tensor, "n c"]:
     return torch.ones_like(activations[..., 0], dtype=wide(activations.dtype)) / activations.shape[1]
 
 
-def fem(activations: Activations, k: float = 2.0, form: Form = "mean") -> tuple[Float[Tensor, "n c"], Activations]:
+def fem(activations: Activations, k: float = 2.0, form: FemForm = "mean") -> tuple[Float[Tensor, "n c"], Activations]:
     """FEM: `L = sum_k mu_k B_k` with `B = far_above(A, k)` (Fuad et al., 2020). Returns the weights and the values summed.
 
     `form="share"`, as in pytorch-grad-cam: `L = sum_k mean(B_k) A_k`.

@@ -55,7 +55,7 @@ def explained(forward: Forward, target: Target, drawing: Drawing, kind: Scale = 
     checked_combine(drawing.combine)
     score = resolve(target, forward.output, forward.n, forward.image.device, kind)
     clean = clean_scores(forward, score)
-    reads = tuple(read(forward, *each, drawing.layout) for each in zip(forward.layers, forward.activations))
+    reads = tuple(read_layer(forward, *each, drawing.layout) for each in zip(forward.layers, forward.activations))
     for part in reads:
         checked_size(drawing.size, forward.batch, len(part.grid))
     return Explained(forward, score, clean, reads, drawing)
@@ -85,7 +85,7 @@ def grade_layer(model: Model, layer: Layers, x: Inputs, target: Target, state: S
     return Graded(found, gradients_of(found, pullback))
 
 
-def read(forward: Forward, name: str, activation: Tensor, layout: Layout) -> Read:
+def read_layer(forward: Forward, name: str, activation: Tensor, layout: Layout) -> Read:
     """A layer's activation, or its gradient, as `(n, c, p)`."""
     size = forward.size
     clues = functools.partial(clues_of, forward.task.shell.module, size)
@@ -125,7 +125,7 @@ def curvatures_of(found: Explained, pullback: Pullback) -> list[tuple[Gradients,
 
 
 def _views(found: Explained, gradients: Mapping[str, Tensor]) -> list[Callable[[Tensor], Activations]]:
-    return [read(found.forward, name, gradients[name], found.drawing.layout).view for name in found.forward.layers]
+    return [read_layer(found.forward, name, gradients[name], found.drawing.layout).view for name in found.forward.layers]
 
 
 def stacked(

@@ -13,7 +13,7 @@ from camfn import _compat, layouts
 from camfn._errors import CamError
 from camfn._types import Inputs, Layers, Layout, Relevances, Size, State, Target
 from camfn.formulas import attention
-from camfn.methods._common import Drawing, Explained, drawn, explained, read, without_layer
+from camfn.methods._common import Drawing, Explained, drawn, explained, read_layer, without_layer
 from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.attention import Attention, Blocks, Nudge, attended, blocks_of, self_attention
 from camfn.model.capture import Captured, tap_from
@@ -361,5 +361,5 @@ def _on_patches(found: Attentive, rows: list[Relevances], backwards: int) -> Out
     if isinstance(layout, str) and layout != "auto":
         raise CamError(f'layout={layout!r}: attention is over tokens, say where they lie by "auto" or camfn.layouts.tokens()')
     lie = layouts.tokens() if layout == "auto" else layout
-    patches = read(explained.forward, "attention", torch.stack(rows, 2), lie)
+    patches = read_layer(explained.forward, "attention", torch.stack(rows, 2), lie)
     return drawn(explained, [patches.values], [patches.grid])._replace(backwards=backwards)

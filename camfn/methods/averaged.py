@@ -20,7 +20,7 @@ from camfn.methods._common import (
     drawn,
     explained,
     gradients_of,
-    read,
+    read_layer,
     stacked,
     weighed,
 )
@@ -169,7 +169,7 @@ def _at(own: Graded, factor: float) -> Graded:
             "factors= says which, factors=() none"
         ) from error
     likes = [part.like for part in found.reads]
-    reads = tuple(read(other, *each) for each in zip(other.layers, other.activations, likes))
+    reads = tuple(read_layer(other, *each) for each in zip(other.layers, other.activations, likes))
     each = each_target(pullback.gradients, other.output, found.score)
     return Graded(found._replace(forward=other, reads=reads), stacked(other, each, [part.view for part in reads]))
 

@@ -20,7 +20,7 @@ from camfn.model.forward import Forward, Task, begin, check_differentiable, with
 from camfn.model.gradients import Of, Pullback, each_target, with_pullback
 from camfn.model.inputs import Companions, pick, with_input
 
-Form = Literal["authors", "pytorch-grad-cam"]
+FullGradForm = Literal["authors", "pytorch-grad-cam"]
 
 
 class Bias(NamedTuple):
@@ -49,7 +49,7 @@ def full_grad(
     x: Inputs,
     target: Target = None,
     *,
-    form: Form = "authors",
+    form: FullGradForm = "authors",
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -147,7 +147,7 @@ def _bias_of(task: Task, name: str, module: nn.Module) -> Bias | None:
     return None if bias is None else Bias(bias, isinstance(module, nn.Linear))
 
 
-def _joined(parts: Parts, gradients: dict[int, Tensor], form: Form) -> tuple[Tensor, Tensor]:
+def _joined(parts: Parts, gradients: dict[int, Tensor], form: FullGradForm) -> tuple[Tensor, Tensor]:
     """The map of one target, and the sum of all its parts in each image."""
     image, side = parts.forward.image, parts.forward.image.shape[2:]
     peer = form == "pytorch-grad-cam"

@@ -136,7 +136,7 @@ def _first(forward: Forward, images: Tensor) -> Inputs:
     return rows_of(forward.batch.x, forward.companions, first, images)
 
 
-def _read(score: Score, output: Any, count: int) -> list[Tensor]:
+def _compared(score: Score, output: Any, count: int) -> list[Tensor]:
     """What counts of an output for `count` inputs: it, or its logits, or what the targets make of it. Other parts do not.
 
     One tensor counts as it is: rounding is of its size, and a difference of two of its values may be far smaller.
@@ -179,9 +179,9 @@ _TIGHT, _LOOSE = 100, 1000
 def _first_alone(forward: Forward, score: Score, runner: Runner) -> list[Tensor]:
     """What the first image gives. In a batch of several it is what it gives alone only where the batch makes no difference."""
     if runner.folded or forward.n == 1:
-        return [part[:1] for part in _read(score, forward.output, forward.n)]
+        return [part[:1] for part in _compared(score, forward.output, forward.n)]
     call = pure_from(forward.task.model.shell())
-    return _read(score, once(forward.task, "first", lambda: call(forward.task.state, _first(forward, _image(forward)))), 1)
+    return _compared(score, once(forward.task, "first", lambda: call(forward.task.state, _first(forward, _image(forward)))), 1)
 
 
 def _agrees(runner: Runner, forward: Forward, score: Score, times: int, pair: bool = True) -> bool:
@@ -192,12 +192,12 @@ def _agrees(runner: Runner, forward: Forward, score: Score, times: int, pair: bo
         images = torch.cat((_image(forward), images)) if pair else images
 
         def read(images: Tensor) -> list[Tensor]:
-            return _read(score, call(runner.state, _first(forward, images)), len(images))
+            return _compared(score, call(runner.state, _first(forward, images)), len(images))
 
         return read(images) if runner.folded else vmap(lambda image: [part[0] for part in read(image[None])])(images)
 
     try:
-        expected = _read(score, second_of(forward).found.output, 1)
+        expected = _compared(score, second_of(forward).found.output, 1)
         expected = [torch.cat(parts) for parts in zip(_first_alone(forward, score, runner), expected)] if pair else expected
         with torch.inference_mode(False), torch.no_grad():
             return all(is_close(a, b, times) for a, b in zip(find(), expected))
