@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
-from support import detectors, torchvision_models
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from vits import HF, TIMM
 
 import camfn
+from tests.support import detectors, torchvision_models
+from tests.vits import HF, TIMM
 
 CLASSES = 10
 

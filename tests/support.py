@@ -99,7 +99,7 @@ def real_networks():
 
 
 LAYERED = [name for name, method in camfn.METHODS.items() if "attention" not in method.needs]
-"""The methods that convolutional networks take; those that follow attention are in test_transformers.py."""
+"""The methods that convolutional networks take; those that follow attention are in tests/methods/test_transformers.py."""
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}

@@ -1,6 +1,6 @@
 """The promise, for every row of `camfn.METHODS`: pure, exact however it is executed, composable, differentiable.
 
-A new method is tested here from the moment it is in the table; one that follows attention, in test_transformers.py.
+A new method is tested here from the moment it is in the table; one that follows attention, in methods/test_transformers.py.
 """
 
 import collections
@@ -15,15 +15,15 @@ import warnings
 
 import numpy as np
 import pytest
-import support
 import torch
 import torch.nn.functional as F
-from support import LAYERED, SmallNet, assert_close, close, inputs, score_cam_loop, small_net
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
 import camfn
 from camfn import _compat
+from tests import support
+from tests.support import LAYERED, SmallNet, assert_close, close, inputs, score_cam_loop, small_net
 
 WEIGHTLESS = ("cameras", "eigen_grad_cam", "kpca_cam", "seg_eigen_cam", "recipro_cam")
 """Methods of a layer that have no weights."""

@@ -5,16 +5,15 @@ import re
 import textwrap
 from pathlib import Path
 
-import documents
 import numpy as np
 import pytest
-import tables
 import torch
-from documents import ROOT, blocks
-from support import torchvision_models
 
 import camfn
 from camfn import _compat
+from tests import documents, tables
+from tests.documents import ROOT, blocks
+from tests.support import torchvision_models
 
 DOCUMENTS = [
     ROOT / "README.md",

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from support import CHEAP, SmallNet, close, inputs, small_net
 from torch import Tensor, nn
 
 import camfn
 from camfn.formulas import diagnostics
 from camfn.formulas.diagnostics import Finding
+from tests.support import CHEAP, SmallNet, close, inputs, small_net
 
 KINDS = ("score_cam", "grad_cam", "is_cam")
 

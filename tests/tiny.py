@@ -3,11 +3,11 @@
 import contextlib
 
 import torch
-from support import CHEAP
 from torch import Tensor, nn
 
 import camfn
 from camfn import CamError
+from tests.support import CHEAP
 
 
 class Net(nn.Module):

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import CONVS, torchvision_models
 from torch import Tensor, nn
+
+from tests.support import CONVS, torchvision_models
 
 TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
 HF = {

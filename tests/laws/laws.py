@@ -11,16 +11,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import support
 import torch
 import torch.nn.functional as F
-from support import CHEAP, LAYERED
 from torch import Tensor, nn
 
 import camfn
 from camfn.formulas.masks import Recipe, recipe_of
 from camfn.targets import Contrast, OfClasses, Output, Sum, is_plain, resolve, score_rows
 from camfn.testing import Case, Spec, TinyNet
+from tests import support
+from tests.support import CHEAP, LAYERED
 
 UNITS = 2**16
 """Units of rounding (see `support.close`) that a law allows: a map may be a small difference of large terms. Of nine thousand
