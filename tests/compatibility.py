@@ -21,7 +21,7 @@ if not __package__:  # run as a script
 import torch
 
 import camfn
-from tests.architectures import ARCHITECTURES, made
+from tests.oracles.architectures import ARCHITECTURES, made
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
 

@@ -26,8 +26,9 @@ from camfn import _compat
 from tests import test_contract as contract
 from tests import test_threads
 from tests.methods import test_transformers as transformers
-from tests.support import SmallNet, close, inputs, small_net
-from tests.vits import vit
+from tests.oracles.closeness import close
+from tests.oracles.networks import SmallNet, inputs, small_net
+from tests.oracles.vits import vit
 
 ROOT = Path(__file__).resolve().parents[1]
 README, METHODS, BUDGETS = ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "docs" / "budgeted-scoring.md"

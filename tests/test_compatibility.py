@@ -6,8 +6,8 @@ import pytest
 
 import camfn
 from tests import compatibility
-from tests.architectures import ARCHITECTURES
-from tests.support import torchvision_models
+from tests.oracles.architectures import ARCHITECTURES
+from tests.oracles.libraries import torchvision_models
 
 TEXT = compatibility.PAGE.read_text(encoding="utf-8")
 

@@ -11,9 +11,10 @@ import torch
 
 import camfn
 from camfn import _compat
-from tests import documents, tables
-from tests.documents import ROOT, blocks
-from tests.support import torchvision_models
+from tests import tables
+from tests.oracles.libraries import torchvision_models
+from tests.support import documents
+from tests.support.documents import ROOT, blocks
 
 DOCUMENTS = [
     ROOT / "README.md",

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import camfn
-from tests.support import LAYERED, close, inputs, small_net
+from tests.oracles.closeness import close
+from tests.oracles.networks import LAYERED, inputs, small_net
 
 T = camfn.targets
 

@@ -6,7 +6,7 @@ from torch.func import vmap
 
 from camfn import CamError, layouts
 from camfn.layouts import Clues
-from tests.support import assert_close
+from tests.oracles.closeness import assert_close
 
 ANY = Clues(frozenset(range(1000)), frozenset(range(1000)))
 """All widths are known, first and last: nothing is told by them."""

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests import pictures
-from tests.documents import ROOT
+from tests.support.documents import ROOT
 
 pytest.importorskip("safetensors")
 matplotlib = pytest.importorskip("matplotlib")

@@ -15,10 +15,11 @@ from PIL import Image
 import camfn
 from camfn import images, zoo
 from camfn.cli import files, options
-from tests import cli_support, support
-from tests.cli_support import RAISES, explain, facts, invoke, picture
+from tests.oracles import closeness, libraries, networks
+from tests.support import command_line
+from tests.support.command_line import RAISES, explain, facts, invoke, picture
 
-here = cli_support.here
+here = command_line.here
 
 
 def library(function: str, path: str, layer: str, target=None, method: str = "score_cam", **given):
@@ -47,7 +48,7 @@ def test_each_picture_gets_a_line_and_three_files(here):
         )
 
 
-@pytest.mark.parametrize("method", support.LAYERED)
+@pytest.mark.parametrize("method", networks.LAYERED)
 def test_the_npy_is_the_raw_map_of_explain(here, method):
     given, layer = {"fc": "6"} if method == "cam" else {}, "2" if camfn.METHODS[method].of_layer else None
     named = [] if layer is None else ["--layer", layer]
@@ -61,7 +62,7 @@ def test_the_npy_is_the_raw_map_of_explain(here, method):
     assert not torch.equal(raw, camfn.maps.normalize(raw, (-2, -1)))  # raw and scaled differ here
 
 
-@pytest.mark.parametrize("method", sorted(set(camfn.METHODS) - set(support.LAYERED)))
+@pytest.mark.parametrize("method", sorted(set(camfn.METHODS) - set(networks.LAYERED)))
 def test_attention_is_explained_without_a_layer(here, method):
     explain("a.png", "--model", "net.py:attends", "--target", "1", "--method", method, "--out", "maps")
     (saved,) = Path("maps").glob("*.npy")
@@ -250,7 +251,7 @@ def test_the_best_classes_have_files_of_their_own_best_first(here):
         assert f"(class {c}), score {float(y[c]):.4g}, " in line
         assert line.endswith(f"-> {Path('maps')}/a-2-score_cam-{c}.{{png,npy,json}}")
         assert facts(f"maps/a-2-score_cam-{c}.json")["score"] == pytest.approx(float(y[c]), abs=1e-6)
-        support.assert_close(torch.from_numpy(np.load(f"maps/a-2-score_cam-{c}.npy")), card.maps[0], 1e-6)
+        closeness.assert_close(torch.from_numpy(np.load(f"maps/a-2-score_cam-{c}.npy")), card.maps[0], 1e-6)
         seen = picture("a.png").resize((8, 6))
         expected = images.overlay(seen, camfn.maps.normalize(card.maps[0], (-2, -1)))
         assert np.abs(np.asarray(picture(f"maps/a-2-score_cam-{c}.png")).astype(int) - np.asarray(expected)).max() <= 1
@@ -308,7 +309,7 @@ def test_a_chunk_is_as_many_inputs_as_go_through_the_network_at_once(here):
     explain("a.png", "--model", "net.py:watched", "--layer", "net.2", "--target", "1", "--chunk", "2", "--out", "maps")
     assert Path("seen.txt").read_text().splitlines()[-3:] == ["rows 2", "rows 2", "rows 1"]
     raw = library("pair", "a.png", "2", 1, normalize=False)[0].maps[0]
-    support.assert_close(torch.from_numpy(np.load("maps/a-net.2-score_cam-1.npy")), raw, 1e-5)
+    closeness.assert_close(torch.from_numpy(np.load("maps/a-net.2-score_cam-1.npy")), raw, 1e-5)
 
 
 def test_the_device_is_where_the_model_is_moved_to(here):
@@ -651,8 +652,8 @@ def test_main_says_so_where_click_is_missing():
 
 
 def test_on_a_photo_of_a_dog_and_a_cat_each_class_is_found_on_its_own_animal():
-    model, preprocess, names = support.real_networks()["darknet_tiny"]()
-    x = preprocess(images.read(support.REAL / "images" / "extra" / "both.png"))[None]
+    model, preprocess, names = libraries.real_networks()["darknet_tiny"]()
+    x = preprocess(images.read(libraries.REAL / "images" / "extra" / "both.png"))[None]
     dog, cat = camfn.score_cam(model, "features", x, torch.tensor([[243, 281]]))[0]
     assert (names[243], names[281]) == ("bull mastiff", "tabby, tabby cat")
     side = dog.shape[1]

@@ -24,10 +24,10 @@ import pytest
 from PIL import Image
 
 from camfn.cli import files, job
-from tests import cli_support
-from tests.cli_support import CAMFN, ENVIRONMENT, explain, facts, invoke, picture, process
+from tests.support import command_line
+from tests.support.command_line import CAMFN, ENVIRONMENT, explain, facts, invoke, picture, process
 
-here = cli_support.here
+here = command_line.here
 PAIR = ("--model", "net.py:pair", "--layer", "2", "--target", "1", "--out", "maps")
 
 
@@ -258,7 +258,7 @@ def test_a_picture_of_100_megapixels_is_read_and_pillows_warning_of_its_size_is_
 @pytest.mark.parametrize("command", ["explain", "layers"])
 def test_a_narrow_picture_is_refused_before_it_is_enlarged(here, command):
     Image.new("RGB", (1, 10_000)).save("tall.png")
-    result = cli_support.command(command, "tall.png", "--model", "demo")
+    result = command_line.command(command, "tall.png", "--model", "demo")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.endswith(
         "preprocess would make an input of 96 x 960000 pixels of the picture's 1 x 10000, more than 16 megapixels: "
@@ -426,10 +426,10 @@ def test_json_of_a_wild_name_is_ascii_and_gives_the_name_back(here):
 
 
 def test_layers_and_misuse_are_spelt_out_too(here):
-    found = cli_support.command("layers", "a.png", "--model", "net.py:wild_layer")
+    found = command_line.command("layers", "a.png", "--model", "net.py:wild_layer")
     assert [line.split("  ")[0] for line in found.stdout.splitlines()] == ["layer", "0", r"a\x1b", "2", "3"]
     for arguments in (["methods", WILD], ["--a" + WILD], ["methods", "--a" + WILD], [WILD]):
-        found = cli_support.command(*arguments)
+        found = command_line.command(*arguments)
         assert found.exit_code == 2
         assert_plain(found.stderr)
         assert r"a\n\x1b[31mb\r\t\u202e\u2028\udcff" in found.stderr or r"a \x1b[31mb \u202e \udcff" in found.stderr

@@ -12,10 +12,10 @@ import pytest
 
 from camfn import cli
 from camfn.cli import streams
-from tests import cli_support
-from tests.cli_support import CAMFN, ENVIRONMENT
+from tests.support import command_line
+from tests.support.command_line import CAMFN, ENVIRONMENT
 
-here = cli_support.here
+here = command_line.here
 PAIR = ("--model", "net.py:pair", "--layer", "2", "--target", "1", "--out", "maps")
 
 

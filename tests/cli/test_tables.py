@@ -12,10 +12,10 @@ from torch import nn
 import camfn
 from camfn import cli, images, zoo
 from camfn.cli import options
-from tests import cli_support
-from tests.cli_support import command, picture
+from tests.support import command_line
+from tests.support.command_line import command, picture
 
-here = cli_support.here
+here = command_line.here
 
 
 def listed(*arguments: str) -> list[dict]:

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import camfn
-from tests.methods.test_papers import activation_of, frozen
-from tests.methods.test_summed import blurred, gradient_of
-from tests.support import SmallNet, assert_close, close, inputs, small_net, torchvision_models
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.libraries import torchvision_models
+from tests.oracles.loops import activation_of, blurred, frozen, gradient_of
+from tests.oracles.networks import SmallNet, inputs, small_net
 
 T = camfn.targets
 

@@ -12,7 +12,9 @@ from torch.func import grad, jvp, vmap
 import camfn
 from camfn import CamError, maps
 from camfn.formulas import components
-from tests.support import assert_close, close, inputs, small_net, torchvision_models
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.libraries import torchvision_models
+from tests.oracles.networks import inputs, small_net
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

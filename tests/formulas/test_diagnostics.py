@@ -12,7 +12,7 @@ from torch.func import vmap
 
 import camfn
 from camfn.formulas.diagnostics import about_maps
-from tests.support import CHEAP, LAYERED
+from tests.oracles.networks import CHEAP, LAYERED
 
 VALUES = (math.nan, math.inf, -math.inf)
 METHODS = [name for name in LAYERED if camfn.METHODS[name].of_layer]

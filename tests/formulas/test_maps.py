@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from camfn import CamError, maps, weights
-from tests.support import assert_close, close
+from tests.oracles.closeness import assert_close, close
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

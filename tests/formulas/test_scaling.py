@@ -15,7 +15,7 @@ from torch.func import grad, vmap
 import camfn
 from camfn.formulas import attention, components
 from camfn.formulas.scaling import size_of, unit
-from tests.support import CHEAP, LAYERED
+from tests.oracles.networks import CHEAP, LAYERED
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarning")
 

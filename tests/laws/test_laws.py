@@ -12,7 +12,7 @@ import camfn
 from camfn.formulas.masks import flat_channels
 from camfn.testing import cases, layers_of, models
 from tests.laws.laws import EXCEPT, LAWS, VARIANTS, activation, every_position, fixed_cases, maps, speaks_of
-from tests.support import LAYERED
+from tests.oracles.networks import LAYERED
 
 # Tiny networks often have maps that are flat or nowhere positive; the laws hold for these too.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarning")

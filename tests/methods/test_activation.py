@@ -17,7 +17,9 @@ from torch.func import vmap
 import camfn
 from camfn import CamError
 from camfn.formulas import components
-from tests.support import assert_close, close, inputs, small_net, torchvision_models
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.libraries import torchvision_models
+from tests.oracles.networks import inputs, small_net
 
 RAW = {"normalize": False, "relu": False}
 ALIKE = ("mean_cam", "fem", "random_cam", "eigen_cam", "kpca_cam")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 import camfn
-from tests.support import CONVS, POOLS, SmallNet, assert_close, close, inputs, small_net
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.networks import CONVS, POOLS, SmallNet, headed, inputs, seeded, small_net
 
 # On random networks many a map is nowhere positive.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarning")
@@ -24,37 +25,6 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarnin
 DIMS = (1, 2, 3)
 CLASSES = [3, 0, 4]
 FORMULAS = ("grad_cam", "grad_cam_pp", "xgrad_cam", "hires_cam", "grad_cam_elementwise", "layer_cam", "shapley_cam")
-
-
-class Headed(SmallNet):
-    """A `SmallNet` with a second layer, and an activation of its own (`bend`), before the pooling: gradients differ from place
-    to place, and from image to image."""
-
-    def __init__(self, bend: nn.Module, dims: int):
-        super().__init__(dims)
-        self.between, self.bend, self.last, self.fc = CONVS[dims](6, 7, 2), bend, POOLS[dims](1), nn.Linear(7, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.last(self.bend(self.between(self.act(self.features(self.stem(x)))))).flatten(1))
-
-
-def headed(bend: nn.Module | None = None, seed: int = 0, dims: int = 2, act: nn.Module | None = None) -> Headed:
-    """With `act` after the layer of that name, by default a ReLU."""
-    net = Headed(nn.ReLU() if bend is None else bend, dims)
-    net.act = net.act if act is None else act
-    return seeded(net, seed)
-
-
-def seeded(net: nn.Module, seed: int = 0) -> nn.Module:
-    """The net in float64, with weights and statistics that are not the trivial ones."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in net.state_dict().items():
-            if name.endswith("running_var"):
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-            elif tensor.is_floating_point():
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.5)
-    return net.double()
 
 
 def raw(method: str, net: nn.Module, layer, x: Tensor, target=CLASSES, **options) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import camfn
-from tests.methods.test_gradient import headed
-from tests.methods.test_peers import averaged, entropy, grad_cam, livened, margin, norm, peer
-from tests.support import assert_close, close, inputs, small_net, torchvision_models
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.libraries import grad_cam, peer, torchvision_models
+from tests.oracles.networks import headed, inputs, livened, small_net
+from tests.oracles.scores import averaged, entropy, margin, norm
 
 # On random networks many a map is nowhere positive.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarning")

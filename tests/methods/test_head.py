@@ -14,7 +14,9 @@ import camfn
 from camfn.model import head as heads
 from camfn.model import memory
 from camfn.sweep import changes
-from tests.support import assert_close, close, inputs, small_net, torchvision_models
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.libraries import torchvision_models
+from tests.oracles.networks import inputs, small_net
 
 AT_LAYER = ("ablation_cam", "recipro_cam", "lift_cam")
 

@@ -3,47 +3,18 @@
 Nothing of camfn computes an expected value here: the layer is read by a hook on a copy, channels and draws are loops.
 """
 
-import copy
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import camfn
-from tests.support import close, inputs, small_net
+from tests.oracles.closeness import close
+from tests.oracles.loops import DIMS, activation_of, frozen, is_flat, min_max, upsampled
+from tests.oracles.networks import inputs, net_with_flat_channels, small_net
 
-MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 RECIPES = ("torchcam", "pytorch-grad-cam", "authors", "paper")
-DIMS = (1, 2, 3)
-
-
-def frozen(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-def activation_of(model: nn.Module, layer: str, x: Tensor) -> Tensor:
-    seen = []
-    model = frozen(model)
-    model.get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(output.clone()))
-    model(x)
-    return seen[0]
-
-
-def upsampled(channel: Tensor, size, align_corners: bool) -> Tensor:
-    return F.interpolate(channel[None, None], tuple(size), mode=MODES[channel.ndim], align_corners=align_corners)[0, 0]
-
-
-def min_max(values: Tensor, eps: float) -> Tensor:
-    """Zeros for one value everywhere, also where interpolation has rounded it."""
-    if is_flat(values):
-        return torch.zeros_like(values)
-    return (values - values.min()) / (values.max() - values.min() + eps)
-
-
-def is_flat(values: Tensor) -> bool:
-    return float(values.max() - values.min()) <= 1e-12 * float(values.abs().max())
 
 
 def mask_by(recipe: str, channel: Tensor, size) -> Tensor:
@@ -86,17 +57,6 @@ def score_cam_loop(model, layer: str, x: Tensor, classes: list[int], recipe: str
             scores.append(score_by(recipe, model, image * mask_by(recipe, channel, image.shape[1:]), c))
         maps.append(map_by(weights_by(recipe, scores), channels))
     return torch.stack(maps)
-
-
-def net_with_flat_channels(dims: int) -> nn.Module:
-    """One channel of `features` is a constant that is not 0, one is 0."""
-    model = small_net(dims=dims)
-    with torch.no_grad():
-        model.features.weight[1] = 0.0
-        model.features.bias[1] = 0.7
-        model.features.weight[4] = 0.0
-        model.features.bias[4] = 0.0
-    return model
 
 
 # ---------------------------------------------------------------------------------------------------------- Score-CAM

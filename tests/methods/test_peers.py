@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 import camfn
 from camfn.formulas.masks import Variation, noise_stream
-from tests.support import CONVS, POOLS, assert_close, inputs, small_net, torchvision_models
+from tests.oracles.closeness import assert_close
+from tests.oracles.libraries import grad_cam, peer, torchvision_models
+from tests.oracles.networks import CONVS, POOLS, inputs, livened, small_net
+from tests.oracles.scores import averaged, entropy, margin, norm
 
 THEIRS = {"cam": "CAM", "score_cam": "ScoreCAM", "ss_cam": "SSCAM", "is_cam": "ISCAM"}
 OPTIONS = {"cam": {"fc": "fc"}, "score_cam": {}, "ss_cam": {"num_samples": 3, "seed": 11}, "is_cam": {"num_samples": 4}}
 LAYERS = ("stem", "features")  # 4 channels on a grid of 8, 6 on a grid of 4; no in-place operation after either
-
-
-def peer():
-    return pytest.importorskip("torchcam.methods")
 
 
 def their_options(**options) -> dict:
@@ -53,18 +52,6 @@ def compare(method: str, model, layer, x: Tensor, classes=None, *, targets=None,
         for one, other in zip(found, expected):
             assert float(other.max() - other.min()) > 1e-3, "a map with nothing in it compares nothing"
             assert_close(one, other, atol, f"{method} {layer} normalize={normalize}")
-
-
-def entropy(output: Tensor) -> Tensor:
-    return -(output.softmax(-1) * output.log_softmax(-1)).sum()
-
-
-def margin(output: Tensor) -> Tensor:
-    return output[2] - output[0]
-
-
-def norm(output: Tensor) -> Tensor:
-    return output.square().sum().sqrt()
 
 
 # ---------------------------------------------------------------------------------------------- torchcam, in float64
@@ -364,26 +351,6 @@ def torchvision_net():
     return get
 
 
-def livened(model: nn.Module) -> nn.Module:
-    """Fresh weights make every score the same to rounding: set the statistics and scale the logits to a deviation of 1."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.is_floating_point() and tensor.ndim > 1:
-                tensor.normal_(generator=generator).mul_(math.sqrt(2 / tensor[0].numel()))
-        batch = torch.randn(8, 3, 64, 64, generator=generator)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 1.0
-            elif isinstance(module, nn.Dropout):
-                module.p = 0.0
-        model.train()(batch)
-        model.eval()
-        last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-        last.weight.mul_(1 / model(batch).std(0).mean())
-    return model
-
-
 @pytest.mark.parametrize(
     ("method", "name", "layer", "side"),
     [
@@ -425,11 +392,6 @@ def test_the_layer_chosen_for_a_network_of_torchvision_is_torchcams(torchvision_
 # --------------------------------------------------------------------------------------------------- pytorch-grad-cam
 
 
-def grad_cam():
-    torchvision_models()  # it imports torchvision, which must load first
-    return pytest.importorskip("pytorch_grad_cam")
-
-
 def class_targets(classes):
     grad_cam()
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -458,13 +420,6 @@ def compare_with_grad_cam(model, layers: tuple[str, ...], x: Tensor, classes=Non
         assert float(other.max() - other.min()) > 0.2 * float(other.mean()), "equal weights compare no score"
         assert_close(one[:, 0], other, 1e-6, f"weights {layers}")
     assert_close(averaged(ours.maps, x.shape[2:]), theirs, 1e-4, f"map {layers}")
-
-
-def averaged(maps: tuple[Tensor, ...], size) -> Tensor:
-    """It averages the layers' maps, normalised on their grids, and normalises again."""
-    if len(maps) == 1:
-        return maps[0]
-    return camfn.maps.normalize(torch.stack([camfn.maps.resize(m, size) for m in maps]).mean(0), (-2, -1))
 
 
 @pytest.mark.parametrize("layers", [("stem",), ("features",), LAYERS], ids=str)

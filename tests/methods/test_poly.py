@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import camfn
-from tests.methods.test_papers import DIMS, MODES, activation_of, frozen, is_flat, net_with_flat_channels
-from tests.methods.test_summed import softer
-from tests.support import close, inputs, small_net, torchvision_models
+from tests.oracles.closeness import close
+from tests.oracles.libraries import torchvision_models
+from tests.oracles.loops import DIMS, MODES, activation_of, frozen, is_flat
+from tests.oracles.networks import inputs, net_with_flat_channels, small_net, softer
 
 FIRST = "channels_first"
 VARIANTS = ("+", "-", "+-")

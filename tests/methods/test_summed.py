@@ -3,7 +3,6 @@
 Nothing of camfn computes an expected value here, but RISE's draws: layers and gradients are read by hooks on a copy.
 """
 
-import copy
 import math
 from functools import partial
 
@@ -16,32 +15,14 @@ from torch import Tensor, nn
 import camfn
 from camfn.formulas.masks import random_cells
 from camfn.model.memory import Ledger
-from tests.methods.test_papers import DIMS, activation_of, frozen, min_max, net_with_flat_channels, upsampled
-from tests.support import close, inputs, small_net
+from tests.oracles.closeness import close
+from tests.oracles.loops import DIMS, activation_of, blurred, frozen, gradient_of, min_max, upsampled
+from tests.oracles.networks import inputs, net_with_flat_channels, small_net, softer
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 # ---------------------------------------------------------------------------------------------------------- Group-CAM
-
-
-def gradient_of(model: nn.Module, layer: str, x: Tensor, score) -> Tensor:
-    """Of one image's score at the layer."""
-    model, seen = copy.deepcopy(model).eval(), []
-    model.get_submodule(layer).register_forward_hook(lambda module, args, out: seen.append(out) or out.clone())
-    (gradient,) = torch.autograd.grad(score(model(x)[0]), seen)
-    return gradient[0]
-
-
-def blurred(x: Tensor, kernel: int, sigma: float) -> Tensor:
-    """By padding with mirrored pixels and a convolution with the whole kernel."""
-    axes, half = x.ndim - 2, kernel // 2
-    bell = torch.tensor([math.exp(-((i - half) ** 2) / (2 * sigma**2)) for i in range(kernel)], dtype=x.dtype)
-    whole = bell
-    for _ in range(axes - 1):
-        whole = whole[..., None] * bell
-    padded = F.pad(x, (half, half) * axes, mode="reflect")
-    return CONVS[axes](padded.flatten(0, 1)[:, None], (whole / whole.sum())[None, None]).reshape(x.shape)
 
 
 def group_cam_loop(model, layer, x, classes, groups, percentile, blur, gradient=None, score=None) -> tuple[Tensor, Tensor]:
@@ -69,14 +50,6 @@ def group_cam_loop(model, layer, x, classes, groups, percentile, blur, gradient=
         maps.append(total)
         weights.append(found)
     return torch.stack(maps), torch.tensor(weights, dtype=x.dtype)
-
-
-def softer(model: nn.Module) -> nn.Module:
-    """With smaller logits, so that probabilities are no 0 and 1."""
-    with torch.no_grad():
-        for parameter in model.fc.parameters():
-            parameter.mul_(0.3)
-    return model
 
 
 @pytest.mark.filterwarnings("ignore:.* of 10 maps at layer 'features' are flat")

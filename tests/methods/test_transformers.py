@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import camfn
-from tests.support import assert_close, close, inputs, torchvision_models
-from tests.vits import MAKERS, TIMM, Patches, hooked, logits, randomised, told, unfused, vit
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.libraries import torchvision_models
+from tests.oracles.networks import inputs
+from tests.oracles.vits import MAKERS, TIMM, Patches, hooked, logits, randomised, told, unfused, vit
 
 T = camfn.targets
 METHODS = ("attention_rollout", "gradient_attention", "legrad", "ag_cam")

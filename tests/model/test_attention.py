@@ -14,8 +14,10 @@ from camfn._compat import constant
 from camfn.model.attention import Attention, attended, blocks_of, self_attention
 from camfn.model.capture import pure_from
 from camfn.model.prepare import opened
-from tests.support import assert_close, close, inputs, torchvision_models
-from tests.vits import MAKERS, hooked, logits, randomised, told, unfused, vit
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.libraries import torchvision_models
+from tests.oracles.networks import inputs
+from tests.oracles.vits import MAKERS, hooked, logits, randomised, told, unfused, vit
 
 
 def written_out(model: nn.Module, x: Tensor, **options) -> tuple[Tensor, Attention]:

@@ -13,7 +13,9 @@ from torch.func import grad, vmap
 
 import camfn
 from camfn import CamError
-from tests.support import SmallNet, assert_close, close, inputs, small_net, torchvision_models
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.libraries import torchvision_models
+from tests.oracles.networks import SmallNet, inputs, small_net
 
 
 def hooked(model: nn.Module, layer: str, x, nudge: Tensor | None = None, swap: Tensor | None = None):

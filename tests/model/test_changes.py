@@ -18,9 +18,9 @@ from torch import nn
 
 import camfn
 from camfn import Sweep
-from tests.support import grad_cam_loop, score_cam_loop
-from tests.tiny import BOTH, NEAR, Net, agree, filled, off, prepared, raw
-from tests.tiny import images as images_of
+from tests.oracles.loops import grad_cam_loop, score_cam_loop
+from tests.oracles.tiny import BOTH, NEAR, Net, agree, filled, off, prepared, raw
+from tests.oracles.tiny import images as images_of
 
 # A value that is read of a whole batch depends on the others of it; that is not what is asked here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*depends on the others of its batch:camfn.CamWarning")

@@ -8,7 +8,8 @@ from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import camfn
-from tests.support import CHEAP, close
+from tests.oracles.closeness import close
+from tests.oracles.networks import CHEAP
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning"),

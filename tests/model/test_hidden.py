@@ -21,8 +21,8 @@ from torch import nn
 
 import camfn
 from camfn import CamError, Sweep
-from tests.support import score_cam_loop
-from tests.tiny import BOTH, NEAR, Net, as_they_were, filled, images, off, prepared, raw
+from tests.oracles.loops import score_cam_loop
+from tests.oracles.tiny import BOTH, NEAR, Net, as_they_were, filled, images, off, prepared, raw
 
 both = pytest.mark.parametrize("of", BOTH)
 

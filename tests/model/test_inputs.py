@@ -11,7 +11,9 @@ from torch.func import vmap
 
 import camfn
 from camfn import CamError
-from tests.support import CHEAP, assert_close, close, detectors, inputs, torchvision_models
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.libraries import detectors, torchvision_models
+from tests.oracles.networks import CHEAP, inputs
 
 # Where no group of channels adds to the blurred input, Group-CAM's map is flat.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps at layer '.*' are flat:camfn.CamWarning")

@@ -11,7 +11,9 @@ from torch.func import grad, jvp, vmap
 import camfn
 from camfn import CamError, _compat, layouts
 from camfn.model.layers import clues_of
-from tests.support import CHEAP, assert_close, close, inputs, small_net, torchvision_models
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.libraries import torchvision_models
+from tests.oracles.networks import CHEAP, inputs, small_net
 
 # ----------------------------------------------------------------------------- one network in several layouts
 

@@ -13,9 +13,9 @@ import camfn
 from camfn import Sweep, _compat
 from camfn.model import memory
 from camfn.model.memory import Ledger, free_bytes, is_exhausted
-from tests.support import close
-from tests.sweep.test_folding import Net, images, pair, seeded
-from tests.sweep.test_kernel import needs_compiler
+from tests.oracles.closeness import close
+from tests.oracles.foldable import Net, images, pair, seeded
+from tests.oracles.libraries import needs_compiler
 
 SEEN: list[int] = []
 """The rows of every forward. A global, since a copy of a model has copies of all that it holds."""

@@ -13,7 +13,8 @@ from torch.func import grad
 import camfn
 from camfn import CamError
 from camfn.model.ports import place_of
-from tests.support import assert_close, close, inputs
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.networks import inputs
 
 
 class Pair(typing.NamedTuple):

@@ -17,9 +17,10 @@ from torch.func import grad, jvp, vmap
 
 import camfn
 from camfn import CamError, Sweep, _compat
-from tests.support import LAYERED, at_once
-from tests.tiny import BOTH, NEAR, Net, filled, images, off, plain, prepared, raw
-from tests.vits import Patches
+from tests.oracles.networks import LAYERED
+from tests.oracles.threads import at_once
+from tests.oracles.tiny import BOTH, NEAR, Net, filled, images, off, plain, prepared, raw
+from tests.oracles.vits import Patches
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps at layer '.*' are flat:camfn.CamWarning"),

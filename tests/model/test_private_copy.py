@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import CamError
-from tests.support import assert_close
+from tests.oracles.closeness import assert_close
 
 X = torch.randn(2, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import CamError
-from tests.support import CHEAP, close
+from tests.oracles.closeness import close
+from tests.oracles.networks import CHEAP
 
 quantization = pytest.importorskip("torch.ao.quantization")
 fx = pytest.importorskip("torch.ao.quantization.quantize_fx")

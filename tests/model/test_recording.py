@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import camfn
 from camfn import CamError, _compat
 from camfn.model.memory import Ledger
-from tests.tiny import BOTH, NEAR, Net, agree, filled, off, prepared, raw
-from tests.tiny import images as images_of
+from tests.oracles.tiny import BOTH, NEAR, Net, agree, filled, off, prepared, raw
+from tests.oracles.tiny import images as images_of
 
 # A value that is read of a whole batch depends on the others of it; that is not what is asked here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*depends on the others of its batch:camfn.CamWarning")

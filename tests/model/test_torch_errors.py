@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import CamError
-from tests.support import CHEAP, assert_close, close
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.networks import CHEAP
 
 # A map of two channels on a small grid may be flat, and no complaint is about that.
 pytestmark = pytest.mark.filterwarnings("ignore::camfn.CamWarning")

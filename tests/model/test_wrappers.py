@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 import camfn
 from camfn import CamError, _compat
-from tests.support import CHEAP, SmallNet, assert_close, close, inputs, small_net
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.networks import CHEAP, SmallNet, inputs, small_net
 
 # Where no group of channels adds to the blurred input, Group-CAM's map is flat.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps at layer '.*' are flat:camfn.CamWarning")

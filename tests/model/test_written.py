@@ -10,8 +10,8 @@ from torch import nn
 from torch.func import grad, jvp, vmap
 
 import camfn
-from tests.support import LAYERED
-from tests.tiny import BOTH, NEAR, Net, as_they_were, filled, images, off, prepared, raw
+from tests.oracles.networks import LAYERED
+from tests.oracles.tiny import BOTH, NEAR, Net, as_they_were, filled, images, off, prepared, raw
 
 # Where no group of channels adds to the blurred input, Group-CAM's map is flat.
 pytestmark = [

@@ -14,7 +14,9 @@ from camfn.formulas import masks
 from camfn.model.forward import look
 from camfn.model.gradients import slopes_of
 from camfn.targets import resolve
-from tests.support import assert_close, close, inputs, real_networks, small_net
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.libraries import real_networks
+from tests.oracles.networks import inputs, small_net
 
 T = camfn.targets
 SWEPT = {"score_cam": {}, "ss_cam": {"num_samples": 6, "std": 0.5}, "is_cam": {"num_samples": 4}}
@@ -657,7 +659,7 @@ def test_noise_is_the_same_in_whatever_order_it_is_asked_for(shape):
 def photo(name: str, side: int):
     from PIL import Image
 
-    from tests.support import REAL
+    from tests.oracles.libraries import REAL
 
     model, preprocess, _ = real_networks()[name]()
     folder = "cifar10_png" if name.startswith("cifar") else "imagenet_foolbox"

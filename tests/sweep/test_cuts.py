@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import camfn
-from tests.support import close
+from tests.oracles.closeness import close
 
 SEEN: list[Tensor] = []  # every input of every forward; a global, since camfn copies all that the model itself holds
 PLAIN = camfn.Sweep(chunk=32, fold=True, compile=False)

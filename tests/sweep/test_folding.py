@@ -16,32 +16,14 @@ from camfn._types import State
 from camfn.model.capture import pure_from
 from camfn.model.prepare import opened
 from camfn.sweep.folding import Fold, channels_last, find_folds, merge_norms
-from tests.support import CONVS, close
-
-NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+from tests.oracles.closeness import close
+from tests.oracles.foldable import NORMS, Net, images, loop_maps, pair, seeded, signed_maps
 
 
 @pytest.fixture(autouse=True)
 def _worth_it(monkeypatch):
     """The networks here are too small for a copy of their weights to pay."""
     monkeypatch.setattr(camfn.sweep.runner, "_REUSED", 0)
-
-
-def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model in float64, with statistics and gains far from the trivial ones (negative gains too); in train mode."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in model.double().state_dict().items():
-            if name.endswith("running_var"):
-                tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) * 2 + 0.1)
-            elif tensor.is_floating_point() and not tensor.is_sparse:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) / 2)
-    return model
-
-
-def images(n: int = 4, dims: int = 2, side: int = 6, channels: int = 4, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, channels, *(side,) * dims, generator=generator, dtype=torch.float64)
 
 
 def in_eval(model: nn.Module, x: Any) -> Any:
@@ -60,41 +42,6 @@ def merged(model: nn.Module, x: Tensor, state: State | None = None) -> tuple[tup
     folds = find_folds(model, state, x[:1]).folds
     shell, new = merge_norms(opened(model).shell(), state, folds)
     return folds, pure_from(shell), new
-
-
-def loop_maps(model: nn.Module, layer: str, x: Tensor, target: Any, state: State | None = None) -> Tensor:
-    """Signed Score-CAM maps by their definition in plain Python: one image, one channel, one forward of the model at a time."""
-    state = camfn.state_of(model) if state is None else state
-    activation, maps = camfn.tap(model, layer)(state, x.clone()).seen, []
-    for image, channels in zip(x, activation):
-        scores = [loop_score(model, state, image, channel, target) for channel in channels]
-        weights = torch.softmax(torch.stack(scores), 0).reshape(-1, *(1,) * (channels.ndim - 1))
-        maps.append((weights * channels).sum(0))
-    return torch.stack(maps).detach()
-
-
-signed_maps = functools.partial(camfn.score_cam, relu=False, normalize=False)
-
-
-def loop_score(model: nn.Module, state: State, image: Tensor, channel: Tensor, target: Any) -> Tensor:
-    low, high = channel.min(), channel.max()
-    mask = torch.zeros_like(channel) if low == high else (channel - low) / (high - low + 1e-8)
-    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[channel.ndim]
-    mask = F.interpolate(mask[None, None], image.shape[1:], mode=mode, align_corners=False)[0]
-    output = camfn.pure(model)(state, (image * mask)[None])
-    return target(output) if callable(target) else output[0, target]
-
-
-class Net(nn.Module):
-    """`inner`, which has 16 channels: with four images a sweep of 64 rows, then a pooled linear head."""
-
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner = inner
-        self.fc = nn.Linear(16, 5)
-
-    def forward(self, x):
-        return self.fc(torch.tanh(self.inner(x)).flatten(2).mean(2))
 
 
 class SamePadding(nn.Conv2d):
@@ -143,10 +90,6 @@ class Saturating(nn.Conv2d):
 
 
 # ------------------------------------------------------------------------------------------------- pairs that merge
-
-
-def pair(dims: int = 2, affine: bool = True, cls: Any = None, **kwargs) -> nn.Sequential:
-    return nn.Sequential((cls or CONVS[dims])(4, 16, 3, **kwargs), NORMS[dims](16, affine=affine))
 
 
 class Again(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from numpy.random import default_rng
 
 from camfn.sweep import gaussian_process as gp
-from tests.support import close
+from tests.oracles.closeness import close
 
 NAMES = ("slope", "linear", "smooth", "near", "apart", "noise", "dof", "broad", "least")
 CONSTANTS = {name: getattr(gp, f"_{name.upper()}") for name in NAMES}

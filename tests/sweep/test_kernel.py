@@ -10,9 +10,9 @@ from torch import nn
 
 import camfn
 from camfn import Sweep, _compat
-from tests.support import SmallNet, assert_close, close, inputs, small_net
-
-needs_compiler = pytest.mark.skipif(bool(_compat.can_compile()), reason="this torch cannot compile the kernel")
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.libraries import needs_compiler
+from tests.oracles.networks import SmallNet, inputs, small_net
 
 
 def loop_scores(model: nn.Module, x: torch.Tensor, layer: str, target: int) -> torch.Tensor:

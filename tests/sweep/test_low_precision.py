@@ -12,7 +12,9 @@ from torch import Tensor, nn
 import camfn
 from camfn import Sweep, _compat
 from camfn.sweep import low_precision
-from tests.support import assert_close, inputs, real_networks, small_net
+from tests.oracles.closeness import assert_close
+from tests.oracles.libraries import real_networks
+from tests.oracles.networks import inputs, small_net
 
 T = camfn.targets
 BF16, FP16 = Sweep(dtype=torch.bfloat16), Sweep(dtype=torch.float16)
@@ -552,7 +554,7 @@ def test_flat_channels_only(fast):
 def photos(name: str, side: int, count: int) -> tuple[nn.Module, Tensor]:
     from PIL import Image
 
-    from tests.support import REAL
+    from tests.oracles.libraries import REAL
 
     model, preprocess, _ = real_networks()[name]()
     folder = "cifar10_png" if name.startswith("cifar") else "imagenet_foolbox"

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import Sweep
-from tests.support import CHEAP, close, torchvision_models
-from tests.sweep.test_folding import Net, images, loop_maps, pair, seeded, signed_maps
+from tests.oracles.closeness import close
+from tests.oracles.foldable import Net, images, loop_maps, pair, seeded, signed_maps
+from tests.oracles.libraries import torchvision_models
+from tests.oracles.networks import CHEAP
 
 LAYER = "inner.1"
 SEEN: list[tuple[int, bool]] = []

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 import camfn
-from tests.support import assert_close, close, inputs, small_net
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.networks import inputs, small_net
 
 NOISES = ("mask", "activation", "input")
 DRAWS, STD = 3, 0.5

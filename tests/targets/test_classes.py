@@ -15,7 +15,9 @@ from torch.func import grad, jvp, vmap
 
 import camfn
 from camfn import Sweep, _compat
-from tests.support import assert_close, close, grad_cam_loop, inputs, score_cam_loop, small_net
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.loops import grad_cam_loop, score_cam_loop
+from tests.oracles.networks import inputs, small_net
 
 T = camfn.targets
 needs_compiler = pytest.mark.skipif(bool(_compat.can_compile()), reason="this torch cannot compile the kernel")

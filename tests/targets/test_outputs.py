@@ -11,7 +11,10 @@ from torch.func import grad, vmap
 
 import camfn
 from camfn import Sweep, _compat
-from tests.support import assert_close, close, grad_cam_loop, inputs, score_cam_loop, torchvision_models
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.libraries import torchvision_models
+from tests.oracles.loops import grad_cam_loop, score_cam_loop
+from tests.oracles.networks import inputs
 
 T = camfn.targets
 needs_compiler = pytest.mark.skipif(bool(_compat.can_compile()), reason="this torch cannot compile the kernel")

@@ -16,11 +16,11 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from camfn import CamError
 from camfn.zoo import checkpoints
-from tests import support
+from tests.oracles.networks import SmallNet, inputs, small_net
 
 
-def net(seed: int = 0, classes: int = 5) -> support.SmallNet:
-    return support.small_net(seed, torch.float32, classes=classes).eval()
+def net(seed: int = 0, classes: int = 5) -> SmallNet:
+    return small_net(seed, torch.float32, classes=classes).eval()
 
 
 def state(seed: int = 0, **options) -> dict[str, torch.Tensor]:
@@ -64,7 +64,7 @@ def test_what_people_have_is_read(tmp_path, case):
     save, value = FILES[case]
     file = tmp_path / ("weights.safetensors" if save is contiguous else "weights.pth")
     save(value, file)
-    model, x = net(seed=1), support.inputs(dtype=torch.float32)
+    model, x = net(seed=1), inputs(dtype=torch.float32)
     assert not torch.equal(model(x), net()(x))
     checkpoints.fill(model, checkpoints.read(file))
     assert torch.equal(model(x), net()(x))
@@ -148,7 +148,7 @@ def test_a_pickle_that_would_write_a_file_does_not(tmp_path, monkeypatch, save, 
 
 
 def scripted(file) -> None:
-    torch.jit.trace(net(), support.inputs(dtype=torch.float32), check_trace=False).save(str(file))
+    torch.jit.trace(net(), inputs(dtype=torch.float32), check_trace=False).save(str(file))
 
 
 def cut(file, save=torch.save, value=None) -> None:

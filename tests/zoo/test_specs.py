@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from camfn import CamError, demo, zoo
-from tests import support
+from tests.oracles.libraries import torchvision_models
 
 PICTURE = Image.fromarray(np.random.default_rng(5).integers(0, 256, (90, 120, 3), dtype=np.uint8))
 
@@ -68,7 +68,7 @@ def assert_same(loaded: zoo.Loaded, model: nn.Module, x: torch.Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def models():
-    return support.torchvision_models()
+    return torchvision_models()
 
 
 def test_torchvision_with_a_weight_file(models, tmp_path):
@@ -178,7 +178,7 @@ def settings(model: nn.Module) -> list:
 
 @pytest.fixture(scope="module")
 def timm():
-    support.torchvision_models()
+    torchvision_models()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip("timm")
@@ -269,7 +269,7 @@ def test_files_with_the_authors_names_are_timms_to_change(timm, tmp_path):
 
 @pytest.fixture(scope="module")
 def hf():
-    support.torchvision_models()
+    torchvision_models()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         library = pytest.importorskip("transformers")
@@ -679,8 +679,8 @@ def test_the_libraries_may_speak_again_afterwards(hf):
 
 
 FRESH = """
-from tests import support
-support.torchvision_models()
+from tests.oracles.libraries import torchvision_models
+torchvision_models()
 from camfn import CamError, zoo
 for spec in ("hf:saved", "timm:kept"):
     zoo.load(spec)
@@ -695,7 +695,7 @@ def test_a_fresh_process_prints_nothing_beside_what_it_is_told(hf, timm):
     hf_folder(hf)
     timm_folder(timm, folder="kept")
     torch.save(small().state_dict(), "w.pth")
-    path = [str(folder) for folder in (Path(support.__file__).parents[1], Path(zoo.__file__).parents[2])]
+    path = [str(folder) for folder in (Path(__file__).parents[2], Path(zoo.__file__).parents[2])]
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join((*path, os.environ.get("PYTHONPATH", "")))}
     found = subprocess.run([sys.executable, "-c", FRESH], env=paths, capture_output=True, text=True)
     assert (found.returncode, found.stderr) == (0, "")

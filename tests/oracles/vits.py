@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support import CONVS, torchvision_models
+from tests.oracles.libraries import torchvision_models
+from tests.oracles.networks import CONVS
 
 TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
 HF = {

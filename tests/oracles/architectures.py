@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 import camfn
-from tests.support import detectors, torchvision_models
-from tests.vits import HF, TIMM
+from tests.oracles.libraries import detectors, torchvision_models
+from tests.oracles.vits import HF, TIMM
 
 CLASSES = 10
 

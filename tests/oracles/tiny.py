@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import CamError
-from tests.support import CHEAP
+from tests.oracles.networks import CHEAP
 
 
 class Net(nn.Module):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from camfn import cli
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 MODEL = """
 import dataclasses
