@@ -15,10 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
-from architectures import ARCHITECTURES, made
 
 import camfn
+from tests.oracles.architectures import ARCHITECTURES, made
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
 

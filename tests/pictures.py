@@ -3,14 +3,17 @@
 python tests/pictures.py    # draw docs/demo.png and docs/methods.png
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tables
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from camfn import demo, figures
 from camfn.cli import demo as command
+from tests import tables
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SCENE = (3, 2)

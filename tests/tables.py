@@ -14,17 +14,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import pytest
-import test_contract as contract
-import test_threads
-import test_transformers as transformers
 import torch
 import torch.nn.functional as F
-from support import SmallNet, close, inputs, small_net
-from vits import vit
 
 import camfn
 from camfn import _compat
+from tests import test_contract as contract
+from tests import test_threads
+from tests.methods import test_transformers as transformers
+from tests.oracles.closeness import close
+from tests.oracles.networks import SmallNet, inputs, small_net
+from tests.oracles.vits import vit
 
 ROOT = Path(__file__).resolve().parents[1]
 README, METHODS, BUDGETS = ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "docs" / "budgeted-scoring.md"

@@ -2,12 +2,12 @@
 
 import re
 
-import compatibility
 import pytest
-from architectures import ARCHITECTURES
-from support import torchvision_models
 
 import camfn
+from tests import compatibility
+from tests.oracles.architectures import ARCHITECTURES
+from tests.oracles.libraries import torchvision_models
 
 TEXT = compatibility.PAGE.read_text(encoding="utf-8")
 

@@ -4,13 +4,15 @@ import itertools
 
 import pytest
 import torch
-from support import assert_close, close, inputs, small_net, torchvision_models
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 import camfn
 from camfn import CamError
 from camfn.formulas import factorization
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.libraries import torchvision_models
+from tests.oracles.networks import inputs, small_net
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:

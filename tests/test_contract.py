@@ -1,6 +1,6 @@
 """The promise, for every row of `camfn.METHODS`: pure, exact however it is executed, composable, differentiable.
 
-A new method is tested here from the moment it is in the table; one that follows attention, in test_transformers.py.
+A new method is tested here from the moment it is in the table; one that follows attention, in methods/test_transformers.py.
 """
 
 import collections
@@ -15,15 +15,17 @@ import warnings
 
 import numpy as np
 import pytest
-import support
 import torch
 import torch.nn.functional as F
-from support import LAYERED, SmallNet, assert_close, close, inputs, score_cam_loop, small_net
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
 import camfn
 from camfn import _compat
+from tests.oracles import closeness, networks
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.loops import score_cam_loop
+from tests.oracles.networks import LAYERED, SmallNet, inputs, small_net
 
 WEIGHTLESS = ("cameras", "eigen_grad_cam", "kpca_cam", "seg_eigen_cam", "recipro_cam")
 """Methods of a layer that have no weights."""
@@ -44,7 +46,7 @@ def fused(net: nn.Module, layer: None, x, target=None, **options):
 
 vars(fused).update(of_layer=False)
 UNRECTIFIED = {"relu": False}
-CHEAP = support.CHEAP | {
+CHEAP = networks.CHEAP | {
     "augment(smooth(grad_cam))": UNRECTIFIED,
     "multi_scale(ensemble)": UNRECTIFIED,
     "fuse_layers(grad_cam)": UNRECTIFIED,
@@ -777,7 +779,7 @@ def test_integer_inputs_beside_the_image_are_left_alone(method):
     found = run(method, net, "inner.features", (inputs(3), GAIN, ids), 2)
     # By logits, to which the integers add a constant: those that only follow gradients do not see it.
     scored = method in COMPOSED or {"masked inputs", "head"} & camfn.METHODS[method].needs
-    close(found, run(method, net, "inner.features", (inputs(3), GAIN), 2), units=support.UNITS if scored else 0)
+    close(found, run(method, net, "inner.features", (inputs(3), GAIN), 2), units=closeness.UNITS if scored else 0)
 
 
 @dataclasses.dataclass
@@ -1072,7 +1074,7 @@ def slope(function, at: dict[str, Tensor], along: dict[str, Tensor], step: float
     return (4 * near - far) / 3
 
 
-ROUGH = support.UNITS * torch.finfo(torch.float64).eps / STEP
+ROUGH = closeness.UNITS * torch.finfo(torch.float64).eps / STEP
 """Of differences divided by a step: the rounding of what is compared, divided by it too. A tenth of this is seen."""
 
 

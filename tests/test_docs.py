@@ -5,16 +5,16 @@ import re
 import textwrap
 from pathlib import Path
 
-import documents
 import numpy as np
 import pytest
-import tables
 import torch
-from documents import ROOT, blocks
-from support import torchvision_models
 
 import camfn
 from camfn import _compat
+from tests import tables
+from tests.oracles.libraries import torchvision_models
+from tests.support import documents
+from tests.support.documents import ROOT, blocks
 
 DOCUMENTS = [
     ROOT / "README.md",

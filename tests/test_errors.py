@@ -12,10 +12,11 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from support import LAYERED, close, inputs, small_net
 from torch import nn
 
 import camfn
+from tests.oracles.closeness import close
+from tests.oracles.networks import LAYERED, inputs, small_net
 
 T = camfn.targets
 

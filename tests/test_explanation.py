@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from support import CHEAP, SmallNet, close, inputs, small_net
 from torch import Tensor, nn
 
 import camfn
 from camfn.formulas import diagnostics
 from camfn.formulas.diagnostics import Finding
+from tests.oracles.closeness import close
+from tests.oracles.networks import CHEAP, SmallNet, inputs, small_net
 
 KINDS = ("score_cam", "grad_cam", "is_cam")
 

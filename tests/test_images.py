@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import close
 
 from camfn import CamError, images, maps
+from tests.oracles.closeness import close
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 MAP = torch.linspace(0, 1, 6).reshape(2, 3)

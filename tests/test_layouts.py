@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from support import assert_close
 from torch.func import vmap
 
 from camfn import CamError, layouts
 from camfn.layouts import Clues
+from tests.oracles.closeness import assert_close
 
 ANY = Clues(frozenset(range(1000)), frozenset(range(1000)))
 """All widths are known, first and last: nothing is told by them."""

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import numpy as np
-import pictures
 import pytest
-from documents import ROOT
 from PIL import Image
+
+from tests import pictures
+from tests.support.documents import ROOT
 
 pytest.importorskip("safetensors")
 matplotlib = pytest.importorskip("matplotlib")

@@ -141,3 +141,38 @@ def test_import_is_light():
 def test_version_is_one():
     metadata = pytest.importorskip("importlib.metadata")
     assert metadata.version("camfn") == camfn.__version__
+
+
+# ---------------------------------------------------------------------------------------------------------- the tests
+
+TESTS = Path(__file__).parent
+TRIED = "tables.py"
+"""The script that makes the table of what works: a cell is what came of a test."""
+
+
+def modules_of(text: str) -> set[str]:
+    """All modules that a text imports from, at the top or inside a function, and all that it may import by name."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def of_tests(modules: set[str]) -> list[str]:
+    return sorted(name for name in modules if any(part.startswith("test_") for part in name.split(".")))
+
+
+def test_nothing_but_the_table_of_what_works_imports_a_test_module():
+    assert of_tests(modules_of((TESTS / TRIED).read_text(encoding="utf-8"))), "the check can fail"
+    for path in sorted(TESTS.rglob("*.py")):
+        if path.name != TRIED:
+            assert of_tests(modules_of(path.read_text(encoding="utf-8"))) == [], path
+
+
+def test_folders_of_tests_are_rooms():
+    """Beside them are the laws, the oracles, and what tests of documents and of the command line share."""
+    folders = {path.parent.name for path in TESTS.glob("*/__init__.py")}
+    assert folders - {"laws", "oracles", "support"} <= {room for room in ROOMS if room and not room.startswith(".")}

@@ -11,19 +11,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import support
 import torch
 import torch.nn.functional as F
-from support import CHEAP, LAYERED
 from torch import Tensor, nn
 
 import camfn
 from camfn.formulas.masks import Recipe, recipe_of
 from camfn.targets import Contrast, OfClasses, Output, Sum, is_plain, resolve, score_rows
 from camfn.testing import Case, Spec, TinyNet
+from tests.oracles import closeness
+from tests.oracles.networks import CHEAP, LAYERED
 
 UNITS = 2**16
-"""Units of rounding (see `support.close`) that a law allows: a map may be a small difference of large terms. Of nine thousand
+"""Units of rounding (see `closeness.close`) that a law allows: a map may be a small difference of large terms. Of nine thousand
 random examples the worst was at 4,500 units, and examples get ten times as rare where they get ten times as bad."""
 
 ADAM_UNITS = 2**25
@@ -124,7 +124,7 @@ def speaks_of(name: str, variant: Variant) -> bool:
 
 
 def close(variant: Variant, ours: Tensor, theirs: Tensor) -> None:
-    support.close(ours, theirs, variant.method, units=ADAM_UNITS if variant.method == "opti_cam" else UNITS)
+    closeness.close(ours, theirs, variant.method, units=ADAM_UNITS if variant.method == "opti_cam" else UNITS)
 
 
 def maps(variant: Variant, case: Case, **options: Any) -> Any:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
-from support import LAYERED
 
 import camfn
 from camfn.formulas.masks import flat_channels
 from camfn.testing import cases, layers_of, models
-from laws.laws import EXCEPT, LAWS, VARIANTS, activation, every_position, fixed_cases, maps, speaks_of
+from tests.laws.laws import EXCEPT, LAWS, VARIANTS, activation, every_position, fixed_cases, maps, speaks_of
+from tests.oracles.networks import LAYERED
 
 # Tiny networks often have maps that are flat or nowhere positive; the laws hold for these too.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarning")

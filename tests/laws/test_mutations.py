@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import camfn
-from laws.laws import EXCEPT, LAWS, VARIANTS, fixed_cases
+from tests.laws.laws import EXCEPT, LAWS, VARIANTS, fixed_cases
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarning")
 
@@ -37,37 +37,37 @@ def mutation(place: str, **caught: str) -> Callable[[Callable[[Any], Any]], Call
 # ---------------------------------------------------------------------------------------------- weights and the map
 
 
-@mutation("weights:softmax", neighbours="score_cam", between_the_channels="is_cam", zero_channel="score_cam, paper")
+@mutation("formulas.weights:score_cam", neighbours="score_cam", between_the_channels="is_cam", zero_channel="score_cam, paper")
 def softmax_over_the_images(softmax):
     return lambda scores: torch.softmax(scores, 0).mT
 
 
-@mutation("weights:softmax", many_targets="score_cam", between_the_channels="score_cam")
+@mutation("formulas.weights:score_cam", many_targets="score_cam", between_the_channels="score_cam")
 def softmax_over_the_targets(softmax):
     return lambda scores: torch.softmax(scores, 2).mT
 
 
-@mutation("weights:softmax", logits_shifted="ss_cam", between_the_channels="ss_cam", zero_channel="score_cam")
+@mutation("formulas.weights:score_cam", logits_shifted="ss_cam", between_the_channels="ss_cam", zero_channel="score_cam")
 def scores_in_place_of_their_softmax(softmax):
     return lambda scores: scores.mT
 
 
-@mutation("maps:combine", activation_moved="cam", between_the_channels="score_cam")
+@mutation("formulas.maps:combine", activation_moved="cam", between_the_channels="score_cam")
 def relu_before_the_sum(combine):
     return lambda weights, activations: combine(weights, activations.relu())
 
 
-@mutation("maps:combine", activation_moved="score_cam, authors", between_the_channels="score_cam")
+@mutation("formulas.maps:combine", activation_moved="score_cam, authors", between_the_channels="score_cam")
 def mean_over_the_channels_in_place_of_the_sum(combine):
     return lambda weights, activations: combine(weights, activations) / activations.shape[1]
 
 
-@mutation("maps:normalize", form="cam", last_steps="score_cam")
+@mutation("formulas.maps:normalize", form="cam", last_steps="score_cam")
 def normalised_over_the_batch(normalize):
     return lambda maps, dim: normalize(maps, tuple(range(maps.ndim)))
 
 
-@mutation("maps:normalize", form="score_cam", scale_of_the_map="cam")
+@mutation("formulas.maps:normalize", form="score_cam", scale_of_the_map="cam")
 def epsilon_in_the_last_min_max(normalize):
     def unit(maps, dim):
         low, high = maps.amin(dim, keepdim=True), maps.amax(dim, keepdim=True)
@@ -76,7 +76,7 @@ def epsilon_in_the_last_min_max(normalize):
     return unit
 
 
-@mutation("maps:normalize", flat_map="score_cam")
+@mutation("formulas.maps:normalize", flat_map="score_cam")
 def flat_map_divided_by_its_range(normalize):
     def unit(maps, dim):
         low, high = maps.amin(dim, keepdim=True), maps.amax(dim, keepdim=True)
@@ -85,17 +85,17 @@ def flat_map_divided_by_its_range(normalize):
     return unit
 
 
-@mutation("maps:resize", last_steps="score_cam", upsampled_layer="cam")
+@mutation("formulas.maps:resize", last_steps="score_cam", upsampled_layer="cam")
 def map_upsampled_with_aligned_corners(resize):
     return lambda maps, size, align_corners=False: resize(maps, size, align_corners=True)
 
 
-@mutation("maps:resize", same_size="is_cam")
+@mutation("formulas.maps:resize", same_size="is_cam")
 def resized_in_single_precision(resize):
     return lambda maps, size, align_corners=False: resize(maps.float(), size, align_corners=align_corners).double()
 
 
-@mutation("methods.table:_on_grid", form="ss_cam", last_steps="cam")
+@mutation("methods._common:_on_grid", form="ss_cam", last_steps="cam")
 def map_always_at_the_size_of_the_input(on_grid):
     return lambda maps, subject, axes, drawing: on_grid(maps, subject, axes, drawing._replace(size="input"))
 
@@ -112,27 +112,27 @@ def grid_transposed(read):
 # --------------------------------------------------------------------------------------------------------- the masks
 
 
-@mutation("masks:unit", activation_scaled="score_cam", activation_moved="is_cam")
+@mutation("formulas.masks:unit", activation_scaled="score_cam", activation_moved="is_cam")
 def mask_not_normalised(unit):
     return lambda values, eps, dtype: values
 
 
-@mutation("masks:is_flat", activation_scaled="score_cam")
+@mutation("formulas.masks:is_flat", activation_scaled="score_cam")
 def flat_by_an_absolute_bound(is_flat):
     return lambda low, high, dtype: high - low <= 1e-3
 
 
-@mutation("masks:resize", upsampled_layer="score_cam, paper")
+@mutation("formulas.masks:resize", upsampled_layer="score_cam, paper")
 def mask_upsampled_with_aligned_corners(resize):
     return lambda maps, size, align_corners=False: resize(maps, size, align_corners=True)
 
 
-@mutation("masks:mask_of", flipped="is_cam")
+@mutation("formulas.masks:mask_of", flipped="is_cam")
 def mask_shifted_by_a_pixel(mask_of):
     return lambda *args: mask_of(*args).roll(1, -1)
 
 
-@mutation("scoring:_rows_from", neighbours="score_cam", images_permuted="ss_cam")
+@mutation("sweep.scoring:_rows_from", neighbours="score_cam", images_permuted="ss_cam")
 def mask_of_the_neighbouring_image(rows_from):
     def rolled(subject, read, *args):
         return rows_from(subject, read._replace(values=read.values.roll(1, 0)), *args)
@@ -140,7 +140,7 @@ def mask_of_the_neighbouring_image(rows_from):
     return rolled
 
 
-@mutation("scoring:_rows_from", channels_permuted="score_cam", zero_channel="is_cam")
+@mutation("sweep.scoring:_rows_from", channels_permuted="score_cam", zero_channel="is_cam")
 def mask_of_the_neighbouring_channel(rows_from):
     def rolled(subject, read, *args):
         return rows_from(subject, read._replace(values=read.values.roll(1, 1)), *args)
@@ -151,17 +151,17 @@ def mask_of_the_neighbouring_channel(rows_from):
 # ----------------------------------------------------------------------------------------------------- the gradients
 
 
-@mutation("weights:grad_cam", activation_rescaled="grad_cam", score_scaled="grad_cam", scores_added="grad_cam")
+@mutation("formulas.weights:grad_cam", activation_rescaled="grad_cam", score_scaled="grad_cam", scores_added="grad_cam")
 def sign_of_the_gradient(grad_cam):
     return lambda gradients: grad_cam(gradients.sign())
 
 
-@mutation("weights:grad_cam", scores_added="grad_cam")
+@mutation("formulas.weights:grad_cam", scores_added="grad_cam")
 def only_positive_gradients(grad_cam):
     return lambda gradients: grad_cam(gradients.relu())
 
 
-@mutation("weights:grad_cam", unread_channel="grad_cam", zero_channel="grad_cam")
+@mutation("formulas.weights:grad_cam", unread_channel="grad_cam", zero_channel="grad_cam")
 def weights_less_their_mean(grad_cam):
     def centred(gradients):
         weights = grad_cam(gradients)
@@ -170,22 +170,22 @@ def weights_less_their_mean(grad_cam):
     return centred
 
 
-@mutation("weights:shapley_cam", activation_rescaled="shapley_cam")
+@mutation("formulas.weights:shapley_cam", activation_rescaled="shapley_cam")
 def hessian_without_the_activation(shapley_cam):
     return lambda gradients, bends: shapley_cam(gradients, bends / (bends.abs().amax(-1, keepdim=True) + 1e-9))
 
 
-@mutation("methods.graded:slopes_at", many_targets="hires_cam", score_scaled="layer_cam")
+@mutation("methods._common:gradients_of", many_targets="hires_cam", score_scaled="layer_cam")
 def gradients_scaled_to_one(slopes_at):
     return lambda *args: [slopes / slopes.abs().amax((1, 2, 3), keepdim=True) for slopes in slopes_at(*args)]
 
 
-@mutation("methods.averaged:noises", repeated="smooth_grad_cam_pp")
+@mutation("formulas.noise:noises", repeated="smooth_grad_cam_pp")
 def noisy_inputs_from_the_global_generator(noises):
     return lambda draws, std, seed, like: std * torch.randn(draws, *like.shape)
 
 
-@mutation("maps:saliency", neighbours="full_grad")
+@mutation("formulas.maps:saliency", neighbours="full_grad")
 def saliency_over_the_batch(saliency):
     def whole(part, size, *, each=False, align_corners=True):
         high = part.abs().amax()
@@ -197,12 +197,12 @@ def saliency_over_the_batch(saliency):
 # --------------------------------------------------------------------------------------------------------- the noise
 
 
-@mutation("scoring:noise_stream", repeated="ss_cam")
+@mutation("sweep.scoring:noise_stream", repeated="ss_cam")
 def noise_from_the_global_generator(noise_stream):
     return lambda variation, channels, shape, device: lambda pairs: torch.randn(len(pairs), *shape)
 
 
-@mutation("scoring:noise_stream", chunk_size="ss_cam")
+@mutation("sweep.scoring:noise_stream", chunk_size="ss_cam")
 def noise_drawn_by_the_chunk(noise_stream):
     def stream(variation, channels, shape, device):
         def take(pairs):
@@ -214,7 +214,7 @@ def noise_drawn_by_the_chunk(noise_stream):
     return stream
 
 
-@mutation("scoring:noise_stream", neighbours="ss_cam, activation", images_permuted="ss_cam")
+@mutation("sweep.scoring:noise_stream", neighbours="ss_cam, activation", images_permuted="ss_cam")
 def noise_of_its_own_for_each_image(noise_stream):
     def stream(variation, channels, shape, device):
         generator = torch.Generator().manual_seed(variation.seed)
@@ -223,7 +223,7 @@ def noise_of_its_own_for_each_image(noise_stream):
     return stream
 
 
-@mutation("scoring:noise_stream", several_layers="ss_cam")
+@mutation("sweep.scoring:noise_stream", several_layers="ss_cam")
 def noise_goes_on_at_the_next_layer(noise_stream):
     begun = []
 
@@ -234,7 +234,7 @@ def noise_goes_on_at_the_next_layer(noise_stream):
     return stream
 
 
-@mutation("methods.rise:random_cells", repeated="rise")
+@mutation("formulas.noise:rise", repeated="rise")
 def cells_from_the_global_generator(random_cells):
     return lambda seed, *args: random_cells(int(torch.randint(1 << 30, ())), *args)
 
@@ -242,7 +242,7 @@ def cells_from_the_global_generator(random_cells):
 # --------------------------------------------------------------------------------------------- the sweep, the target
 
 
-@mutation("scoring:in_chunks", chunk_size="score_cam")
+@mutation("sweep.scoring:in_chunks", chunk_size="score_cam")
 def last_incomplete_chunk_dropped(in_chunks):
     def dropped(kernel, rows_of, index, room, tick):
         found = in_chunks(kernel, rows_of, index, room, tick)
@@ -252,7 +252,7 @@ def last_incomplete_chunk_dropped(in_chunks):
     return dropped
 
 
-@mutation("scoring:gather", zero_channel="score_cam")
+@mutation("sweep.scoring:gather", zero_channel="score_cam")
 def flat_channel_without_its_share_of_the_softmax(gather):
     def skipped(found, todo, *args):
         return gather(found, todo, *args).masked_fill(todo.flat[..., None], -torch.inf)
@@ -260,12 +260,12 @@ def flat_channel_without_its_share_of_the_softmax(gather):
     return skipped
 
 
-@mutation("scoring:gather", kin="ss_cam", zero_channel="is_cam")
+@mutation("sweep.scoring:gather", kin="ss_cam", zero_channel="is_cam")
 def scores_summed_over_the_draws(gather):
     return lambda found, todo, variation: gather(found, todo, variation) * len(variation.scales)
 
 
-@mutation("scoring:gather", stacked_states="score_cam, authors")
+@mutation("sweep.scoring:gather", stacked_states="score_cam, authors")
 def flat_channel_not_left_out_where_it_was_swept(gather):
     def kept(found, todo, variation):
         return gather(found, todo, variation._replace(recipe=variation.recipe._replace(flat="zero")))
@@ -273,7 +273,7 @@ def flat_channel_not_left_out_where_it_was_swept(gather):
     return kept
 
 
-@mutation("scoring:_rows_from", path_of_inputs="is_cam")
+@mutation("sweep.scoring:_rows_from", path_of_inputs="is_cam")
 def every_step_of_the_path_at_full_scale(rows_from):
     def unscaled(subject, read, variation, size):
         return rows_from(subject, read, variation._replace(scales=(1.0,) * len(variation.scales)), size)
@@ -281,12 +281,12 @@ def every_step_of_the_path_at_full_scale(rows_from):
     return unscaled
 
 
-@mutation("methods.score_cam:path_scales", path_of_inputs="is_cam", kin="is_cam, linear")
+@mutation("formulas.masks:is_cam", path_of_inputs="is_cam", kin="is_cam, linear")
 def path_that_starts_at_zero(path_scales):
     return lambda num_samples, path: (0.0, *path_scales(num_samples, path)[:-1])
 
 
-@mutation("kernel:mapped", folded="score_cam")
+@mutation("sweep.kernel:mapped", folded="score_cam")
 def mapped_form_with_the_target_of_the_neighbour(mapped):
     def neighbour(call, of, rule, key, state, x, targets, rows):
         return mapped(call, of, rule, key, state, x, targets.roll(1, 0), rows)
@@ -302,7 +302,7 @@ def swept_with_the_tensors_of_the_model_whatever_the_state(sweep_all):
     return swept
 
 
-@mutation("methods.activation:resolve", images_permuted="cam")
+@mutation("methods._common:resolve", images_permuted="cam")
 def target_of_the_neighbour(resolve):
     def rolled(*args):
         score = resolve(*args)
@@ -311,7 +311,7 @@ def target_of_the_neighbour(resolve):
     return rolled
 
 
-@mutation("methods.score_cam:resolve", neighbours="is_cam", images_permuted="score_cam")
+@mutation("methods._common:resolve", neighbours="is_cam", images_permuted="score_cam")
 def target_of_the_first_image(resolve):
     def first(*args):
         score = resolve(*args)
@@ -328,7 +328,7 @@ def score_of_the_next_class(of_classes):
     return off_by_one
 
 
-@mutation("methods.score_cam:read", several_layers="score_cam")
+@mutation("methods._common:read_layer", several_layers="score_cam")
 def layers_the_other_way_round(read):
     def other(subject, name, activation, layout):
         return read(subject, name, subject.seen[::-1][subject.layers.index(name)], layout)
@@ -339,7 +339,7 @@ def layers_the_other_way_round(read):
 # -------------------------------------------------------------------------------------------------------- the capture
 
 
-@mutation("ports:_through", activation_moved="score_cam")
+@mutation("model.ports:_through", activation_moved="score_cam")
 def the_tensor_that_was_seen_is_handed_on(through):
     def spoiled(port, out):
         port.seen = through(port, out)
@@ -348,7 +348,7 @@ def the_tensor_that_was_seen_is_handed_on(through):
     return spoiled
 
 
-@mutation("scoring:kernel_of", neighbours="score_cam", chunk_size="is_cam")
+@mutation("sweep.scoring:kernel_of", neighbours="score_cam", chunk_size="is_cam")
 def batch_norm_in_train_mode(kernel_of):
     def training(subject, runner, *args):
         for module in runner.shell.module.modules():

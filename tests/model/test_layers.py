@@ -1,0 +1,501 @@
+"""Which layers can be explained and which is chosen; one network expressed in several layouts has one map."""
+
+import collections
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import grad, jvp, vmap
+
+import camfn
+from camfn import CamError, _compat, layouts
+from camfn.model.layers import clues_of
+from tests.oracles.closeness import assert_close, close
+from tests.oracles.libraries import torchvision_models
+from tests.oracles.networks import CHEAP, inputs, small_net
+
+# ----------------------------------------------------------------------------- one network in several layouts
+
+
+class Positions(nn.Module):
+    """Patches, a norm, a linear layer and a ReLU at each position, pooled: by convolutions, or with the channels last.
+
+    `layer` gives `(n, c, *grid)`, `(n, *grid, c)`, `(n, prefix + positions, c)` or that with the tokens first.
+    """
+
+    def __init__(self, layout: str, size: tuple[int, ...], prefix: int = 0):
+        super().__init__()
+        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(size)]
+        self.patches, self.layer, self.fc = conv(3, 6, 4, stride=4), Position(layout), nn.Linear(5, 4)
+        self.layout = layout
+        self.tokens = nn.Parameter(torch.randn(prefix, 6))
+
+    def forward(self, x):
+        h = self.patches(x)
+        if self.layout == "channels_last":
+            h = h.movedim(1, -1)
+        elif self.layout != "channels_first":
+            h = torch.cat([self.tokens.expand(len(h), -1, -1), h.flatten(2).mT], 1)
+            h = h.transpose(0, 1) if self.layout == "sequence" else h
+        h = self.layer(h)
+        if self.layout == "sequence":
+            h = h.transpose(0, 1)
+        if self.layout in ("tokens", "sequence"):
+            y, rest = self.fc(h[:, len(self.tokens) :].mean(1)), h[:, : len(self.tokens)].sum((1, 2))[:, None]
+        else:
+            y, rest = self.fc(h.flatten(1, -2).mean(1) if self.layout == "channels_last" else h.flatten(2).mean(2)), 0
+        return y + y.relu() + rest
+
+
+class Position(nn.Module):
+    def __init__(self, layout: str):
+        super().__init__()
+        self.norm, self.linear, self.first = nn.LayerNorm(6), nn.Linear(6, 5), layout == "channels_first"
+        self.out = nn.LayerNorm(5)
+
+    def forward(self, h):
+        h = h.movedim(1, -1) if self.first else h
+        h = self.out(self.linear(self.norm(h))).relu()
+        return h.movedim(-1, 1) if self.first else h
+
+
+def alike(layout: str, size: tuple[int, ...], prefix: int = 0) -> Positions:
+    """The same weights for every layout."""
+    torch.manual_seed(0)
+    model = Positions(layout, size).double()
+    model.tokens = nn.Parameter(torch.randn(prefix, 6, dtype=torch.float64))
+    return model
+
+
+SIZES = {"line": (32,), "picture": (16, 24), "volume": (8, 12, 16)}
+OPTIONS = CHEAP | {"ss_cam": {"num_samples": 3, "std": 0.5}}
+AT_A_LAYER = [name for name, row in camfn.METHODS.items() if "activations" in row.needs]
+
+
+@pytest.mark.filterwarnings(r"ignore:1 of 2 maps at layer 'layer' are flat:camfn.CamWarning")  # of Group-CAM
+@pytest.mark.parametrize("method", AT_A_LAYER)
+@pytest.mark.parametrize("size", SIZES)
+def test_one_network_has_one_map_in_every_layout(method, size):
+    sides = SIZES[size]
+    x = torch.randn(2, 3, *sides, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    # The other tokens add to the score. Ablation-CAM's weights are shares of it, and of scores are Recipro-CAM's maps.
+    function, scored = camfn.METHODS[method].function, method in ("ablation_cam", "recipro_cam")
+    options = {**OPTIONS.get(method, {}), "normalize": scored}
+    grid = tuple(side // 4 for side in sides)
+    expected = function(alike("channels_first", sides), "layer", x, [1, 2], **options)
+    assert expected.shape == (2, *(sides if method == "cameras" else grid))
+    assert float(expected.abs().max()) > 0
+    for layout, prefix in (("channels_last", 0), ("tokens", 0), ("tokens", 1), ("tokens", 5), ("sequence", 2)):
+        if len(sides) == 1 and layout == "tokens" and not prefix:
+            continue  # which is channels last
+        model = alike(layout, sides, prefix)
+        ours = function(model, "layer", x, [1, 2], **options)
+        assert_close(ours, expected, 1e-9 * float(expected.abs().max()), f"{layout} {prefix}")
+        by_hand = "channels_last" if layout == "channels_last" else layouts.tokens(grid, prefix)
+        assert_close(function(model, "layer", x, [1, 2], layout=by_hand, **options), ours, 0)
+
+
+@pytest.mark.parametrize(("layout", "prefix"), [("channels_last", 0), ("tokens", 3), ("sequence", 1)])
+def test_what_is_written_back_goes_through_the_rest_of_the_network(layout, prefix):
+    """Half the channels are zeroed: by `restore` and `swap` in one layout, by hand in the other."""
+    sides = SIZES["picture"]
+    x = torch.randn(2, 3, *sides, dtype=torch.float64)
+    first, other = alike("channels_first", sides), alike(layout, sides, prefix)
+    seen = first.layer(first.patches(x))
+    seen[:, ::2] = 0
+    y = first.fc(seen.mean((2, 3)))
+    expected = y + y.relu()
+    f, state = camfn.tap(other, "layer"), camfn.state_of(other)
+    output, activation = f(state, x)
+    read = layouts.read(activation, "auto", sides, "layer", 2, lambda: clues_of(other, sides))
+    values = read.values.clone()
+    values[:, ::2] = 0
+    swapped = f(state, x, None, read.restore(values)).output
+    before = (output - first(x)).detach()  # the prefix's part, which stays
+    close(swapped - before, expected.detach())
+
+
+def test_the_gradient_is_read_as_the_activation_is():
+    sides, x = SIZES["picture"], torch.randn(2, 3, *SIZES["picture"], dtype=torch.float64)
+    slopes = []
+    for model in (alike("channels_first", sides), alike("tokens", sides, 2)):
+        f, state = camfn.tap(model, "layer"), camfn.state_of(model)
+        seen = f(state, x).seen
+        read = layouts.read(seen, "auto", sides, "layer", 2, lambda model=model: clues_of(model, sides))
+        slopes.append(
+            read.view(grad(lambda nudge, f=f, state=state: f(state, x, nudge).output[:, 1].sum())(torch.zeros_like(seen)))
+        )
+    close(*slopes)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "tokens", "sequence"])
+def test_layouts_are_read_under_transforms(layout):
+    sides, x = SIZES["picture"], torch.randn(3, 3, *SIZES["picture"], dtype=torch.float64)
+    model = alike(layout, sides, 0 if layout == "channels_last" else 2)
+
+    def function(x):
+        return camfn.grad_cam(model, "layer", x, 1, relu=False, normalize=False)
+
+    expected = camfn.grad_cam(alike("channels_first", sides), "layer", x, 1, relu=False, normalize=False)
+    close(vmap(lambda image: function(image[None])[0])(x), expected, "vmap")
+    if not _compat.can_compile():
+        close(torch.compile(function, backend="eager")(x), expected, "compile")
+    # A directional derivative against a finite difference.
+    along = torch.randn_like(x)
+    slope = jvp(function, (x,), (along,))[1]
+    assert_close(
+        slope, (function(x + 1e-5 * along) - function(x - 1e-5 * along)) / 2e-5, 1e-8 * float(slope.abs().max()), "jvp"
+    )
+    assert float(slope.abs().max()) > 0
+
+
+# --------------------------------------------------------------------------------------------------- the candidates
+
+
+class FullyConvolutional(nn.Module):
+    """Ends in a map for each of 3 classes, averaged; the activation runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.classes, self.again = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 3, 1), nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.classes(self.again(self.features(x)))).mean((2, 3))
+
+
+def names(found) -> list[str]:
+    return [layer.name for layer in found]
+
+
+def chosen(found) -> str:
+    (name,) = [layer.name for layer in found if layer.chosen]
+    return name
+
+
+def test_candidates_say_what_they_are():
+    found = camfn.candidate_layers(FullyConvolutional(), torch.randn(2, 2, 5, 6))
+    assert found == (
+        camfn.Candidate("features", "Conv2d", (2, 4, 5, 6), (5, 6), True),
+        camfn.Candidate("again@1", "Tanh", (2, 4, 5, 6), (5, 6), False),
+        camfn.Candidate("classes", "Conv2d", (2, 3, 5, 6), (5, 6), False),
+        camfn.Candidate("again@2", "Tanh", (2, 3, 5, 6), (5, 6), False),
+    )
+
+
+def test_class_maps_are_chosen_only_where_there_is_nothing_else():
+    only = nn.Sequential(nn.Conv2d(2, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert chosen(camfn.candidate_layers(only, torch.randn(2, 2, 5, 6))) == "0"
+
+
+class Pyramid(nn.Module):
+    """A trunk, three levels as a dict, a layer on the first, and a head on each that is one layer run three times."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.top = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 6, 3, padding=1)
+        self.levels, self.first, self.head = Levels(), nn.Conv2d(5, 5, 3, padding=1), nn.Conv2d(5, 2, 1)
+
+    def forward(self, x):
+        found = self.levels(self.top(self.trunk(x).relu()).relu())
+        found["0"] = self.first(found["0"])
+        return torch.stack([self.head(level).amax((2, 3)) for level in found.values()]).sum(0)
+
+
+class Levels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lateral = nn.Conv2d(6, 5, 1)
+
+    def forward(self, h):
+        level = self.lateral(h)
+        return collections.OrderedDict((str(i), nn.functional.max_pool2d(level, 2**i)) for i in range(3))
+
+
+def test_a_tensor_in_a_tuple_in_a_tuple_is_named_by_its_place():
+    class Nested(nn.Conv2d):
+        def forward(self, x):
+            return (super().forward(x),), 4, 4
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nested, self.fc = Nested(3, 6, 3, stride=2), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.fc(self.nested(x)[0][0].relu().mean((2, 3)))
+
+    (layer,) = camfn.candidate_layers(Net(), inputs(dtype=torch.float32))
+    assert layer.name == "nested:0:0"
+    assert camfn.grad_cam(Net(), layer.name, inputs(dtype=torch.float32), 1, relu=False).shape == (2, 3, 3)
+
+
+class Joined(nn.Module):
+    """Levels that a convolution joins again, and a linear head behind it: a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.levels = nn.Conv2d(3, 6, 3, stride=2, padding=1), Levels()
+        self.join, self.side, self.fc = nn.Conv2d(5, 7, 3, padding=1), nn.Conv2d(7, 5, 1), nn.Linear(7, 2)
+
+    def forward(self, x):
+        joined = self.join(sum(nn.functional.interpolate(level, (4, 4)) for level in self.levels(self.trunk(x)).values()))
+        return self.fc((joined + self.side(joined).mean(1, keepdim=True)).mean((2, 3)))
+
+
+def test_behind_a_pyramid_the_layer_is_chosen_that_a_linear_head_takes():
+    assert chosen(camfn.candidate_layers(Joined(), inputs(side=16, dtype=torch.float32))) == "join"
+
+
+def test_of_branches_what_joins_them_is_chosen():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU())
+
+        def forward(self, x):
+            return torch.cat([self.one(x), self.other(x)], 1)
+
+    model = nn.Sequential(Branches(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 3))
+    assert chosen(camfn.candidate_layers(model, inputs(dtype=torch.float32))) == "0"
+
+
+def test_every_candidate_can_be_explained_as_it_is_named():
+    torch.manual_seed(0)
+    model, x = Pyramid().double(), inputs(side=16)
+    found = camfn.candidate_layers(model, x)
+    assert names(found) == [
+        "trunk",
+        "top",
+        "levels.lateral",
+        *(f"levels:{i}" for i in range(3)),
+        "first",
+        *(f"head@{i}" for i in (1, 2, 3)),
+    ]
+    for layer in found:
+        assert camfn.grad_cam(model, layer.name, x, 1, relu=False).shape == (2, *layer.grid)
+    # The last before the pyramid: no single level has the whole picture.
+    assert chosen(found) == "levels.lateral"
+    with pytest.warns(camfn.CamWarning, match="layer=None: 'levels.lateral' was chosen, the last layer on a grid"):
+        ours = camfn.grad_cam(model, None, x, 1, relu=False)
+    assert_close(ours, camfn.grad_cam(model, "levels.lateral", x, 1, relu=False), 0)
+
+
+def test_candidates_of_other_inputs():
+    net, x = small_net(), inputs()
+    expected = camfn.candidate_layers(net, x)
+    assert chosen(expected) == "act"
+    assert camfn.candidate_layers(net, (x,)) == camfn.candidate_layers(net, {"x": x}) == expected
+    state = {name: tensor * 2 for name, tensor in camfn.state_of(net).items()}
+    assert camfn.candidate_layers(net, x, state=state) == expected
+    assert camfn.candidate_layers(nn.Flatten(), x) == ()
+    with pytest.raises(CamError, match="no layer of Flatten has 2 spatial axes of more than one position"):
+        camfn.grad_cam(nn.Flatten(), None, x)
+
+
+class Auxiliary(nn.Module):
+    """A segmentation network whose auxiliary head runs last, as torchvision's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.aux = nn.Conv2d(3, 6, 3), nn.Sequential(nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1))
+        self.classifier = nn.Sequential(nn.Conv2d(6, 7, 1), nn.ReLU(), nn.Conv2d(7, 3, 1))
+
+    def forward(self, x):
+        h = self.trunk(x)
+        return {"out": self.classifier(h), "aux": self.aux(h)}
+
+
+def test_neither_the_output_of_a_segmentation_nor_its_auxiliary_head_is_chosen():
+    torch.manual_seed(0)
+    found = camfn.candidate_layers(Auxiliary(), torch.randn(1, 3, 8, 8))
+    assert chosen(found) == "classifier.1"
+    assert {"classifier", "classifier.2", "aux", "aux.2"} <= set(names(found))
+
+
+def test_nor_is_another_output_that_lies_on_the_grid():
+    class Flow(nn.Sequential):
+        def forward(self, x):
+            return {"flow": super().forward(x), "scale": 2.0}
+
+    assert (
+        chosen(camfn.candidate_layers(Flow(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3)), torch.randn(2, 3, 8, 8))) == "1"
+    )
+
+
+# -------------------------------------------------------------------------------------------- networks of libraries
+
+
+def pictures(*sides: int, n: int = 1) -> Tensor:
+    return torch.randn(n, 3, *sides, generator=torch.Generator().manual_seed(2))
+
+
+def timm_net(name: str, **options):
+    torchvision_models()
+    return pytest.importorskip("timm").create_model(name, num_classes=7, **options)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def hugging(kind: str, task: str = "ForImageClassification", **options):
+    torchvision_models()
+    transformers = pytest.importorskip("transformers")
+    return getattr(transformers, kind + task)(getattr(transformers, f"{kind}Config")(**options))
+
+
+def hugging_vit(kind: str):
+    return hugging(kind, **SMALL, image_size=64, patch_size=16, num_labels=5)
+
+
+def seen_by(name: str, **options):
+    return getattr(torchvision_models(), name)(num_classes=7, **options)
+
+
+def pixels(*sides: int, n: int = 1) -> dict[str, Tensor]:
+    return {"pixel_values": pictures(*sides, n=n)}
+
+
+LIBRARIES = {
+    # Convolutions.
+    "resnet18": (lambda: seen_by("resnet18"), pictures(64, 96), "layer4", (2, 3)),
+    "densenet121": (lambda: timm_net("densenet121"), pictures(64, 64), "features", (2, 2)),
+    "video": (lambda: torchvision_models().video.r3d_18(num_classes=7), pictures(8, 32, 32), "layer4", (1, 2, 2)),
+    "segmentation": (
+        lambda: torchvision_models().segmentation.fcn_resnet50(
+            weights=None, weights_backbone=None, num_classes=5, aux_loss=True
+        ),
+        pictures(32, 32),
+        "classifier.3",
+        (4, 4),
+    ),
+    # Channels last.
+    "swin": (
+        lambda: torchvision_models().SwinTransformer([4, 4], 16, [1, 2], [2, 2], [4, 4], num_classes=7),
+        pictures(64, 96),
+        "norm",
+        (8, 12),
+    ),
+    "timm convnext": (lambda: timm_net("convnext_atto"), pictures(64, 64), "norm_pre", (2, 2)),
+    "swin of a video": (
+        lambda: torchvision_models().video.SwinTransformer3d([2, 4, 4], 16, [1, 2], [2, 2], [2, 4, 4], num_classes=7),
+        pictures(4, 32, 48),
+        "norm",
+        (2, 4, 6),
+    ),
+    # Tokens with a class token: the last block but one.
+    "vit": (lambda: timm_net("vit_tiny_patch16_224", img_size=64), pictures(64, 64), "blocks.10", (4, 4)),
+    "vit, not square": (lambda: timm_net("vit_tiny_patch16_224", img_size=(64, 96)), pictures(64, 96), "blocks.10", (4, 6)),
+    "distilled": (lambda: timm_net("deit_tiny_distilled_patch16_224", img_size=64), pictures(64, 64), "blocks.10", (4, 4)),
+    "registers": (lambda: timm_net("vit_small_patch14_reg4_dinov2", img_size=56), pictures(56, 56), "blocks.10", (4, 4)),
+    "eva": (lambda: timm_net("eva02_tiny_patch14_224", img_size=56), pictures(56, 56), "blocks.10", (4, 4)),
+    "torchvision vit": (
+        lambda: torchvision_models().VisionTransformer(64, 16, 3, 2, 32, 64, num_classes=7),
+        pictures(64, 64),
+        "encoder.layers.encoder_layer_1",
+        (4, 4),
+    ),
+    "hugging face vit": (lambda: hugging_vit("ViT"), pixels(64, 64), "vit.layers.1", (4, 4)),
+    "hugging face registers": (
+        lambda: hugging_vit("Dinov2WithRegisters"),
+        pixels(64, 64),
+        "dinov2_with_registers.encoder.layer.1",
+        (4, 4),
+    ),
+    # Tokens without.
+    "mixer": (lambda: timm_net("mixer_s32_224", img_size=64), pictures(64, 64), "norm", (2, 2)),
+    "class attention": (lambda: timm_net("xcit_nano_12_p16_224"), pictures(64, 64), "cls_attn_blocks.0", (4, 4)),
+    "pyramid of tokens": (lambda: timm_net("pvt_v2_b0"), pictures(64, 64), "stages", (2, 2)),
+    "batch norms of tokens": (lambda: timm_net("levit_128s"), pictures(224, 224), "stages", (4, 4)),
+    "hugging face swin": (
+        lambda: hugging("Swin", image_size=64, embed_dim=16, depths=[1, 1, 2], num_heads=[2, 2, 2], window_size=4),
+        pixels(64, 64),
+        "swin.layernorm",
+        (4, 4),
+    ),
+    # Attention weights with the axes of a picture.
+    "attention as modules": (
+        lambda: timm_net("tnt_s_legacy_patch16_224", img_size=64),
+        pictures(64, 64),
+        "blocks.11.proj",
+        (4, 4),
+    ),
+}
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Heads that begin at zero have no gradient to show."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(0, 0.2, generator=generator)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_the_layer_chosen_in_a_librarys_network(name):
+    make, x, layer, grid = LIBRARIES[name]
+    torch.manual_seed(0)
+    model = lively(make())
+    found = camfn.candidate_layers(model, x)
+    assert (chosen(found), next(c.grid for c in found if c.chosen)) == (layer, grid)
+    target = (lambda output: output["out"][1].mean()) if name == "segmentation" else None
+    with pytest.warns(camfn.CamWarning, match=f"layer=None: '{layer}' was chosen"):
+        card = camfn.explain(model, None, x, target, method="grad_cam", relu=False, normalize=False)
+    assert card.maps.shape == (1, *grid)
+    assert float(card.maps.abs().max()) > 0, "its positions have a gradient"
+
+
+def test_after_the_last_block_only_the_class_token_has_a_gradient():
+    """Why the last block but one is chosen, by a plain hook."""
+    torch.manual_seed(0)
+    model, x, gradients = lively(timm_net("vit_tiny_patch16_224", img_size=64)), pictures(64, 64), {}
+
+    def keep(i):
+        def hook(module, args, out):
+            out.register_hook(lambda gradient: gradients.update({i: gradient}))
+
+        return hook
+
+    hooks = [model.blocks[i].register_forward_hook(keep(i)) for i in (10, 11)]
+    model(x)[0, 1].backward()
+    for hook in hooks:
+        hook.remove()
+    assert float(gradients[11][:, 1:].abs().max()) == 0
+    assert float(gradients[10][:, 1:].abs().max()) > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert float(camfn.grad_cam(model, "blocks.11", x, 1, relu=False, normalize=False).abs().max()) == 0
+
+
+def test_the_tokens_of_a_text_are_no_picture():
+    """Nine tokens of a text would be a class and a grid of 2 x 2: those of the picture are on the convolution's grid."""
+    text = {**SMALL, "vocab_size": 100, "eos_token_id": 3, "bos_token_id": 2, "pad_token_id": 1}
+    torch.manual_seed(0)
+    model = hugging("CLIP", "Model", text_config=text, vision_config={**SMALL, "image_size": 64, "patch_size": 16})
+    x = {**pixels(64, 64, n=2), "input_ids": torch.randint(5, 99, (2, 9)), "attention_mask": torch.ones(2, 9).long()}
+    assert chosen(camfn.candidate_layers(model, x)) == "vision_model.encoder.layers.1"
+    assert any("text" in name for name in names(camfn.candidate_layers(model, x)))
+
+
+def test_a_spectrogram_of_which_the_model_makes_a_picture_has_to_be_told():
+    torch.manual_seed(0)
+    model = hugging("AST", "ForAudioClassification", max_length=64, num_mel_bins=32, **SMALL)
+    model, x = lively(model), {"input_values": torch.randn(1, 64, 32)}
+    layer = "audio_spectrogram_transformer.layers.0"
+    with pytest.raises(CamError, match=r"no grid of that many positions .* say where they are by layout="):
+        camfn.grad_cam(model, layer, x, 0)
+    maps = camfn.grad_cam(model, layer, x, 0, layout=layouts.tokens((2, 5), 2), normalize=False, relu=False)
+    assert maps.shape == (1, 2, 5)
+    assert float(maps.abs().max()) > 0
+
+
+def test_a_transformer_on_the_samples_of_a_sound():
+    convolutions = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+    position = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+    torch.manual_seed(0)
+    model = hugging("Wav2Vec2", "ForSequenceClassification", **SMALL, **convolutions, **position)
+    x = {"input_values": torch.randn(1, 1000)}
+    maps = camfn.grad_cam(model, "wav2vec2.encoder.layers.0", x, 0)
+    assert maps.shape == (1, 50)
