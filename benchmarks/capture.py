@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import camfn
-from camfn.model.forward import look
-from camfn.model.gradients import slopes_of
+from camfn.model.forward import look_with_gradients
+from camfn.model.gradients import each_target
 from camfn.model.prepare import opened
 from camfn.targets import resolve
 
@@ -70,8 +70,8 @@ def by_hand(model: nn.Module, layer: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def captured(model: nn.Module, layer: str, x: torch.Tensor) -> torch.Tensor:
-    subject = look(model, layer, x, None, None, masks=True, graph=True)
-    return slopes_of(subject.pull, subject.output, resolve(1, subject.output, 1, x.device))[0][layer]
+    forward, pullback = look_with_gradients(model, layer, x, None, masks=True)
+    return each_target(pullback.gradients, forward.output, resolve(1, forward.output, 1, x.device))[0][layer]
 
 
 def overhead(rounds: int) -> float:

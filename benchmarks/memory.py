@@ -71,8 +71,8 @@ from common import Case
 from torch import Tensor, nn
 
 import camfn
-from camfn.methods import masked
 from camfn.model.forward import look
+from camfn.sweep import scoring
 from camfn.sweep.runner import Runner, runner_of
 from camfn.targets import resolve
 
@@ -92,9 +92,9 @@ CONTENDERS = ("plain", *OURS, *PEERS)
 def copy_of(case: Case, model: nn.Module, x: Tensor) -> Runner:
     """The model as a sweep runs it, made by the library's own code."""
     with torch.no_grad():
-        subject = look(model, case.layer, x, None, None, masks=True)
-        score = resolve(None, subject.output, subject.n, x.device)
-        return runner_of(subject, score, camfn.Sweep(chunk=case.chunk, compile=False), rows=1 << 20)
+        forward = look(model, case.layer, x, None, masks=True)
+        score = resolve(None, forward.output, forward.n, x.device)
+        return runner_of(forward, score, camfn.Sweep(chunk=case.chunk, compile=False), rows=1 << 20)
 
 
 @contextmanager
@@ -107,11 +107,11 @@ def noting_copies(model: nn.Module) -> Iterator[list[float]]:
         sizes.append(size_of(runner, model))
         return runner
 
-    masked.runner_of = noting
+    scoring.runner_of = noting
     try:
         yield sizes
     finally:
-        masked.runner_of = runner_of
+        scoring.runner_of = runner_of
 
 
 def size_of(copy: Runner, model: nn.Module) -> float:

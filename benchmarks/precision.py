@@ -58,7 +58,7 @@ from budget import LAYERS, PLOT, compared, honest, joined, panels, trained
 from torch import Tensor, nn
 
 import camfn
-from camfn.sweep import low_precision
+from camfn.sweep import gaussian_process as gp
 
 NARROW = camfn.Sweep(dtype=torch.bfloat16)
 ERROR, PEARSON = 0.03, 0.999  # the limits within which a map counts as near
@@ -69,7 +69,7 @@ ERROR, PEARSON = 0.03, 0.999  # the limits within which a map counts as near
 
 def unrefined() -> AbstractContextManager[Any]:
     """Switch off the refinement: no error is large enough to score a channel again."""
-    return mock.patch.object(low_precision, "GOAL", math.inf)
+    return mock.patch.object(gp, "GOAL", math.inf)
 
 
 def card(model: nn.Module, layer: str, x: Tensor, target: int | None, way: str) -> camfn.Explanation:
@@ -234,7 +234,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     record = {
         "question": __doc__.splitlines()[0],
         "environment": common.environment(["torchvision", "numpy", "camfn", "torchcam"]),
-        "arguments": {"rounds": options.rounds, "goal": low_precision.GOAL, "most": low_precision.MOST},
+        "arguments": {"rounds": options.rounds, "goal": gp.GOAL, "most": gp.MOST},
         "networks": {},
     }
     if options.only == "speed":

@@ -12,6 +12,7 @@ import pytest
 import camfn
 
 PACKAGE = Path(camfn.__file__).parent
+METHODS_PAGE = PACKAGE.parent / "docs" / "methods.md"
 
 ROOMS = {
     "": ("_errors", "_types", "_compat", "_paths"),
@@ -123,6 +124,44 @@ def test_public_names_are_documented():
     for name, method in camfn.METHODS.items():
         assert ">>>" in method.function.__doc__, f"{name} needs an example that runs"
         assert re.search(r"\((arXiv|doi)\s", method.function.__doc__), f"{name} needs its source"
+
+
+@pytest.mark.parametrize("name", camfn.METHODS)
+def test_the_formula_of_a_method_is_in_formulas(name):
+    formula = camfn.METHODS[name].formula
+    assert formula.__module__.startswith("camfn.formulas.")
+    assert formula.__name__ == name
+    assert formula.__doc__
+    (row,) = [line for line in METHODS_PAGE.read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    assert f"(../{formula.__module__.replace('.', '/')}.py)" in row
+
+
+ARITHMETIC = ("einsum", "matmul", "softmax", "sqrt", "exp", "tanh", "sigmoid", "mean", "std", "amax", "amin")
+"""Of these a method calls none, but for the few in `COMPOSED`."""
+COMPOSED = {
+    "averaged": {"amax"},  # one scale for the gradients of all sizes
+    "opti_cam": {"softmax"},  # the weights whose score is climbed
+}
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((PACKAGE / "methods").glob("[a-z]*.py"))])
+def test_methods_compute_nothing(name):
+    tree = ast.parse((PACKAGE / "methods" / f"{name}.py").read_text())
+    called = {node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)}
+    assert called & {*ARITHMETIC} == COMPOSED.get(name, set())
+
+
+TORCHS = {"_scaled_dot_product"}  # torch names its arguments
+MOST = 6
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_function_takes_many_positional_parameters(name):
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name not in TORCHS:
+            given = [*node.args.posonlyargs, *node.args.args]
+            given = given[1:] if given and given[0].arg in ("self", "cls") else given
+            assert len(given) <= MOST, f"{name}.{node.name} takes {len(given)}"
 
 
 LIGHT = "import sys, camfn; print(' '.join(m for m in {heavy} if m in sys.modules))"

@@ -70,11 +70,11 @@ def test_fuse_is_the_maximum_after_resizing_to_the_largest_side_of_each_axis():
 
 def test_weights():
     scores = torch.randn(2, 5, 3, dtype=torch.float64)
-    w = weights.softmax(scores)
+    w = weights.score_cam(scores)
     assert w.shape == (2, 3, 5)
     close(w.sum(-1), torch.ones(2, 3, dtype=torch.float64))
     close(w[1, 2], torch.exp(scores[1, :, 2]) / torch.exp(scores[1, :, 2]).sum())
-    assert_close(weights.score(scores), scores.mT, 0)
+    assert_close(weights.score_cam(scores, "score"), scores.mT, 0)
 
 
 def test_effective_channels():

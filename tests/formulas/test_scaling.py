@@ -14,7 +14,7 @@ from torch.func import grad, vmap
 
 import camfn
 from camfn.formulas import attention, components
-from camfn.formulas.scaling import size_of, unit
+from camfn.formulas.scaling import magnitude, rescale
 from tests.oracles.networks import CHEAP, LAYERED
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarning")
@@ -128,14 +128,14 @@ def test_a_product_over_layers_of_attention_stays_within_the_range_where_the_map
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0])
 def test_a_kernel_component_has_the_length_of_float64s(kernel, scale):
     values = scale * torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    found, wanted = (components.kernel_first(each, kernel, None).double() for each in (values, values.double()))
+    found, wanted = (components.kpca_cam(each, kernel, None).double() for each in (values, values.double()))
     assert float((found - wanted).abs().max()) <= 1e-3 * float(wanted.abs().max())
 
 
 def test_a_size_is_a_power_of_two_and_a_constant_to_derivatives():
     values = torch.tensor([[3.0, -5.0], [0.0, 0.0], [torch.inf, 1.0], [torch.nan, 1.0], [1e-45, 0.0]])
-    assert size_of(values, -1)[:, 0].tolist() == [4.0, 1.0, 1.0, 1.0, pytest.approx(1e-45, rel=0.5)]
+    assert magnitude(values, -1)[:, 0].tolist() == [4.0, 1.0, 1.0, 1.0, pytest.approx(1e-45, rel=0.5)]
     rows = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    slopes = grad(lambda v: (unit(v, -1) * size_of(v, -1)).sum())(rows)
+    slopes = grad(lambda v: (rescale(v, -1) * magnitude(v, -1)).sum())(rows)
     assert torch.equal(slopes, torch.ones(3, 4))
-    assert torch.equal(vmap(lambda row: unit(row, 0))(rows), unit(rows, 1))
+    assert torch.equal(vmap(lambda row: rescale(row, 0))(rows), rescale(rows, 1))

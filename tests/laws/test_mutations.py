@@ -39,17 +39,17 @@ def mutation(place: str, **caught: str) -> Callable[[Callable[[Any], Any]], Call
 
 @mutation("formulas.weights:score_cam", neighbours="score_cam", between_the_channels="is_cam", zero_channel="score_cam, paper")
 def softmax_over_the_images(softmax):
-    return lambda scores: torch.softmax(scores, 0).mT
+    return lambda scores, *weighting: torch.softmax(scores, 0).mT
 
 
 @mutation("formulas.weights:score_cam", many_targets="score_cam", between_the_channels="score_cam")
 def softmax_over_the_targets(softmax):
-    return lambda scores: torch.softmax(scores, 2).mT
+    return lambda scores, *weighting: torch.softmax(scores, 2).mT
 
 
 @mutation("formulas.weights:score_cam", logits_shifted="ss_cam", between_the_channels="ss_cam", zero_channel="score_cam")
 def scores_in_place_of_their_softmax(softmax):
-    return lambda scores: scores.mT
+    return lambda scores, *weighting: scores.mT
 
 
 @mutation("formulas.maps:combine", activation_moved="cam", between_the_channels="score_cam")
@@ -185,7 +185,7 @@ def noisy_inputs_from_the_global_generator(noises):
     return lambda draws, std, seed, like: std * torch.randn(draws, *like.shape)
 
 
-@mutation("formulas.maps:saliency", neighbours="full_grad")
+@mutation("formulas.maps:full_grad", neighbours="full_grad")
 def saliency_over_the_batch(saliency):
     def whole(part, size, *, each=False, align_corners=True):
         high = part.abs().amax()

@@ -259,9 +259,9 @@ def test_small_activations_keep_their_digits_in_a_kernel():
     values = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     values = values - values.mean(1, keepdim=True)
     for kernel in ("sigmoid", "rbf", "poly"):
-        fine = components.kernel_first(1e-5 * values.double(), kernel, None)
+        fine = components.kpca_cam(1e-5 * values.double(), kernel, None)
         assert_close(
-            components.kernel_first(1e-5 * values, kernel, None) / fine.abs().max(),
+            components.kpca_cam(1e-5 * values, kernel, None) / fine.abs().max(),
             fine / fine.abs().max(),
             1e-4,
         )
@@ -277,8 +277,8 @@ def test_the_linear_kernel_is_eigen_cam():
 def test_a_kernel_without_a_positive_eigenvalue_has_a_map_of_zeros():
     flat = torch.zeros(3, 5)
     for kernel in components.KERNELS:
-        assert int(components.kernel_first(flat, kernel, None).count_nonzero()) == 0
-        slope = torch.func.grad(lambda values, kernel=kernel: components.kernel_first(values, kernel, None).sum())(flat)
+        assert int(components.kpca_cam(flat, kernel, None).count_nonzero()) == 0
+        slope = torch.func.grad(lambda values, kernel=kernel: components.kpca_cam(values, kernel, None).sum())(flat)
         assert int(slope.count_nonzero()) == 0
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import camfn
-from camfn.formulas.masks import Variation, noise_stream
+from camfn.formulas.masks import Variation
+from camfn.formulas.noise import noise_stream
 from tests.oracles.closeness import assert_close
 from tests.oracles.libraries import grad_cam, peer, torchvision_models
 from tests.oracles.networks import CONVS, POOLS, inputs, livened, small_net

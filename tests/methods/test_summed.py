@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import camfn
-from camfn.formulas.masks import random_cells
+from camfn.formulas import noise
 from camfn.model.memory import Ledger
 from tests.oracles.closeness import close
 from tests.oracles.loops import DIMS, activation_of, blurred, frozen, gradient_of, min_max, upsampled
@@ -132,7 +132,7 @@ def test_a_model_that_ignores_its_input_gives_group_cam_nothing_and_the_others_t
     )
     found = camfn.score_cam_pp(model, "inner.features", x, size="input", relu=False, normalize=False)
     close(found, p * gates.sum(1))
-    masks = masks_of(*random_cells(3, 50, 4, (8, 8), 0.3), (8, 8))
+    masks = masks_of(*noise.rise(3, 50, 4, (8, 8), 0.3), (8, 8))
     found = camfn.rise(model, None, x, num_samples=50, cells=4, probability=0.3, seed=3, normalize=False)
     close(found, p * masks.mean(0).expand(2, 8, 8) / 0.3)
 
@@ -193,7 +193,7 @@ def test_rise_is_the_papers_mean(dims):
         {"num_samples": 70, "cells": 3, "probability": 0.4, "seed": 5},
     )
     size = tuple(x.shape[2:])
-    masks = masks_of(*random_cells(5, 70, 3, size, 0.4), size)
+    masks = masks_of(*noise.rise(5, 70, 3, size, 0.4), size)
     assert float(masks.std()) > 0.2
     total = torch.zeros(2, 5, *size, dtype=x.dtype)
     for i in range(2):
@@ -207,7 +207,7 @@ def test_rise_is_the_papers_mean(dims):
 def test_rise_on_sides_that_cells_do_not_divide():
     x = inputs(1, side=9)[..., :7]
     model = softer(small_net())
-    masks = masks_of(*random_cells(0, 40, 4, (9, 7), 0.5), (9, 7))
+    masks = masks_of(*noise.rise(0, 40, 4, (9, 7), 0.5), (9, 7))
     with torch.no_grad():
         scores = frozen(model)(x * masks[:, None]).softmax(1)[:, 1]
     found = camfn.rise(model, None, x, 1, num_samples=40, cells=4, normalize=False)
@@ -238,7 +238,7 @@ def test_rise_of_a_linear_model_tends_to_its_expectation():
     moment = p**2 + p * (1 - p) * torch.stack([u.mT @ u for u in shares]).mean(0)
     v = (model.fc.weight[1].detach() * x.flatten()).double()
     expected = moment @ v / p + float(model.fc.bias[1].detach())
-    masks = masks_of(*random_cells(0, n, cells, (side, side), p), (side, side)).flatten(1)
+    masks = masks_of(*noise.rise(0, n, cells, (side, side), p), (side, side)).flatten(1)
     found = camfn.rise(model, None, x, camfn.targets.logit(1), num_samples=n, cells=cells, probability=p, normalize=False)
     error = ((masks @ v + float(model.fc.bias[1].detach()))[:, None] * masks / p).std(0) / n**0.5
     assert float(error.max()) < 0.2 * float(expected.std())  # few enough to tell
@@ -254,21 +254,21 @@ def test_of_pixels_masked_each_for_itself_rise_finds_the_weights():
 
 
 def test_masks_are_the_first_of_however_many_and_each_draw_has_its_own():
-    few, many = random_cells(7, 10, 4, (8, 9), 0.5), random_cells(7, 300, 4, (8, 9), 0.5)
+    few, many = noise.rise(7, 10, 4, (8, 9), 0.5), noise.rise(7, 300, 4, (8, 9), 0.5)
     for some, all_ in zip(few, many):
         assert torch.equal(some, all_[:10])
     cells, shifts = many
     assert abs(float(cells.double().mean()) - 0.5) < 4 * 0.5 / (300 * 16) ** 0.5
     assert [shifts[:, axis].unique().tolist() for axis in (0, 1)] == [[0, 1], [0, 1, 2]]
     assert len(cells.flatten(1).unique(dim=0)) > 290
-    assert not torch.equal(cells, random_cells(8, 300, 4, (8, 9), 0.5)[0])
-    assert random_cells(7, 300, 4, (8, 9), 1.0)[0].all()
+    assert not torch.equal(cells, noise.rise(8, 300, 4, (8, 9), 0.5)[0])
+    assert noise.rise(7, 300, 4, (8, 9), 1.0)[0].all()
 
 
 def test_a_mask_of_zeros_costs_no_forward_of_its_own():
     """A cell or none: of 40 masks of one cell those without it share a forward."""
     model, x = softer(small_net()), inputs(2)
-    alive = int(random_cells(0, 40, 1, (8, 8), 0.5)[0].sum())
+    alive = int(noise.rise(0, 40, 1, (8, 8), 0.5)[0].sum())
     assert 5 < alive < 35
     card = camfn.explain(model, None, x, method="rise", num_samples=40, cells=1)
     assert card.forwards == 2 * (alive + 1 + 1)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import Sweep
-from camfn.formulas import masks
-from camfn.model.forward import look
-from camfn.model.gradients import slopes_of
+from camfn.formulas import masks, noise
+from camfn.model.forward import look_with_gradients
+from camfn.model.gradients import each_target
 from camfn.targets import resolve
 from tests.oracles.closeness import assert_close, close
 from tests.oracles.libraries import real_networks
@@ -304,9 +304,10 @@ LAYERS = ("second", "side", "first", "act")
 
 
 def slopes(net, layers, x, target):
-    subject = look(net, layers, x, None, None, masks=True, graph=True)
+    forward, pullback = look_with_gradients(net, layers, x, None, masks=True)
     with torch.no_grad():
-        found = slopes_of(subject.pull, subject.output, resolve(target, subject.output, subject.n, x.device))
+        score = resolve(target, forward.output, forward.n, x.device)
+        found = each_target(pullback.gradients, forward.output, score)
     return [[of[name] for of in found] for name in layers]
 
 
@@ -644,8 +645,8 @@ def test_noise_is_the_same_in_whatever_order_it_is_asked_for(shape):
     pairs = torch.cartesian_prod(torch.arange(draws), torch.arange(channels))
     generator = torch.Generator().manual_seed(7)
     once = torch.stack([torch.randn(*shape, generator=generator) * 1.5 for _ in range(draws * channels)])
-    assert torch.equal(masks.noise_stream(variation, channels, shape, cpu)(pairs), once)
-    stream = masks.noise_stream(variation, channels, shape, cpu)
+    assert torch.equal(noise.noise_stream(variation, channels, shape, cpu)(pairs), once)
+    stream = noise.noise_stream(variation, channels, shape, cpu)
     for seed in range(6):
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[: 5 + 8 * seed]
         assert torch.equal(stream(pairs[order]), once[order])

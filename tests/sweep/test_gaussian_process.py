@@ -10,8 +10,7 @@ from numpy.random import default_rng
 from camfn.sweep import gaussian_process as gp
 from tests.oracles.closeness import close
 
-NAMES = ("slope", "linear", "smooth", "near", "apart", "noise", "dof", "broad", "least")
-CONSTANTS = {name: getattr(gp, f"_{name.upper()}") for name in NAMES}
+CONSTANTS = {**gp.SCORES._asdict(), "slope": gp.SLOPES, "dof": gp.DOF, "least": gp.LEAST}
 
 
 class World:

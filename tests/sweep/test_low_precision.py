@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import Sweep, _compat
+from camfn.sweep import gaussian_process as gp
 from camfn.sweep import low_precision
 from tests.oracles.closeness import assert_close
 from tests.oracles.libraries import real_networks
@@ -161,10 +162,10 @@ def covariance_by_hand(values: np.ndarray, narrow: np.ndarray) -> np.ndarray:
     found, slope, centred = np.zeros((c, c)), (narrow - narrow.mean()) / narrow.std(), masks - masks.mean(0)
     for k in range(c):
         for j in range(c):
-            root = math.sqrt(3 * low_precision._NEAR * square[k][j] / mean)
+            root = math.sqrt(3 * gp.ROUNDING.near * square[k][j] / mean)
             linear = centred[k] @ centred[j] / size
-            smooth = (1 + root) * math.exp(-root) + low_precision._LINEAR * linear + low_precision._SLOPE * slope[k] * slope[j]
-            found[k, j] = smooth + low_precision._BROAD + low_precision._NOISE * (k == j)
+            smooth = (1 + root) * math.exp(-root) + gp.ROUNDING.linear * linear + gp.ALONG * slope[k] * slope[j]
+            found[k, j] = smooth + gp.ROUNDING.broad + gp.ROUNDING.noise * (k == j)
     return found
 
 
@@ -192,7 +193,7 @@ def refine_by_hand(narrow, full, values, alive, weighting: str):
             influence[others] = np.maximum(influence[others], np.abs(moved).max(1) / np.abs(raw).max())
             error[j] = min(1, 3 * sigma * math.sqrt(max(np.diag(moved.T @ left @ moved))) / span)
         step = min(max(8, math.ceil(len(live) / 4)) - len(done), max(8, c * t // 40, len(done) // 2))
-        if error.max() <= low_precision.GOAL or step <= 0:
+        if error.max() <= gp.GOAL or step <= 0:
             return scores, order, error
         first = sorted(others, key=lambda k: -influence[k])[:step]
         order.append(sorted(first))
@@ -231,7 +232,7 @@ def test_a_quarter_of_the_channels_at_most_and_the_error_is_stated(c, most):
     scores, again, error = made.refined()
     assert again == most
     if most < c:
-        assert low_precision.GOAL < made.true(scores) <= error[0, 0] <= 1
+        assert gp.GOAL < made.true(scores) <= error[0, 0] <= 1
     else:
         np.testing.assert_array_equal(scores, made.full)
         assert not error.any()
@@ -331,7 +332,7 @@ def test_the_map_is_within_the_stated_error(fast, method, sweep, recipe):
         held.append(true <= stated + 1e-5)
         again.append((found.forwards - plain.forwards) / draws)
         assert again[-1] <= 10
-        assert stated <= low_precision.GOAL or again[-1] == 10  # good enough, or a quarter of the channels
+        assert stated <= gp.GOAL or again[-1] == 10  # good enough, or a quarter of the channels
     assert sum(held) >= 7
     assert sum(again)  # it is the refinement that was tested
 
@@ -341,7 +342,7 @@ def test_bfloat16_without_scoring_again_is_farther_off(fast, monkeypatch):
     off = {}
     for goal in ("as it is", math.inf):
         if goal == math.inf:
-            monkeypatch.setattr(low_precision, "GOAL", goal)
+            monkeypatch.setattr(gp, "GOAL", goal)
         off[goal] = []
         for seed in range(6):
             net, x = net_and_x(seed, channels=96, n=1)
@@ -470,9 +471,9 @@ def test_batch_neighbours_and_chunks_change_no_more_than_rounding_does(fast):
     net, x = net_and_x(n=3)
     together = card(net, x, T.top(2), sweep=BF16)
     for i in range(3):
-        assert_close(card(net, x[i : i + 1], T.top(2), sweep=BF16).maps, together.maps[i : i + 1], 2 * low_precision.GOAL)
+        assert_close(card(net, x[i : i + 1], T.top(2), sweep=BF16).maps, together.maps[i : i + 1], 2 * gp.GOAL)
     for sweep in (BF16._replace(chunk=1), BF16._replace(chunk=7), BF16._replace(fold=False)):
-        assert_close(card(net, x, T.top(2), sweep=sweep).maps, together.maps, 2 * low_precision.GOAL)
+        assert_close(card(net, x, T.top(2), sweep=sweep).maps, together.maps, 2 * gp.GOAL)
 
 
 @pytest.mark.parametrize("method", SWEPT)

@@ -454,8 +454,8 @@ def test_torchvision_s_networks_are_found_independent(name, options, side):
     model = getattr(torchvision_models(), name)(**options)
     x = torch.rand(1, 3, side, side)
     layer = next(path for path, module in model.named_modules() if isinstance(module, nn.Conv2d))
-    subject = look(model, layer, x, None, None, masks=True)
-    runner = runner_of(subject, resolve(3, subject.output, 1, x.device), camfn.Sweep(), 64)
+    forward = look(model, layer, x, None, masks=True)
+    runner = runner_of(forward, resolve(3, forward.output, 1, x.device), camfn.Sweep(), 64)
     assert runner.folded
     assert runner.room.chunk > 1
 
