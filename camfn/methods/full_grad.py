@@ -97,7 +97,7 @@ def full_grad(
         raise CamError(f'form must be "authors" or "pytorch-grad-cam", found {form!r}')
     if layout != "auto":
         raise CamError(
-            f'layout must be "auto" in full_grad, where a layer\'s kind says where its channels are; found {layout!r}'
+            f'layout must be "auto" in full_grad, because the type of a layer determines its layout; found {layout!r}'
         )
     with without_graph():
         parts = _decompose(model, x, state)

@@ -137,9 +137,9 @@ def _weights(site: _Site, climb: Callable[..., Tensor], room: Room, tick: Callab
     if not _compat.transformed() and not bool(torch.isfinite(each).all()):
         if not bool(torch.isfinite(values).all()):
             raise CamError(
-                "the layer's output has NaN or infinite values: opti_cam has no mask of them; choose an earlier layer"
+                "the layer's output has NaN or infinite values: opti_cam cannot make masks of them; choose an earlier layer"
             )
-        raise CamError("opti_cam came to scores that are not finite: a smaller rate=, or another target, may do")
+        raise CamError("opti_cam came to scores that are not finite: try a smaller rate=, or another target")
     return each.reshape(n, targets, c)
 
 
