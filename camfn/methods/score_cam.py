@@ -85,7 +85,7 @@ def score_cam(
     are differentiable with respect to `x` and `state`.
 
     **Raises** `CamError` for invalid arguments, with what was found and what to do. `budget` and `tolerance` depend on values,
-    so they raise under a transform. Maps without meaning, such as flat ones, raise a warning.
+    so they raise under a transform. Maps that are flat, not finite, or nowhere positive before their ReLU raise a `CamWarning`.
 
     >>> import camfn, torch
     >>> from torch import nn
