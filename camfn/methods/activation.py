@@ -53,8 +53,8 @@ def cam(
     **Returns** maps `(n, *grid)`, or `(n, t, *grid)` for several targets. Their minimum and maximum are scaled to 0 and 1
     unless `normalize=False`.
 
-    **Raises** `CamError` for several layers, for a target that is not linear in the logits, and if no linear layer, or more
-    than one, maps the layer's channels to the model's classes.
+    **Raises** `CamError` for several layers, and for a target that is not linear in the logits. The same error reports that no
+    linear layer, or more than one, maps the layer's channels to the model's classes.
 
     >>> import camfn, torch
     >>> from torch import nn

@@ -57,9 +57,10 @@ def score_cam(
       output, `"layer@2"` is its second call.
     - `x`: the input with the batch first, `(n, k, *size)` with one to three spatial axes; a tuple for `model(*x)`; a mapping
       for `model(**x)`; or, for detectors, a list of images `(k, *size)` of one size.
-    - `target`: `None` (the class predicted on the clean input), an int, n ints, a long tensor `(n,)` or `(n, t)`, `"all"`, a
-      target of `camfn.targets` or a sum of them, a callable that maps ONE sample's output to a scalar or `(t,)`, or a list with
-      one target per image. An integer means the model's raw output for that class.
+    - `target`: the score to explain. `None` means the class predicted on the clean input. Classes are an int, n ints, a long
+      tensor `(n,)` or `(n, t)`, or `"all"`. An integer means the model's raw output for that class. Other targets are those of
+      `camfn.targets` and their sums, a callable that maps ONE sample's output to a scalar or `(t,)`, and a list with one target
+      per image.
     - `masked`: the key or index of the input to mask. The default is the only floating-point input with spatial axes.
     - `recipe`: a name in `camfn.RECIPES`, or a `camfn.Recipe`. It selects the variant where papers and libraries differ.
     - `budget`: the share of the non-constant channels to score, in (0, 1]. 1.0 gives the exact map. The other scores are
