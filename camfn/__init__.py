@@ -1,7 +1,7 @@
-"""Class activation maps as pure functions: a model, a layer and an input go in, maps come out.
+"""Class activation maps as pure functions of a model, a layer and an input.
 
-Nothing is hooked, wrapped, switched or remembered, so a CAM composes like any other function: `vmap` it, `grad` through it,
-compile it, call it from eight threads on one model.
+camfn sets no hooks, wraps no model, changes no mode and keeps no state between calls. A CAM therefore composes like any other
+function: `vmap` it, `grad` through it, compile it, or call it from several threads on one model.
 """
 
 from camfn import figures, images, layouts, maps, metrics, targets, weights

@@ -1,4 +1,4 @@
-"""A map with the story of how it came about."""
+"""Maps with the scores, weights, cost and findings behind them."""
 
 import inspect
 import platform
@@ -25,28 +25,28 @@ from camfn.targets import Score, names
 
 
 class Explanation(NamedTuple):
-    """What `explain` returns: the maps, and everything that is needed to believe or doubt them."""
+    """The result of `explain`: the maps, with scores, weights, settings, cost and findings."""
 
     maps: Maps
     method: str
-    settings: Mapping[str, Any]  # every option of the method, given or by default
+    settings: Mapping[str, Any]  # every option of the method, given or default
     layers: tuple[str, ...]
-    grids: tuple[tuple[int, ...], ...]  # of the layers
-    classes: Tensor | None  # (n, t) class indices, where the target is of classes
-    scores: Tensor  # (n, t): the target on the clean input
-    targets: tuple[tuple[str, ...], ...]  # for each image, what its scores are: "logit 281"; empty under a transform
-    weights: tuple[Weights, ...]  # for each layer, (n, t, c), or (n, t, c, positions); empty where the method has none
-    errors: tuple[Tensor | None, ...]  # for each layer, (n, t): how far its normalised map may be off, where it is not exact
-    forwards: int  # inputs that went through the model; what methods of one call share is counted for each
-    backwards: int  # gradients of an input's score that were taken
-    heads: int  # activations that went through what comes after the layer, and nothing else
+    grids: tuple[tuple[int, ...], ...]  # the layers' grids
+    classes: Tensor | None  # (n, t) class indices, for a target of classes
+    scores: Tensor  # (n, t): the target's scores of the clean input
+    targets: tuple[tuple[str, ...], ...]  # the names of each image's scores: "logit 281"; empty under a transform
+    weights: tuple[Weights, ...]  # (n, t, c) or (n, t, c, positions) for each layer; empty if the method has none
+    errors: tuple[Tensor | None, ...]  # (n, t) for each layer: the estimated error of an approximate normalized map
+    forwards: int  # forward passes, counted in inputs; each method of a call counts the shared ones
+    backwards: int  # backward passes: gradients of one input's score
+    heads: int  # activations that ran through the layers after the explained one only
     seconds: float
-    findings: tuple[Finding, ...]  # what should be known about the maps
-    versions: Mapping[str, str]  # of Python and the packages that made them
+    findings: tuple[Finding, ...]  # observations about the maps, such as that they are flat
+    versions: Mapping[str, str]  # versions of Python and the packages
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The findings' sentences."""
+        """The sentences of the findings."""
         return tuple(finding.sentence for finding in self.findings)
 
 
@@ -67,13 +67,19 @@ def explain(
     method: str | Sequence[str] = "score_cam",
     **options: Any,
 ) -> Explanation | tuple[Explanation, ...]:
-    """The maps of a method, by name, with classes, scores, weights, settings, cost, and findings about maps that mean little.
+    """Compute a method's maps by name, with classes, scores, weights, settings, cost and findings.
 
-    `method` is a name of `camfn.METHODS`, or several: a tuple of cards comes back then, and methods that look at the same layer
-    share one clean forward and the gradients there. `options` are the methods' own; one that a method does not have is left out
-    for it, and has to be known to one of them at least. In place of warnings about the maps, a card has findings.
+    Findings replace the warnings about maps. Several methods share the clean forward pass, and the gradients at a common layer.
 
-    **Raises** `CamError` for a method or an option that is not known, and whatever the methods raise.
+    **Arguments**
+
+    - `model`, `layer`, `x`, `target`: as in `camfn.score_cam`. `layer` is ignored for methods that take none.
+    - `method`: a name in `camfn.METHODS`, or a sequence of names.
+    - `options`: options of the methods. Each method gets those that it has. At least one method must have each option.
+
+    **Returns** an `Explanation`, or a tuple of them for a sequence of methods.
+
+    **Raises** `CamError` for an unknown method or option, and all errors of the methods.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -94,7 +100,10 @@ def explain(
 def prepared(
     model: nn.Module, layer: Layers, x: Inputs, target: Target, method: Sequence[str], options: Mapping[str, Any]
 ) -> Iterator[list[Callable[[], Explanation]]]:
-    """For each method a function that makes its card: who wants to go on where one fails, or show which is at work, can."""
+    """Yield, for each method, a function that makes its explanation.
+
+    The caller can continue after a method that fails, and show which method runs.
+    """
     rows = {name: _row_of(name) for name in method}
     given = {name: {key: value for key, value in options.items() if key in _parameters(row)} for name, row in rows.items()}
     stray = [key for key in options if not any(key in own for own in given.values())]
@@ -116,25 +125,27 @@ def _parameters(row: Method) -> Mapping[str, inspect.Parameter]:
 
 
 def _card(shared: Shared, name: str, row: Method, arguments: tuple[Any, ...], options: dict[str, Any]) -> Explanation:
+    """Run one method, and make its explanation."""
     start, shared.last = time.perf_counter(), None
     outcome = row.run(shared, *arguments, **options)
     seconds = time.perf_counter() - start
     named = [p for p in _parameters(row).values() if p.kind == inspect.Parameter.KEYWORD_ONLY]
     settings = {p.name: options.get(p.name, p.default) for p in named}
-    told: dict[str, Any] = outcome._asdict()
-    told["targets"] = _named(told.pop("score"), outcome.scores)
-    told["findings"] += told.pop("remarks") + _about(outcome, row, settings, shared.last)
+    fields: dict[str, Any] = outcome._asdict()
+    fields["targets"] = _named(fields.pop("score"), outcome.scores)
+    fields["findings"] += fields.pop("remarks") + _about(outcome, row, settings, shared.last)
     return Explanation(
-        method=name, settings=MappingProxyType(settings), seconds=seconds, versions=MappingProxyType(_versions()), **told
+        method=name, settings=MappingProxyType(settings), seconds=seconds, versions=MappingProxyType(_versions()), **fields
     )
 
 
 def _named(score: Score, scores: Tensor) -> tuple[tuple[str, ...], ...]:
+    """The names of each image's scores; empty under a transform."""
     return () if _compat.transformed() else names(score, scores.shape[1])
 
 
 def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], forward: Forward | None) -> tuple[Finding, ...]:
-    """What the weights, the activations and the gradients say; nothing under a transform, where no value can be read."""
+    """Findings about weights, activations and gradients; none under a transform, where values cannot be read."""
     if _compat.transformed():
         return ()
     found: list[Finding] = []

@@ -1,4 +1,4 @@
-"""Method in, method out: functions that make a method of a method, or of several. What they give can be composed again."""
+"""Functions that take one or several methods and return a method, which can be composed again."""
 
 from camfn.compose.averages import augment, integrate, smooth
 from camfn.compose.ensembles import ensemble, fuse_layers

@@ -1,4 +1,4 @@
-"""What all compositions share: a question, put to a method again and again, and an outcome made of the answers."""
+"""Shared code of the compositions: call a method repeatedly with changed arguments, and combine the outcomes."""
 
 import functools
 import inspect
@@ -19,7 +19,7 @@ from camfn.targets import named
 
 
 class Made(NamedTuple):
-    """A method, as a composition uses it."""
+    """A method, as compositions call it."""
 
     name: str
     run: Callable[..., Outcome]
@@ -27,7 +27,7 @@ class Made(NamedTuple):
 
 
 def made(method: Callable[..., Maps]) -> Made:
-    """A method of camfn, a `functools.partial` of one, or a composition."""
+    """Return a method of camfn, a `functools.partial` of one, or a composition, in the form that compositions call."""
     if isinstance(method, functools.partial):
         inner = made(method.func)
         return inner._replace(run=functools.partial(inner.run, *method.args, **method.keywords))
@@ -35,13 +35,13 @@ def made(method: Callable[..., Maps]) -> Made:
     if "run" not in held or "of_layer" not in held:
         raise CamError(
             f"{method!r} is no method: give one of camfn (camfn.grad_cam), a functools.partial of one, which sets its options, "
-            "or what camfn.smooth and its like return"
+            "or the result of camfn.smooth and the other compositions"
         )
     return Made(getattr(method, "__name__", "a method"), held["run"], held["of_layer"])
 
 
 class Question(NamedTuple):
-    """The arguments that all methods share, and options of the method asked."""
+    """The arguments that all methods share, with the method's own options."""
 
     model: nn.Module
     layer: Layers
@@ -51,12 +51,12 @@ class Question(NamedTuple):
     state: State | None
     layout: Layout
     size: Size
-    relu: bool | None  # None: as the method has it
+    relu: bool | None  # None: the method's default
     normalize: bool
     own: dict[str, Any]
 
     def put_to(self, method: Made, **changes: Any) -> Outcome:
-        """What the method says, asked the same but for some options."""
+        """Call a method with these arguments, some of them changed."""
         given: dict[str, Any] = {**self.own, "state": self.state, "layout": self.layout, "size": self.size, **changes}
         if self.relu is not None:
             given["relu"] = self.relu
@@ -66,7 +66,7 @@ class Question(NamedTuple):
 
 
 class Clean(NamedTuple):
-    """A question with its target settled on the clean input, and what one forward of that told."""
+    """A question whose target is resolved on the clean input, with the outcome of the clean forward pass."""
 
     question: Question
     batch: Batch
@@ -78,16 +78,16 @@ class Clean(NamedTuple):
         return self.batch.image
 
     def put_to(self, method: Made, image: Tensor, **changes: Any) -> Outcome:
-        """The question about another image in the place of the clean one."""
+        """Call a method on another image."""
         return self.question._replace(x=self.batch.with_image(image).x).put_to(method, **changes)
 
     def axes_of(self, found: Tensor) -> int:
-        """How many axes of a map are spatial."""
+        """The number of spatial axes of a map."""
         return found.ndim - (1 if self.outcome.single else 2)
 
 
 def look_at(question: Question) -> Clean:
-    """The clean forward: from here on `None` is one class, whatever is made of x."""
+    """Run the clean forward pass, and resolve the target. `None` becomes one class for all changed inputs."""
     model, _, x, target, masked, state, layout, *_ = question
     forward = look(model, None, x, state, masked, masks=True, taps=False)
     found = explained(forward, target, Drawing(False, None, False, layout))
@@ -97,7 +97,7 @@ def look_at(question: Question) -> Clean:
 
 
 def composed(name: str, answer: Callable[[Question], Outcome], of_layer: bool) -> Callable[..., Maps]:
-    """The public function of a composition."""
+    """Make the public function of a composition."""
 
     def run(
         model: nn.Module,
@@ -118,28 +118,29 @@ def composed(name: str, answer: Callable[[Question], Outcome], of_layer: bool) -
         return answer(Question(model, layer, x, target, masked, state, layout, size, relu, normalize, own))
 
     run.__name__ = run.__qualname__ = name
-    run.__doc__ = f"`{name}`, of the arguments that all methods share, and those of the method that it was given."
+    run.__doc__ = f"`{name}`: takes the arguments that all methods share, and those of the given method."
     return published(run, of_layer)
 
 
 def joined(found: Maps, parts: Sequence[Outcome], clean: Outcome) -> Outcome:
-    """An outcome with these maps, for what the parts told and cost. `clean`, one of them or not, has the scores that count."""
+    """Return an outcome with these maps, the total cost of the parts, their findings, and the scores of `clean`."""
     every = {id(part): part for part in (*parts, clean)}.values()
     forwards, backwards, heads = (sum(costs) for costs in zip(*((p.forwards, p.backwards, p.heads) for p in every)))
-    told = {finding.sentence: finding for part in parts for finding in part.findings}
+    findings = {finding.sentence: finding for part in parts for finding in part.findings}
     at = parts[0].layers, parts[0].grids, clean.classes, clean.scores, clean.score
-    return Outcome(found, *at, (), forwards, backwards, tuple(told.values()), heads)
+    return Outcome(found, *at, (), forwards, backwards, tuple(findings.values()), heads)
 
 
 def each_layer(function: Callable[..., Tensor], *parts: Maps) -> Maps:
-    """A function of several maps; for each layer, where there are several."""
+    """Apply a function to several maps, layer by layer if there are several layers."""
     counts = [len(part) for part in parts if not isinstance(part, Tensor)]
     if not counts:
         return function(*parts)
-    spread = [(part,) * counts[0] if isinstance(part, Tensor) else part for part in parts]  # a map of no layer goes with all
+    # A map without a layer is paired with every layer.
+    spread = [(part,) * counts[0] if isinstance(part, Tensor) else part for part in parts]
     return tuple(function(*some) for some in zip(*spread))
 
 
 def scaled(found: Tensor, axes: int, wanted: bool) -> Tensor:
-    """Min-max over the last axes, if it is wanted."""
+    """Apply min-max normalization over the last axes if `wanted`."""
     return maps.normalize(found, tuple(range(-axes, 0))) if wanted else found

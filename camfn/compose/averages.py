@@ -1,4 +1,4 @@
-"""Compositions that give the mean of a method's maps of other inputs: noisy ones, those on a path, flipped and scaled ones."""
+"""Compositions that average a method's maps over noisy inputs, a path of inputs, or flipped and scaled inputs."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -14,21 +14,31 @@ from camfn.methods._common import check_noise, check_samples
 from camfn.methods.registry import Outcome
 
 Part = tuple[Outcome, Maps]
-"""What a method made of one input, and its maps as they go into the mean."""
+"""A method's outcome for one input, and its maps as the mean uses them."""
 
 
 def smooth(
     method: Callable[..., Maps], num_samples: int = 4, std: float = 0.3, seed: int | torch.Generator = 0
 ) -> Callable[..., Maps]:
-    """A method of the mean over noisy inputs.
+    """Return a method whose map is the mean of a method's maps of noisy inputs.
 
-    `L = mean_i norm(L(x + e_i))` with `e_i ~ N(0, std^2)` for each value of the input: the mean of **normalised** maps, so that
-    no draw outshouts the others. `num_samples` times the method's cost, and one forward.
+    `L = mean_i norm(L(x + e_i))` with `e_i ~ N(0, std^2)` for each value of the input.
 
-    What it gives is a method like any other, of the same arguments (`camfn.score_cam` tells them) and the given method's own;
-    `masked=` says which of several inputs is the picture. The target is resolved once, on the clean input: `None` is the
-    class predicted there, in all draws. `seed` is an int, or a `torch.Generator`, which is copied and not advanced; the
-    images of a batch share their noise.
+    The mean is of **normalized** maps, so that no sample dominates. The cost is `num_samples` times that of the method, plus
+    one forward pass.
+
+    **Arguments**
+
+    - `method`: a method of camfn, a `functools.partial` of one, or a composition.
+    - `num_samples`: the number of noisy inputs.
+    - `std`: the standard deviation of the noise, in units of the input.
+    - `seed`: an int, or a `torch.Generator`, which is copied and not advanced. The images of a batch share their noise.
+
+    **Returns** a method like any other. It takes the arguments that all methods share (see `camfn.score_cam`), and those of the
+    given method. `masked=` selects the image among several inputs. The target is resolved once, on the clean input: `None`
+    means the class predicted there, for all samples.
+
+    **Raises** `CamError` for invalid options, and for a function that is not a method.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -52,15 +62,23 @@ def smooth(
 
 
 def integrate(method: Callable[..., Maps], steps: int = 20, baseline: float | Tensor = 0.0) -> Callable[..., Maps]:
-    """A method of the mean along the straight path from a baseline to the input.
+    """Return a method whose map is the mean of a method's maps along the straight path from a baseline to the input.
 
-    `L = 1/N sum_i L(b + (x - b) i / N)`, i = 1..N, N being `steps`: the mean of **raw** maps, normalised once. Of
-    `camfn.grad_cam` and with a zero baseline it is Integrated Grad-CAM, with the ReLU of every step before the sum, and A(b)
-    left out of `A - A(b)`, both as in its authors' code. (Which runs i over 0..N-1: the baseline is in it, and not the
-    input.) N times the method's cost, and one forward.
+    `L = 1/N sum_i L(b + (x - b) i / N)` for i = 1..N with `N = steps`.
 
-    `baseline`: a number, or a tensor that can be broadcast to the input. What it gives is a method like any other
-    (`camfn.smooth` says how).
+    The mean is of **raw** maps, and is normalized once. The cost is N times that of the method, plus one forward pass.
+
+    With `camfn.grad_cam` and a baseline of zero, the map is Integrated Grad-CAM. As in its authors' code, the ReLU of each step
+    comes before the sum, and A(b) is left out of `A - A(b)`. That code runs i over 0..N-1, which includes the baseline but not
+    the input.
+
+    **Arguments**
+
+    - `method`: as in `camfn.smooth`.
+    - `steps`: N.
+    - `baseline`: a number, or a tensor that broadcasts to the input.
+
+    **Returns** a method like any other, and **raises** `CamError`, both as `camfn.smooth`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -82,7 +100,7 @@ def integrate(method: Callable[..., Maps], steps: int = 20, baseline: float | Te
         image = clean.image
         start = _broadcast(baseline, image) if isinstance(baseline, Tensor) else baseline
         for step in range(1, steps + 1):
-            # From the input backwards: at the last step it is the input to the bit.
+            # Counted back from the input, so that the last step is exactly the input.
             outcome = clean.put_to(inner, image - (image - start) * (1 - step / steps), normalize=False)
             yield outcome, outcome.maps
 
@@ -101,11 +119,20 @@ def _broadcast(baseline: Tensor, image: Tensor) -> Tensor:
 def augment(
     method: Callable[..., Maps], flips: Sequence[int] = (-1,), factors: Sequence[float] = (0.9, 1.0, 1.1)
 ) -> Callable[..., Maps]:
-    """A method of the mean over flipped and scaled inputs, the maps flipped back.
+    """Return a method whose map is the mean of a method's maps of flipped and scaled inputs, flipped back.
 
-    The mean of **normalised** maps of `f * flip(x)`, for every subset of the axes `flips` (negative, counted from the last: -1
-    is left to right) and every factor f. By default six inputs, those of pytorch-grad-cam's `aug_smooth`. So many times
-    the method's cost, and one forward. What it gives is a method like any other (`camfn.smooth` says how).
+    The inputs are `f * flip(x)` for every subset of the axes `flips` and every factor f.
+
+    The mean is of **normalized** maps. The default has six inputs, those of pytorch-grad-cam's `aug_smooth`. The cost is that
+    of the method for each of these inputs, plus one forward pass.
+
+    **Arguments**
+
+    - `method`: as in `camfn.smooth`.
+    - `flips`: the axes to flip, as negative ints counted from the last: -1 flips left to right.
+    - `factors`: the factors of the input's values.
+
+    **Returns** a method like any other, and **raises** `CamError`, both as `camfn.smooth`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -115,7 +142,7 @@ def augment(
     >>> method(model, "1", torch.randn(2, 3, 8, 8)).shape
     torch.Size([2, 6, 6])
 
-    pytorch-grad-cam's `aug_smooth`; there is no paper.
+    There is no paper. pytorch-grad-cam has it as `aug_smooth`.
     """
     flips, factors = tuple(flips), tuple(factors)
     if not all(isinstance(axis, int) and axis < 0 for axis in flips) or len(set(flips)) < len(flips):
@@ -136,7 +163,7 @@ def augment(
                 if axes and clean.axes_of(found) != spatial:
                     raise CamError(
                         f"the input has {spatial} spatial axes and its map {clean.axes_of(found)}: which of them is flipped is "
-                        "not known; flips=() leaves flips out"
+                        "not known; pass flips=() for no flips"
                     )
                 return found.flip(axes)
 
@@ -146,7 +173,7 @@ def augment(
 
 
 def _mean_of(name: str, method: Made, parts: Callable[[Clean], Iterator[Part]]) -> Callable[..., Maps]:
-    """The method whose map is the mean of these."""
+    """Return the method whose map is the mean of the parts' maps."""
 
     def answer(question: Question) -> Outcome:
         clean = look_at(question)

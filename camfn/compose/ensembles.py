@@ -1,4 +1,4 @@
-"""Compositions of several maps of one input: a method's at several layers, and several methods'."""
+"""Compositions that combine several maps of one input: of several layers, or of several methods."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
@@ -21,19 +21,28 @@ How = Literal["max", "mean", "product", "winsorised"]
 def fuse_layers(
     method: Callable[..., Maps], layers: Sequence[Layer], how: How = "max", *, percentile: float = 90.0
 ) -> Callable[..., Maps]:
-    """A method whose map is fused of a method's maps at several layers.
+    """Return a method whose map fuses a method's maps at several layers.
 
-    The **normalised** maps are brought to the size that is asked for (by default the largest of each axis), and then
+    The **normalized** maps are resized to a common size, by default the largest side of each axis, and fused by `how`.
 
-    - `"max"`: their maximum, as torchcam's `fuse_cams`;
-    - `"mean"`: their mean, as pytorch-grad-cam's maps of several layers;
-    - `"product"`: their product: Refine-CAM, of `camfn.grad_cam_pp` in its paper;
-    - `"winsorised"`: `sum_l v_l L_l`: Winsor-CAM. A layer's importance is the mean of its channels' weights, zero if that is
-      negative. Of those that are not zero, what is above their `percentile` is cut down to it, and v is the rest,
-      min-max scaled to [0.1, 1]. Of methods whose weights the card has.
+    The cost is one call of the method for all layers, which share its forward pass.
 
-    One call of the method for all layers, which share its forward. What it gives is a method like any other (`camfn.smooth`
-    says how), but for the layer, which is `None`: the layers have been named.
+    **Arguments**
+
+    - `method`: as in `camfn.smooth`.
+    - `layers`: the layers, by name or as modules.
+    - `how="max"`: the maximum, as torchcam's `fuse_cams`.
+    - `how="mean"`: the mean, as pytorch-grad-cam's maps of several layers.
+    - `how="product"`: the product. This is Refine-CAM, which uses `camfn.grad_cam_pp` in its paper.
+    - `how="winsorised"`: `sum_l v_l L_l`. This is Winsor-CAM, for methods whose weights `camfn.explain` returns. The importance
+      of a layer is the mean of its channels' weights, or zero if that is negative. Importances above their `percentile`, taken
+      over those that are not zero, are clipped to it. v are the clipped importances, min-max scaled to [0.1, 1]. A layer of
+      importance zero has v = 0.
+    - `percentile`: the percentile of `how="winsorised"`.
+
+    **Returns** a method like any other (see `camfn.smooth`), which takes `None` for the layer, because the layers are set.
+
+    **Raises** `CamError` for invalid options, and for a function that is not a method.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -64,14 +73,15 @@ def fuse_layers(
 
 
 def _resized(found: Sequence[Tensor], to: Sequence[int] | None, lead: int) -> Tensor:
-    """Maps in one size, one upon the other: by default the largest side of each axis."""
+    """Resize maps to one size, by default the largest side of each axis, and stack them."""
     if len({m.ndim for m in found}) > 1:
-        raise CamError(f"the maps to bring together have different axes: {[tuple(m.shape[lead:]) for m in found]}")
+        raise CamError(f"the maps to combine have different axes: {[tuple(m.shape[lead:]) for m in found]}")
     to = to or tuple(max(sides) for sides in zip(*(m.shape[lead:] for m in found)))
     return torch.stack([maps.resize(m, to) for m in found])
 
 
 def _fused(found: Tensor, how: How, outcome: Outcome, percentile: float) -> Tensor:
+    """Fuse stacked maps into one."""
     if how == "max":
         return found.amax(0)
     if how == "mean":
@@ -86,11 +96,19 @@ def _fused(found: Tensor, how: How, outcome: Outcome, percentile: float) -> Tens
 
 
 def ensemble(methods: Sequence[Callable[..., Maps]]) -> Callable[..., Maps]:
-    """A method of the mean of several methods' maps of one input.
+    """Return a method whose map is the mean of several methods' maps of one input.
 
-    The mean of **normalised** maps, each at the size that is asked for, or else on its own grid and then brought to the
-    largest. The cost of all of them. What it gives is a method like any other (`camfn.smooth` says how), but only of the
-    arguments that all methods share: `functools.partial` sets the options of one. A method without a layer gets none.
+    The mean is of **normalized** maps. Without `size=`, each map has its own grid, and is resized to the largest. The cost is
+    that of all the methods.
+
+    **Arguments**
+
+    - `methods`: the methods, each as in `camfn.smooth`. A method without a layer gets none.
+
+    **Returns** a method like any other (see `camfn.smooth`), which takes only the arguments that all methods share. Set the
+    options of a single method with `functools.partial`.
+
+    **Raises** `CamError` for an empty list, for options of a single method, and for a function that is not a method.
 
     >>> import camfn, torch
     >>> from torch import nn

@@ -1,4 +1,4 @@
-"""A composition that asks a method about patches of the input at several sizes: SESS."""
+"""SESS, a composition that averages a method's maps of windows of the enlarged input."""
 
 import functools
 import itertools
@@ -22,18 +22,28 @@ Shape = tuple[int, ...]
 def multi_scale(
     method: Callable[..., Maps], sizes: Sequence[int | Sequence[int]], *, blur: tuple[int, float] | None = (11, 5.0)
 ) -> Callable[..., Maps]:
-    """A method of the mean over patches of the input at several sizes, each weighted by its score (SESS).
+    """Return a method whose map is a score-weighted mean over windows of the enlarged input (SESS).
 
-    The input is enlarged to each of `sizes`: a number is the length of its shorter side, a shape is all of them. Windows of
-    the input's own size cover it, side by side, the last one moved back inside. Their **normalised** maps, times the target's
-    score there (of a plain class the probability) over that of the best window, are put back in their places and brought
-    to the input's size; each pixel gets the mean of those that are positive there. (A score below 0 counts as 0; where no
-    window has one above, all count the same.) Then comes a Gaussian `blur` (pixels, an odd number, and deviation), which
-    `None` leaves out. For each window the method's cost and one forward, and one forward more.
+    The input is enlarged to each of `sizes`, and covered by adjacent windows of its own size. The last window of each axis is
+    shifted to end at the border. Each window's **normalized** map is multiplied by the target's score there, divided by that of
+    the best window. An integer target means the softmax probability of that class. The maps are then put back in place and
+    resized to the input's size. Each pixel gets the mean of the maps that are positive there, and a Gaussian blur follows.
 
-    What it gives is a method like any other (`camfn.smooth` says how), but its map is of the input's size unless `size=` asks
-    for another: finer than the layer's grid is what the sizes are for. The authors' sizes, for inputs of 224 pixels, are
-    224, 288, ... 928. They can leave out windows of a low score, which this does not.
+    A score below 0 counts as 0. If no window has a positive score, all windows count the same. The authors can drop windows of
+    a low score, which this function does not do. The cost is that of the method and one forward pass for each window, plus one
+    forward pass.
+
+    **Arguments**
+
+    - `method`: as in `camfn.smooth`.
+    - `sizes`: an int is the length of the shorter side, a sequence is the whole shape. The authors' sizes, for inputs of 224
+      pixels, are 224, 288, ... 928.
+    - `blur`: kernel size in pixels (an odd number) and standard deviation of the Gaussian, or `None` for no blur.
+
+    **Returns** a method like any other (see `camfn.smooth`). Its map has the input's size unless `size=` is given, because the
+    sizes make it finer than the layer's grid.
+
+    **Raises** `CamError` for invalid options, and for a function that is not a method.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -66,6 +76,7 @@ def multi_scale(
 
 
 def _enlarged(wanted: int | Sequence[int], window: Shape) -> Shape:
+    """Return the shape of an enlarged input, or raise an error."""
     found = tuple(side * wanted // min(window) for side in window) if isinstance(wanted, int) else wanted
     whole = isinstance(found, Sequence) and all(isinstance(side, int) for side in found)
     if not whole or len(found) != len(window) or any(large < side for large, side in zip(found, window)):
@@ -77,24 +88,24 @@ def _enlarged(wanted: int | Sequence[int], window: Shape) -> Shape:
 
 
 def _places(large: Shape, window: Shape) -> Iterator[Shape]:
-    """Where windows begin that lie side by side; the last of each axis ends where the picture does."""
+    """The corners of adjacent windows. The last window of each axis ends at the border."""
     return itertools.product(*([*range(0, whole - side, side), whole - side] for whole, side in zip(large, window)))
 
 
 def _patch(image: Tensor, window: Shape, size: Shape, place: Shape) -> Tensor:
-    """What is seen in a window of the picture enlarged to `size`."""
+    """Cut a window out of the image enlarged to `size`."""
     cuts = (slice(start, start + side) for start, side in zip(place, window))
     return maps.resize(image, size)[(..., *cuts)]
 
 
 def _fused(method: Made, clean: Clean, sizes: Sequence[Shape]) -> tuple[list[Outcome], Maps]:
-    """The mean over the windows of all sizes, added up one after the other; they are made twice, for their scores first."""
+    """Return the mean over the windows of all sizes. Each window is cut twice: for its score, then for its map."""
     window = tuple(clean.image.shape[2:])
     patches = [(size, place) for size in sizes for place in _places(size, window)]
-    told = [_look_at_patch(clean, _patch(clean.image, window, *where)) for where in patches]
-    weights = torch.stack([one.scores[:, 0] if one.single else one.scores for one in told]).clamp(min=0)
+    looks = [_look_at_patch(clean, _patch(clean.image, window, *where)) for where in patches]
+    weights = torch.stack([one.scores[:, 0] if one.single else one.scores for one in looks]).clamp(min=0)
     best = weights.amax(0)
-    weights = torch.where(best > 0, weights / torch.where(best > 0, best, 1), 1)  # where none has a score above 0, all count
+    weights = torch.where(best > 0, weights / torch.where(best > 0, best, 1), 1)  # without a positive score, all windows count
     outcomes: list[Outcome] = []
     total: Maps = torch.zeros((), device=clean.image.device)
     count = total
@@ -103,21 +114,23 @@ def _fused(method: Made, clean: Clean, sizes: Sequence[Shape]) -> tuple[list[Out
         back = functools.partial(_put_back, window, *where, weight[(..., *[None] * len(window))])
         found = each_layer(back, outcomes[-1].maps)
         total, count = each_layer(torch.add, total, found), each_layer(_count, count, found)
-    return outcomes + told, each_layer(lambda total, count: total / count.clamp(min=1), total, count)
+    return outcomes + looks, each_layer(lambda total, count: total / count.clamp(min=1), total, count)
 
 
 def _count(count: Tensor, found: Tensor) -> Tensor:
+    """Count the maps that are positive at each pixel."""
     return count + (found > 0).to(found.dtype)
 
 
 def _look_at_patch(clean: Clean, patch: Tensor) -> Outcome:
+    """Run the forward pass of one window."""
     asked = clean.question
     x = clean.batch.with_image(patch).x
     return look_at(asked._replace(x=x, target=as_probabilities(asked.target))).outcome
 
 
 def _put_back(window: Shape, size: Shape, place: Shape, weight: Tensor, found: Tensor) -> Tensor:
-    """A window's map in its place on the enlarged picture, zeros around it, brought to the input's size."""
+    """Place a window's map on zeros of the enlarged size, and resize it to the input's size."""
     around = [(start, whole - start - side) for start, whole, side in zip(place, size, window)]
     padded = F.pad(found * weight, [pad for pair in reversed(around) for pad in pair])
     return maps.resize(padded, window)

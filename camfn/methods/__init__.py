@@ -1,4 +1,4 @@
-"""The methods, by family; each is a composition: look, resolve the target, weigh, draw the map."""
+"""The methods, by family. Each runs the clean forward pass, resolves the target, and turns weights into maps."""
 
 from camfn.methods.ablation import ablation_cam, lift_cam, recipro_cam
 from camfn.methods.activation import cam, fem, mean_cam, random_cam

@@ -28,17 +28,17 @@ from camfn.targets import Scale, Score, resolve, score_rows
 
 
 class Drawing(NamedTuple):
-    """The options by which maps are drawn."""
+    """The options that turn weights and activations into maps."""
 
     relu: bool
     size: Size
     normalize: bool
     layout: Layout
-    combine: Combine = "sum"  # how weights and activations become a map
+    combine: Combine = "sum"  # how to combine weights and activations
 
 
 class Explained(NamedTuple):
-    """The clean forward pass, the score that is explained, and how its maps are drawn."""
+    """The clean forward pass, the score to explain, and the options of its maps."""
 
     forward: Forward
     score: Score
@@ -48,9 +48,9 @@ class Explained(NamedTuple):
 
 
 def explained(forward: Forward, target: Target, drawing: Drawing, kind: Scale = "logit") -> Explained:
-    """Resolve the target on the clean output, read the activations, and check how maps are to be drawn.
+    """Resolve the target on the clean output, read the activations, and check the options of the maps.
 
-    `kind`: what an integer target means, the class's `"logit"` or its `"probability"`.
+    `kind`: the meaning of an integer target, the class's `"logit"` or its `"probability"`.
     """
     checked_combine(drawing.combine)
     score = resolve(target, forward.output, forward.n, forward.image.device, kind)
@@ -62,7 +62,7 @@ def explained(forward: Forward, target: Target, drawing: Drawing, kind: Scale = 
 
 
 class Graded(NamedTuple):
-    """The same, with the gradients of each target's score at each layer, `(n, t, c, p)`."""
+    """An `Explained` with the gradients of each target's score at each layer, `(n, t, c, p)`."""
 
     explained: Explained
     gradients: list[Gradients]
@@ -101,7 +101,7 @@ def clean_scores(forward: Forward, score: Score) -> Tensor:
 
 
 def gradients_of(found: Explained, pullback: Pullback) -> list[Gradients]:
-    """The gradient of each target's score at each layer, `(n, t, c, p)`. Methods of one call share them."""
+    """The gradient of each target's score at each layer, `(n, t, c, p)`. The methods of one call share them."""
     task, score = found.forward.task, found.score
     if not isinstance(task.model, Shared) or _compat.transformed():
         return _gradients_of(found, pullback)
@@ -118,7 +118,7 @@ def _gradients_of(found: Explained, pullback: Pullback) -> list[Gradients]:
 
 
 def curvatures_of(found: Explained, pullback: Pullback) -> list[tuple[Gradients, Gradients]]:
-    """Each gradient, and the product of the score's Hessian with the activation."""
+    """Each gradient, with the product of the score's Hessian and the activation."""
     each = each_target(pullback.curvatures, found.forward.output, found.score)
     halves = [[{name: pair[half] for name, pair in of.items()} for of in each] for half in (0, 1)]
     return list(zip(*(stacked(found.forward, half, _views(found, half[0])) for half in halves)))
@@ -131,7 +131,7 @@ def _views(found: Explained, gradients: Mapping[str, Tensor]) -> list[Callable[[
 def stacked(
     forward: Forward, each: Sequence[dict[str, Tensor]], views: Sequence[Callable[[Tensor], Activations]]
 ) -> list[Gradients]:
-    """The targets' gradients of each layer side by side, in float32 or wider."""
+    """Stack the targets' gradients at each layer, in float32 or wider."""
     seen = [[view(of[name]) for of in each] for name, view in zip(forward.layers, views)]
     return [torch.stack(values, 1).to(wide(values[0].dtype)) for values in seen]
 
@@ -140,7 +140,7 @@ def stacked(
 
 
 def within(found: Weights | Gradients, drawing: Drawing) -> Weights | Gradients:
-    """Weights, to a positive factor for each map where it is normalized anyway: no product leaves the dtype's range."""
+    """Scale weights by a positive factor per map if the map is normalized anyway, so that no product overflows."""
     return rescale(found, tuple(range(2, found.ndim))) if drawing.normalize else found
 
 
@@ -151,17 +151,17 @@ def combined(found: Explained, weights: Sequence[Weights | Gradients]) -> list[F
 
 
 def weighed(found: Explained, weights: Sequence[Weights | Gradients]) -> Outcome:
-    """The outcome of weights for each layer, `(n, t, c)` or `(n, t, c, p)`."""
+    """The outcome of weights `(n, t, c)` or `(n, t, c, p)` for each layer."""
     return drawn(found, combined(found, weights))._replace(weights=tuple(weights))
 
 
 def weighed_by_gradients(graded: Graded, weights: Sequence[Weights | Gradients]) -> Outcome:
-    """The same, of weights that took one gradient for each target."""
+    """The outcome of weights that took one gradient for each target."""
     return weighed(graded.explained, weights)._replace(backwards=graded.explained.clean.numel())
 
 
 def drawn(found: Explained, signed: Sequence[FlatMaps], grids: Sequence[tuple[int, ...]] | None = None) -> Outcome:
-    """The outcome of signed maps: ReLU, resize, normalize, in this order. `grids` are the layers' own by default."""
+    """The outcome of signed maps: ReLU, resize, normalize, in this order. `grids` default to the layers' own."""
     forward, drawing = found.forward, found.drawing
     grids = [part.grid for part in found.reads] if grids is None else grids
     shaped = []
@@ -186,20 +186,20 @@ def _on_grid(found: Tensor, batch: Batch, axes: int, drawing: Drawing) -> Tensor
 
 
 def checked_combine(combine: Combine) -> Combine:
-    """Raise an error unless it is a way to combine weights and activations."""
+    """Raise an error unless `combine` is valid."""
     if combine not in ("sum", "eigen"):
         raise CamError(f'combine must be "sum" or "eigen" (the first component of the weighed channels), found {combine!r}')
     return combine
 
 
 def without_layer(method: str, layer: Layers) -> None:
-    """Refuse a layer, for a method that has none."""
+    """Raise an error if a layer is given to a method that takes none."""
     if layer is not None:
         raise CamError(f"{method} is of no layer: pass None in its place, found {layer!r}")
 
 
 def checked_size(size: Size, batch: Batch, axes: int) -> tuple[int, ...] | None:
-    """The size of the map, or `None` for the size that it has."""
+    """Return the size of the map, or `None` for the layer's grid."""
     if size is None:
         return None
     if isinstance(size, str) and size == "input":
@@ -215,7 +215,7 @@ def checked_size(size: Size, batch: Batch, axes: int) -> tuple[int, ...] | None:
 
 
 def check_noise(method: str, num_samples: Any, std: Any, seed: Any) -> None:
-    """A sentence about what is wrong with how a method draws."""
+    """Raise an error unless the options of a method's noise are valid."""
     check_samples(method, num_samples)
     if not (isinstance(std, (int, float)) and 0 <= std < math.inf):
         raise CamError(f"{method} needs a finite std >= 0, found {std!r}")
@@ -224,13 +224,13 @@ def check_noise(method: str, num_samples: Any, std: Any, seed: Any) -> None:
 
 
 def check_samples(method: str, num_samples: Any) -> None:
-    """How often it draws, or steps."""
+    """Raise an error unless the number of samples, or steps, is a positive int."""
     if not isinstance(num_samples, int) or num_samples < 1:
         raise CamError(f"{method} needs a whole num_samples >= 1, found {num_samples!r}")
 
 
 def checked_blur(blur: tuple[int, float]) -> tuple[int, float]:
-    """The kernel and deviation of a blur, or a sentence about what is wrong with them."""
+    """Return the kernel size and standard deviation of a blur, or raise an error."""
     pair = isinstance(blur, (tuple, list)) and len(blur) == 2 and isinstance(blur[0], int)
     if not pair or blur[0] < 1 or blur[0] % 2 == 0 or not blur[1] > 0:
         raise CamError(f"blur={blur!r} must be an odd number of pixels and a standard deviation, as in (51, 50.0)")

@@ -1,4 +1,4 @@
-"""Methods that change the layer's activation, or follow it, through what comes after the layer alone."""
+"""Ablation-CAM, Recipro-CAM and LIFT-CAM, which run only the part of the model after the layer."""
 
 import math
 from collections.abc import Callable
@@ -36,17 +36,23 @@ def ablation_cam(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """Ablation-CAM: each channel is weighted by how far the score falls without it.
+    """Ablation-CAM: weight each channel by the relative drop of the score when the channel is set to zero.
 
-    `w_k = (y - y^k) / |y|`, y^k being the score with channel k of the activation set to zero; `L = relu(sum_k w_k A_k)`. The
-    paper divides by y, which gives a map of what speaks against the class where y is negative; the drop itself is the weight
-    where y is 0. What comes after the layer is run for many channels at once, and not for channels that are zero already.
+    `w_k = (y - y^k) / |y|`, `L = relu(sum_k w_k A_k)`, where `y^k` is the score with channel k of the activation set to zero.
 
-    **Arguments**, beside those that all methods share (`camfn.score_cam` tells them): `combine`; `sweep`, of which chunk
-    (of changed activations, 64 by default), memory and progress count.
+    The paper divides by y, not by its absolute value. For negative y, that gives a map of the evidence against the class. If y
+    is 0, the weight is the drop itself.
 
-    What comes after the layer is recorded in each call. Where that cannot be, and under a transform, the model is run with
-    the activation swapped. What is returned and raised is what `camfn.score_cam` returns and raises.
+    Only the head, the part of the model after the layer, runs again: for many channels at once, and not for channels that are
+    zero already. Each call records the head. If it cannot be recorded, and under a transform, the whole model runs with the
+    activation replaced.
+
+    **Arguments**
+
+    - `combine`: as in `camfn.grad_cam`.
+    - `sweep`: a `camfn.Sweep`. Only chunk (changed activations, 64 by default), memory and progress have an effect.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -58,7 +64,8 @@ def ablation_cam(
     >>> torch.allclose(card.weights[0][:, 0], drop / card.scores.abs(), atol=1e-6)
     True
 
-    Desai & Ramaswamy, Ablation-CAM, WACV 2020 (doi 10.1109/WACV45572.2020.9093360). pytorch-grad-cam's `AblationCAM`.
+    Desai & Ramaswamy, Ablation-CAM, WACV 2020 (doi 10.1109/WACV45572.2020.9093360). The same as
+    pytorch-grad-cam's `AblationCAM`.
     """
     with without_graph():
         found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
@@ -82,16 +89,22 @@ def recipro_cam(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """Recipro-CAM: each position has the score of the activation that is left there alone.
+    """Recipro-CAM: give each position the score of the activation with all other positions set to zero.
 
-    `L_p = s(head(A * 1_p))`, all channels at one position and zeros at the others; no ReLU. `window="gaussian"` leaves
-    `A * g_p`, with `g_p` the products of `(1/4, 1/2, 1/4)` along the axes around p, cut off at the border. Of tokens it is
-    ViT-ReciproCAM, for which the window matters: what is no position (a class token, a register) stays as it is.
+    `L_p = s(head(A * 1_p))`, with all channels at position p and zeros elsewhere.
 
-    An integer target is the logit, as everywhere; the papers' is its softmax, `camfn.targets.probability`.
+    There is no ReLU by default. An integer target means the logit, as in all methods. The papers use its softmax probability,
+    `camfn.targets.probability`. The cost is one forward pass, and one run of the head for each position. For a layer of tokens,
+    the method is ViT-ReciproCAM, where the window matters. Tokens without a position, such as class tokens and registers, keep
+    their values.
 
-    **Arguments**, beside those that all methods share (`camfn.score_cam` tells them): `window`; `sweep`, as in
-    `camfn.ablation_cam`. What is returned and raised is what `camfn.score_cam` returns and raises.
+    **Arguments**
+
+    - `window`: `None`, or `"gaussian"`, which keeps `A * g_p` instead. `g_p` is the product over the axes of the weights
+      `(1/4, 1/2, 1/4)` around p, cut off at the border.
+    - `sweep`: as in `camfn.ablation_cam`.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -128,16 +141,19 @@ def lift_cam(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """LIFT-CAM: each channel is weighted by its part of the score, as DeepLIFT shares it out.
+    """LIFT-CAM: weight each channel by its DeepLIFT contribution to the score.
 
-    `w_k = sum_p m_kp A_kp`, with m the multipliers of DeepLIFT's rescale rule between the activation and one of zeros, so that
-    `sum_k w_k = s(A) - s(0)`; `L = relu(sum_k w_k A_k)`. Rules are there for operations that are affine in the activation, for
-    element-wise functions of it (ReLU and its kin) and for max-pooling. A score that is no logit is one function of all
-    outputs: its multipliers are its gradient, averaged between the two outputs.
+    `w_k = sum_p m_kp A_kp`, `L = relu(sum_k w_k A_k)`, where m are the multipliers of DeepLIFT's rescale rule between the
+    activation A and zeros.
 
-    The arguments, and what is returned, are those of `camfn.score_cam`, without those of a sweep.
+    The weights add up to the change of the score: `sum_k w_k = s(A) - s(0)`. The rule covers operations that are affine in the
+    activation, element-wise functions of it (such as ReLU) and max pooling. A score that is not a logit is treated as one
+    function of all outputs. Its multipliers are its gradient, averaged between the two outputs. The cost is one forward pass,
+    one backward pass for each target, and two runs of the head.
 
-    **Raises** `CamError` where what comes after the layer has another operation, which it names.
+    The other arguments and the returned maps are those of `camfn.score_cam`.
+
+    **Raises** `CamError` if the part of the model after the layer has an operation without a rule, which the message names.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -158,27 +174,28 @@ def lift_cam(
         check_differentiable(forward.task.shell)
         each, shown = [], []
         for name, part, activation in zip(forward.layers, found.reads, forward.activations):
-            slopes = torch.stack([part.view(slope) for slope in multipliers(forward, name, activation, found.score)], 1)
-            each.append(weights.lift_cam(slopes, part.values))
-            shown.append(weights.lift_cam(within(slopes, drawing), rescale(part.values, (1, 2))) if normalize else each[-1])
+            m = torch.stack([part.view(multiplier) for multiplier in multipliers(forward, name, activation, found.score)], 1)
+            each.append(weights.lift_cam(m, part.values))
+            shown.append(weights.lift_cam(within(m, drawing), rescale(part.values, (1, 2))) if normalize else each[-1])
         outcome = drawn(found, combined(found, shown))
         heads = 2 * forward.n * len(found.reads)  # the activation and the zeros
         return outcome._replace(weights=tuple(each), backwards=found.clean.numel() * len(found.reads), heads=heads)
 
 
-# ------------------------------------------------------------------------------------------------- what they share
+# ------------------------------------------------------------------------------------------------ shared functions
 
 
 class _Swept(NamedTuple):
     """A sweep at each layer."""
 
-    wanted: list[list[Tensor]]  # of each layer and image, the numbers of the changes that were scored
+    wanted: list[list[Tensor]]  # the numbers of the scored changes, for each layer and image
     scored: list[Scored]
 
 
 def _swept(
     found: Explained, sweep: Sweep, change_of: Callable[[Read], Change], wanted_of: Callable[[Read], list[Tensor]]
 ) -> _Swept:
+    """Run the sweep at each layer."""
     forward, options = found.forward, checked(sweep)
     wanted = [wanted_of(part) for part in found.reads]
     tick = counter(options.progress, sum(len(numbers) for each in wanted for numbers in each))
@@ -193,13 +210,13 @@ def _swept(
 
 
 def _counted(outcome: Outcome, swept: _Swept) -> Outcome:
-    """The outcome with the sweep's cost."""
+    """Add the cost of the sweep to the outcome."""
     forwards = outcome.forwards + sum(scored.forwards for scored in swept.scored)
     return outcome._replace(forwards=forwards, heads=sum(scored.heads for scored in swept.scored))
 
 
 def _without_channel(part: Read) -> Change:
-    """Channel k set to zero; of as many channels as there are, none."""
+    """The change that sets channel k to zero. The number c, one more than the last channel, changes nothing."""
     channels = torch.arange(part.values.shape[1], device=part.values.device)
 
     def make(activation: Tensor, numbers: Tensor) -> Tensor:
@@ -210,7 +227,7 @@ def _without_channel(part: Read) -> Change:
 
 
 def _channels(part: Read) -> list[Tensor]:
-    """The channels that are not zero already, and the number that stands for none, of each image."""
+    """For each image, the channels that are not zero already, and the number c, which changes nothing."""
     n, c, _ = part.values.shape
     if _compat.transformed():
         return [torch.arange(c + 1, device=part.values.device)] * n
@@ -219,7 +236,7 @@ def _channels(part: Read) -> list[Tensor]:
 
 
 def _drops(part: Read, wanted: list[Tensor], scored: Scored) -> Tensor:
-    """The weights. The score of the whole activation comes from the same sweep: so it is rounded as the others are."""
+    """The weights. The clean score comes from the same sweep, so that both scores have the same rounding."""
     c = part.values.shape[1]
     whole = torch.stack([scores[-1] for scores in scored.scores])
     without = []
@@ -230,15 +247,16 @@ def _drops(part: Read, wanted: list[Tensor], scored: Scored) -> Tensor:
 
 
 def _around_position(part: Read, steps: tuple[float, ...]) -> Change:
-    """Position p left with its surroundings, weighted by their distance in steps along each axis; zeros elsewhere."""
-    falls = torch.tensor(steps, dtype=part.values.dtype, device=part.values.device)
+    """The change that keeps position p, and its neighbors weighted by `steps` along each axis."""
+    falloff = torch.tensor(steps, dtype=part.values.dtype, device=part.values.device)
 
     def make(activation: Tensor, numbers: Tensor) -> Tensor:
-        return masks.recipro_cam(part.grid, numbers, falls)[:, None] * activation
+        return masks.recipro_cam(part.grid, numbers, falloff)[:, None] * activation
 
     return Change(make, math.prod(part.grid), lambda p: f"all but position {p} set to zero")
 
 
 def _positions(part: Read) -> list[Tensor]:
+    """For each image, all positions."""
     n, _, p = part.values.shape
     return [torch.arange(p, device=part.values.device)] * n

@@ -1,4 +1,4 @@
-"""Methods that look at an activation, and at no gradient and no score but that of the clean input."""
+"""CAM, and class-agnostic methods, which need an activation and neither gradients nor masked inputs."""
 
 import math
 from collections.abc import Sequence
@@ -33,20 +33,28 @@ def cam(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """Class activation maps: the activation weighted by the class's row of the linear layer behind the pooling.
+    """CAM: weight each channel by the class's weight in the linear layer after global average pooling.
 
-    `L_c = sum_k W_ck A_k`, for models that end in global average pooling and one linear layer (or a 1x1 convolution). One
-    forward, no ReLU. On such a head the mean of the map is the logit less its bias.
+    `L_c = sum_k W_ck A_k`.
 
-    **Arguments**, beside those that all methods share (`camfn.score_cam` tells them): `layer`, one layer; `fc`, the linear
-    layer by name or as a module, found by its shape if `None`, which a warning says; `target`, one that is linear in the
-    logits: classes, contrasts, sums and weightings of these, whose map is the sum of the classes' maps; `combine="eigen"`
-    draws the first component of `W_ck A_k` in place of their sum.
+    The model must end in global average pooling and one linear layer, or one 1x1 convolution. On such a model, the mean of the
+    map is the logit minus its bias. There is no ReLU by default. The cost is one forward pass.
 
-    **Returns** `(n, *grid)`, or `(n, t, *grid)` for several classes; `(min, max)` scaled to `(0, 1)` unless `normalize=False`.
+    **Arguments**
 
-    **Raises** `CamError` where several layers are given, the target is another one, or there is no linear layer of the layer's
-    channels and the model's classes, or more than one.
+    - `layer`: one layer, the one before the pooling.
+    - `fc`: the linear layer, by name or as a module. `None` finds it by its shape, and a warning names it.
+    - `target`: a target that is linear in the logits: classes, contrasts, and sums and multiples of these. The map is the same
+      combination of the classes' maps.
+    - `combine`: `"sum"`, or `"eigen"` for the first component of `W_ck A_k` instead of their sum.
+
+    The other arguments are those of `camfn.score_cam`.
+
+    **Returns** maps `(n, *grid)`, or `(n, t, *grid)` for several targets. Their minimum and maximum are scaled to 0 and 1
+    unless `normalize=False`.
+
+    **Raises** `CamError` for several layers, and for a target that is not linear in the logits. The same error reports that no
+    linear layer, or more than one, maps the layer's channels to the model's classes.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -57,7 +65,8 @@ def cam(
     >>> torch.allclose(raw.mean((1, 2)) + model[3].bias[3], model(x)[:, 3], atol=1e-6)
     True
 
-    Zhou et al., Learning Deep Features for Discriminative Localization, CVPR 2016 (arXiv 1512.04150). torchcam's `CAM`.
+    Zhou et al., Learning Deep Features for Discriminative Localization, CVPR 2016 (arXiv 1512.04150). The same
+    as torchcam's `CAM`.
     """
     if isinstance(layer, (list, tuple)) and len(layer) > 1:
         raise CamError(f"cam explains one layer, the one before the pooling; found {len(layer)}")
@@ -86,12 +95,19 @@ def mean_cam(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """LaFAM: the mean of all channels, where the layer is active, whatever for. The least that a method has to beat.
+    """LaFAM: average all channels; a class-agnostic baseline for the other methods.
 
-    `L = 1/c sum_k A_k`. One forward, no ReLU. It knows nothing of the target: its map is the same for each, and only the score
-    that a card tells is of it. `combine="eigen"` draws the first component of the channels in place of their mean.
+    `L = 1/c sum_k A_k`.
 
-    The arguments, and what is returned and raised, are those of `camfn.cam`, for any layers and targets.
+    The map shows where the layer is active, and every other method should improve on it. It is class-agnostic: all targets get
+    the same map, and only the score in `camfn.explain` depends on the target. There is no ReLU by default. The cost is one
+    forward pass.
+
+    **Arguments**
+
+    - `combine`: `"sum"`, or `"eigen"` for the first component of the channels instead of their mean.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -123,16 +139,21 @@ def fem(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """FEM: where channels are far above their mean, the more so the stronger the channel.
+    """FEM: mark where each channel is far above its mean, and sum the marks weighted by the channel means.
 
-    `B_k = [A_k > mu_k + k sigma_k]`, with mean and standard deviation over positions.
+    `B_k = [A_k > mu_k + k sigma_k]`, with mean mu and standard deviation sigma over positions.
 
-    - `form="mean"` (the paper, Xplique): `L = sum_k mu_k B_k`;
-    - `form="share"` (pytorch-grad-cam): `L = sum_k mean(B_k) A_k`, whose weights are the share of positions that are far above.
+    The map is class-agnostic: all targets get the same map. There is no ReLU by default. The cost is one forward pass.
 
-    Of `p` positions none can be more than `sqrt(p - 1)` deviations above the mean: on a grid of five or fewer a `k` of 2 finds
-    nothing. One forward, no ReLU. It knows nothing of the target: its map is the same for each. `combine="eigen"` draws the
-    first component of what is summed. The other arguments, and what is returned and raised, are those of `camfn.mean_cam`.
+    **Arguments**
+
+    - `form="mean"` (the paper and Xplique): `L = sum_k mu_k B_k`.
+    - `form="share"` (pytorch-grad-cam): `L = sum_k mean(B_k) A_k`. A channel's weight is its share of marked positions.
+    - `k`: the threshold in standard deviations. Among p positions, none can be more than `sqrt(p - 1)` deviations above the
+      mean. With `k=2`, a grid of five or fewer positions therefore gives an empty map.
+    - `combine`: `"sum"`, or `"eigen"` for the first component of the terms instead of their sum.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -169,14 +190,20 @@ def random_cam(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """RandomCAM: random weights for the channels. The control: a method that is no better has found nothing in its weights.
+    """RandomCAM: weight each channel at random; a control for the other methods.
 
-    `w_k ~ U(-1, 1)`, `L = sum_k w_k A_k`. One forward. It knows nothing of the target: its map is the same for each. No ReLU,
-    which pytorch-grad-cam's has: behind a layer with a ReLU of its own, that leaves nothing of half of the maps.
+    `w_k ~ U(-1, 1)`, `L = sum_k w_k A_k`.
 
-    `seed` is an int, or a `torch.Generator`, which is copied and not advanced. The weight of a channel depends on that and
-    on its number alone; all images of a batch share it, and every layer starts anew. The other arguments, and what is returned
-    and raised, are those of `camfn.mean_cam`.
+    If a method gives no better maps than this one, its weights carry no information. The map is class-agnostic: all targets get
+    the same map. There is no ReLU by default, unlike in pytorch-grad-cam. After a layer with its own ReLU, a second one would
+    leave half of the maps empty. The cost is one forward pass.
+
+    **Arguments**
+
+    - `seed`: an int, or a `torch.Generator`, which is copied and not advanced. The weight of a channel depends only on the seed
+      and on the channel's number. All images of a batch share it, and it starts again for every layer.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -187,7 +214,8 @@ def random_cam(
     >>> torch.equal(one, again), torch.equal(one, other)
     (True, False)
 
-    Cai, CAMs as Shapley Value-based Explainers, 2025 (arXiv 2501.06261) has it in its tables; pytorch-grad-cam's `RandomCAM`.
+    Cai, CAMs as Shapley Value-based Explainers, 2025 (arXiv 2501.06261) reports it as a control. pytorch-grad-cam has it as
+    `RandomCAM`.
     """
     if not isinstance(seed, (int, torch.Generator)):
         raise CamError(f"seed must be an int or a torch.Generator, found {seed!r}")
@@ -196,11 +224,11 @@ def random_cam(
     return weighed_alike(found, [weights.random_cam(u, part.values) for u, part in zip(drawn, found.reads)])
 
 
-# ------------------------------------------------------------------------------------------------- what they share
+# ------------------------------------------------------------------------------------------------ shared functions
 
 
 def weighed_alike(found: Explained, weights: Sequence[Float[Tensor, "n c"]]) -> Outcome:
-    """The outcome of weights that all targets share."""
+    """Return the outcome of weights that all targets share."""
     signed = combined(found, [each[:, None] for each in weights])
     return drawn_alike(found, [part[:, 0] for part in signed], weights)
 
@@ -208,7 +236,7 @@ def weighed_alike(found: Explained, weights: Sequence[Float[Tensor, "n c"]]) -> 
 def drawn_alike(
     found: Explained, signed: Sequence[Float[Tensor, "n p"]], weights: Sequence[Float[Tensor, "n c"]] = ()
 ) -> Outcome:
-    """The outcome of class-agnostic maps: made once, and returned for each target."""
+    """Return the outcome of class-agnostic maps, which are computed once and repeated for each target."""
 
     def each(value: Tensor) -> Tensor:
         return value[:, None].expand(-1, found.clean.shape[1], -1)

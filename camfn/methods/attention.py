@@ -1,4 +1,4 @@
-"""Methods for transformers that follow attention: they take no layer, since they look at every one."""
+"""Methods that follow the attention of transformers. They take no layer, because they use all layers."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -28,8 +28,8 @@ class Attentive(NamedTuple):
     """The clean forward pass of a transformer, with its attention."""
 
     explained: Explained
-    attention: Attention  # of the layers from `start` on
-    pullback: Pullback  # from the output, or from each layer's own, to the attention of every layer
+    attention: Attention  # from the layer `start` on
+    pullback: Pullback  # from the output, or from each block's own, to the attention of every layer
 
 
 @method(attention.attention_rollout, (Need.ATTENTION,), Cost(backwards=1))
@@ -47,24 +47,31 @@ def attention_rollout(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """Attention rollout: how much of each patch reaches the output, if attention were all that moves tokens.
+    """Attention rollout: multiply the attention matrices of all layers to trace the output back to the patches.
 
-    `B_l = rows normalised of (mean_h A_l + I)`, `R = B_L ... B_1`; the map is R's row of the class token, over the patches.
-    A_l are a layer's attention probabilities, h its heads. It says nothing about the target: all have one map.
+    `B_l = normalize_rows(mean_h A_l + I)`, `R = B_L ... B_1`. The map is R's row of the class token, over the patches.
 
-    For vision transformers of torchvision, timm and transformers, with fused attention or without: all in which every layer's
-    attention is of all tokens to all tokens. Others (windows, pooled or crossed attention) raise `CamError`.
+    `A_l` are the attention probabilities of layer l, and h its heads. The map shows how much of each patch would reach the
+    output if attention alone moved information between tokens. It is class-agnostic: all targets get the same map.
 
-    **Arguments**, beside those that all methods share (`camfn.score_cam` tells them):
+    Supported are vision transformers of torchvision, timm and transformers, with or without fused attention, in which every
+    layer attends from all tokens to all tokens.
 
-    - `layer`: `None`, since every layer is followed.
-    - `start`: the first layer that counts; a negative one counts from the end.
-    - `query`: the token whose row is taken. `None`: the one that the output reads, and if these are several, their mean: the
-      class token, the class and the distillation token, all patches. They are the ones at which the score has a gradient in the
-      last layer's attention, and that is what the backward is for; it ends there.
-    - `layout`: `"auto"` drops tokens before the patches (class, distillation, registers) and finds the grid by the input's
-      proportions; `camfn.layouts.tokens(grid, prefix)` says it.
-    - `relu` changes nothing: nothing is negative.
+    **Arguments**
+
+    - `layer`: must be `None`, because the method uses all layers.
+    - `start`: the first layer to use. A negative int counts from the end.
+    - `query`: the token whose row is the map. `None` means the token that the output depends on, or the mean of several: the
+      class token, the class and distillation tokens, or all patches. They are the tokens at which the score has a gradient with
+      respect to the last layer's attention. This takes one backward pass, which ends at that layer.
+    - `layout`: `"auto"` drops the tokens before the patches (class, distillation, registers), and derives the grid from the
+      input's proportions. `camfn.layouts.tokens(grid, prefix)` sets both.
+    - `relu`: has no effect, because the map is never negative.
+
+    The other arguments and the returned maps are those of `camfn.score_cam`.
+
+    **Raises** `CamError` for other transformers, such as those with windowed, pooled or cross attention, and as
+    `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -83,10 +90,12 @@ def attention_rollout(
     Abnar & Zuidema, Quantifying Attention Flow in Transformers, ACL 2020 (arXiv 2005.00928).
     """
     drawing = Drawing(relu, size, normalize, layout)
-    found = _followed("attention_rollout", layer, begin(model, x, state), target, drawing, start=start, slopes=query is None)
+    found = _explain_attention(
+        "attention_rollout", layer, begin(model, x, state), target, drawing, start=start, gradients=query is None
+    )
     n, targets = found.explained.clean.shape
     forward, seen = found.explained.forward, found.attention.seen
-    # A query that is named needs no gradient: the attention itself has as many rows.
+    # A given query needs no gradient: the attention has the same number of rows.
     last = last_gradient(found.pullback, forward.output, found.explained.score) if query is None else seen[-1]
     row = attention.attention_rollout(seen, _row(last, query))
     return _on_patches(found, [row] * targets, n if query is None else 0)
@@ -107,13 +116,15 @@ def gradient_attention(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """Gradient-weighted attention: rollout of the attention that speaks for the target (Chefer et al., "GAE").
+    """Gradient-weighted attention: roll out the positive part of attention times its gradient (Chefer et al., "GAE").
 
-    From `R = I`, layer by layer, `R += mean_h relu(G_l * A_l) R`, with `G_l = d(score)/dA_l`; the map is R's row of the class
-    token, over the patches. One forward, and one backward for each target.
+    From `R = I`, layer by layer, `R += mean_h relu(G_l * A_l) R` with `G_l = d(score)/dA_l`. The map is R's row of the class
+    token, over the patches.
 
-    The arguments, and what is returned and raised, are those of `camfn.attention_rollout`. Where the output reads the mean of
-    the patches, of which the paper does not speak, the map is the mean of their rows, the I in them included.
+    The cost is one forward pass, and one backward pass for each target. If the output depends on the mean of the patches, a
+    case that the paper does not cover, the map is the mean of their rows, including the initial I.
+
+    The arguments, the returned maps and the errors are those of `camfn.attention_rollout`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -132,7 +143,7 @@ def gradient_attention(
     Chefer et al., Generic Attention-model Explainability, ICCV 2021 (arXiv 2103.15679).
     """
     drawing = Drawing(relu, size, normalize, layout)
-    found = _followed("gradient_attention", layer, begin(model, x, state), target, drawing, start=start)
+    found = _explain_attention("gradient_attention", layer, begin(model, x, state), target, drawing, start=start)
     first = -len(found.attention.seen)
 
     def follow(gradients: list[Tensor]) -> Relevances:
@@ -156,17 +167,21 @@ def legrad(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """LeGrad: how the score that each layer gives by itself depends on its own attention.
+    """LeGrad: average the positive gradients of each layer's own score with respect to its attention.
 
-    `s_l = head(norm(mean over tokens of Z_l))`, Z_l what block l returns; the map is `mean_l mean_h mean_q relu(ds_l/dA_l)`,
-    over the patches. Three forwards, one of which, of the first image, finds the blocks, and one backward for each target.
+    `s_l = head(norm(mean over tokens of Z_l))`, where `Z_l` is the output of block l. The map is
+    `mean_l mean_h mean_q relu(ds_l/dA_l)`, over the patches.
 
-    `s_l` is the target of the model's own output, with the mean of Z_l in the place of every token that the last block returns:
-    whichever token the head takes or averages, it gets the mean. So norm and head need not be named. The paper's equation
-    takes all layers (`start=0`); the authors' code for CLIP begins at the last but one (`start=-2`).
+    `s_l` is the target's score of the model's output when the mean of `Z_l` replaces every token of the last block. A head that
+    picks a token and a head that averages tokens both get the mean, so norm and head need not be named. The paper's equation
+    uses all layers (`start=0`). The authors' code for CLIP starts at the second to last (`start=-2`).
 
-    The arguments, and what is returned and raised, are those of `camfn.attention_rollout`, but that no row is chosen: the mean
-    is over all of them.
+    The cost is two forward passes for each image, and one backward pass for each target. The first forward pass gives the
+    output of every block, the second evaluates the heads. In addition, each call runs its first image once more to find the
+    blocks.
+
+    The arguments, the returned maps and the errors are those of `camfn.attention_rollout`. There is no `query`, because the map
+    is the mean over all rows.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -182,10 +197,10 @@ def legrad(
     >>> camfn.legrad(Transformer(), None, torch.randn(2, 3, 16, 16), size="input").shape
     torch.Size([2, 16, 16])
 
-    Bousselham et al., LeGrad, ICCV 2025 (arXiv 2404.03214). torchcam's `LeGrad`.
+    Bousselham et al., LeGrad, ICCV 2025 (arXiv 2404.03214). The same as torchcam's `LeGrad`.
     """
     drawing = Drawing(relu, size, normalize, layout)
-    found = _followed("legrad", layer, begin(model, x, state), target, drawing, start=start, tails=True)
+    found = _explain_attention("legrad", layer, begin(model, x, state), target, drawing, start=start, per_block=True)
     first = -len(found.attention.seen)
     outcome = _of_gradients(found, lambda gradients: attention.legrad(gradients[first:]))
     return outcome._replace(forwards=2 * outcome.forwards)
@@ -205,16 +220,19 @@ def ag_cam(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """AG-CAM: the logits of attention, squashed one by one, weighed by the gradient that does not pass other attention.
+    """AG-CAM: weight the sigmoid of each attention logit by the positive gradient through the residual stream.
 
-    `L = sum_l sum_h sum_q relu(G_l) * sigmoid(S_l)`, over the patches; S_l are the logits whose softmax is A_l, and `G_l` is
-    `d(score)/dA_l` with the attention of all later layers held constant, so that it comes by the residual stream alone. One
-    forward, and one backward for each target.
+    `L = sum_l sum_h sum_q relu(G_l) * sigmoid(S_l)`, over the patches.
 
-    The paper takes the class token's row q. On its models no other row has such a gradient, so that the sum over all is the
-    same; it also serves models whose head takes the mean of the patches.
+    `S_l` are the logits whose softmax is `A_l`. `G_l` is `d(score)/dA_l` with the attention of all later layers held constant,
+    so that the gradient flows through the residual stream only. The cost is one forward pass, and one backward pass for each
+    target.
 
-    The arguments, and what is returned and raised, are those of `camfn.attention_rollout`, but that no row is chosen.
+    The paper uses the class token's row q only. On its models no other row has a gradient, so the sum over all rows is the
+    same. The sum also works for models whose head averages the patches.
+
+    The arguments, the returned maps and the errors are those of `camfn.attention_rollout`. There is no `query`, because the map
+    is the sum over all rows.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -233,16 +251,16 @@ def ag_cam(
     Leem & Seo, Attention Guided CAM, AAAI 2024 (arXiv 2402.04563).
     """
     drawing = Drawing(relu, size, normalize, layout)
-    found = _followed("ag_cam", layer, begin(model, x, state), target, drawing, start=start, held=True)
+    found = _explain_attention("ag_cam", layer, begin(model, x, state), target, drawing, start=start, held=True)
     first, logits = -len(found.attention.seen), found.attention.logits
     return _of_gradients(found, lambda gradients: attention.ag_cam(logits, gradients[first:]))
 
 
-# ------------------------------------------------------------------------------------------------- what they share
+# ------------------------------------------------------------------------------------------------ shared functions
 
 
 @_compat.eager
-def _followed(
+def _explain_attention(
     name: str,
     layer: Layers,
     task: Task,
@@ -251,17 +269,18 @@ def _followed(
     *,
     start: int,
     held: bool = False,
-    tails: bool = False,
-    slopes: bool = True,
+    per_block: bool = False,
+    gradients: bool = True,
 ) -> Attentive:
-    """Run the model once with its attention written out. `tails`: each layer's own output, beside the model's.
+    """Run the model once with its attention written out.
 
-    `held`: the gradient passes through no later attention. `slopes`: gradients are needed.
+    `held`: hold the attention of later layers constant in gradients. `per_block`: also evaluate the head on each block's
+    output. `gradients`: gradients are needed.
     """
     without_layer(name, layer)
-    if slopes:
+    if gradients:
         check_differentiable(task.shell)
-    blocks = _blocks(task) if tails else Blocks([], 1)
+    blocks = _blocks(task) if per_block else Blocks([], 1)
     captured, back = with_pullback(functools.partial(_run, task, blocks, held), task.state, task.batch.x, None)
     output, also = captured.output
     count = len(captured.seen)
@@ -270,22 +289,24 @@ def _followed(
     if not isinstance(start, int) or not -count <= start < count:
         raise CamError(f"start={start!r} must be one of the model's {count} attention layers, or a negative int from the end")
     seen: Any = captured.seen
-    return Attentive(found, Attention(seen[start:], also[start:] if held else ()), _of_output(back, tails))
+    return Attentive(found, Attention(seen[start:], also[start:] if held else ()), _from_outputs(back, per_block))
 
 
-def _of_output(back: Pullback, tails: bool) -> Pullback:
-    """The way back from the model's output, or from the sum over the layers' own outputs, where a run returned both."""
+def _from_outputs(back: Pullback, per_block: bool) -> Pullback:
+    """The pullback from the model's output, or from the sum of the scores of all blocks' outputs."""
 
     def lifted(way: Callable[[Of], Any]) -> Callable[[Of], Any]:
-        def of_tails(of: Of) -> Of:
-            return lambda got: torch.stack([of(tail) for tail in got[1]]).sum()
+        def of_blocks(of: Of) -> Of:
+            return lambda got: torch.stack([of(output) for output in got[1]]).sum()
 
-        return lambda of: way(of_tails(of) if tails else lambda got: of(got[0]))
+        return lambda of: way(of_blocks(of) if per_block else lambda got: of(got[0]))
 
     return back.through(lifted)
 
 
 def _blocks(task: Task) -> Blocks:
+    """Find the transformer's blocks, by one forward pass of the first image."""
+
     def find(state: State, x: Inputs, nudge: Any) -> Captured:
         return Captured(blocks_of(task.model, state, x), ())
 
@@ -293,39 +314,39 @@ def _blocks(task: Task) -> Blocks:
 
 
 def _run(task: Task, blocks: Blocks, held: bool, state: State, x: Inputs, nudge: Nudge = None) -> Captured:
-    """The attention seen, with the model's output, and the outputs of blocks or the logits of held attention."""
+    """The attention probabilities, with the model's output, and the blocks' outputs or the attention logits."""
     tap = tap_from(task.model.shell(), blocks.names)
-    apart = (_apart,) * len(blocks.names)
-    (output, given), seen = attended(lambda: run_checked(tap, task, (state, x), apart), nudge, held=held)
+    cuts = (_cut,) * len(blocks.names)
+    (output, given), seen = attended(lambda: run_checked(tap, task, (state, x), cuts), nudge, held=held)
     self_attention(seen, task.batch.n)
-    also = _tails(task.model, blocks, given, state, x) if blocks.names else seen.logits if held else ()
+    also = _block_outputs(task.model, blocks, given, state, x) if blocks.names else seen.logits if held else ()
     return Captured((output, also), seen.seen)
 
 
-def _apart(value: Tensor) -> Tensor:
-    """A nudge of zero that takes away a block's gradient from what comes after it: every layer is judged by itself."""
+def _cut(value: Tensor) -> Tensor:
+    """A zero nudge that cancels the gradient through a block's output, so that each layer is judged by itself."""
     return _compat.constant(value) - value
 
 
-def _tails(model: Model, blocks: Blocks, given: Any, state: State, x: Inputs) -> tuple[Any, ...]:
-    """The model's output for the mean token of each block, in the place of all that the last block returns."""
+def _block_outputs(model: Model, blocks: Blocks, given: Any, state: State, x: Inputs) -> tuple[Any, ...]:
+    """The model's outputs with the mean token of each block in place of all tokens of the last block."""
     tap = tap_from(opened(model).shell(), blocks.names[-1:])
     means = torch.stack([tokens.mean(blocks.axis, keepdim=True).expand_as(tokens) for tokens in given])
     leaves: list[Any] = []
     spec: Any = None
 
-    def tail(tokens: Tensor) -> list[Tensor]:
+    def output_of(tokens: Tensor) -> list[Tensor]:
         nonlocal leaves, spec
         leaves, spec = tree_flatten(tap(state, x, None, (tokens,)).output)
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    # Mapped over what is swapped in alone, the blocks before it run once. Written out, since fused attention has no rule.
+    # `vmap` maps over the means only, so the blocks before the last run once. Fused attention has no batching rule.
     try:
-        tensors, _ = attended(lambda: vmap(tail)(means))
+        tensors, _ = attended(lambda: vmap(output_of)(means))
     except ForwardError:  # a custom Function that cannot be mapped
         if _compat.transformed():
             raise
-        tensors = [torch.stack(parts) for parts in zip(*(attended(lambda mean=mean: tail(mean))[0] for mean in means))]
+        tensors = [torch.stack(parts) for parts in zip(*(attended(lambda mean=mean: output_of(mean))[0] for mean in means))]
 
     def outputs() -> Iterator[Any]:
         for parts in zip(*tensors):
@@ -336,7 +357,7 @@ def _tails(model: Model, blocks: Blocks, given: Any, state: State, x: Inputs) ->
 
 
 def _row(gradient: Tensor, query: int | None) -> Relevances:
-    """The row that is followed back from the last layer, `(n, q)`: weights of the tokens that are read."""
+    """The row to follow back from the last layer, `(n, q)`: the weights of the tokens that the output depends on."""
     if query is None:
         return attention.readers(gradient)
     count = gradient.shape[2]
@@ -346,7 +367,7 @@ def _row(gradient: Tensor, query: int | None) -> Relevances:
 
 
 def _of_gradients(found: Attentive, formula: Callable[[list[Tensor]], Relevances]) -> Outcome:
-    """The maps of a formula of the gradients at every layer's attention, one gradient for each target."""
+    """The maps of a formula of the gradients at every layer's attention, for each target."""
 
     def row(of: Of) -> Relevances:
         return formula([*found.pullback.gradients(of).values()])
@@ -356,10 +377,10 @@ def _of_gradients(found: Attentive, formula: Callable[[list[Tensor]], Relevances
 
 
 def _on_patches(found: Attentive, rows: list[Relevances], backwards: int) -> Outcome:
-    """Drop the tokens that are not patches, and lay the others on their grid."""
+    """Drop the tokens that are not patches, and arrange the others on their grid."""
     explained, layout = found.explained, found.explained.drawing.layout
     if isinstance(layout, str) and layout != "auto":
         raise CamError(f'layout={layout!r}: attention is over tokens, say where they lie by "auto" or camfn.layouts.tokens()')
-    lie = layouts.tokens() if layout == "auto" else layout
-    patches = read_layer(explained.forward, "attention", torch.stack(rows, 2), lie)
+    where = layouts.tokens() if layout == "auto" else layout
+    patches = read_layer(explained.forward, "attention", torch.stack(rows, 2), where)
     return drawn(explained, [patches.values], [patches.grid])._replace(backwards=backwards)

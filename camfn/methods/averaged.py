@@ -1,4 +1,4 @@
-"""Methods that average gradients over several forwards: of noisy inputs, of inputs at several sizes."""
+"""Smooth Grad-CAM++ and CAMERAS, which average gradients over noisy inputs or over sizes of the input."""
 
 import math
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from camfn.model.memory import is_exhausted
 from camfn.targets import resolve
 
 SIZES = tuple(side / 224 for side in range(324, 1000, 100))
-"""CAMERAS' default: beside an input of 224 pixels, 324, 424 ... 924."""
+"""The default factors of CAMERAS: for inputs of 224 pixels, the sizes 324, 424 ... 924."""
 
 
 @method(weights.smooth_grad_cam_pp, (Need.ACTIVATIONS, Need.GRADIENTS), Cost(5, backwards=4))
@@ -53,19 +53,25 @@ def smooth_grad_cam_pp(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """Smooth Grad-CAM++: Grad-CAM++ with the powers of the gradient averaged over noisy inputs.
+    """Smooth Grad-CAM++: weight each channel as Grad-CAM++ does, with powers of the gradient averaged over noisy inputs.
 
-    `D_i = mean of G^i` over `num_samples` inputs `x + e`, `e ~ N(0, std^2)`; `w_k = sum_p a_kp relu(D1_kp)`, `a = D2 / (2 D2 +
-    S_k D3)`, `S_k = sum_p A_kp`, `L = relu(sum_k w_k A_k)`, with the activation of the clean input. The paper's std is a share
-    of the input's range; here it is in units of the input, as in torchcam. The numerator of alpha is printed as D1 in the
-    paper, which without noise would not be Grad-CAM++.
+    `D_i = mean of G^i` over `num_samples` inputs `x + e` with `e ~ N(0, std^2)`, `w_k = sum_p a_kp relu(D1_kp)`,
+    `a = D2 / (2 D2 + S_k D3)`, `S_k = sum_p A_kp`, `L = relu(sum_k w_k A_k)`.
 
-    `seed` is an int, or a `torch.Generator`, which is copied and not advanced. All images of a batch share the noise; on the
-    CPU it is what torchcam draws for one image after `torch.manual_seed(seed)`. `masked` is the key or index of the input that
-    the noise is added to, by default the only floating-point one with spatial axes. One forward, and `num_samples` forwards
-    with a backward for each target. The other arguments, and what is returned and raised, are those of `camfn.grad_cam`.
+    A is the activation of the clean input. The paper prints D1 as the numerator of alpha, which without noise would not be
+    Grad-CAM++. torchcam's `SmoothGradCAMpp` takes only the ReLU of the last noisy input's gradient, and `sum_p D3_kp A_kp`
+    instead of `S_k D3`. The cost is one forward pass, and `num_samples` forward passes with one backward pass for each target.
 
-    torchcam's `SmoothGradCAMpp` takes the ReLU of the last noisy input's gradient alone, and `sum_p D3_kp A_kp` for `S_k D3`.
+    **Arguments**
+
+    - `num_samples`: the number of noisy inputs.
+    - `std`: the standard deviation of the noise, in units of the input, as in torchcam. The paper's is a share of the input's
+      range.
+    - `seed`: an int, or a `torch.Generator`, which is copied and not advanced. All images of a batch share the noise. On the
+      CPU it is what torchcam draws for one image after `torch.manual_seed(seed)`.
+    - `masked`: the key or index of the input to add noise to. The default is the only floating-point input with spatial axes.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -108,17 +114,24 @@ def cameras(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """CAMERAS: the activation times the gradient, each averaged over sizes of the input before.
+    """CAMERAS: multiply activation and gradient, each averaged over several sizes of the input.
 
-    `A = mean_r U(A(x_r))`, `G = mean_r U(G(x_r))`, `L = relu(sum_k G_k * A_k)`; `x_r` is the input, and the input at `factors`
-    times its sides (cubic interpolation), and U brings what the layer gives to the input's size (linear), which is the map's
-    own.
+    `A = mean_r U(A(x_r))`, `G = mean_r U(G(x_r))`, `L = relu(sum_k G_k * A_k)`.
 
-    `factors` are 324/224, 424/224 ... 924/224 by default, the authors' sizes beside an input of 224; with all of them the call
-    costs 61 times Grad-CAM. The network has to take inputs of any size. Where `target` is `None`, sizes at which another class
-    is predicted are left out, image by image, as the authors' code does; with a target given, none is. `masked` is the key or
-    index of the input that is resized, by default the only floating-point one with spatial axes. The other arguments, and what
-    is returned and raised, are those of `camfn.grad_cam`.
+    The `x_r` are the input, and the input resized by each of `factors` (cubic interpolation). U upsamples linearly to the
+    input's size, which is also the size of the map. The network must accept inputs of any size. With the default factors, a
+    call costs 61 times as much as Grad-CAM.
+
+    If `target` is `None`, the mean leaves out sizes at which another class is predicted, image by image, as in the authors'
+    code. With a target, it includes every size.
+
+    **Arguments**
+
+    - `factors`: multipliers of the input's sides, beside the input itself. The default is 324/224, 424/224 ... 924/224: the
+      authors' sizes for inputs of 224 pixels.
+    - `masked`: the key or index of the input to resize. The default is the only floating-point input with spatial axes.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -148,6 +161,7 @@ def cameras(
 
 
 def _checked_factors(factors: Any) -> tuple[float, ...]:
+    """Return the factors as a tuple, or raise an error unless they are positive and finite."""
     found = tuple(factors) if isinstance(factors, Sequence) and not isinstance(factors, str) else None
     if found is None or not all(isinstance(f, (int, float)) and 0 < f < math.inf for f in found):
         raise CamError(f"factors must be positive numbers, by which the input's sides are multiplied; found {factors!r}")
@@ -155,7 +169,7 @@ def _checked_factors(factors: Any) -> tuple[float, ...]:
 
 
 def _at(own: Graded, factor: float) -> Graded:
-    """The activation and the gradient of the input at another size."""
+    """Return activations and gradients for the input resized by a factor."""
     forward, found = own.explained.forward, own.explained
     size = [max(1, round(side * factor)) for side in forward.image.shape[2:]]
     try:
@@ -175,7 +189,7 @@ def _at(own: Graded, factor: float) -> Graded:
 
 
 def _shares(own: Explained, others: Sequence[Explained], target: Target) -> Tensor:
-    """The weight of each size for each image, `(r, n)`. Where the class is predicted, sizes that predict another have none."""
+    """The weight of each size for each image, `(r, n)`. For `target=None`, a size that predicts another class has weight 0."""
     kept = torch.ones_like(own.clean[:, 0]).expand(1 + len(others), -1)
     if target is None:
         best = [resolve(None, other.forward.output, len(own.clean), own.clean.device).rows for other in others]
@@ -184,7 +198,10 @@ def _shares(own: Explained, others: Sequence[Explained], target: Target) -> Tens
 
 
 def _resized(graded: Sequence[Graded], layer: int) -> list[Resized]:
-    """A layer at all sizes. Its gradients are scaled by one positive factor for each map where that is normalized anyway."""
+    """Return one layer's activations and gradients at all sizes.
+
+    If the map is normalized anyway, its gradients are first divided by one positive factor, so that no product overflows.
+    """
     gradients = [part.gradients[layer] for part in graded]
     if graded[0].explained.drawing.normalize:
         size = torch.stack([magnitude(each, (2, 3)) for each in gradients]).amax(0)

@@ -1,4 +1,4 @@
-"""Methods whose map is a first component: of an activation, or of its product with a gradient."""
+"""Eigen-CAM and its variants: the first component of an activation, or of its product with the gradient."""
 
 import math
 from collections.abc import Callable
@@ -29,21 +29,26 @@ def eigen_cam(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """Eigen-CAM: the weighted sum of channels, of all with weights of one length, that varies most.
+    """Eigen-CAM: project the activation onto its first singular vector (class-agnostic).
 
-    `L = sum_k v_k A_k`, v being the first singular vector of A, with positions for rows. One forward, no ReLU. It knows nothing
-    of the target: its map is the same for each.
+    `L = sum_k v_k A_k`, where v is the first singular vector of A, with positions as rows.
 
-    - `center=False` (the paper): of the activation as it is. Behind a ReLU all of the map is positive, and what all positions
-      share is most of it.
-    - `center=True` (pytorch-grad-cam): less each channel's mean over positions, the first principal component.
+    Among all sums of channels with unit-norm weights, this one has the largest norm. The map is class-agnostic: all targets get
+    the same map. There is no ReLU by default. The cost is one forward pass.
 
-    A singular vector may be turned round, and pytorch-grad-cam's is as it comes, with the map inverted or not. Here what is
-    largest in size is positive (equation 13 of Seg-Eigen-CAM); where that leaves it open, the map goes with the sum of the
-    channels. Where two singular values are equal there is no one first component, and it has no derivative: what is not
-    determined counts as constant.
+    The sign of a singular vector is arbitrary, and pytorch-grad-cam leaves it to chance, so that its map may be inverted. Here
+    the entry of the map with the largest absolute value is positive (equation 13 of Seg-Eigen-CAM). If that leaves the sign
+    open, the map has the sign of the sum of the channels. If two singular values are equal, the first component is not unique
+    and has no derivative. The undetermined part is then treated as constant.
 
-    The other arguments, and what is returned and raised, are those of `camfn.mean_cam`, without `combine`.
+    **Arguments**
+
+    - `center=False` (the paper): use the activation itself. After a ReLU the whole map is positive, and dominated by what all
+      positions share.
+    - `center=True` (pytorch-grad-cam): subtract each channel's mean over positions. The map is then the first principal
+      component.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -76,18 +81,22 @@ def kpca_cam(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """KPCA-CAM: the first kernel principal component of the positions: Eigen-CAM, not only by sums of channels.
+    """KPCA-CAM: project the activation onto its first kernel principal component (class-agnostic).
 
-    `L = sqrt(l) a`, with l the largest eigenvalue of the matrix `k(x_p, x_q)`, centred, and a its unit vector; `x_p` is the
-    activation at a position, less each channel's mean. One forward, no ReLU. It knows nothing of the target: its map is the
-    same for each.
+    `L = sqrt(l) a`, where l is the largest eigenvalue of the centered matrix `k(x_p, x_q)`, and a its unit eigenvector.
+
+    `x_p` is the activation at a position, minus each channel's mean. The map extends Eigen-CAM beyond sums of channels. It is
+    class-agnostic: all targets get the same map. There is no ReLU by default. The sign and the derivatives are determined as in
+    `camfn.eigen_cam`. The cost is one forward pass, and a matrix of p x p entries for p positions.
+
+    **Arguments**
 
     - `kernel`: `"sigmoid"`, `tanh(gamma x.y + 1)`, as in pytorch-grad-cam; `"rbf"`, `exp(-gamma |x - y|^2)`; `"poly"`,
-      `(gamma x.y + 1)^3`; `"linear"`, which is `camfn.eigen_cam` with `center=True`.
-    - `gamma`: 1 over the number of channels for `None`. But for the linear one, kernels are of the size of the activation.
+      `(gamma x.y + 1)^3`; or `"linear"`, which equals `camfn.eigen_cam` with `center=True`.
+    - `gamma`: a positive number. `None` means 1 / number of channels. Every kernel except `"linear"` depends on the scale of
+      the activation.
 
-    The sign is that of `camfn.eigen_cam`, and what is said there of derivatives holds here too. The matrix has p x p entries,
-    for p positions. The other arguments, and what is returned and raised, are those of `camfn.mean_cam`, without `combine`.
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -96,7 +105,7 @@ def kpca_cam(
     >>> camfn.kpca_cam(model, "1", torch.randn(2, 3, 8, 8)).shape
     torch.Size([2, 6, 6])
 
-    Karmani et al., KPCA-CAM, 2024 (arXiv 2410.00267). pytorch-grad-cam's `KPCA_CAM`, up to the sign.
+    Karmani et al., KPCA-CAM, 2024 (arXiv 2410.00267). Up to the sign, the same as pytorch-grad-cam's `KPCA_CAM`.
     """
     if kernel not in components.KERNELS:
         raise CamError(f"kernel {kernel!r} is not known; all: {', '.join(components.KERNELS)}")
@@ -120,14 +129,20 @@ def eigen_grad_cam(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """EigenGrad-CAM: the first principal component of the activation times the gradient: Eigen-CAM of a class.
+    """EigenGrad-CAM: project the activation times the gradient onto its first principal component.
 
-    `L = sum_k v_k X_k`, `X = G * A` less each channel's mean over positions, `G = d(score)/dA`, v the first singular vector of
-    X, with positions for rows. `center=False` leaves the means in. One forward, and for each target one backward; no ReLU.
+    `L = sum_k v_k X_k`, where X is `G * A` minus each channel's mean over positions, `G = d(score)/dA`, and v is the first
+    singular vector of X, with positions as rows.
 
-    Its sign is the one with which it goes with `sum_k X_k`, the map of HiResCAM. pytorch-grad-cam's is as it comes. What
-    `camfn.eigen_cam` says of derivatives holds here too. The other arguments, and what is returned and raised, are those of
-    `camfn.grad_cam`, without `combine`.
+    The map is Eigen-CAM for a target. Its sign is the one that agrees with `sum_k X_k`, the map of HiResCAM. pytorch-grad-cam
+    leaves the sign to chance. The derivatives are those described in `camfn.eigen_cam`. There is no ReLU by default. The cost
+    is one forward pass, and one backward pass for each target.
+
+    **Arguments**
+
+    - `center`: `False` does not subtract the means.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -156,15 +171,20 @@ def seg_eigen_cam(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """Seg-Eigen-CAM: the first principal component of the activation times the size of the gradient.
+    """Seg-Eigen-CAM: project the activation times the absolute gradient onto its first principal component.
 
-    `L = sum_k v_k X_k`, `X = |G| * A` less each channel's mean over positions, `G = d(score)/dA`, v the first singular vector
-    of X, with positions for rows; what is largest in size is positive (equations 10 to 13). `center=False` leaves the means in;
-    pytorch-grad-cam takes them off. One forward, and for each target one backward; no ReLU.
+    `L = sum_k v_k X_k`, where X is `|G| * A` minus each channel's mean over positions, `G = d(score)/dA`, and v is the first
+    singular vector of X, with positions as rows (equations 10 to 13).
 
-    Meant for segmentation networks with `camfn.targets.segmentation`; it takes any target. What `camfn.eigen_cam` says of
-    derivatives holds here too. The other arguments, and what is returned and raised, are those of `camfn.grad_cam`, without
-    `combine`.
+    The entry of the map with the largest absolute value is positive. The method is meant for segmentation networks with
+    `camfn.targets.segmentation`, and accepts any target. The derivatives are those described in `camfn.eigen_cam`. There is no
+    ReLU by default. The cost is one forward pass, and one backward pass for each target.
+
+    **Arguments**
+
+    - `center`: `True` subtracts the means, as pytorch-grad-cam does. `False` does not.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -173,13 +193,15 @@ def seg_eigen_cam(
     >>> camfn.seg_eigen_cam(model, "1", torch.randn(2, 3, 8, 8), [1, 3]).shape
     torch.Size([2, 6, 6])
 
-    Chung & Ying, Seg-Eigen-CAM, Applied Sciences 2025 (doi 10.3390/app15137562). pytorch-grad-cam's `SegEigenCAM`.
+    Chung & Ying, Seg-Eigen-CAM, Applied Sciences 2025 (doi 10.3390/app15137562). The same as pytorch-grad-cam's
+    `SegEigenCAM`.
     """
     graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout))
     return _of_gradients(graded, partial(components.seg_eigen_cam, center=center))
 
 
 def _of_gradients(graded: Graded, formula: Callable[..., FlatMaps]) -> Outcome:
+    """Return the outcome of a formula of gradients and activations."""
     found = graded.explained
     signed = [formula(within(gradients, found.drawing), activations) for gradients, activations in graded.pairs]
     return drawn(found, signed)._replace(backwards=found.clean.numel())

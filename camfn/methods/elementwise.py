@@ -1,4 +1,4 @@
-"""Methods that weigh every position of a channel by the gradient of the score there."""
+"""HiResCAM, LayerCAM and Grad-CAM-E, which weight each position of a channel by its own gradient."""
 
 import itertools
 
@@ -26,12 +26,14 @@ def hires_cam(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """HiResCAM: the activation times the score's gradient, position by position, summed over channels.
+    """HiResCAM: multiply activation and gradient at each position, and sum over channels.
 
-    `L = sum_k G_k * A_k`. One forward, and one backward for each target; no ReLU in the paper. Where what comes after the layer
-    is piecewise linear, the sum of the map is the score less what its biases contribute.
+    `L = sum_k G_k * A_k` with `G = d(score)/dA`.
 
-    The arguments, and what is returned and raised, are those of `camfn.grad_cam`.
+    There is no ReLU by default, as in the paper. If the network after the layer is piecewise linear, the sum of the map is the
+    score minus the contribution of the biases. The cost is one forward pass, and one backward pass for each target.
+
+    The arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -62,12 +64,18 @@ def grad_cam_elementwise(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """Element-wise Grad-CAM: HiResCAM of what speaks for the target alone, the ReLU before the sum over channels.
+    """Element-wise Grad-CAM: multiply activation and gradient, and sum the positive products over channels.
 
-    `L = sum_k relu(G_k * A_k)`. One forward, and one backward for each target. Where no activation is negative it is
-    `camfn.layer_cam`. Nothing is negative: `relu` changes nothing.
+    `L = sum_k relu(G_k * A_k)` with `G = d(score)/dA`.
 
-    The arguments, and what is returned and raised, are those of `camfn.grad_cam`.
+    The ReLU comes before the sum over channels, unlike in `camfn.hires_cam`. If no activation is negative, the map is that of
+    `camfn.layer_cam`. The cost is one forward pass, and one backward pass for each target.
+
+    **Arguments**
+
+    - `relu`: has no effect, because the map is never negative.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -77,7 +85,7 @@ def grad_cam_elementwise(
     >>> torch.allclose(camfn.grad_cam_elementwise(model, "1", x), camfn.layer_cam(model, "1", x), atol=1e-6)
     True
 
-    Cai, CAMs as Shapley Value-based Explainers, 2025 (arXiv 2501.06261), as Grad-CAM-E; pytorch-grad-cam's
+    Cai, CAMs as Shapley Value-based Explainers, 2025 (arXiv 2501.06261), as Grad-CAM-E. The same as pytorch-grad-cam's
     `GradCAMElementWise`.
     """
     graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
@@ -99,18 +107,24 @@ def layer_cam(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """LayerCAM: each position of each channel is weighted by its own gradient, where that is positive.
+    """LayerCAM: weight each position of each channel by its own gradient, where that is positive.
 
-    `L = relu(sum_k relu(G_k) * A_k)`. One forward, and one backward for each target. Made for shallow layers too, and for maps
-    of several layers in one:
+    `L = relu(sum_k relu(G_k) * A_k)` with `G = d(score)/dA`.
 
-    - `fuse=None`: a map for each layer, a tuple of them;
-    - `fuse="paper"`: one map, the maximum over layers of `tanh(2 L / max L)` (equation 9), but for the deepest, which is
-      `L / max L`. Layers are given from shallow to deep;
-    - `fuse="torchcam"`: `tanh(2 norm(L))` for all of them, norm being min-max, as torchcam's `fuse_cams` has it.
+    The method is also meant for shallow layers, and for one map of several layers. The cost is one forward pass, and one
+    backward pass for each target.
 
-    A fused map has the largest side of each axis, or `size`; with `normalize` it is brought to [0, 1] at the end. The other
-    arguments, and what is returned and raised, are those of `camfn.grad_cam`.
+    **Arguments**
+
+    - `fuse=None`: return a tuple with one map per layer.
+    - `fuse="paper"`: return one map, the maximum over layers of `tanh(2 L / max L)` (equation 9), with `L / max L` for the
+      deepest layer. Give the layers from shallow to deep.
+    - `fuse="torchcam"`: use `tanh(2 norm(L))` for all layers, where norm is min-max normalization, as torchcam's `fuse_cams`
+      does.
+    - `size`: the size of a fused map. `None` means the largest side of each axis among the layers' grids.
+    - `normalize`: also applies to a fused map, after the fusion.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -123,7 +137,8 @@ def layer_cam(
     >>> camfn.layer_cam(model, ("1", "3"), x, fuse="paper").shape
     torch.Size([2, 7, 7])
 
-    Jiang et al., LayerCAM, IEEE Transactions on Image Processing 2021 (doi 10.1109/TIP.2021.3089943). torchcam's `LayerCAM`.
+    Jiang et al., LayerCAM, IEEE Transactions on Image Processing 2021 (doi 10.1109/TIP.2021.3089943). The same as
+    torchcam's `LayerCAM`.
     """
     if fuse not in (None, "paper", "torchcam"):
         raise CamError(f'fuse must be None, "paper" or "torchcam", found {fuse!r}')
@@ -133,14 +148,14 @@ def layer_cam(
 
 
 def _fused(graded: Graded, found: list[Gradients], how: Fuse) -> Outcome:
-    """One map of several layers' maps."""
+    """Fuse the maps of several layers into one."""
     explained, drawing = graded.explained, graded.explained.drawing
     grids = [part.grid for part in explained.reads]
     if len(grids) < 2 or not drawing.relu:
         raise CamError(f"fuse={how!r} joins the maps of several layers, after their ReLU; found {len(grids)}, {drawing.relu=}")
     if any(after > before for grid, deeper in itertools.pairwise(grids) for before, after in zip(grid, deeper)):
         raise CamError(f"fuse={how!r} takes layers from shallow to deep; found grids {', '.join(map(str, grids))}")
-    scaled = [within(each, drawing._replace(normalize=True)) for each in found]  # each map is scaled before they are fused
+    scaled = [within(each, drawing._replace(normalize=True)) for each in found]  # each map is scaled before the fusion
     raw = graded._replace(explained=explained._replace(drawing=drawing._replace(size=None, normalize=False)))
     outcome = weighed_by_gradients(raw, scaled)._replace(weights=tuple(found))
     axes = len(grids[0])

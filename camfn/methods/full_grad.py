@@ -24,22 +24,22 @@ FullGradForm = Literal["authors", "pytorch-grad-cam"]
 
 
 class Bias(NamedTuple):
-    """What a layer adds."""
+    """The bias of a layer."""
 
     values: Tensor  # (c,)
-    last: bool  # whether channels are on the last axis, or on the second
+    last: bool  # channels are on the last axis; otherwise on the second
 
-    def along(self, slope: Tensor) -> Tensor:
-        """In the shape of what the layer gives."""
-        return self.values if self.last else self.values.reshape(-1, *[1] * (slope.ndim - 2))
+    def along(self, gradient: Tensor) -> Tensor:
+        """The bias in a shape that broadcasts against the layer's gradient."""
+        return self.values if self.last else self.values.reshape(-1, *[1] * (gradient.ndim - 2))
 
 
-class Parts(NamedTuple):
-    """A network taken apart: by its gradient at the input and at every layer with a bias."""
+class FullGradParts(NamedTuple):
+    """The clean forward pass, with the pullback to the input and to every layer with a bias."""
 
     forward: Forward
-    pullback: Pullback  # to the input, 0, and to the layers with a bias, 1, 2, ... in the order of execution
-    biases: list[Bias]  # of these layers
+    pullback: Pullback  # to the input (0), and to the layers with a bias (1, 2, ...) in the order of execution
+    biases: list[Bias]  # the biases of these layers
 
 
 @method(maps.full_grad, (Need.GRADIENTS, Need.BIASES), Cost(backwards=1))
@@ -56,26 +56,32 @@ def full_grad(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """FullGrad: the input and every bias, each times the gradient of the score where it enters.
+    """FullGrad: sum the contributions of the input and of all biases, each multiplied by the score's gradient.
 
-    `L = psi(x * ds/dx) + sum_l psi(b_l * ds/dz_l)`, `psi(P) = sum_k U(norm(|P_k|))`: z_l is what a layer with a bias b_l gives,
-    norm is min-max over an image's channels and positions together, U upsamples linearly (corners aligned) to the input's size,
-    which is the map's own. One forward, and one backward to the input for each target.
+    `L = psi(x * ds/dx) + sum_l psi(b_l * ds/dz_l)`, `psi(P) = sum_k U(norm(|P_k|))`.
 
-    Biases are those of convolutions, linear layers and batch norms; a batch norm's is `b - m w / sqrt(v + eps)`, all that it
-    adds in eval mode. Layers without positions are left out of the map, as in the authors' code. Where these are all biases
-    there are, and the network is piecewise linear, the parts are complete: `s = sum x * ds/dx + sum_l sum b_l * ds/dz_l` for a
-    logit s. Other layers (SiLU, GELU, layer norm, attention) have biases of their own, which vary with the input:
-    `camfn.explain` notes how much of the score the parts leave out.
+    `z_l` is the output of a layer with the bias `b_l`. norm is min-max normalization over an image's channels and positions
+    together. U upsamples linearly (with aligned corners) to the input's size, which is also the size of the map. The cost is
+    one forward pass, and for each target one backward pass to the input.
 
-    - `layer`: `None`, since all of them count.
-    - `form="pytorch-grad-cam"`: norm is taken channel by channel, which gives all of them the same weight, of convolutions and
-      batch norms alone, and corners are not aligned.
-    - `layout`: `"auto"` alone, since a layer's kind says where its channels are.
-    - `relu` changes nothing: nothing is negative.
+    The biases are those of convolutions, linear layers and batch norms. A batch norm's bias is `b - m w / sqrt(v + eps)`, the
+    constant that it adds in eval mode. The map leaves out layers without positions, as the authors' code does.
 
-    The other arguments, and what is returned and raised, are those of `camfn.grad_cam`. The authors add 1e-6 to the range that
-    is divided by; here the division is exact, and zeros stay zeros.
+    If the network has no other biases and is piecewise linear, the contributions are complete:
+    `s = sum x * ds/dx + sum_l sum b_l * ds/dz_l` for a logit s. Other layers (SiLU, GELU, layer norm, attention) have implicit
+    biases, which vary with the input. `camfn.explain` notes which share of the score the contributions miss.
+
+    The authors add 1e-6 to the range before they divide by it. Here the division is exact, and zeros stay zeros.
+
+    **Arguments**
+
+    - `layer`: must be `None`, because the method uses all layers.
+    - `form`: `"authors"`, as above, or `"pytorch-grad-cam"`. The latter normalizes each channel by itself, which gives all
+      channels the same weight. It uses convolutions and batch norms only, and does not align corners.
+    - `layout`: must be `"auto"`, because the type of a layer determines its layout.
+    - `relu`: has no effect, because the map is never negative.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -91,10 +97,10 @@ def full_grad(
         raise CamError(f'form must be "authors" or "pytorch-grad-cam", found {form!r}')
     if layout != "auto":
         raise CamError(
-            f'layout must be "auto" in full_grad, where a layer\'s kind says where its channels are; found {layout!r}'
+            f'layout must be "auto" in full_grad, because the type of a layer determines its layout; found {layout!r}'
         )
     with without_graph():
-        parts = _apart(model, x, state)
+        parts = _decompose(model, x, state)
         forward, spatial = parts.forward, parts.forward.size
         found = explained(forward, target, Drawing(relu, size, normalize, layout))
         if spatial is None:
@@ -110,7 +116,8 @@ def full_grad(
     return outcome._replace(backwards=found.clean.numel(), remarks=remarks)
 
 
-def _apart(model: nn.Module, x: Inputs, state: State | None) -> Parts:
+def _decompose(model: nn.Module, x: Inputs, state: State | None) -> FullGradParts:
+    """Run the clean forward pass, and collect the biases in the order of execution."""
     task = begin(model, x, state)
     check_differentiable(task.shell)
     every = {name: _bias_of(task, name, module) for name, module in task.shell.distinct().items()}
@@ -129,11 +136,11 @@ def _apart(model: nn.Module, x: Inputs, state: State | None) -> Parts:
     (output, _), pullback = with_pullback(run, task.state, task.batch.x, None)
     companions = Companions(task.batch.key, task.batch.n)
     forward = Forward(task, (), False, output, (), companions, task.batch.n)
-    return Parts(forward, pullback, [biases[name] for name in called])
+    return FullGradParts(forward, pullback, [biases[name] for name in called])
 
 
 def _bias_of(task: Task, name: str, module: nn.Module) -> Bias | None:
-    """All that the layer adds to a linear function of its input."""
+    """The constant that the layer adds to a linear function of its input, if any."""
     if not isinstance(module, (_ConvNd, nn.Linear, _BatchNorm)):
         return None
 
@@ -147,8 +154,8 @@ def _bias_of(task: Task, name: str, module: nn.Module) -> Bias | None:
     return None if bias is None else Bias(bias, isinstance(module, nn.Linear))
 
 
-def _joined(parts: Parts, gradients: dict[int, Tensor], form: FullGradForm) -> tuple[Tensor, Tensor]:
-    """The map of one target, and the sum of all its parts in each image."""
+def _joined(parts: FullGradParts, gradients: dict[int, Tensor], form: FullGradForm) -> tuple[Tensor, Tensor]:
+    """The map of one target, and the sum of all contributions in each image."""
     image, side = parts.forward.image, parts.forward.image.shape[2:]
     peer = form == "pytorch-grad-cam"
     psi = partial(maps.full_grad, size=side, each=peer, align_corners=not peer)
@@ -157,7 +164,7 @@ def _joined(parts: Parts, gradients: dict[int, Tensor], form: FullGradForm) -> t
     for i, bias in enumerate(parts.biases, 1):
         product = maps.gradient_times(gradients[i], bias.along(gradients[i]))
         values = product.values
-        if len(values) == len(image):  # else it is of windows, or has its tokens first: which image it is of is not known
+        if len(values) == len(image):  # otherwise (windows, tokens first) the rows do not belong to known images
             total = total + product.sum()
             if values.ndim == image.ndim and not (peer and bias.last):
                 joined = joined + psi(values.movedim(-1, 1) if bias.last else values)
@@ -165,12 +172,12 @@ def _joined(parts: Parts, gradients: dict[int, Tensor], form: FullGradForm) -> t
 
 
 def _left_out(clean: Tensor, total: Tensor) -> tuple[Finding, ...]:
-    """What is to be said where the parts do not sum to the score."""
+    """A finding if the contributions do not sum to the score."""
     if _compat.transformed():
         return ()
     larger = torch.maximum(clean.abs(), total.abs())
     worst = float(((clean - total).abs() / torch.where(larger == 0, 1, larger)).max())
-    if not worst >= 0.01:  # of parts whose sum has no number, nothing is known
+    if not worst >= 0.01:  # returns for NaN too, where nothing is known
         return ()
     sentence = (
         f"full_grad's parts differ from the score by up to {worst:.0%} of the larger: the network has layers whose bias varies "

@@ -1,4 +1,4 @@
-"""Methods that weigh each channel of an activation by the gradient of the score there."""
+"""Grad-CAM and its variants, which weight each channel by the gradient of the score."""
 
 from torch import nn
 
@@ -34,14 +34,19 @@ def grad_cam(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """Grad-CAM: each channel is weighted by the mean of the score's gradient over positions.
+    """Grad-CAM: weight each channel by the mean of the score's gradient over positions.
 
-    `G = d(score)/dA`, `w_k = mean_p G_kp`, `L = relu(sum_k w_k A_k)`. One forward, and for each target one backward that
-    ends at the layer. A class stands for the model's raw output, which is the paper's `y^c` before the softmax.
-    `combine="eigen"` draws the first component of `w_k A_k` in place of their sum (`camfn.maps.component`).
+    `G = d(score)/dA`, `w_k = mean_p G_kp`, `L = relu(sum_k w_k A_k)`.
 
-    The arguments, and what is returned and raised, are those of `camfn.score_cam`, without those of a sweep. A plain call gives
-    maps without a graph; under `torch.func.grad` and `jvp` they are differentiable in `x` and `state`.
+    An integer target means the model's raw output for that class, which is the paper's `y^c` before the softmax. The cost is
+    one forward pass, and for each target one backward pass that ends at the layer.
+
+    **Arguments**
+
+    - `combine`: `"sum"`, or `"eigen"` for the first component of `w_k A_k` instead of their sum (`camfn.maps.component`).
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`. The maps of a plain call have no
+    graph. Under `torch.func.grad` and `jvp` they are differentiable with respect to `x` and `state`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -74,17 +79,25 @@ def grad_cam_pp(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """Grad-CAM++: each channel is weighted by its positive gradients, those of few and weak positions more.
+    """Grad-CAM++: weight each channel by a sum of its positive gradients that favors channels of small total activation.
 
-    `w_k = sum_p a_kp relu(G_kp)`, `a = G^2 / (2 G^2 + S_k G^3)`, `S_k = sum_p A_kp`, `L = relu(sum_k w_k A_k)`: equation 19,
-    with `G = d(score)/dA`. alpha is 0 where its denominator is not positive. One forward, and one backward for each target.
+    `w_k = sum_p a_kp relu(G_kp)`, `a = G^2 / (2 G^2 + S_k G^3)`, `S_k = sum_p A_kp`, `L = relu(sum_k w_k A_k)`.
 
-    - `alphas="paper"`: that equation. It is derived for `Y = exp(score)`, which makes all weights of an image `exp(score)`
-      times as large: left out here, as in all libraries, since it cancels where the map is normalised.
-    - `alphas="authors"`: in their code alphas are divided by their sum over a channel's positions of positive gradient.
+    This is equation 19 of the paper, with `G = d(score)/dA`. Alpha (a) is 0 where its denominator is not positive. The cost is
+    one forward pass, and one backward pass for each target.
 
-    torchcam's `GradCAMpp` is another formula: a division that goes into a copy leaves `w_k = sum_p relu(G_kp)^3`. The other
-    arguments, and what is returned and raised, are those of `camfn.grad_cam`.
+    The paper derives the equation for `Y = exp(score)`, which multiplies all weights of an image by `exp(score)`. That factor
+    is omitted, as in all libraries, because it cancels when the map is normalized.
+
+    torchcam's `GradCAMpp` computes another formula: it writes the quotient to a copy, and so uses `w_k = sum_p relu(G_kp)^3`.
+
+    **Arguments**
+
+    - `alphas="paper"`: the equation above.
+    - `alphas="authors"`: divide the alphas by their sum over the channel's positions of positive gradient, as in the authors'
+      code.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -115,13 +128,15 @@ def xgrad_cam(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """XGrad-CAM: each channel is weighted by the mean of the gradient over positions, in proportion to the activation.
+    """XGrad-CAM: weight each channel by the activation-weighted mean of its gradient over positions.
 
-    `w_k = sum_p G_kp A_kp / sum_p A_kp`, `L = relu(sum_k w_k A_k)`. One forward, and one backward for each target. The sum of
-    the signed map is `<G, A>`, as HiResCAM's is. Meant for layers behind a ReLU: a channel of both signs may sum to nearly
-    nothing, and then has a weight out of all proportion; one that sums to zero, to rounding, has weight 0.
+    `w_k = sum_p G_kp A_kp / sum_p A_kp`, `L = relu(sum_k w_k A_k)`.
 
-    The arguments, and what is returned and raised, are those of `camfn.grad_cam`.
+    The sum of the signed map is `<G, A>`, as for HiResCAM. The method is meant for layers after a ReLU. A channel with values
+    of both signs may sum to nearly zero, and its weight is then disproportionate. A channel that sums to zero, up to rounding,
+    gets the weight 0. The cost is one forward pass, and one backward pass for each target.
+
+    The arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -132,7 +147,8 @@ def xgrad_cam(
     >>> torch.allclose(signed.sum((1, 2)), other.sum((1, 2)), atol=1e-5)
     True
 
-    Fu et al., Axiom-based Grad-CAM, BMVC 2020 (arXiv 2008.02312). torchcam's `XGradCAM`, but for the 1e-8 in its denominator.
+    Fu et al., Axiom-based Grad-CAM, BMVC 2020 (arXiv 2008.02312). torchcam's `XGradCAM`
+    adds 1e-8 to the denominator.
     """
     graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
     return weighed_by_gradients(graded, [weights.xgrad_cam(*pair) for pair in graded.pairs])
@@ -152,14 +168,16 @@ def shapley_cam(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """ShapleyCAM: each channel is weighted by its share of the score, to second order in the activation.
+    """ShapleyCAM: weight each channel by its share of the score, to second order in the activation.
 
-    `w_k = mean_p (G - 1/2 H A)_kp`, `L = relu(sum_k w_k A_k)`; H is the Hessian of the score at the layer. One forward, one
-    backward for each target, and one through it for the product `H A`. Where what comes after the layer is piecewise linear,
-    the logits have no curvature and it is `camfn.grad_cam`: the paper's target is `camfn.targets.rest()`, its "ReST".
+    `w_k = mean_p (G - 1/2 H A)_kp`, `L = relu(sum_k w_k A_k)`, where H is the Hessian of the score at the layer.
 
-    The arguments, and what is returned and raised, are those of `camfn.grad_cam`. Fused attention has no second derivative: a
-    model that has it runs a second time, with its attention written out.
+    If the network after the layer is piecewise linear, the logits have no curvature, and the map is that of `camfn.grad_cam`.
+    The paper's target, "ReST", is `camfn.targets.rest()`. The cost is one forward pass, and for each target one backward pass
+    and one Hessian-vector product `H A`. Fused attention has no second derivative. A model that uses it runs a second time,
+    with its attention written out.
+
+    The arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -182,7 +200,7 @@ def shapley_cam(
 
 
 def _with_curvatures(found: Explained, pullback: Pullback) -> tuple[Explained, list[tuple[Gradients, Gradients]]]:
-    """Gradients and Hessian-vector products, and the forward pass that gave them."""
+    """Return gradients and Hessian-vector products, with the forward pass that they belong to."""
     forward = found.forward
     try:
         return found, curvatures_of(found, pullback)

@@ -1,4 +1,4 @@
-"""Methods that score masked inputs by masks of their own, and whose maps are sums of these masks: Group-CAM, ScoreCAM++."""
+"""Group-CAM and ScoreCAM++, whose maps are sums of masks, weighted by the scores of masked inputs."""
 
 from collections.abc import Sequence
 
@@ -36,21 +36,27 @@ def group_cam(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """Group-CAM: Grad-CAM in groups of channels, each weighted by what it adds to a blurred input.
+    """Group-CAM: sum masks made of groups of channels, each weighted by the score that it adds to a blurred input.
 
-    `M_g = norm(U(relu(sum_{k in g} w_k A_k)))` over `groups` groups of consecutive channels, `w_k` being Grad-CAM's;
-    `S_g = relu(s(x * M_g + b * (1 - M_g)) - s(b))` with the blurred input b; `L = relu(sum_g S_g M_g)`. norm is min-max, and a
-    group that is zero throughout has the score 0. For each target `groups` forwards, and for all of them one of b.
+    `M_g = norm(U(relu(sum_{k in g} w_k A_k)))`, `S_g = relu(s(x * M_g + b * (1 - M_g)) - s(b))`, `L = relu(sum_g S_g M_g)`.
 
-    - A plain class stands for its probability in s, as in the paper, and for the raw output in the gradient. Every other
-      target is itself in both: `camfn.targets.logit(c)` scores by the raw output.
-    - `groups`: as `torch.chunk` cuts them; the last may be smaller, and there are fewer where there are fewer channels.
-    - `percentile=70` is the paper's: what is not above this percentile of a group's map is zero before it is upsampled. The
-      authors' first code, and `None`, have none.
-    - `blur`: pixels (an odd number) and standard deviation of the Gaussian; at the border the input is mirrored.
+    The g are groups of consecutive channels, `w_k` are Grad-CAM's weights, and b is the blurred input. U upsamples linearly to
+    the input's size, and norm is min-max normalization. A group that is zero everywhere has the score 0. The cost is the clean
+    forward pass, one forward pass of b, and for each target one backward pass and `groups` forward passes.
 
-    The other arguments, and what is returned and raised, are those of `camfn.score_cam`, without a recipe and a budget, and
-    without a dtype of the sweep. `weights` on the card are `S`, `(n, t, groups)`.
+    An integer target means the softmax probability of that class in s, as in the paper, and its raw output in the gradient.
+    Every other target is used unchanged in both. `camfn.targets.logit(c)` therefore scores by the raw output.
+
+    **Arguments**
+
+    - `groups`: the number of groups, cut as by `torch.chunk`. The last group may be smaller, and there are fewer groups if
+      there are fewer channels.
+    - `percentile`: set a group's values up to this percentile to zero before upsampling. The paper uses 70. `None`, as in the
+      authors' first code, sets none to zero.
+    - `blur`: kernel size in pixels (an odd number) and standard deviation of the Gaussian. The border is mirrored.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`. `sweep` must not set a dtype. The
+    `weights` in `camfn.explain` are S, `(n, t, groups)`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -67,7 +73,7 @@ def group_cam(
     with without_graph():
         drawing, spatial = Drawing(relu, size, normalize, layout), tuple(forward.image.shape[2:])
         gradients = gradients_of(explained(forward, target, drawing), pullback)
-        del pullback  # and with it the graph
+        del pullback  # free the graph before the sweep
         found = explained(forward, as_probabilities(target), drawing)
         pairs = [(weights.grad_cam(each), part.values) for each, part in zip(gradients, found.reads)]
         levels = [maps.group_levels(*pair, groups) for pair in pairs]
@@ -75,14 +81,14 @@ def group_cam(
             masks.group_cam(level, part.grid, spatial, percentile, part.values.dtype)
             for level, part in zip(levels, found.reads)
         ]
-        # The masks of all targets are swept as channels, and a mask of zeros beside them, which scores the blurred input.
+        # The masks of all targets are swept like channels, with a mask of zeros, which scores the blurred input.
         rows = [torch.cat([m.flatten(1, 2), torch.zeros_like(m[:, 0, :1])], 1) for m in each]
         reads = [part._replace(values=values) for part, values in zip(found.reads, rows)]
         variation = Variation(form="given", under=_blurred(forward.image, kernel, sigma))
         swept = sweep_in_full("group_cam", forward, found.score, reads, variation, sweep)
         gains = [weights.group_cam(part.scores, m.shape[2]) for part, m in zip(swept, each)]
         summed = [maps.group_cam(*pair) for pair in zip(gains, each)]
-        # To the size before the ReLU: on the grid a mask may begin below 0, where upsampling does not reach its lowest cell.
+        # Resize before the ReLU: on the grid a mask may be negative, because upsampling does not reach its lowest cell.
         sizes = _sizes(found)
         signed = [maps.resize(m.unflatten(-1, part.grid), to).flatten(2) for m, part, to in zip(summed, reads, sizes)]
         outcome = _counted(drawn(found, signed, sizes), found, swept)
@@ -90,6 +96,7 @@ def group_cam(
 
 
 def _check_groups(groups: int, percentile: float | None) -> None:
+    """Raise an error unless the groups and the percentile are valid."""
     if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
         raise CamError(f"group_cam needs a whole number of groups >= 1, found {groups!r}")
     if percentile is not None and not 0 <= percentile < 100:
@@ -103,12 +110,13 @@ def _sizes(found: Explained) -> list[tuple[int, ...]]:
 
 
 def _counted(outcome: Outcome, found: Explained, swept: Sequence[Swept]) -> Outcome:
-    """The outcome with the layers' own grids, and the sweep's cost."""
+    """The outcome with the layers' own grids and the cost of the sweep."""
     forwards = outcome.forwards + sum(part.forwards for part in swept)
     return outcome._replace(grids=tuple(part.grid for part in found.reads), forwards=forwards)
 
 
 def _blurred(image: Tensor, kernel: int, sigma: float) -> Tensor:
+    """Blur the image in float32 or wider."""
     return maps.blur(image.to(wide(image.dtype)), kernel, sigma, image.ndim - 2).to(image.dtype)
 
 
@@ -127,15 +135,18 @@ def score_cam_pp(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """ScoreCAM++: each channel opens a soft gate to the input, and is weighted by the score of what comes through.
+    """ScoreCAM++: sum the tanh of all channels, each weighted by the score of the input masked with it.
 
-    `M_k = tanh(U(A_k))`, `S_k = s(x * M_k)`, `L = relu(sum_k S_k M_k)`: no min-max within a channel, no softmax over them, and
-    the gates are what is summed. In the map U upsamples to the size that is asked for: `size="input"` is the paper's map.
-    One forward for every channel that is not zero throughout, for any number of targets.
+    `M_k = tanh(U(A_k))`, `S_k = s(x * M_k)`, `L = relu(sum_k S_k M_k)`.
 
-    A plain class stands for its probability in s, as in the paper; `camfn.targets.logit(c)` for the raw output. The other
-    arguments, and what is returned and raised, are those of `camfn.score_cam`, without a recipe and a budget, and without a
-    dtype of the sweep.
+    Unlike Score-CAM, there is no min-max normalization within a channel and no softmax over channels, and the map sums the
+    masks rather than the activation. In the map, U upsamples to `size`: `size="input"` gives the paper's map. The cost is one
+    forward pass for each channel that is not zero everywhere, for any number of targets.
+
+    An integer target means the softmax probability of that class, as in the paper. Use `camfn.targets.logit(c)` for the raw
+    output.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`. `sweep` must not set a dtype.
 
     >>> import camfn, torch
     >>> from torch import nn

@@ -1,4 +1,4 @@
-"""Methods whose weights are found by optimisation."""
+"""Opti-CAM, which optimizes its weights."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +25,7 @@ from camfn.sweep.runner import Room, Runner, chunk_of, runner_of
 from camfn.sweep.scoring import in_chunks
 from camfn.targets import rows_at, score_rows
 
-_CHUNK = 8  # images at once: a gradient keeps many times what a forward pass holds
+_CHUNK = 8  # images at once: a backward pass needs many times the memory of a forward pass
 
 
 @method(weights.opti_cam, (Need.ACTIVATIONS, Need.GRADIENTS, Need.MASKED_INPUTS), Cost(51, backwards=50))
@@ -46,19 +46,25 @@ def opti_cam(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """Opti-CAM: the weights of channels that make the input, masked by the map, score highest.
+    """Opti-CAM: optimize the channel weights so that the input masked with the map scores highest.
 
-    `L(u) = sum_k softmax(u)_k A_k`, and u maximises `s(x * norm(U(L(u))))`; U upsamples linearly to the input's size, norm is
-    min-max. From equal weights, `steps` steps of Adam at the learning rate `rate`: one forward and one backward through the
-    whole model for each, of each image and target. 50 steps at 0.1 are those of the authors' script (their class has 100 at
-    0.01), which also takes the activation's ReLU first, and stops where a loss over all images rises: not so here. The map has
-    been made to score high: that it does says nothing of it.
+    `L(u) = sum_k softmax(u)_k A_k`, where u maximizes `s(x * norm(U(L(u))))`.
 
-    **Arguments**, beside those that all methods share (`camfn.score_cam` tells them, and `masked` and `combine`): `steps`;
-    `rate`; `sweep`, of which chunk (images at once, 8 by default), memory, fold and progress count.
+    U upsamples linearly to the input's size, and norm is min-max normalization. Adam starts from equal weights. Because the map
+    is optimized for a high score, a high score is no evidence for it. The cost, for each image and target, is one forward and
+    one backward pass through the whole model per step.
 
-    Under `torch.func.grad` and `jvp` maps are differentiable in `x` and `state`, through all the steps. What is returned and
-    raised is what `camfn.score_cam` returns and raises.
+    50 steps at a rate of 0.1 are those of the authors' script. Their class uses 100 steps at 0.01. Their script also applies a
+    ReLU to the activation first, and stops when a loss over all images rises. Neither is done here.
+
+    **Arguments**
+
+    - `steps`: the number of Adam's steps.
+    - `rate`: Adam's learning rate.
+    - `sweep`: a `camfn.Sweep`. Only chunk (images at once, 8 by default), memory, fold and progress have an effect.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`. Under `torch.func.grad` and `jvp`,
+    maps are differentiable with respect to `x` and `state`, through all steps.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -93,12 +99,12 @@ def opti_cam(
 
 
 def _tell(tick: Callable[[int | None], None], steps: int, rows: int | None) -> None:
-    """Of every row its forwards."""
+    """Advance the progress bar by `steps` forward passes for each finished row."""
     tick(None if rows is None else rows * steps)
 
 
 class _Site(NamedTuple):
-    """A layer whose channels are weighed."""
+    """A layer whose channel weights are optimized."""
 
     found: Explained
     runner: Runner
@@ -106,7 +112,7 @@ class _Site(NamedTuple):
 
 
 def _bare(forward: Forward) -> Forward:
-    """In a plain call each step has a graph of its own: nothing else may belong to one, or forbid it."""
+    """Detach all tensors in a plain call, because each step builds its own graph."""
     if _compat.transformed():
         return forward
     task = forward.task
@@ -131,14 +137,14 @@ def _weights(site: _Site, climb: Callable[..., Tensor], room: Room, tick: Callab
     if not _compat.transformed() and not bool(torch.isfinite(each).all()):
         if not bool(torch.isfinite(values).all()):
             raise CamError(
-                "the layer's output has NaN or infinite values: opti_cam has no mask of them; choose an earlier layer"
+                "the layer's output has NaN or infinite values: opti_cam cannot make masks of them; choose an earlier layer"
             )
-        raise CamError("opti_cam came to scores that are not finite: a smaller rate=, or another target, may do")
+        raise CamError("opti_cam came to scores that are not finite: try a smaller rate=, or another target")
     return each.reshape(n, targets, c)
 
 
 def _height(site: _Site, rows: Rows, u: Tensor) -> Tensor:
-    """What Adam maximizes: the sum of the scores of images that are masked by their maps."""
+    """The objective that Adam maximizes: the sum of the scores of images masked with their maps."""
     (found, runner, part), pixels, image = site, site.found.forward.image, rows["image"]
     levels = maps.combine(torch.softmax(u, -1)[:, None], part.values.index_select(0, image))[:, 0]
     size, dtype = tuple(pixels.shape[2:]), part.values.dtype
@@ -150,9 +156,10 @@ def _height(site: _Site, rows: Rows, u: Tensor) -> Tensor:
 
 
 def _scores(found: Explained, runner: Runner, image: Tensor, masked: Tensor) -> Tensor:
+    """The scores of masked images."""
     forward, score = found.forward, found.score
     with forward.task.model.inner() as own:
-        if _compat.transformed():  # a model may write to tensors that it holds if they are as new as the innermost transform
+        if _compat.transformed():  # the model may write to its tensors only if they are made inside the innermost transform
             runner = runner._replace(shell=own.shell())
         output = runner.call(guarded=True)(runner.state, rows_of(forward.batch.x, forward.companions, image, masked))
         return score_rows(score.of, output, rows_at(score.rows, image))

@@ -1,4 +1,4 @@
-"""Poly-CAM: maps of several layers in one, each weighted by what masked inputs score."""
+"""Poly-CAM, which combines the maps of several layers, weighted by the scores of masked inputs."""
 
 import itertools
 from collections.abc import Sequence
@@ -39,26 +39,32 @@ def poly_cam(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """Poly-CAM: from layer to layer towards the input, the map of the deeper ones times what this layer tells more finely.
+    """Poly-CAM: multiply the maps of several layers, from deep to shallow, with channels weighted by masked inputs.
 
-    `S_l = sum_k w_k A_k` at each layer. The deepest one's map is `L_l = relu(S_l)`; those of the others are
-    `L_l = relu(S_l) / U(D(relu(S_l))) * U(L_{l+1})`, with D to the grid of the layer `l + 1` and U back, both linear: a layer
-    says where in a cell of the deeper one, and the deeper one how much. With `M_k` the mask of a channel, upsampled,
+    `S_l = sum_k w_k A_k` at each layer. The map of the deepest layer is `L_l = relu(S_l)`, and that of every other layer is
+    `L_l = relu(S_l) / U(D(relu(S_l))) * U(L_{l+1})`.
 
-    - `variant="+"` (PCAM+): `w_k = s(x * M_k)`, one forward for each channel that is not flat;
-    - `variant="-"` (PCAM-): `w_k = relu(s(x) - s(x * (1 - M_k)))`, as many;
-    - `variant="+-"` (PCAM±): `w_k = relu(s(x * M_k) + s(x) - s(x * (1 - M_k)))`, twice as many.
+    D resizes to the grid of layer `l + 1` and U back, both linearly. A deeper cell sets the amount, and the shallower layer
+    distributes it within the cell. In the weights below, `M_k` is the upsampled mask of a channel, and s the score. An integer
+    target means the softmax probability of that class, as in the authors' code. Use `camfn.targets.logit(c)` for the raw
+    output.
 
-    - `layer`: several, in the order of execution; for each of them the map of it and of those after it comes back, so the first
-      is the finest. One layer has the map of it alone. Of `None` the last layer of each size is taken, and the finest map
-      returned.
-    - `percentile`: a mask is 0 at this percentile of its channel and 1 at 100 less it, linear between; 0 is plain min-max.
-    - A plain class stands for its probability, as in the authors' code; `camfn.targets.logit(c)` for the raw output.
+    The map equals that of the authors' code, except in three ways. The authors divide a mask by its upper percentile, not by
+    the range between the two percentiles, which is the same if the channel starts at 0. They divide by 1e-12 where D gives 0;
+    here the factor is 0. They also clip the map at these percentiles.
 
-    The other arguments, and what is returned and raised, are those of `camfn.score_cam`, without a recipe and a budget, and
-    without a dtype of the sweep. It is what the authors' code computes, but for three things: that divides a mask by its upper
-    percentile, and not by what is between the two (which is the same where a channel begins at 0); it divides by 1e-12 where
-    D gives 0, where the factor is 0 here; and it cuts the map, too, at these percentiles.
+    **Arguments**
+
+    - `layer`: several layers in the order of execution. Each returned map combines its layer with all later ones, so the first
+      map is the finest. A single layer gives the map of that layer. `None` selects the last layer of each size, and returns the
+      finest map only.
+    - `variant="+"` (PCAM+): `w_k = s(x * M_k)`. The cost is one forward pass for each channel that is not constant.
+    - `variant="-"` (PCAM-): `w_k = relu(s(x) - s(x * (1 - M_k)))`, at the same cost.
+    - `variant="+-"` (PCAM±): `w_k = relu(s(x * M_k) + s(x) - s(x * (1 - M_k)))`, at twice the cost.
+    - `percentile`: a mask is 0 at this percentile of its channel, 1 at 100 minus it, and linear between. 0 is plain min-max
+      normalization.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`. `sweep` must not set a dtype.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -74,7 +80,7 @@ def poly_cam(
     _check(variant, percentile)
     names = _staged(model, x, state, masked) if layer is None else layer
     forward = look(model, names, x, state, masked, masks=True)
-    if layer is None:  # the finest map of all, and one forward pass more, to choose
+    if layer is None:  # return the finest map only; choosing the layers took one more forward pass
         forward = forward._replace(several=False, forwards=forward.forwards + forward.n)
     with without_graph():
         found = explained(forward, as_probabilities(target), Drawing(relu, size, normalize, layout))
@@ -91,6 +97,7 @@ def poly_cam(
 
 
 def _check(variant: Variant, percentile: float) -> None:
+    """Raise an error unless the variant and the percentile are valid."""
     if variant not in ("+", "-", "+-"):
         raise CamError(f'variant must be "+", "-" or "+-", found {variant!r}')
     if not isinstance(percentile, (int, float)) or not 0 <= percentile < 50:
@@ -98,6 +105,7 @@ def _check(variant: Variant, percentile: float) -> None:
 
 
 def _staged(model: Model, x: Inputs, state: State | None, masked: Key) -> tuple[str, ...]:
+    """Choose the last layer of each size, and name the choice in a warning."""
     task = begin(model, x, state, masked, masks=True)
     names = stages(task.model, task.state, task.batch)
     if not _compat.transformed():
@@ -106,6 +114,7 @@ def _staged(model: Model, x: Inputs, state: State | None, masked: Key) -> tuple[
 
 
 def _check_order(names: Sequence[str], grids: Sequence[tuple[int, ...]]) -> None:
+    """Raise an error if a layer has a larger grid than the one before."""
     for (name, grid), (other, deeper) in itertools.pairwise(zip(names, grids)):
         if any(after > before for before, after in zip(grid, deeper)):
             raise CamError(

@@ -1,4 +1,4 @@
-"""The table of methods, and the decorator that makes a public function and its row."""
+"""The table of methods, and the decorator that makes a public function and its row in the table."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,25 +19,25 @@ P = ParamSpec("P")
 
 
 class Outcome(NamedTuple):
-    """A method's maps, and what they were made of."""
+    """A method's maps, with their origin and cost."""
 
     maps: Maps
     layers: tuple[str, ...]
-    grids: tuple[tuple[int, ...], ...]  # of the layers
-    classes: Tensor | None  # (n, t), where the target is of classes
+    grids: tuple[tuple[int, ...], ...]  # the layers' grids
+    classes: Tensor | None  # (n, t), for a target of classes
     scores: Tensor  # (n, t), of the clean input
-    score: Score  # what was scored
-    weights: tuple[Weights, ...]  # of each layer (n, t, c), for methods that have one for each channel
-    forwards: int  # inputs that went through the model
+    score: Score  # the score that was explained
+    weights: tuple[Weights, ...]  # (n, t, c) for each layer, for methods with a weight per channel
+    forwards: int  # forward passes, counted in inputs
     backwards: int  # gradients of an input's score
     findings: tuple[Finding, ...]  # warnings about the maps
-    heads: int = 0  # activations that went through the layers after the explained one, and through nothing else
-    errors: tuple[Tensor | None, ...] = ()  # of each layer (n, t): the error of an approximate normalized map
-    remarks: tuple[Finding, ...] = ()  # findings for a card, which are no reason for a warning
+    heads: int = 0  # activations that ran through the layers after the explained one only
+    errors: tuple[Tensor | None, ...] = ()  # (n, t) for each layer: the error of an approximate normalized map
+    remarks: tuple[Finding, ...] = ()  # findings that `explain` reports, and that raise no warning
 
     @property
     def single(self) -> bool:
-        """One map per image, without an axis of targets."""
+        """Whether there is one map per image, without an axis of targets."""
         return self.score.single
 
 
@@ -52,7 +52,7 @@ class Need(str, Enum):
     ATTENTION = "attention"
     BIASES = "biases"
     ANY_SIZE = "any size"
-    """Inputs of other sizes than x has."""
+    """Inputs of sizes other than that of x."""
 
     def __str__(self) -> str:
         return self.value
@@ -60,6 +60,8 @@ class Need(str, Enum):
 
 class Cost(NamedTuple):
     """The cost of a method with its defaults, for each image, layer and target.
+
+    Forward passes that a call makes once, to inspect the model, are not included.
 
     >>> str(Cost(1, per_channel=35)), str(Cost(2, masked=32, backwards=1)), str(Cost(1, head=1, head_per_channel=1))
     ('35 x channels + 1', '32 + 2, 1 backward', '1, channels + 1 head')
@@ -107,19 +109,19 @@ class Method(NamedTuple):
 
     @property
     def of_layer(self) -> bool:
-        """Whether it explains a layer. Other methods take `None` for the layer, and refuse one."""
+        """Whether the method explains a layer. Other methods require `None` for the layer."""
         return vars(self.function)["of_layer"]
 
 
 _TABLE: dict[str, Method] = {}
 METHODS: Mapping[str, Method] = MappingProxyType(_TABLE)
-"""Every method by name: its function, its formula, what it needs and what it costs."""
+"""Every method by name, with its function, formula, requirements and cost."""
 
 
 def method(
     formula: Callable[..., Any], needs: tuple[Need, ...], cost: Cost = Cost()
 ) -> Callable[[Callable[P, Outcome]], Callable[P, Maps]]:
-    """Make the public function, which returns the maps alone, and its row of the table."""
+    """Make the public function, which returns only the maps, and add its row to the table."""
 
     def register(of: Callable[P, Outcome]) -> Callable[P, Maps]:
         function = published(of, Need.ACTIVATIONS in needs)
@@ -130,9 +132,10 @@ def method(
 
 
 def published(of: Callable[P, Outcome], of_layer: bool) -> Callable[P, Maps]:
-    """The public function of a method: it returns the maps alone, and warns about them.
+    """Make the public function of a method, which returns only the maps, and warns about them.
 
-    For compositions it carries `run`, which returns the whole outcome, and whether the method explains a layer.
+    Its attribute `run` returns the whole outcome, for compositions. Its attribute `of_layer` tells whether the method explains
+    a layer.
     """
 
     @functools.wraps(of)

@@ -1,4 +1,4 @@
-"""Methods that look at no layer: what the model makes of masked inputs is all they know."""
+"""RISE, which uses no layer, only the scores of masked inputs."""
 
 import torch
 from torch import nn
@@ -36,20 +36,31 @@ def rise(
     relu: bool = False,
     normalize: bool = True,
 ) -> Outcome:
-    """RISE: the mean of random masks, weighted by the scores of the inputs seen through them.
+    """RISE: average random masks, each weighted by the score of the input masked with it.
 
-    `L = sum_i s(x * M_i) M_i / (N p)` over N = `num_samples` masks: `cells` cells along each axis, each of them 1 with
-    `probability` p and 0 else, stretched linearly over the breadth of `cells + 1` and cut to the input's size at a random
-    place. It looks at no layer (`layer` is `None`): a reference for those that do. N forwards, for any number of targets.
+    `L = sum_i s(x * M_i) M_i / (N p)` over N random masks.
 
-    - A plain class stands for its probability, as in the paper; `camfn.targets.logit(c)` for the raw output.
-    - The defaults are the paper's for VGG-16; it has N = 8000 for ResNet-50, and its code `cells=8, probability=0.1`.
-    - `seed`: an int, or a `torch.Generator`, which is copied and not advanced. The i-th mask depends on nothing else: all
+    A mask starts as a grid of `cells` cells along each axis. Each cell is 1 with probability p and 0 otherwise. Linear
+    upsampling stretches the grid to `cells + 1` cell widths, and a crop at a random position has the input's size. The method
+    uses no layer, so it can serve as a reference for those that do. The cost is N forward passes, for any number of targets.
+    The masks are generated in chunks, so few of them are in memory at the input's size.
+
+    An integer target means the softmax probability of that class, as in the paper. Use `camfn.targets.logit(c)` for the raw
+    output.
+
+    **Arguments**
+
+    - `layer`: must be `None`.
+    - `num_samples`: N. The defaults are the paper's for VGG-16. The paper uses N = 8000 for ResNet-50, and its code
+      `cells=8, probability=0.1`.
+    - `cells`: the number of cells along each axis.
+    - `probability`: p.
+    - `seed`: an int, or a `torch.Generator`, which is copied and not advanced. The i-th mask depends on nothing else. All
       images share it, on every device.
-    - The map is of the input's size, and `size=` resizes it. No more masks than a few are held at that size.
+    - `size`: the size of the map. `None` means the input's size.
+    - `layout`: has no effect.
 
-    The other arguments, and what is returned and raised, are those of `camfn.score_cam`, without a recipe and a budget, and
-    without a dtype of the sweep; `layout` says nothing here.
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`. `sweep` must not set a dtype.
 
     >>> import camfn, torch
     >>> from torch import nn

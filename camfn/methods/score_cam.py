@@ -1,4 +1,4 @@
-"""Methods that score masked inputs: Score-CAM and its kin."""
+"""Score-CAM and its variants, which weight channels by the scores of masked inputs."""
 
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -42,46 +42,51 @@ def score_cam(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """Score-CAM: each channel is weighted by the score of the input seen through that channel.
+    """Score-CAM: weight each channel by the score of the input masked with that channel.
 
-    `M_k = U(norm(A_k))`, `S_k = s(x * M_k)`, `w = softmax(S)` over channels, `L = relu(sum_k w_k A_k)`; U upsamples linearly to
-    the input's size and norm is min-max. One forward for every channel that is not flat, for any number of targets.
+    `M_k = U(norm(A_k))`, `S_k = s(x * M_k)`, `w = softmax(S)` over channels, `L = relu(sum_k w_k A_k)`.
+
+    A is the layer's activation and s the score of the target. U upsamples linearly to the input's size, and norm is min-max
+    normalization. The cost is one forward pass for each channel that is not constant, for any number of targets.
 
     **Arguments**
 
-    - `model`: any `nn.Module`; it is explained in eval mode and left as it is.
-    - `layer`: a dotted name, the module itself, a sequence of them (a tuple of maps comes back), or `None`: a layer is
-      chosen, as `camfn.candidate_layers` tells, and a warning names it. `"layer:0"` or `"layer:key"` is one part of what a
-      layer returns, `"layer@2"` its second call.
-    - `x`: the input with the batch first, `(n, k, *size)` with one to three spatial axes; a tuple for `model(*x)`; a
-      mapping for `model(**x)`; a list for a detector, of images `(k, *size)` of one size. `masked` is the key or index of
-      the input to mask, by default the only floating-point one with spatial axes.
-    - `target`: `None` (the class predicted on the clean input), an int, n ints, a long tensor `(n,)` or `(n, t)`, `"all"`,
-      a name of `camfn.targets` or a sum of such, a callable from ONE sample's output to a scalar or `(t,)`, or a list with
-      one target for each image. An integer means the model's raw output for that class.
-    - `recipe`: a name of `camfn.RECIPES`, or a `camfn.Recipe`: where papers and libraries differ.
-    - `budget`: the share in (0, 1] of the channels that are not flat that is swept; 1.0 is the exact map. What the others
-      would score is predicted from the head's gradient and from channels with masks like theirs.
-    - `tolerance`: sweep until the error that is estimated for the normalised map, its largest absolute difference from the
-      exact one, is below this; with a `budget`, whichever is reached first. `camfn.explain` tells the estimate.
-    - `order`: `"predicted"`; or `"std"`, `"max"`, `"gradient"` for a published order of channels, in which those beyond the
-      budget are dropped and no error is known.
-    - `seed`: of the random draws that a tolerance is judged by: an int or a `torch.Generator`.
-    - `sweep`: a `camfn.Sweep`: chunk, memory, compilation, dtype, progress.
-    - `combine`: `"sum"`, or `"eigen"` for the first component of `w_k A_k` in place of their sum (`camfn.maps.component`); not
-      with a budget, a tolerance or a sweep in another dtype, whose error is known of the sum alone.
-    - `state`: run the model on these tensors in place of its own (`camfn.state_of` gives them).
-    - `layout`: `"auto"`, `"channels_first"`, `"channels_last"`, `camfn.layouts.tokens(grid, prefix)`, or a callable that
-      brings the activation to `(n, c, *grid)`.
-    - `size`: `None` (the layer's grid), `"input"`, or a shape.
-    - `relu=False` gives the signed map, `normalize=False` the unscaled one.
+    - `model`: any `nn.Module`. It is explained in eval mode and is not modified.
+    - `layer`: a dotted name, the module itself, a sequence of layers (for a tuple of maps), or `None`. For `None`, a layer is
+      chosen as in `camfn.candidate_layers`, and a warning names it. `"layer:0"` or `"layer:key"` is one element of a layer's
+      output, `"layer@2"` is its second call.
+    - `x`: the input with the batch first, `(n, k, *size)` with one to three spatial axes; a tuple for `model(*x)`; a mapping
+      for `model(**x)`; or, for detectors, a list of images `(k, *size)` of one size.
+    - `target`: the score to explain. `None` means the class predicted on the clean input. Classes are an int, n ints, a long
+      tensor `(n,)` or `(n, t)`, or `"all"`. An integer means the model's raw output for that class. Other targets are those of
+      `camfn.targets` and their sums, a callable that maps ONE sample's output to a scalar or `(t,)`, and a list with one target
+      per image.
+    - `masked`: the key or index of the input to mask. The default is the only floating-point input with spatial axes.
+    - `recipe`: a name in `camfn.RECIPES`, or a `camfn.Recipe`. It selects the variant where papers and libraries differ.
+    - `budget`: the share of the non-constant channels to score, in (0, 1]. 1.0 gives the exact map. The other scores are
+      predicted from the head's gradient and from channels with similar masks.
+    - `tolerance`: score channels until the estimated error of the normalized map is below this value. The error is the largest
+      absolute difference from the exact map, and `camfn.explain` returns the estimate. With a `budget`, the first limit reached
+      ends the sweep.
+    - `order`: `"predicted"`, or a published order of the channels: `"std"`, `"max"` or `"gradient"`. A published order drops
+      the channels beyond the budget, and has no error estimate.
+    - `seed`: an int or a `torch.Generator`, for the random draws that estimate the error for a tolerance.
+    - `sweep`: a `camfn.Sweep`, which sets chunk, memory, compilation, dtype and progress.
+    - `combine`: `"sum"`, or `"eigen"` for the first component of `w_k A_k` instead of their sum (`camfn.maps.component`).
+      `"eigen"` excludes a budget, a tolerance and a sweep in another dtype, because their errors are known for the sum only.
+    - `state`: tensors to run the model on instead of its own (see `camfn.state_of`).
+    - `layout`: `"auto"`, `"channels_first"`, `"channels_last"`, `camfn.layouts.tokens(grid, prefix)`, or a callable that maps
+      the activation to `(n, c, *grid)`.
+    - `size`: the size of the map: `None` (the layer's grid), `"input"`, or a shape.
+    - `relu`: `False` returns the signed map.
+    - `normalize`: `False` returns the map without min-max normalization.
 
-    **Returns** `(n, *grid)`, or `(n, t, *grid)` where the target asks for several, float32 or wider; in [0, 1] unless
-    `normalize=False`. A plain call gives maps without a graph, even if `x.requires_grad`; under `torch.func.grad` and
-    `jvp` they are differentiable in `x` and `state`.
+    **Returns** maps `(n, *grid)`, or `(n, t, *grid)` for several targets, in float32 or wider. They lie in [0, 1] unless
+    `normalize=False`. The maps of a plain call have no graph, even if `x.requires_grad`. Under `torch.func.grad` and `jvp` they
+    are differentiable with respect to `x` and `state`.
 
-    **Raises** `CamError`, whose message says what was found and what to do; **warns** where a map means nothing. `budget`
-    and `tolerance` read values, and are refused under a transform.
+    **Raises** `CamError` for invalid arguments, with what was found and what to do. `budget` and `tolerance` depend on values,
+    so they raise under a transform. Maps that are flat, not finite, or nowhere positive before their ReLU raise a `CamWarning`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -91,7 +96,7 @@ def score_cam(
     >>> camfn.score_cam(model, "1", x).shape, camfn.score_cam(model, "1", x, camfn.targets.top(3), size="input").shape
     (torch.Size([2, 6, 6]), torch.Size([2, 3, 8, 8]))
 
-    Wang et al., Score-CAM, CVPR workshops 2020 (arXiv 1910.01279). torchcam's `ScoreCAM` by default.
+    Wang et al., Score-CAM, CVPR workshops 2020 (arXiv 1910.01279). The defaults are those of torchcam's `ScoreCAM`.
     """
     variation = Variation(recipe=recipe_of(recipe))
     limits = checked_limits(Limits(budget, tolerance, order, _as_int(seed)), variation.recipe.weights)
@@ -123,19 +128,24 @@ def ss_cam(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """SS-CAM: Score-CAM with the scores averaged over noise.
+    """SS-CAM: weight each channel as Score-CAM does, with scores averaged over noise.
 
-    `S_k = mean_i s(x_ki)` over `num_samples` draws of `e ~ N(0, std^2)`:
+    `S_k = mean_i s(x_ki)` over `num_samples` draws of `e ~ N(0, std^2)`, then as in `camfn.score_cam`.
 
-    - `noise="mask"` (torchcam): `x_ki = x * (M_k + e)`, e per pixel of the mask, not clipped;
-    - `noise="activation"` (the paper's first form): `x_ki = x * norm(U(A_k) + e)`;
-    - `noise="input"` (the paper's second): `x_ki = x * M_k + e / (max - min of x * M_k)`, e per value of the input.
+    **Arguments**
 
-    `seed` is an int, or a `torch.Generator`, which is copied and not advanced. The noise of a draw and channel depends on
-    nothing else; all images of a batch share it, and every layer starts anew. On the CPU it is the noise that torchcam draws
-    for one image after `torch.manual_seed(seed)`, wherever the mask has a multiple of 16 pixels. `num_samples` forwards for
-    each channel; a `budget` or `tolerance` takes fewer draws of all channels, and shrinks their means towards each other.
-    The other arguments, and what is returned and raised, are those of `camfn.score_cam`.
+    - `num_samples`: the number of draws. Each draw takes one forward pass per channel.
+    - `std`: the standard deviation of the noise.
+    - `noise`: what the noise is added to.
+    - `noise="mask"` (torchcam): `x_ki = x * (M_k + e)`, with e per pixel of the mask, not clipped.
+    - `noise="activation"` (the paper's first form): `x_ki = x * norm(U(A_k) + e)`.
+    - `noise="input"` (the paper's second form): `x_ki = x * M_k + e / (max - min of x * M_k)`, with e per value of the input.
+    - `seed`: an int, or a `torch.Generator`, which is copied and not advanced. The noise of a draw and channel depends on
+      nothing else. All images of a batch share it, and it starts again for every layer.
+    - `budget`, `tolerance`: take fewer draws of all channels, and shrink their means towards each other.
+
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`. On the CPU, the noise is what torchcam
+    draws for one image after `torch.manual_seed(seed)`, if the number of pixels of the mask is a multiple of 16.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -144,7 +154,7 @@ def ss_cam(
     >>> camfn.ss_cam(model, "1", torch.randn(2, 3, 8, 8), num_samples=3, std=0.5).shape
     torch.Size([2, 6, 6])
 
-    Wang et al., SS-CAM: Smoothed Score-CAM, 2020 (arXiv 2006.14255). torchcam's `SSCAM` by default.
+    Wang et al., SS-CAM: Smoothed Score-CAM, 2020 (arXiv 2006.14255). The defaults are those of torchcam's `SSCAM`.
     """
     check_noise("ss_cam", num_samples, std, seed)
     if noise not in ("mask", "activation", "input"):
@@ -178,16 +188,19 @@ def is_cam(
     relu: bool = True,
     normalize: bool = True,
 ) -> Outcome:
-    """IS-CAM: Score-CAM with the scores averaged along a path of masked inputs.
+    """IS-CAM: weight each channel as Score-CAM does, with scores averaged over multiples of the masked input.
 
-    `S_k = mean_i s(c_i * x * M_k)` for i = 1..N, N being `num_samples`:
+    `S_k = mean_i s(c_i * x * M_k)` for i = 1..N with `N = num_samples`, then as in `camfn.score_cam`.
 
-    - `path="cumulative"` (torchcam and the authors): `c_i = sum_{j<=i} j/N`, which is 0.1 ... 5.5 for N = 10: an
-      extrapolation more than an integral;
+    **Arguments**
+
+    - `num_samples`: N. Each channel takes N forward passes.
+    - `path="cumulative"` (torchcam and the authors' code): `c_i = sum_{j<=i} j/N`. For N = 10 this is 0.1 ... 5.5, which is
+      extrapolation rather than integration.
     - `path="linear"`: `c_i = i/N`.
+    - `budget`, `tolerance`: score fewer channels.
 
-    N forwards for each channel, and a `budget` or `tolerance` takes fewer channels. The other arguments, and what is returned
-    and raised, are those of `camfn.score_cam`.
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -196,7 +209,7 @@ def is_cam(
     >>> camfn.is_cam(model, "1", torch.randn(2, 3, 8, 8), path="linear").shape
     torch.Size([2, 6, 6])
 
-    Naidu et al., IS-CAM: Integrated Score-CAM, 2020 (arXiv 2010.03023). torchcam's `ISCAM` by default.
+    Naidu et al., IS-CAM: Integrated Score-CAM, 2020 (arXiv 2010.03023). The defaults are those of torchcam's `ISCAM`.
     """
     check_samples("is_cam", num_samples)
     variation = Variation(masks.is_cam(num_samples, path), recipe=recipe_of(recipe))
@@ -205,15 +218,16 @@ def is_cam(
     return _swept(_looked(model, layer, x, state, masked, how), target, how)
 
 
-# ------------------------------------------------------------------------------------------------- what they share
+# ------------------------------------------------------------------------------------------------ shared functions
 
 
 def _as_int(seed: Any) -> Any:
+    """Return a seed as an int; a generator stands for its initial seed."""
     return seed.initial_seed() % (1 << 63) if isinstance(seed, torch.Generator) else seed
 
 
 class _How(NamedTuple):
-    """The options of Score-CAM and its kin."""
+    """The options of Score-CAM and its variants."""
 
     variation: Variation
     limits: Limits
@@ -222,6 +236,7 @@ class _How(NamedTuple):
 
 
 def _checked(sweep: Sweep, limits: Limits, combine: Combine) -> Sweep:
+    """Validate the sweep, and allow `combine="eigen"` only where no error is estimated."""
     if combine != "sum" and (limits.any or checked(sweep).dtype is not None):
         raise CamError('budget=, tolerance= and Sweep(dtype=...) know the error of a sum: they need combine="sum"')
     return checked(sweep)
@@ -230,19 +245,19 @@ def _checked(sweep: Sweep, limits: Limits, combine: Combine) -> Sweep:
 def _looked(
     model: nn.Module, layer: Layers, x: Inputs, state: State | None, masked: Key, how: _How
 ) -> tuple[Forward, Pullback | None]:
-    """The clean forward pass, with gradients where a budget takes them."""
+    """Run the clean forward pass, with gradients if a budget or a tolerance needs them."""
     if how.limits.any:
         return look_with_gradients(model, layer, x, state, masked, masks=True)
     return look(model, layer, x, state, masked, masks=True), None
 
 
 def _swept(looked: tuple[Forward, Pullback | None], target: Target, how: _How) -> Outcome:
-    """The maps of weights that come from the scores of masked inputs."""
+    """Sweep the masked inputs and weight the channels by their scores."""
     (variation, limits, sweep, drawing), (forward, pullback) = how, looked
     with without_graph():
         found = explained(forward, target, drawing, variation.recipe.score)
         gradients = [None] * len(found.reads) if pullback is None else gradients_of(found, pullback)
-        del looked, pullback  # and with it the graph
+        del looked, pullback  # free the graph before the sweep
         plans = [plan(part, variation) for part in found.reads]
         rows = sum(rows_within(todo, variation, limits) for todo in plans)
         sweep = usable(sweep, forward.image.device, forward.image.dtype)
@@ -255,6 +270,7 @@ def _swept(looked: tuple[Forward, Pullback | None], target: Target, how: _How) -
 
 
 def _sweep(scoring: Scoring, gradients: Tensor | None, limits: Limits) -> Swept:
+    """Run one layer's sweep: budgeted, in a lower precision, or in full."""
     if gradients is not None:
         return sweep_some(scoring, gradients, limits)
     return sweep_all(scoring) if scoring.options.dtype is None else sweep_narrow(scoring)
