@@ -171,7 +171,7 @@ WRONG_MASKS = {
     "a list of another length": ([torch.ones(4, 4)], 1, ("n=2 of them", "1 masks")),
     "shape": (torch.ones(8, 6), 1, ("mask's size (8, 6)", "grid (4, 4)", "as the input was")),
     "empty": (marked((0, 0, 0, 0), (0, 0, 1, 1)), 1, ("mask 0 is empty",)),
-    "classes": (torch.randint(0, 4, (4, 4)) * 7, 1, ("mask 0 has values from 0 to 21", "classes == c")),
+    "classes": (torch.randint(0, 4, (4, 4)) * 7, 1, ("mask 0 has values from 0 to 21", "labels == c")),
     "negative": (-torch.ones(4, 4), 1, ("values from -1 to -1",)),
     "NaN": (torch.full((4, 4), torch.nan), 1, ("mask 0 has values from nan",)),
     "class too high": (MASKS, 4, ("target 4 is not a class", "0 to 3")),
@@ -437,7 +437,7 @@ def test_the_names_of_boxes():
 WRONG_BOXES = {
     "no labels": (lambda: T.boxes(WIDE), ("boxes and labels, or neither",)),
     "shape": (lambda: T.boxes([[0, 0, 4]], [1]), ("(m, 4) boxes", "(1, 3)")),
-    "labels of no class": (lambda: T.boxes(WIDE, 1.0), ("whole labels", "torch.float32")),
+    "labels of no class": (lambda: T.boxes(WIDE, 1.0), ("integer labels", "torch.float32")),
     "labels of another number": (lambda: T.boxes(WIDE, [1, 2]), ("1 boxes and 2 labels",)),
     "images": (lambda: T.boxes([WIDE[None]] * 3, [[1]] * 3), ("boxes for 3 images", "a batch of 2")),
     "labels of other images": (lambda: T.boxes([WIDE[None]] * 2, [[1]] * 3), ("labels for 3",)),
