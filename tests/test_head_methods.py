@@ -755,5 +755,5 @@ def test_channels_last_and_callables(method):
     net, x = Last(), inputs(2)
     found = raw(method, net, "last", x, layout="channels_last")
     close(found, raw(method, net.net, "1", x))
-    with pytest.raises(camfn.CamError, match="layout= is a function, which has no way back"):
+    with pytest.raises(camfn.CamError, match="layout= is a function, which has no inverse"):
         raw(method, net, "last", x, layout=lambda a: a.movedim(-1, 1))
