@@ -138,7 +138,7 @@ def wiring():
 
 
 def test_a_layer_that_runs_twice():
-    with says("layer 'twice'", "more than once", "say which of its calls", "'twice@1', 'twice@2'"):
+    with says("layer 'twice'", "more than once", "choose one of its calls", "'twice@1', 'twice@2'"):
         explain(wiring(), layer="twice")
     with says("layer 'twice@3'", "ran 2 times in this forward"):
         explain(wiring(), layer="twice@3")
