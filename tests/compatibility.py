@@ -51,7 +51,7 @@ REASONS = {
     ),
     "z": (r"cameras shows the model its input at other sizes", "the network takes pictures of one size only"),
     "n": (
-        r"lift_cam has no rule for|hangs on values that are read in Python",
+        r"lift_cam has no rule for|(hangs|depends) on values that are read in Python",
         "DeepLIFT's rule is for what is affine, functions of single values and max-pooling, and behind the layer come a layer "
         "norm, attention, a product of two that change, or a decision in Python",
     ),
@@ -60,7 +60,7 @@ REASONS = {
         "the model takes frames before channels, and camfn `(n, channels, *size)`: turn them",
     ),
     "s": (
-        r"masked= must say which|needs spatial axes in the input|in \d+ ways that fit alike|no layer of \w+ has 1 spatial",
+        r"masked= must say which|needs spatial axes in the input|in \d+ ways that fit equally|no layer of \w+ has 1 spatial",
         "the input is a sound or a spectrogram without an axis of channels: methods that mask want `(n, channels, *size)`; for "
         "others name a layer, and say by `layout=` where its positions are",
     ),

@@ -923,7 +923,7 @@ def test_cam_with_an_input_count_other_than_the_channels():
 
 
 def test_cam_with_a_linear_layer_of_other_classes():
-    with says("fc='4'", "4 values", "3 classes"):
+    with says("fc='4'", "4 outputs", "3 classes"):
         cam(pooled(nn.Linear(4, 4), nn.Linear(4, 3)), layer="1", fc="4")
 
 

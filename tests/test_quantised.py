@@ -201,7 +201,7 @@ def test_every_method(kind, method):
         assert torch.equal(twin(x).dequantize(), model(x).dequantize())
         close(run(method, model, layer, x, **options), run(method, twin, f"{layer}.floats", x, **options))
         return
-    said = r"the model is quanti[sz]ed \('" if method in GRADIENT else rf"layer '{layer}' is quanti[sz]ed \(it returns torch.quint8\)"
+    said = r"the model is quanti[sz]ed \('" if method in GRADIENT else rf"layer '{layer}' is quanti[sz]ed \(it returns"
     with pytest.raises(CamError, match=rf"(?s){said}.*camfn\.(score_cam|mean_cam)"):
         run(method, model, layer, x, **options)
 
@@ -247,7 +247,7 @@ def test_a_float_layer_before_the_quantised_ones():
     assert camfn.tap(model, "stem")(camfn.state_of(model), x).seen.shape == (2, 8, 10, 10)
     for method in CHANGES:  # as a loop, since no record can be made
         assert run(method, model, "stem", x).isfinite().all()
-    with pytest.raises(CamError, match="the model is quanti[sz]ed"):
+    with pytest.raises(CamError, match=r"the model is quanti[sz]ed"):
         camfn.grad_cam(model, "stem", x, 1)
 
 
@@ -273,7 +273,7 @@ def test_transforms():
     close(mapped, camfn.mean_cam(model, "2", x))
     for transform in (lambda f: torch.func.grad(lambda x: f(x).sum())(x), lambda f: torch.func.jvp(f, (x,), (x,))):
         for method in ("mean_cam", "score_cam"):  # a gradient of the map: torch would give zeros
-            with pytest.raises(CamError, match=r"is quantized .*not replaced or differentiated"):
+            with pytest.raises(CamError, match=r"is quanti[sz]ed .*(no gradient|differentiated)"):
                 transform(lambda x, method=method: getattr(camfn, method)(model, "2", x))
 
 
@@ -418,7 +418,7 @@ class Rounded(nn.Module):
 
 @pytest.mark.parametrize("method", ["grad_cam", "full_grad", "opti_cam", "layer_cam", "shapley_cam"])
 def test_a_gradient_that_rounding_cuts_is_no_map_of_zeros(method):
-    with pytest.raises(CamError, match=r"the score has no gradient .*quantizes \(quantize_per_tensor\).*camfn\.score_cam"):
+    with pytest.raises(CamError, match=r"the score has no gradient, .*quantizes \(quantize_per_tensor\).*camfn\.score_cam"):
         run(method, Rounded(), "conv", image())
 
 

@@ -79,9 +79,7 @@ _BASES: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 
 
 def _refill(container: Any, contents: Iterable[Any]) -> None:
-    base = next(
-        base for base in _BASES if isinstance(container, base)
-    )  # a subclass may override these methods
+    base = next(base for base in _BASES if isinstance(container, base))  # a subclass may override these methods
     base.clear(container)
     (base.extend if base in (list, deque) else base.update)(container, contents)
 
