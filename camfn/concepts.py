@@ -92,7 +92,7 @@ def factorize(
         # in units of its size, so that squares do not overflow or underflow
         own = part.values.to(wide(part.values.dtype))
         scale = size_of(own, (0, 1, 2))
-        values = _above_zero(own / scale, concepts, seen.subject.layers[0])
+        values = _positive_part(own / scale, concepts, seen.subject.layers[0])
         left, right = factorization.factors(values, concepts, steps)
         peaks = right.amax(-1)
         found = (
@@ -106,7 +106,7 @@ def factorize(
         return Concepts(shown, vectors, scores, seen.score.classes, error, seen.subject.layers[0])
 
 
-def _above_zero(activation: Tensor, concepts: int, layer: str) -> Tensor:
+def _positive_part(activation: Tensor, concepts: int, layer: str) -> Tensor:
     """Return the positive part of the activation, `(c, n p)`. Raise CamError if it cannot be factorized."""
     values = activation.transpose(0, 1).flatten(1)
     if isinstance(concepts, bool) or not isinstance(concepts, int) or not 0 < concepts <= min(values.shape):

@@ -48,12 +48,12 @@ def grid(
     >>> grid([[Panel(picture), Panel(picture, map=torch.eye(4))]], columns=["picture", "map"]).mode
     'RGB'
     """
-    height, width = _checked(panels, rows, columns)
+    height, width = _check_grid(panels, rows, columns)
     figure = _figure()(figsize=(1.5 * width + 1.1, 1.68 * height + 0.75), dpi=120, layout="constrained")
     axes = figure.subplots(height, width, squeeze=False)
     for row, line in enumerate(panels):
         for column, panel in enumerate(line):
-            _draw(axes[row, column], panel, alpha, colormap) if panel else _leave_out(axes[row, column])
+            _draw(axes[row, column], panel, alpha, colormap) if panel else _draw_empty(axes[row, column])
     for axis, name in zip(axes[:, 0], rows):
         axis.set_ylabel(_plain(name), fontsize=10)
     for axis, name in zip(axes[0], columns):
@@ -61,8 +61,8 @@ def grid(
     figure.suptitle(_plain(title), fontsize=12)
     figure.supxlabel(_plain(note), fontsize=8)
     if any(panel and panel.map is not None for line in panels for panel in line):
-        _colour_bar(figure, axes, alpha, colormap)
-    return _rendered(figure)
+        _color_bar(figure, axes, alpha, colormap)
+    return _render(figure)
 
 
 def lines(panels: Sequence[Panel], width: int) -> list[list[Panel | None]]:
@@ -76,7 +76,7 @@ def lines(panels: Sequence[Panel], width: int) -> list[list[Panel | None]]:
     return [filled[start : start + width] for start in range(0, len(filled), width)]
 
 
-def _checked(panels: Sequence[Sequence[Panel | None]], rows: Sequence[str], columns: Sequence[str]) -> tuple[int, int]:
+def _check_grid(panels: Sequence[Sequence[Panel | None]], rows: Sequence[str], columns: Sequence[str]) -> tuple[int, int]:
     lengths = {len(line) for line in panels}
     if len(lengths) != 1 or 0 in lengths:
         raise CamError(f"a grid needs a row, and all rows must have the same length; found {[len(line) for line in panels]}")
@@ -114,7 +114,7 @@ def _draw(axis: Any, panel: Panel, alpha: float, colormap: str) -> None:
         _cross(axis, _array(panel.map), picture.size)
 
 
-def _leave_out(axis: Any) -> None:
+def _draw_empty(axis: Any) -> None:
     """Draw an empty square panel, which keeps the names beside and above it in place."""
     axis.set(xticks=[], yticks=[], frame_on=False, box_aspect=1)
 
@@ -130,17 +130,17 @@ def _cross(axis: Any, map: np.ndarray, size: tuple[int, int]) -> None:
     axis.plot([x], [y], "+", color="white", markersize=8, markeredgewidth=1.4)
 
 
-def _colour_bar(figure: Any, axes: Any, alpha: float, colormap: str) -> None:
+def _color_bar(figure: Any, axes: Any, alpha: float, colormap: str) -> None:
     """Draw a color bar with the colors as blended with mid-gray."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap
 
-    colours = (1 - alpha) * 0.5 + alpha * images.colorize(np.linspace(0, 1, 256), colormap)
-    bar = figure.colorbar(ScalarMappable(cmap=ListedColormap(colours)), ax=axes, shrink=0.6, aspect=35, ticks=[0, 1])
+    colors = (1 - alpha) * 0.5 + alpha * images.colorize(np.linspace(0, 1, 256), colormap)
+    bar = figure.colorbar(ScalarMappable(cmap=ListedColormap(colors)), ax=axes, shrink=0.6, aspect=35, ticks=[0, 1])
     bar.ax.set_yticklabels(["lowest", "highest"], fontsize=8)
 
 
-def _rendered(figure: Any) -> "Image":
+def _render(figure: Any) -> "Image":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 

@@ -29,9 +29,9 @@ def _pillow() -> Any:
 
 
 def _anchors(table: str) -> tuple[Any, ...]:
-    colours = np.array([list(bytes.fromhex(colour)) for colour in table.split()]) / 255
-    at = np.linspace(0, 1, len(colours))
-    return tuple((at, colours[:, channel]) for channel in range(3))
+    colors = np.array([list(bytes.fromhex(color)) for color in table.split()]) / 255
+    at = np.linspace(0, 1, len(colors))
+    return tuple((at, colors[:, channel]) for channel in range(3))
 
 
 _COLORMAPS = {
@@ -94,8 +94,8 @@ def overlay(image: Any, map: Any, *, alpha: float = 0.5, colormap: str = "turbo"
     **Raises** `CamError` if the picture or map is out of range, not finite, or of another shape.
 
     >>> import torch
-    >>> grey = torch.full((3, 6, 8), 0.5)
-    >>> overlay(grey, torch.eye(2), alpha=0.0).getpixel((0, 0)), overlay(grey, torch.eye(2), colormap="jet").size
+    >>> gray = torch.full((3, 6, 8), 0.5)
+    >>> overlay(gray, torch.eye(2), alpha=0.0).getpixel((0, 0)), overlay(gray, torch.eye(2), colormap="jet").size
     ((128, 128, 128), (8, 6))
     """
     if not 0 <= alpha <= 1:
@@ -242,17 +242,17 @@ def check_narrow(preprocess: Callable[[Any], Any], size: tuple[int, int]) -> Non
     before a crop. `size` is (width, height).
     """
     aspect = max(size) / min(size)
-    scaled = None if aspect < _NARROW else _scaled(preprocess, size[0] > size[1], min(*size, 64))
+    scaled = None if aspect < _NARROW else _measure_scaling(preprocess, size[0] > size[1], min(*size, 64))
     if scaled is None:
         return
     short, cropped = scaled
     limit = LARGEST if cropped else max(ENLARGED, size[0] * size[1])
     if short**2 * aspect > limit:
         sides = (round(short * aspect), short) if size[0] > size[1] else (short, round(short * aspect))
-        raise _too_large(size, "would make", sides, limit)
+        raise _size_error(size, "would make", sides, limit)
 
 
-def _scaled(preprocess: Callable[[Any], Any], wide: bool, side: int) -> tuple[int, bool] | None:
+def _measure_scaling(preprocess: Callable[[Any], Any], wide: bool, side: int) -> tuple[int, bool] | None:
     """Return the length of the shorter side after `preprocess` of a narrow picture, and whether it crops.
 
     Return `None` if it changes the aspect ratio or fails. The ends of the probe are white, so that a crop can be detected.
@@ -276,10 +276,10 @@ def check_input(x: Tensor, size: tuple[int, int]) -> None:
     height, width = x.shape[-2:]
     limit = max(ENLARGED, size[0] * size[1])
     if height * width > limit:
-        raise _too_large(size, "makes", (width, height), limit)
+        raise _size_error(size, "makes", (width, height), limit)
 
 
-def _too_large(size: tuple[int, int], verb: str, sides: tuple[int, int], limit: int) -> CamError:
+def _size_error(size: tuple[int, int], verb: str, sides: tuple[int, int], limit: int) -> CamError:
     made, found = (" x ".join(map(str, each)) for each in (sides, size))
     return CamError(
         f"preprocess {verb} an input of {made} pixels of the picture's {found}, more than {limit // 10**6} megapixels: "
@@ -304,21 +304,21 @@ def as_seen(x: Tensor, preprocess: Callable[[Any], Any], size: tuple[int, int]) 
     Returns the picture `(h, w, 3)` in [0, 1], and whether its colors are true.
     """
     x = x.detach().cpu().double()
-    undo = _measured(preprocess, size, x)
+    undo = _measure_inverse(preprocess, size, x)
     if undo is not None:
         return undo(x).clamp(0, 1).movedim(0, -1).expand(-1, -1, 3), True
-    grey = x if x.shape[0] in (1, 3) else x.mean(0, keepdim=True)
-    return _maps.normalize(grey, (-3, -2, -1)).movedim(0, -1).expand(-1, -1, 3), False
+    gray = x if x.shape[0] in (1, 3) else x.mean(0, keepdim=True)
+    return _maps.normalize(gray, (-3, -2, -1)).movedim(0, -1).expand(-1, -1, 3), False
 
 
-def _measured(preprocess: Callable[[Any], Any], size: tuple[int, int], x: Tensor) -> Callable[[Tensor], Tensor] | None:
+def _measure_inverse(preprocess: Callable[[Any], Any], size: tuple[int, int], x: Tensor) -> Callable[[Tensor], Tensor] | None:
     """Return the inverse of `preprocess` on colors, or `None` if it is not a scale and an offset per channel."""
     if x.shape[0] not in (1, 3):
         return None
     new = _pillow().Image.new
 
-    def of(*colour: int) -> Tensor:
-        return preprocess(new("RGB", size, colour)).detach().cpu().double().reshape(x.shape)
+    def of(*color: int) -> Tensor:
+        return preprocess(new("RGB", size, color)).detach().cpu().double().reshape(x.shape)
 
     try:
         black, white, probe = of(0, 0, 0), of(255, 255, 255), of(*_PROBE) if x.shape[0] == 3 else of(128, 128, 128)

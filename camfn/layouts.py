@@ -107,9 +107,9 @@ def read(
         _check_batch(shape, layer, batch)
     forms = forms_of(shape, layout, spatial, batch, clues)
     if len(forms) != 1:
-        raise CamError(f"{layer_called(layer)} gives {shape}, {_unclear(forms, shape, layout, spatial)}")
+        raise CamError(f"{layer_called(layer)} gives {shape}, {_unclear_message(forms, shape, layout, spatial)}")
     form = forms[0]
-    view, restore = functools.partial(_viewed, form), functools.partial(_restored, form, activation)
+    view, restore = functools.partial(_view, form), functools.partial(_restore, form, activation)
     return Read(view(activation), form.grid, view, restore, form.like)
 
 
@@ -149,18 +149,18 @@ def _grid_form(shape: Sides, last: bool) -> Form:
 # -------------------------------------------------------------------------------------------- to (n, c, p) and back
 
 
-def _viewed(form: Form, activation: Tensor) -> Activations:
-    return _moved(form, activation).flatten(2)[..., form.prefix :]
+def _view(form: Form, activation: Tensor) -> Activations:
+    return _move_axes(form, activation).flatten(2)[..., form.prefix :]
 
 
-def _moved(form: Form, activation: Tensor) -> Tensor:
+def _move_axes(form: Form, activation: Tensor) -> Tensor:
     """Move the batch to the first axis and the channels to the second."""
     batched = activation.transpose(0, 1) if form.sequence else activation
     return batched.movedim(-1, 1) if form.last else batched
 
 
-def _restored(form: Form, activation: Tensor, values: Activations, images: Tensor | None = None) -> Tensor:
-    whole = _moved(form, activation)
+def _restore(form: Form, activation: Tensor, values: Activations, images: Tensor | None = None) -> Tensor:
+    whole = _move_axes(form, activation)
     flat = values.to(activation.dtype)
     if form.prefix:
         before = whole.flatten(2)[..., : form.prefix]
@@ -222,7 +222,7 @@ def _fit(spatial: Sides | None, grid: Sides) -> int:
     return int(low < high and high >= 1)
 
 
-def _said(grid: Sides | None, prefix: int | None) -> str:
+def _tokens_call(grid: Sides | None, prefix: int | None) -> str:
     return f"camfn.layouts.tokens(grid={grid}, prefix={prefix})"
 
 
@@ -237,7 +237,7 @@ def _token_forms(shape: Sides, asked: Tokens, spatial: Sides | None, batch: int,
     count, channels = (shape[0] if sequence else shape[1]), shape[2]
 
     def form(prefix: int, grid: Sides) -> Form:
-        return Form(_said(grid, prefix), grid, channels, True, prefix, sequence)
+        return Form(_tokens_call(grid, prefix), grid, channels, True, prefix, sequence)
 
     if asked.grid is not None:
         prefix = count - math.prod(asked.grid)
@@ -281,14 +281,14 @@ def _check_batch(shape: Sides, layer: str, batch: int) -> None:
     raise CamError(f"{found}: is the batch axis of x missing? (x[None] adds one)")
 
 
-def _unclear(forms: list[Form], shape: Sides, layout: Layout, spatial: Sides | None) -> str:
+def _unclear_message(forms: list[Form], shape: Sides, layout: Layout, spatial: Sides | None) -> str:
     if forms:
         ways = " or ".join(form.name for form in forms[:4])
         return f"which can be read in {len(forms)} ways that fit equally well; choose one by layout={ways}"
     if len(shape) < 3 or 0 in shape:
         return "which has no spatial axes; choose a layer before pooling and flattening, or pass layout="
     if isinstance(layout, Tokens):
-        return f"which is not (n, tokens, channels) with the prefix and grid of layout={_said(*layout)}"
+        return f"which is not (n, tokens, channels) with the prefix and grid of layout={_tokens_call(*layout)}"
     size = "the input" if spatial is None else f"the input, {spatial}"
     return (
         f"and no grid of that many positions has the proportions of {size}; pass "

@@ -83,10 +83,10 @@ def _on_pixels(maps: Tensor, masks: Tensor, axes: int, dilation: int = 0) -> tup
             f"maps have shape {tuple(maps.shape)} and masks {tuple(masks.shape)}: all axes but the last {axes} must be the same"
         )
     resized = _maps.resize(maps.to(wide(maps.dtype)), masks.shape[-axes:])
-    return resized.flatten(-axes), _dilated(masks, dilation, axes).flatten(-axes)
+    return resized.flatten(-axes), _dilate(masks, dilation, axes).flatten(-axes)
 
 
-def _dilated(masks: Tensor, by: int, axes: int) -> Tensor:
+def _dilate(masks: Tensor, by: int, axes: int) -> Tensor:
     if by == 0:
         return masks
     flat = masks.reshape(-1, 1, *masks.shape[-axes:]).float()

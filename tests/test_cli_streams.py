@@ -42,7 +42,7 @@ def test_a_stdout_that_is_full_is_one_line_and_exit_2(here, monkeypatch, command
     assert run_main(monkeypatch, *command, stdout="/dev/full", stderr="said") == 2
     *notes, line = Path("said").read_text().splitlines()
     assert notes == []
-    assert line == ("Error: stdout cannot be written to (No space left on device): redirect it to another file, or to /dev/null")
+    assert line == "Error: stdout cannot be written to (No space left on device): redirect it to another file, or to /dev/null"
 
 
 @pytest.mark.parametrize(("command", "status"), [(EXPLAIN[:4], 0), (["methods"], 0), (["explain", "none.png", *PAIR], 2)])

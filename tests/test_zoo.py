@@ -371,7 +371,7 @@ def other_tensors(change) -> None:
 
 
 FOLDERS = {
-    "code of its own": (own_code, r"'hf:saved': it needs code from its repository, which is not run: write path/to/file\.py:function"),
+    "code of its own": (own_code, r"'hf:saved': it needs code from its repository, which is not run: write path/to/file\.py:"),
     "a pickle": (as_pickle, r"'hf:saved': its weights are not in safetensors: give their file as --weights FILE$"),
     "no preprocessing": (
         lambda: Path("saved/preprocessor_config.json").unlink(),

@@ -35,7 +35,7 @@ def run(wish: Wish, paths: Sequence[Path]) -> Iterator[tuple[Path, list[Written]
             tap(loaded.model, list(dict.fromkeys(wish.layers)))
         target = options.target_of(wish.target, loaded.names)
         job = Job(wish, loaded, tuple(dict.fromkeys(wish.layers)) or (None,), methods, device, target, size, given)
-        _rehearse(job, paths)
+        _check_pictures(job, paths)
         files.make(wish.out)
         for path in paths:
             picture = _read(path)
@@ -61,7 +61,7 @@ def _attempt(path: Path, work: Callable[..., Any], *arguments: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------- the rehearsal
 
 
-def _rehearse(job: Job, paths: Sequence[Path]) -> None:
+def _check_pictures(job: Job, paths: Sequence[Path]) -> None:
     """Check the pictures before any sweep, up to the first that passes. If none does, raise the error of the first."""
     errors = []
     for path in paths:
@@ -110,17 +110,17 @@ def _check_layers(job: Job, path: Path, x: Tensor) -> None:
 def _explain(job: Job, path: Path, picture: Any) -> list[Written]:
     """Compute all maps of a picture, then write all files, so that an error leaves no files."""
     x, outputs = through(job, picture)
-    seen, true_colours = images.as_seen(x[0], job.loaded.preprocess, picture.size)
+    seen, true_colors = images.as_seen(x[0], job.loaded.preprocess, picture.size)
     drawn, told = [], set[str]()  # methods may have the same notes
     for layer in job.layers:
         for made in maps_of(job, path, x, layer):
-            if not true_colours:
+            if not true_colors:
                 said = "the overlay's colors are stretched: preprocess does more than scale each channel"
                 made = made._replace(notes=(*made.notes, said))
             for note in (note for note in dict.fromkeys(made.notes) if note not in told):
                 told.add(note)
                 sys.stderr.write(f"note: {escaped(path)}: {options.one_line(note)}\n")
-            saved = _sized(job, x, made.raw)
+            saved = _resize(job, x, made.raw)
             for number in range(len(made.raw)):
                 explained = classes(made.card, number, outputs, job.loaded.names)
                 facts = {**_about_run(job, path, x), **explained, **_about_map(job, made, saved)}
@@ -149,7 +149,7 @@ def _caption(job: Job, facts: Facts) -> str:
     return f"{facts['method']}{layer}, {facts['class_name'] or facts['class']}"
 
 
-def _sized(job: Job, x: Tensor, raw: Tensor) -> Tensor:
+def _resize(job: Job, x: Tensor, raw: Tensor) -> Tensor:
     """Return the maps at the size to save. The overlay always uses the layer's own grid."""
     size = x.shape[2:] if job.size == "input" else job.size
     return raw if size is None else camfn.maps.resize(raw, size)

@@ -183,12 +183,12 @@ def method_options(methods: Sequence[str], seed: int | None, chunk: int | None) 
         given["seed"] = 0 if seed is None else seed
     elif seed is not None:
         verb = "draws" if one else "draw"
-        raise CamError(f"--seed {seed}: {some} {verb} no random numbers; omit it, or use {_some(draws)}")
+        raise CamError(f"--seed {seed}: {some} {verb} no random numbers; omit it, or use {_examples(draws)}")
     if any(map(_sweeps, methods)):
         given["sweep"] = camfn.Sweep(chunk=chunk)
     elif chunk is not None:
         has = "has" if one else "have"
-        raise CamError(f"--chunk {chunk}: {some} {has} no sweep to split; omit it, or use {_some(_sweeps)}")
+        raise CamError(f"--chunk {chunk}: {some} {has} no sweep to split; omit it, or use {_examples(_sweeps)}")
     return given
 
 
@@ -210,7 +210,7 @@ def _sweeps(method: str) -> bool:
     return takes(method, "sweep")
 
 
-def _some(fit: Callable[[str], bool]) -> str:
+def _examples(fit: Callable[[str], bool]) -> str:
     """Return the first three methods that fit, for a message."""
     *names, last = [name for name in camfn.METHODS if fit(name)][:3]
     return f"another method, such as {', '.join(names)} or {last}"

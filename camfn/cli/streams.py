@@ -34,7 +34,7 @@ class Guarded(io.RawIOBase):
             except OSError as error:
                 self.failed = True
                 if self.tells:
-                    raise _told(error) from None
+                    raise _write_error(error) from None
             else:
                 if written is not None:
                     return written
@@ -42,7 +42,7 @@ class Guarded(io.RawIOBase):
         return len(data)
 
 
-def _told(error: OSError) -> Exception:
+def _write_error(error: OSError) -> Exception:
     """Return a CamError. A closed pipe, as after `head`, stays a BrokenPipeError, for which click exits silently."""
     if isinstance(error, BrokenPipeError):
         return error
@@ -55,21 +55,21 @@ def take() -> None:
     **Raises** `CamError` if stdout is closed.
     """
     closed = sys.stdout is None
-    _occupy()
-    sys.stderr = open(os.devnull, "w") if sys.stderr is None else _guarded(sys.stderr, tells=False)  # noqa: SIM115
-    sys.stdout = open(os.devnull, "w") if closed else _guarded(sys.stdout, tells=True)  # noqa: SIM115
+    _occupy_descriptors()
+    sys.stderr = open(os.devnull, "w") if sys.stderr is None else _guard(sys.stderr, tells=False)  # noqa: SIM115
+    sys.stdout = open(os.devnull, "w") if closed else _guard(sys.stdout, tells=True)  # noqa: SIM115
     if closed:
         raise CamError("stdout is closed: redirect it to a file, or to /dev/null")
 
 
-def _occupy() -> None:
+def _occupy_descriptors() -> None:
     """Occupy the file descriptors of closed streams. Else a file opened later would get one, and receive printed text."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
 
 
-def _guarded(stream: Any, tells: bool) -> Any:
+def _guard(stream: Any, tells: bool) -> Any:
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     raw = Guarded(getattr(stream.buffer, "raw", stream.buffer), tells)

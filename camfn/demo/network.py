@@ -36,9 +36,9 @@ def network(*, pretrained: bool = True, seed: int = 0) -> nn.Sequential:
         model = _architecture()
     model = model.to_empty(device="cpu")
     if pretrained:
-        model.load_state_dict(_shipped())
+        model.load_state_dict(_trained_weights())
     else:
-        _initialise(model, torch.Generator().manual_seed(seed))
+        _initialize(model, torch.Generator().manual_seed(seed))
     return model.eval()
 
 
@@ -60,7 +60,7 @@ def _block(channels: int, out: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels, out, kernel, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
 
 
-def _shipped() -> dict[str, Tensor]:
+def _trained_weights() -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
@@ -68,7 +68,7 @@ def _shipped() -> dict[str, Tensor]:
     return load_file(WEIGHTS)
 
 
-def _initialise(model: nn.Module, generator: torch.Generator) -> None:
+def _initialize(model: nn.Module, generator: torch.Generator) -> None:
     """Draw He-normal weights. Set biases to 0 and batch norms to the identity."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):

@@ -137,7 +137,7 @@ _TEXTURES = (_waves, _checks, _dots, _clouds)
 class Paint(NamedTuple):
     """A texture between two colors."""
 
-    colours: Array  # (2, 3)
+    colors: Array  # (2, 3)
     texture: Callable[[Array, Array, Array], Array]
     random: Array  # (18,), the random parameters of the texture
 
@@ -152,9 +152,9 @@ def _paint(random: np.random.Generator, unlike: Array | None = None) -> Paint:
     return Paint(np.stack([base - apart, base + apart]), texture, random.random(18))
 
 
-def _painted(paint: Paint, x: Array, y: Array) -> Array:
+def _paint_at(paint: Paint, x: Array, y: Array) -> Array:
     """Return the colors of a paint at these points, `(3, h, w)`."""
-    one, other = paint.colours.astype(x.dtype)[..., None, None]
+    one, other = paint.colors.astype(x.dtype)[..., None, None]
     return one + (other - one) * paint.texture(x, y, paint.random)
 
 
@@ -176,20 +176,20 @@ def scene(seed: int, objects: int = 1, *, classes: Sequence[str] | None = None, 
     >>> scene.image.shape, scene.masks.shape, [demo.CLASSES[c] for c in scene.classes]
     (torch.Size([3, 96, 96]), torch.Size([2, 96, 96]), ['star', 'ring'])
     """
-    names = None if classes is None else _checked_classes(classes)
+    names = None if classes is None else _check_classes(classes)
     count = objects if names is None else len(names)
-    height, width = _checked_size(size)
+    height, width = _check_size(size)
     if count not in (1, 2, 3):
         raise CamError(f"a scene has 1 to 3 objects, found {count!r}")
     random = np.random.default_rng(seed)
     ground = _paint(random)
-    paints = [_paint(random, unlike=ground.colours.mean(0)) for _ in range(count)]
+    paints = [_paint(random, unlike=ground.colors.mean(0)) for _ in range(count)]
     places = _places(random, count, (height / min(height, width), width / min(height, width)))
     drawn = [CLASSES[i] for i in np.argsort(random.random(len(CLASSES)))[:count]]
-    return _rendered(ground, list(zip(names or drawn, paints, places)), height, width)
+    return _render(ground, list(zip(names or drawn, paints, places)), height, width)
 
 
-def _checked_classes(classes: Sequence[str]) -> list[str]:
+def _check_classes(classes: Sequence[str]) -> list[str]:
     for name in classes:
         if name not in _SHAPES:
             raise CamError(f"no shape is called {name!r}; closest: {closest(str(name), CLASSES)}; all: {', '.join(CLASSES)}")
@@ -198,7 +198,7 @@ def _checked_classes(classes: Sequence[str]) -> list[str]:
     return list(classes)
 
 
-def _checked_size(size: int | tuple[int, int]) -> tuple[int, int]:
+def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
         raise CamError(f"size={size!r}: a scene must have at least one pixel on each side")
@@ -215,9 +215,9 @@ def _places(random: np.random.Generator, count: int, sides: tuple[float, float])
     while True:
         for _ in range(50):
             margin = 1.2 * sizes[:, None]
-            centres = margin + random.random((count, 2)) * (np.array(sides) - 2 * margin)
-            if all(np.hypot(*(centres[i] - centres[j])) > 1.3 * (sizes[i] + sizes[j]) for i in range(count) for j in range(i)):
-                return [Place(x, y, size, turn) for (y, x), size, turn in zip(centres, sizes, turns)]
+            centers = margin + random.random((count, 2)) * (np.array(sides) - 2 * margin)
+            if all(np.hypot(*(centers[i] - centers[j])) > 1.3 * (sizes[i] + sizes[j]) for i in range(count) for j in range(i)):
+                return [Place(x, y, size, turn) for (y, x), size, turn in zip(centers, sizes, turns)]
         sizes = 0.9 * sizes
 
 
@@ -225,10 +225,10 @@ _FINE = 2
 """Samples per pixel along each side, over which edges and textures are averaged."""
 
 
-def _rendered(ground: Paint, objects: list[tuple[str, Paint, Place]], height: int, width: int) -> Scene:
+def _render(ground: Paint, objects: list[tuple[str, Paint, Place]], height: int, width: int) -> Scene:
     step = 1 / (_FINE * min(height, width))
     x, y = ((np.arange(_FINE * side, dtype=np.float32) + 0.5) * step for side in (width, height))
-    image = _painted(ground, x[None], y[:, None])
+    image = _paint_at(ground, x[None], y[:, None])
     owner = np.zeros(image.shape[1:], dtype=np.int64)  # 0 is the ground
     for number, (name, paint, place) in enumerate(objects, 1):
         rows, columns = (
@@ -237,7 +237,7 @@ def _rendered(ground: Paint, objects: list[tuple[str, Paint, Place]], height: in
         )
         near = x[columns][None], y[rows][:, None]
         inside = _inside(name, place, *near)
-        image[:, rows, columns] = np.where(inside, _painted(paint, *near), image[:, rows, columns])
+        image[:, rows, columns] = np.where(inside, _paint_at(paint, *near), image[:, rows, columns])
         owner[rows, columns][inside] = number
     masks = _pixels(owner == 1 + np.arange(len(objects))[:, None, None]) > 0.5
     return Scene(_pixels(image).clamp(0, 1), masks, tuple(CLASSES.index(name) for name, _, _ in objects))

@@ -38,19 +38,19 @@ class Data(NamedTuple):
 
     images: Tensor  # (n, 3, h, w), uint8
     shares: Tensor  # (n, classes)
-    centres: Tensor  # (n, 2), of the first object
+    centers: Tensor  # (n, 2), of the first object
     single: Tensor  # (n,)
 
 
 def data(count: int) -> Data:
     """Return `count` scenes, from seed `FIRST` on."""
-    images, shares, centres = [], torch.zeros(count, len(CLASSES)), []
+    images, shares, centers = [], torch.zeros(count, len(CLASSES)), []
     for i in range(count):
         made = scene(FIRST + i, objects=(2 + i // 4 % 2) if i % 4 == 0 else 1)
         images.append((255 * made.image).byte())
         shares[i, list(made.classes)] = 1 / len(made.classes)
-        centres.append(made.masks[0].nonzero().float().mean(0))
-    return Data(torch.stack(images), shares, torch.stack(centres), shares.amax(1) == 1)
+        centers.append(made.masks[0].nonzero().float().mean(0))
+    return Data(torch.stack(images), shares, torch.stack(centers), shares.amax(1) == 1)
 
 
 def batches(found: Data, settings: Settings, epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -61,16 +61,16 @@ def batches(found: Data, settings: Settings, epoch: int, generator: torch.Genera
     for number, index in enumerate(order.split(settings.batch)):
         x = found.images[index]
         if windows:
-            x = _around(x, found.centres[index], settings.window, generator)
+            x = _around(x, found.centers[index], settings.window, generator)
         x = x.flip([axis for bit, axis in ((1, -1), (2, -2)) if number & bit])
         x = x.transpose(-1, -2) if number & 4 else x
         yield preprocess(x[:, torch.randperm(3, generator=generator)].float() / 255), found.shares[index]
 
 
-def _around(images: Tensor, centres: Tensor, side: int, generator: torch.Generator) -> Tensor:
+def _around(images: Tensor, centers: Tensor, side: int, generator: torch.Generator) -> Tensor:
     """Cut a window out of each image, with its center up to 8 pixels from the object's."""
-    shift = 16 * (torch.rand(centres.shape, generator=generator) - 0.5)
-    corners = (centres + shift - side / 2).round().long().clamp(0, images.shape[-1] - side)
+    shift = 16 * (torch.rand(centers.shape, generator=generator) - 0.5)
+    corners = (centers + shift - side / 2).round().long().clamp(0, images.shape[-1] - side)
     return torch.stack([image[:, y : y + side, x : x + side] for image, (y, x) in zip(images, corners.tolist())])
 
 

@@ -50,7 +50,7 @@ def about_maps(
     for name, (wild, flat, negative, source) in zip(layers, facts.cpu()):
         place = f" at layer {name!r}" if name else ""
         if wild.any() or source.any():
-            sentence = _not_finite(int(wild.sum()), wild.numel(), name, bool(source.any()))
+            sentence = _non_finite_sentence(int(wild.sum()), wild.numel(), name, bool(source.any()))
             found.append(Finding("non-finite map", name, float(wild.float().mean()), sentence))
         if flat.any():
             sentence = (
@@ -78,7 +78,7 @@ def _facts(signed: FlatMaps, activation: Tensor | None) -> tuple[Tensor, ...]:
     return wild, is_flat(low, high, signed.dtype) & ~wild, (high <= 0) & ~wild, source
 
 
-def _not_finite(count: int, of: int, layer: str, source: bool) -> str:
+def _non_finite_sentence(count: int, of: int, layer: str, source: bool) -> str:
     way_out = "choose an earlier layer, or find the operation that makes them"
     if not count:
         return f"layer {layer!r} has NaN or infinite values that the maps do not show: {way_out}"
@@ -136,12 +136,12 @@ def about_gradients(gradients: Sequence[Gradients], layers: Sequence[str]) -> tu
     return tuple(
         finding
         for name, slopes in zip(layers, gradients)
-        for check in (_vanished, _everywhere)
+        for check in (_zero_gradient, _uniform_gradient)
         for finding in check(name, slopes)
     )
 
 
-def _vanished(name: str, slopes: Gradients) -> list[Finding]:
+def _zero_gradient(name: str, slopes: Gradients) -> list[Finding]:
     none = float((slopes == 0).flatten(2).all(-1).float().mean())
     if not none:
         return []
@@ -153,7 +153,7 @@ def _vanished(name: str, slopes: Gradients) -> list[Finding]:
     return [Finding("no gradient", name, none, sentence)]
 
 
-def _everywhere(name: str, slopes: Gradients) -> list[Finding]:
+def _uniform_gradient(name: str, slopes: Gradients) -> list[Finding]:
     if slopes.shape[-1] < 2 or not bool((slopes != 0).any()):
         return []
     spread, size = (slopes - slopes.mean(-1, keepdim=True)).abs().amax(), slopes.abs().amax()

@@ -32,15 +32,15 @@ def factors(values: Float[Tensor, "i j"], parts: int, steps: int) -> Factors:
     >>> (left @ right).round(decimals=4).tolist()
     [[2.0, 0.0, 4.0], [0.0, 3.0, 0.0]]
     """
-    left, right = _beginning(values.detach(), parts)
+    left, right = _start(values.detach(), parts)
     for _ in range(steps):
-        left = _swept(left.mT, right @ values.mT, right @ right.mT).mT
-        right = _swept(right, left.mT @ values, left.mT @ left)
+        left = _sweep(left.mT, right @ values.mT, right @ right.mT).mT
+        right = _sweep(right, left.mT @ values, left.mT @ left)
     order = (left.square().sum(0) * right.square().sum(1)).argsort(descending=True)
     return Factors(left[:, order], right[order])
 
 
-def _swept(rows: Float[Tensor, "k j"], product: Float[Tensor, "k j"], gram: Float[Tensor, "k k"]) -> Float[Tensor, "k j"]:
+def _sweep(rows: Float[Tensor, "k j"], product: Float[Tensor, "k j"], gram: Float[Tensor, "k k"]) -> Float[Tensor, "k j"]:
     """Set each row in turn to its optimum, `h_a <- relu(h_a + (w_a'V - w_a'W H) / |w_a|^2)`."""
     found = list(rows)
     for a in range(len(found)):
@@ -50,7 +50,7 @@ def _swept(rows: Float[Tensor, "k j"], product: Float[Tensor, "k j"], gram: Floa
     return torch.stack(found)
 
 
-def _beginning(values: Float[Tensor, "i j"], parts: int) -> Factors:
+def _start(values: Float[Tensor, "i j"], parts: int) -> Factors:
     """Return the start: of each of the largest singular pairs, the larger of the positive and the negative halves."""
     wide = values.shape[0] <= values.shape[1]
     _, vectors = components.spectrum(values @ values.mT if wide else values.mT @ values)

@@ -90,7 +90,7 @@ class Guard(TorchFunctionMode):
         for leaf in tree_flatten(given)[0]:
             name = self.foreign.get(id(leaf))
             if name is not None and not any(leaf is own for own in self._handed_in()):
-                raise RefusedError(_not_followed(f"{name!r} of your model"))
+                raise RefusedError(_unfollowed_message(f"{name!r} of your model"))
 
     def _handed_in(self) -> Iterator[Any]:
         yield from self.allowed.state.values()
@@ -115,15 +115,15 @@ class Guard(TorchFunctionMode):
         if traits.statistics:
             own = (twin for twin in self.allowed.twins.values() if isinstance(twin, Tensor))
             if all(_compat.storage_id(target) != _compat.storage_id(twin) for twin in own):
-                raise RefusedError(_not_followed("the running statistics of a norm in train mode"))
+                raise RefusedError(_unfollowed_message("the running statistics of a norm in train mode"))
         elif traits.name == "add_" and not target.ndim:
             # A norm layer in train mode increments its batch counter before it computes anything.
             owner = sys._getframe(4).f_locals.get("self")
             if isinstance(owner, _NormBase) and all(owner is not twin for twin in self.allowed.twins.values()):
-                raise RefusedError(_not_followed(f"a {type(owner).__name__} in train mode"))
+                raise RefusedError(_unfollowed_message(f"a {type(owner).__name__} in train mode"))
 
 
-def _not_followed(what: str) -> str:
+def _unfollowed_message(what: str) -> str:
     return (
         f"the forward reached {what}, and not that of camfn's private copy: the module is held by something that the copy does "
         "not follow (a cache, a weak reference, a global, a context variable); register the module, and call it through self"
@@ -270,7 +270,7 @@ _DROPS = {
 }
 """Positions of the probability and of the training flag in the dropout family."""
 
-_TWINS_OF_MEMORY = frozenset(("numpy", "__array__", "__dlpack__"))
+_SHARES_MEMORY = frozenset(("numpy", "__array__", "__dlpack__"))
 """Functions that share a tensor's memory with code that may write to it."""
 
 
@@ -349,15 +349,15 @@ def _recurrent_draws(args: Any, kwargs: Any) -> bool:
 
 def _targets(func: Any, name: str, signature: inspect.Signature | None) -> Targets | None:
     if name in ("batch_norm", "instance_norm"):
-        return _statistics(signature, name)
+        return _running_statistics(signature, name)
     if name in ("embedding", "embedding_bag"):
-        return _renormed(signature)
+        return _renormed_weight(signature)
     if name == "__set__":
         return _first if func == Tensor.data.__set__ else None  # pyright: ignore[reportAttributeAccessIssue]
     if name == "fused_moving_avg_obs_fake_quant":
         return lambda args, kwargs: [arg for arg in args[3:7] if isinstance(arg, Tensor)]
     in_place = name.endswith("_") and not name.endswith("__")
-    if in_place or name in _TWINS_OF_MEMORY or name == "__setitem__" or (name.startswith("__i") and name in _AUGMENTED):
+    if in_place or name in _SHARES_MEMORY or name == "__setitem__" or (name.startswith("__i") and name in _AUGMENTED):
         return _first
     if signature is not None and "inplace" in signature.parameters:
         inplace = _argument(signature, "inplace", None, False)
@@ -396,7 +396,7 @@ def _tensors(given: Any) -> list[Tensor]:
     return [] if given is None else [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor)]
 
 
-def _statistics(signature: inspect.Signature | None, name: str) -> Targets:
+def _running_statistics(signature: inspect.Signature | None, name: str) -> Targets:
     """Return the running statistics, if the function updates them."""
     first = 1 if signature is not None else 3  # torch.batch_norm has weight and bias before them
     flag = "training" if signature is not None and name == "batch_norm" else "use_input_stats"
@@ -411,7 +411,7 @@ def _statistics(signature: inspect.Signature | None, name: str) -> Targets:
     return targets
 
 
-def _renormed(signature: inspect.Signature | None) -> Targets:
+def _renormed_weight(signature: inspect.Signature | None) -> Targets:
     """Return the embedding's weight, if `max_norm` rescales its rows in place."""
     norm, weight = _argument(signature, "max_norm", None, None), _argument(signature, "weight", 1, None)
 

@@ -115,7 +115,7 @@ class _Gate:
             return self._again(out)
         self.calls += 1
         for port in self.ports:
-            out = _through(port, out) if port.call in (None, self.calls) else out
+            out = _apply(port, out) if port.call in (None, self.calls) else out
         return out
 
     def _again(self, out: Any) -> Any:
@@ -126,7 +126,7 @@ class _Gate:
                     f"{layer_called(port.name)} runs several times in a forward, and again in the backward, since the model "
                     "checkpoints its activations: it is not known which of its calls runs again; switch checkpointing off"
                 )
-            out = _passed(port, out)
+            out = _apply_unseen(port, out)
         return out
 
 
@@ -218,7 +218,7 @@ def check_port(name: str, module: nn.Module) -> None:
         )
 
 
-def _through(port: Port, out: Any) -> Any:
+def _apply(port: Port, out: Any) -> Any:
     if port.seen is not None:
         base = port.name.partition(":")[0]
         raise CamError(
@@ -228,7 +228,7 @@ def _through(port: Port, out: Any) -> Any:
     part = _part_of(port, out)
     value: Tensor = functools.reduce(_get, part, out)
     if _compat.is_quantised(value):
-        value = _dequantised(port, value)
+        value = _dequantized(port, value)
     if port.swap is not None:
         value = port.swap
     # `seen` is a clone, since an in-place ReLU after the layer would change it. The original is passed on, since the model may
@@ -243,7 +243,7 @@ def _through(port: Port, out: Any) -> Any:
     return _put(out, part, value.clone() if nudge is None else value + nudge)
 
 
-def _passed(port: Port, out: Any) -> Any:
+def _apply_unseen(port: Port, out: Any) -> Any:
     """Apply a nudge or swap without storing what is seen."""
     if port.swap is None and port.nudge is None:
         return out
@@ -263,7 +263,7 @@ def check_recording(name: str) -> None:
         )
 
 
-def _dequantised(port: Port, value: Tensor) -> Tensor:
+def _dequantized(port: Port, value: Tensor) -> Tensor:
     """Dequantize the output of a quantized layer. Raise CamError if it is nudged, swapped or differentiated."""
     if port.swap is not None or port.nudge is not None or _compat.is_differentiated(value):
         raise CamError(
@@ -302,24 +302,24 @@ def _part_of(port: Port, out: Any) -> tuple[str, ...]:
     for key in port.part:
         parts = parts_of(found)
         if key not in parts:
-            raise CamError(f"{layer_called(port.name)} has no part {key!r}; {_choices(port, part, found)}")
+            raise CamError(f"{layer_called(port.name)} has no part {key!r}; {_list_parts(port, part, found)}")
         part, found = (*part, key), parts[key]
     if isinstance(found, Tensor):
         return part
     tensors = [key for key, item in parts_of(found).items() if isinstance(item, Tensor)]
     if len(tensors) == 1:
         return (*part, tensors[0])
-    raise CamError(f"{layer_called(port.name)} returns {_described(found)}, not one tensor; {_choices(port, part, found)}")
+    raise CamError(f"{layer_called(port.name)} returns {_describe(found)}, not one tensor; {_list_parts(port, part, found)}")
 
 
-def _choices(port: Port, part: tuple[str, ...], found: Any) -> str:
+def _list_parts(port: Port, part: tuple[str, ...], found: Any) -> str:
     base = Place(port.name.partition(":")[0], None, part)
     keys = [key for key, item in parts_of(found).items() if isinstance(item, Tensor) or parts_of(item)]
     ways = ", ".join(repr(str(base._replace(part=(*part, key)))) for key in keys)
     return f"choose one of its parts: {ways}" if ways else "choose a layer inside it"
 
 
-def _described(out: Any) -> str:
+def _describe(out: Any) -> str:
     def name(part: Any) -> str:
         return f"Tensor{tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
 

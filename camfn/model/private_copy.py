@@ -101,18 +101,18 @@ def _copy(value: Any, twins: Twins) -> Any:
         return value
     if id(value) in twins:
         return twins[id(value)]
-    if isinstance(value, _SHARED_WHERE_BARREN) and not _leads_on(value):
+    if isinstance(value, _SHARED_IF_NO_MODULE) and not _reaches_module(value):
         return value
     return _copier_of(value.__class__)(value, twins)  # not `type`: the `__class__` of a weak proxy is that of its module
 
 
 def _copy_module(module: nn.Module, twins: Twins) -> nn.Module:
-    inner = _inside(module)
+    inner = _without_wrapper(module)
     if inner is not module:
         twin = twins[id(module)] = _copy(inner, twins)
         twins.modules.append((module, twin))
         return twin
-    _refuse(module)
+    _check_copyable(module)
     twin = twins[id(module)] = object.__new__(type(module))
     twins.modules.append((module, twin))
     own = twin.__dict__
@@ -122,7 +122,7 @@ def _copy_module(module: nn.Module, twins: Twins) -> nn.Module:
             continue
         if name in ("_parameters", "_buffers") or (type(value) in _CONTAINERS and not value):
             own[name] = value.copy()  # the tensors are shared, since the state replaces them
-        elif name in _LEFT_OUT:
+        elif name in _NOT_COPIED:
             del own[name]
         elif name == "forward":
             own[name] = _copy(_own_forward(module), twins)
@@ -133,7 +133,7 @@ def _copy_module(module: nn.Module, twins: Twins) -> nn.Module:
     own["training"] = False
     # Backward hooks are not part of a forward, and torch.func.grad refuses them.
     own["_backward_hooks"], own["_backward_pre_hooks"] = OrderedDict(), OrderedDict()
-    _write_out_attention(twin)
+    _disable_fused_attention(twin)
     return twin
 
 
@@ -146,7 +146,7 @@ def _copy_tensor(tensor: Tensor, twins: Twins) -> Tensor:
     return twin
 
 
-def _emptied(value: Any, twins: Twins) -> Any:
+def _empty_like(value: Any, twins: Twins) -> Any:
     """Return an empty container of the same class and attributes. It is registered before it is filled, for cycles."""
     if type(value) in _CONTAINERS:
         twin = value.copy()
@@ -163,14 +163,14 @@ def _emptied(value: Any, twins: Twins) -> Any:
 
 
 def _copy_dict(value: dict[Any, Any], twins: Twins) -> dict[Any, Any]:
-    twin = _emptied(value, twins)
+    twin = _empty_like(value, twins)
     for key, item in value.items():  # a module may be a key
         twin[key if type(key) in ATOMS else _copy(key, twins)] = item if type(item) in ATOMS else _copy(item, twins)
     return twin
 
 
-def _copy_bag(value: Any, twins: Twins) -> Any:
-    twin = _emptied(value, twins)
+def _copy_mutable(value: Any, twins: Twins) -> Any:
+    twin = _empty_like(value, twins)
     items = [item if type(item) in ATOMS else _copy(item, twins) for item in value]
     (twin.update if isinstance(twin, set) else twin.extend)(items)
     return twin
@@ -182,7 +182,7 @@ def _copy_namespace(value: types.SimpleNamespace, twins: Twins) -> types.SimpleN
     return twin
 
 
-def _copy_fixed(value: Any, twins: Twins) -> Any:
+def _copy_immutable(value: Any, twins: Twins) -> Any:
     if type(value) is tuple and ATOMS.issuperset(map(type, value)):  # most tuples are, such as kernel sizes
         return value
     items = [item if type(item) in ATOMS else _copy(item, twins) for item in value]
@@ -226,10 +226,10 @@ def _copy_function(function: types.FunctionType, twins: Twins) -> types.Function
     return twin
 
 
-_SHARED_WHERE_BARREN = (types.FunctionType, functools.partial)
+_SHARED_IF_NO_MODULE = (types.FunctionType, functools.partial)
 
 
-def _leads_on(value: Any) -> bool:
+def _reaches_module(value: Any) -> bool:
     """Return True if a Python object reaches a module or a tensor."""
     seen: set[int] = set()
     waiting = [value]
@@ -248,7 +248,7 @@ def _copy_object(value: Any, twins: Twins) -> Any:
     fields = attributes(value)
     # Sentinels are compared by identity, so objects that reach no module are shared. An object with a destructor is shared
     # too: that of a copy would close the caller's file.
-    if not fields or hasattr(type(value), "__del__") or not _leads_on(value):
+    if not fields or hasattr(type(value), "__del__") or not _reaches_module(value):
         return value
     try:
         twin = object.__new__(type(value))
@@ -264,8 +264,8 @@ _COPIERS: tuple[tuple[Any, Callable[[Any, Twins], Any]], ...] = (
     (nn.Module, _copy_module),
     (Tensor, _copy_tensor),
     (dict, _copy_dict),
-    ((list, set, deque), _copy_bag),
-    ((tuple, frozenset), _copy_fixed),
+    ((list, set, deque), _copy_mutable),
+    ((tuple, frozenset), _copy_immutable),
     (weakref.ref, _copy_weakref),
     (types.MethodType, _copy_method),
     (functools.partial, _copy_partial),
@@ -280,7 +280,7 @@ def _copier_of(cls: type) -> Callable[[Any, Twins], Any]:
     return next((copier for kind, copier in _COPIERS if issubclass(cls, kind)), _copy_object)
 
 
-_LEFT_OUT = frozenset(("_compiled_call_impl",))
+_NOT_COPIED = frozenset(("_compiled_call_impl",))
 """Attributes that are not copied. `module.compile()` sets this one, and it would run the caller's module."""
 
 _NO_FORWARD = frozenset(
@@ -288,13 +288,13 @@ _NO_FORWARD = frozenset(
 )
 """Attributes that no forward uses. They are shared, since each container adds work for Python's garbage collector."""
 
-_NOT_OURS = sys.stdlib_module_names | {"torch", "numpy", "lightning", "pytorch_lightning", "lightning_fabric"}
+_FOREIGN_PACKAGES = sys.stdlib_module_names | {"torch", "numpy", "lightning", "pytorch_lightning", "lightning_fabric"}
 
 
 def attributes(value: Any) -> list[tuple[str, Any]]:
     """Return the attributes of an object of the model's own code; nothing for those of torch, NumPy, Lightning or Python."""
     cls = type(value)
-    foreign = cls.__module__.partition(".")[0] in _NOT_OURS and not isinstance(value, (UserDict, UserList))
+    foreign = cls.__module__.partition(".")[0] in _FOREIGN_PACKAGES and not isinstance(value, (UserDict, UserList))
     # A dataset, which a trainer refers to, is not part of a forward and may be large.
     if foreign or isinstance(value, (type, enum.Enum, Dataset)):
         return []
@@ -341,7 +341,7 @@ def held(value: Any) -> Iterable[Any]:
     return [item for _, item in attributes(value)]
 
 
-def _inside(module: nn.Module) -> nn.Module:
+def _without_wrapper(module: nn.Module) -> nn.Module:
     """Return the module inside torch's wrappers: torch.compile, DataParallel, DistributedDataParallel."""
     while True:
         if "_orig_mod" in module._modules:
@@ -352,7 +352,7 @@ def _inside(module: nn.Module) -> nn.Module:
             return module
 
 
-def _refuse(module: nn.Module) -> None:
+def _check_copyable(module: nn.Module) -> None:
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         raise CamError(f"{kind} is scripted or traced: camfn needs Python modules; pass the model that was scripted")
@@ -382,7 +382,7 @@ def _own_forward(module: nn.Module) -> types.MethodType | None:
     return forward if isinstance(forward, types.MethodType) and forward.__self__ is module else None
 
 
-def _write_out_attention(twin: nn.Module) -> None:
+def _disable_fused_attention(twin: nn.Module) -> None:
     """Disable torch's fused attention path. It does not call the children, so that a tap there would read nothing."""
     if type(twin) is nn.MultiheadAttention:  # not a subclass, which may use `training` itself
         twin.training, twin.dropout = True, 0.0  # the fused path needs eval mode; without dropout both modes agree
@@ -439,9 +439,9 @@ def copy_of(model: nn.Module, *, live: bool = False) -> Shell:
     twins = Twins(live)
     module = _copy_module(model, twins)
     if not live:
-        _own_hidden(module, twins)
+        _detach_unregistered(module, twins)
     modules = dict(module.named_modules(remove_duplicate=False))
-    shell = _filled_in(Shell(module, modules, twins, {}, {}, [], {}, set(), set(), set(), model, {}, {}))
+    shell = _with_names(Shell(module, modules, twins, {}, {}, [], {}, set(), set(), set(), model, {}, {}))
     paths = shell.paths()
     shell.named.update((id(own), paths[id(twin)]) for own, twin in twins.modules if id(twin) in paths)
     shell.foreign.update((id(holder[key]), name) for holder, key, name in tensors_in(shell) if holder[key] is not None)
@@ -460,7 +460,7 @@ def tensors_in(shell: Shell) -> list[Place]:
     return found
 
 
-def _own_hidden(module: nn.Module, twins: Twins) -> None:
+def _detach_unregistered(module: nn.Module, twins: Twins) -> None:
     """Give unregistered modules tensors of their own, since the state does not reach them."""
     registered = {id(m) for m in module.modules()}
     for twin in [t for t in twins.values() if isinstance(t, nn.Module) and id(t) not in registered]:
@@ -472,7 +472,7 @@ def _own_hidden(module: nn.Module, twins: Twins) -> None:
                     own[key] = tensor.detach().clone() if kind == "_buffers" else tensor.detach()
 
 
-def _filled_in(shell: Shell) -> Shell:
+def _with_names(shell: Shell) -> Shell:
     """Fill in the names of the tensors, parameters before buffers. A tensor with several names gets the first."""
     names: dict[int, str] = {}  # id of a tensor -> its first name
     seen: set[tuple[int, str]] = set()  # places; a module with several names is visited several times

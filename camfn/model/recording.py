@@ -69,7 +69,7 @@ def record(
             )
     used = _parts([results, *((step.args, step.kwargs) for step in (*live, *reads))])
     around = any("input" in step.hangs and "value" not in step.hangs for step in live)
-    tapes = _two_tapes(given, live, results, recorder.constants)
+    tapes = _split_tapes(given, live, results, recorder.constants)
     return Record(*tapes, around, str(reads[0].target) if reads else "", any(part.step.kind == "unseen" for part in used))
 
 
@@ -187,17 +187,17 @@ def _live(steps: list[_Step], results: Iterable[Any]) -> list[_Step]:
     return [step for step in steps if step in wanted]
 
 
-def _two_tapes(given: list[_Step], live: list[_Step], results: list[Any], constants: dict[str, Tensor]) -> tuple[Tape, Tape]:
+def _split_tapes(given: list[_Step], live: list[_Step], results: list[Any], constants: dict[str, Tensor]) -> tuple[Tape, Tape]:
     """Return the tape of the steps that do not depend on the value, and that of those that do."""
     *fixed, value = given
     still, moving = ([step for step in live if ("value" in step.hangs) is hangs] for hangs in (False, True))
     wanted = _parts([results, *((step.args, step.kwargs) for step in moving)])
     handed = list(dict.fromkeys(part for part in wanted if "value" not in part.step.hangs))
-    front = _written([_Part(step) for step in fixed], still, handed, constants)
-    return front, _written([_Part(value), *handed], moving, results, {})
+    front = _tape_of([_Part(step) for step in fixed], still, handed, constants)
+    return front, _tape_of([_Part(value), *handed], moving, results, {})
 
 
-def _written(given: list[_Part], steps: list[_Step], results: list[Any], constants: dict[str, Tensor]) -> Tape:
+def _tape_of(given: list[_Part], steps: list[_Step], results: list[Any], constants: dict[str, Tensor]) -> Tape:
     values: dict[_Part, Any] = {part: Value(i) for i, part in enumerate(given)}
     operations: list[Operation] = []
 

@@ -41,7 +41,7 @@ def tape(takes: int, operations: Sequence[Operation], results: Any) -> Tape:
     over = _last_uses(takes, operations, results)
     for number, (target, args, kwargs) in enumerate(operations, takes):
         given = [*(_text(arg, scope) for arg in args), *(f"{key}={_text(arg, scope)}" for key, arg in kwargs.items())]
-        lines.append(f" v{number} = {_named(target, scope)}({', '.join(given)})")
+        lines.append(f" v{number} = {_constant(target, scope)}({', '.join(given)})")
         lines.extend(f" del v{value}" for value in over[number])
     lines.append(f" return {_text(results, scope)}")
     exec(compile("\n".join(lines), "<a camfn record>", "exec"), scope)
@@ -79,10 +79,10 @@ def _text(value: Any, scope: dict[str, Any]) -> str:
         return f"v{int(value)}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_text(item, scope) for item in value)}]"
-    return repr(value) if type(value) in (bool, int, type(None)) else _named(value, scope)
+    return repr(value) if type(value) in (bool, int, type(None)) else _constant(value, scope)
 
 
-def _named(value: Any, scope: dict[str, Any]) -> str:
+def _constant(value: Any, scope: dict[str, Any]) -> str:
     name = f"c{len(scope)}"
     scope[name] = value
     return name

@@ -43,7 +43,7 @@ def about_forward(given: Given) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        sentence = _of_forward(error, given)
+        sentence = _forward_error(error, given)
         if sentence:
             raise ForwardError(sentence) from error
         raise
@@ -55,7 +55,7 @@ def about_gradient() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        sentence = _of_backward(error)
+        sentence = _backward_error(error)
         if sentence:
             raise ForwardError(sentence) from error
         raise
@@ -67,7 +67,7 @@ def about_record(modules: Mapping[str, nn.Module], after: str) -> Iterator[None]
     try:
         yield
     except Exception as error:
-        if isinstance(error, CamError) or is_exhausted(error) or not _is_torchs(error):
+        if isinstance(error, CamError) or is_exhausted(error) or not _is_from_torch(error):
             raise
         said = f"what comes after {after} cannot be recorded ({_first_line(error)})"
         if names := quantised_in(modules):
@@ -80,7 +80,7 @@ def about_record(modules: Mapping[str, nn.Module], after: str) -> Iterator[None]
 
 def refuse_quantising(forward: Callable[[], Any]) -> None:
     """Raise CamError if the forward quantizes a tensor. Called when the score has no gradient."""
-    with torch.no_grad(), _Quantising() as mode:
+    with torch.no_grad(), _Quantizing() as mode:
         forward()
     if mode.found:
         raise CamError(f"the score has no gradient, since the model quantizes ({mode.found}): {WITHOUT_GRADIENTS}")
@@ -114,7 +114,7 @@ _ONCE = (
 )
 
 
-class _Quantising(TorchFunctionMode):
+class _Quantizing(TorchFunctionMode):
     """Find the first function that quantizes a tensor or computes with quantized ones."""
 
     found = ""
@@ -133,20 +133,22 @@ def quantised_in(modules: Mapping[str, nn.Module]) -> str:
     return ", ".join(map(repr, outer[:3]))
 
 
-def _of_forward(error: Exception, given: Given) -> str:
-    if isinstance(error, CamError) or not _is_torchs(error):
+def _forward_error(error: Exception, given: Given) -> str:
+    if isinstance(error, CamError) or not _is_from_torch(error):
         return ""
     return (
-        _of_checkpoint(error)
-        or _of_function(error)
-        or _of_quantised(error, given)
-        or _of_devices(error, given)
-        or _of_dtypes(error, given)
+        _checkpoint_error(error)
+        or _function_error(error)
+        or _quantized_error(error, given)
+        or _device_error(error, given)
+        or _dtype_error(error, given)
     )
 
 
-def _of_backward(error: Exception) -> str:
-    return "" if isinstance(error, CamError) or not _is_torchs(error) else _of_checkpoint(error) or _of_function(error)
+def _backward_error(error: Exception) -> str:
+    return (
+        "" if isinstance(error, CamError) or not _is_from_torch(error) else _checkpoint_error(error) or _function_error(error)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
@@ -161,7 +163,7 @@ def _in_checkpoint(error: Exception) -> bool:
     return any(frame.f_globals.get("__name__") == "torch.utils.checkpoint" for frame in _frames(error))
 
 
-def _of_checkpoint(error: Exception) -> str:
+def _checkpoint_error(error: Exception) -> str:
     if not _in_checkpoint(error) or not re.search(r"heckpoint|saved tensor hooks|setup_context|functorch", str(error)):
         return ""
     return (
@@ -175,7 +177,7 @@ def _of_checkpoint(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------ the origin of an error
 
 
-def _is_torchs(error: Exception) -> bool:
+def _is_from_torch(error: Exception) -> bool:
     """Return True if torch raised the error, in Python or C++."""
     return _raised_in(error) in ("torch", "")
 
@@ -199,7 +201,7 @@ def _first_line(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------------ autograd.Function
 
 
-def _of_function(error: Exception) -> str:
+def _function_error(error: Exception) -> str:
     text = str(error)
     if "once_differentiable" in text:
         return _ONCE.format("something")
@@ -244,7 +246,7 @@ def _frames(error: Exception) -> list[Any]:
 # -------------------------------------------------------------------------------------------- quantised, devices, dtypes
 
 
-def _of_quantised(error: Exception, given: Given) -> str:
+def _quantized_error(error: Exception, given: Given) -> str:
     names = quantised_in(given.modules)
     if not names or not re.search(r"Quantized(CPU|CUDA)|Could not run 'quantized::|with quantized numbers", str(error)):
         return ""
@@ -254,7 +256,7 @@ def _of_quantised(error: Exception, given: Given) -> str:
     )
 
 
-def _of_devices(error: Exception, given: Given) -> str:
+def _device_error(error: Exception, given: Given) -> str:
     if not re.search(r"device|cuda|meta|mps|xpu|fake impl|\w+ backend", str(error)):
         return ""
     who = [*_tensors(given.x), *_ports(given), *_kinds(given, lambda tensor: tensor.device, [*given.state])]
@@ -272,7 +274,7 @@ _DTYPES = re.compile(
 )
 
 
-def _of_dtypes(error: Exception, given: Given) -> str:
+def _dtype_error(error: Exception, given: Given) -> str:
     text = str(error)
     if not _DTYPES.search(text):
         return ""

@@ -133,10 +133,10 @@ def _names_of_sum(parts: tuple[Kind, ...], row: tuple[Tensor, tuple[Any, ...]]) 
     weights, rows = row
     each = [part.names(*part.told, own) for part, own in zip(parts, rows)]
     count = max(map(len, each))
-    return [_written(weights.tolist(), [own[i if len(own) > 1 else 0] for own in each]) for i in range(count)]
+    return [_format_sum(weights.tolist(), [own[i if len(own) > 1 else 0] for own in each]) for i in range(count)]
 
 
-def _written(weights: list[float], terms: list[str]) -> str:
+def _format_sum(weights: list[float], terms: list[str]) -> str:
     text = ""
     for weight, term in zip(weights, terms):
         term = f"({term})" if " - " in term or " + " in term else term
@@ -161,7 +161,7 @@ class Each(Named):
             raise CamError(
                 f"target has {len(self.targets)} entries for a batch of {clean.n}: give one target for all, or one each"
             )
-        scores = [_of_image(target, clean, image) for image, target in enumerate(self.targets)]
+        scores = [_resolve_for_image(target, clean, image) for image, target in enumerate(self.targets)]
         counts = [score_rows(score.of, clean.of(i).output, score.rows).shape[1] for i, score in enumerate(scores)]
         if len(set(counts)) > 1:
             raise CamError(f"the targets of the images have {counts} scores: all images must have the same number of scores")
@@ -181,7 +181,7 @@ class Each(Named):
         return Each(tuple(target.settled(clean.of(image)) for image, target in enumerate(self.targets)))
 
 
-def _of_image(target: Named, clean: Clean, image: int) -> Score:
+def _resolve_for_image(target: Named, clean: Clean, image: int) -> Score:
     try:
         return target.resolve(clean.of(image))
     except CamError as error:

@@ -67,7 +67,7 @@ class Contrast(Named):
         y = _class_logits(clean)
         classes, single = resolve_classes(self.classes, y, clean.n)
         others = _nearest(classes, y, self.top) if self.against is None else _others(self.against, classes, y)
-        rows = _weighed(classes, others, self.alpha, wide(y.dtype))
+        rows = _with_weights(classes, others, self.alpha, wide(y.dtype))
         return Score(Kind(read_logits, _of_contrast, _names_of_contrast), rows, single, classes, linear=True)
 
 
@@ -281,7 +281,7 @@ def _as_table(against: Any, count: int) -> Tensor:
     return table if several else table[0]
 
 
-def _weighed(classes: Classes, others: Tensor, alpha: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _with_weights(classes: Classes, others: Tensor, alpha: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the classes `(n, t, 1 + m)` and their weights: 1 for the class, `-alpha / count` for each of the others."""
     there = (others >= 0).to(dtype)
     count = there.sum(-1, keepdim=True)

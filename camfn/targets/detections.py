@@ -32,15 +32,15 @@ class Boxes(Named):
         """Find the reference boxes. The rows are boxes `(n, m, 4)` and labels `(n, m)`, padded with -1."""
         clean.refuse_probabilities("targets.boxes")
         found = _detections(clean.output)
-        given = [_best(i, one) for i, one in enumerate(found)] if self.boxes is None else _given(self, clean.n)
+        given = [_best(i, one) for i, one in enumerate(found)] if self.boxes is None else _per_image(self, clean.n)
         _check(given)
         counts = [len(labels) for _, labels in given]
         if self.each and len(set(counts)) > 1:
             raise CamError(f"targets.boxes(each=True) of {counts} boxes: all images must have the same number of boxes")
-        boxes, labels = (_padded(parts, clean.device) for parts in zip(*given))
+        boxes, labels = (_pad(parts, clean.device) for parts in zip(*given))
         rows = boxes.to(wide(found[0][2].dtype)), labels.long()
         of = Kind(_read_detections, _of_boxes, _names_of_boxes, (self.each,))
-        _check_met(score_rows(of, clean.output, rows), given, found)
+        _check_overlap(score_rows(of, clean.output, rows), given, found)
         return Score(of, rows, not self.each, None)
 
 
@@ -87,15 +87,15 @@ def _best(image: int, found: Detected) -> Labelled:
     return boxes.index_select(0, best), labels.index_select(0, best)
 
 
-def _given(target: Boxes, n: int) -> list[Labelled]:
+def _per_image(target: Boxes, n: int) -> list[Labelled]:
     """Return the given boxes and labels per image."""
     boxes, labels = target.boxes, target.labels
     if _depth(boxes) < 3:
-        return [_labelled(boxes, labels, "targets.boxes")] * n
+        return [_check_boxes(boxes, labels, "targets.boxes")] * n
     labels = labels if _depth(labels) else [labels] * len(boxes)
     if len(boxes) != n or len(labels) != n:
         raise CamError(f"targets.boxes has boxes for {len(boxes)} images and labels for {len(labels)}, for a batch of {n}")
-    return [_labelled(*pair, f"targets.boxes for image {image}") for image, pair in enumerate(zip(boxes, labels))]
+    return [_check_boxes(*pair, f"targets.boxes for image {image}") for image, pair in enumerate(zip(boxes, labels))]
 
 
 def _depth(nested: Any) -> int:
@@ -105,7 +105,7 @@ def _depth(nested: Any) -> int:
     return 1 + max(map(_depth, nested), default=0)
 
 
-def _labelled(boxes: Any, labels: Any, what: str) -> Labelled:
+def _check_boxes(boxes: Any, labels: Any, what: str) -> Labelled:
     boxes, labels = tensor_of(boxes, f"{what}: boxes"), tensor_of(labels, f"{what}: labels")
     integral = not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
     if boxes.ndim not in (1, 2) or boxes.shape[-1] != 4 or not integral or labels.ndim > 1:
@@ -130,7 +130,7 @@ def _check(given: list[Labelled]) -> None:
             raise CamError(f"targets.boxes for image {image}: {boxes.tolist()} must be x1, y1, x2, y2 with x1 < x2 and y1 < y2")
 
 
-def _check_met(scores: Tensor, given: list[Labelled], found: list[Detected]) -> None:
+def _check_overlap(scores: Tensor, given: list[Labelled], found: list[Detected]) -> None:
     if _compat.transformed() or bool((scores > 0).all()):
         return
     image, t = (~(scores > 0)).nonzero()[0].tolist()
@@ -142,7 +142,7 @@ def _check_met(scores: Tensor, given: list[Labelled], found: list[Detected]) -> 
     )
 
 
-def _padded(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+def _pad(parts: Sequence[Tensor], device: torch.device) -> Tensor:
     """Stack the tensors of all images, padded with -1. Padding scores 0: no detection has that label."""
     longest = max(map(len, parts))
     return torch.stack([torch.cat([part, part.new_full((longest - len(part), *part.shape[1:]), -1)]) for part in parts]).to(

@@ -104,7 +104,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     **Raises** `CamError` with the names that do not match. The model may then be partly overwritten.
     """
     own = model.state_dict()
-    tensors = _unwrapped(checkpoint.tensors, own.keys())
+    tensors = _strip_prefixes(checkpoint.tensors, own.keys())
     try:
         model.load_state_dict(tensors)
     except Exception as error:
@@ -114,21 +114,21 @@ def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
         if not isinstance(error, RuntimeError):
             raise CamError(f"{subject} ({type(error).__name__}: {error})") from error
         # Ask torch for the missing names, since it allows old files to lack some.
-        missing, unexpected = model.load_state_dict(_copied(tensors, misshaped), strict=False)
+        missing, unexpected = model.load_state_dict(_copy(tensors, misshaped), strict=False)
         raise CamError(f"{subject}: {misfit(set(missing) - misshaped.keys(), unexpected, misshaped)}") from error
 
 
-def _unwrapped(tensors: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+def _strip_prefixes(tensors: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
     """Strip prefixes that all names share, if the model knows more of the stripped names."""
     best = tensors
     while prefix := next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in tensors)), None):
-        tensors = _copied(tensors)
+        tensors = _copy(tensors)
         consume_prefix_in_state_dict_if_present(tensors, prefix)
         best = max(best, tensors, key=lambda tensors: len(tensors.keys() & wanted))
     return best
 
 
-def _copied(tensors: Mapping[str, Tensor], leave_out: Collection[str] = ()) -> OrderedDict[str, Tensor]:
+def _copy(tensors: Mapping[str, Tensor], leave_out: Collection[str] = ()) -> OrderedDict[str, Tensor]:
     copied: Any = OrderedDict((name, tensor) for name, tensor in tensors.items() if name not in leave_out)
     if hasattr(tensors, "_metadata"):  # the versions of the modules, which torch uses to load old files
         copied._metadata = OrderedDict(tensors._metadata)  # pyright: ignore[reportAttributeAccessIssue]

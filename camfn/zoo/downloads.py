@@ -54,13 +54,13 @@ def fetching(what: str, hint: str, silence: Exception | None = None) -> Iterator
     try:
         yield
     except Exception as error:
-        cause = next(filter(_of_network, chain(error)), error if silence and isinstance(error, OSError) else None)
+        cause = next(filter(_is_network_error, chain(error)), error if silence and isinstance(error, OSError) else None)
         if cause is None:
             raise
         raise CamError(f"{what} cannot be fetched ({line(silence or cause)}): {hint}") from error
 
 
-def _of_network(error: BaseException) -> bool:
+def _is_network_error(error: BaseException) -> bool:
     library = type(error).__module__.partition(".")[0]
     clients = ("huggingface_hub", "httpx", "httpx2", "requests")
     return library in clients or isinstance(error, (URLError, ConnectionError, TimeoutError))

@@ -34,7 +34,7 @@ def load(prefix: str, name: str, weights: Checkpoint | None, pretrained: bool) -
             torch.default_generator.manual_seed(0)
             return LOADERS[prefix](name, weights, pretrained and weights is None)
     except ImportError as error:  # transformers imports its parts on first use
-        raise _unusable({"hf": "transformers"}.get(prefix, prefix), error) from error
+        raise _import_error({"hf": "transformers"}.get(prefix, prefix), error) from error
 
 
 # ------------------------------------------------------------------------------------------------------ torchvision
@@ -42,7 +42,7 @@ def load(prefix: str, name: str, weights: Checkpoint | None, pretrained: bool) -
 
 def _torchvision(name: str, weights: Checkpoint | None, pretrained: bool) -> Parts:
     """Load `NAME[:WEIGHTS]`. WEIGHTS also define the preprocessing and classes, even if they are not loaded."""
-    models = _imported("torchvision.models")
+    models = _import("torchvision.models")
     name, _, wanted = name.partition(":")
     known = models.list_models(module=models)
     if name not in known:
@@ -57,7 +57,7 @@ def _torchvision(name: str, weights: Checkpoint | None, pretrained: bool) -> Par
         weights = checkpoints.read(downloads.downloaded(chosen.url))
     model = models.get_model(name, weights=None, **_meant(name, chosen.meta))
     if weights is not None:
-        model = _filled(model, weights, lambda tensors: _by_torchvision(models, name, chosen, tensors))
+        model = _fill(model, weights, lambda tensors: _by_torchvision(models, name, chosen, tensors))
     return Parts(model, chosen.transforms(), tuple(chosen.meta["categories"]))
 
 
@@ -88,7 +88,7 @@ def _by_torchvision(models: Any, name: str, chosen: Any, tensors: dict[str, Tens
 
 def _timm(name: str, weights: Checkpoint | None, pretrained: bool) -> Parts:
     """Load a model of timm by name (with or without tag), `hf-hub:NAME`, `local-dir:FOLDER` or folder."""
-    timm = _imported("timm")
+    timm = _import("timm")
     if Path(name).is_dir() and name not in timm.list_models():
         name = f"local-dir:{name}"
     hosted, local = name.startswith(("hf-hub:", "hf_hub:")), name.startswith("local-dir:")
@@ -100,7 +100,7 @@ def _timm(name: str, weights: Checkpoint | None, pretrained: bool) -> Parts:
     with downloads.hub(name, hint) if hosted or (pretrained and not local) else nullcontext():
         model = timm.create_model(name, pretrained=pretrained)
     if weights is not None:
-        model = _filled(model, weights, lambda tensors: _by_timm(timm, name, tensors))
+        model = _fill(model, weights, lambda tensors: _by_timm(timm, name, tensors))
     if not model.num_classes:
         raise CamError("the model has no classifier: its outputs are features")
     config = timm.data.resolve_model_data_config(model)
@@ -138,22 +138,22 @@ def _timm_names(timm: Any, model: Any) -> tuple[str, ...]:
 
 def _transformers(name: str, weights: Checkpoint | None, pretrained: bool) -> Parts:
     """Load a model by its name on the hub or its folder. Weights are read from safetensors only."""
-    library, remote = _imported("transformers"), not Path(name).is_dir()
+    library, remote = _import("transformers"), not Path(name).is_dir()
     if remote and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise CamError(f"there is no folder {name!r}, and a model on the hub has a name like microsoft/resnet-50")
     if not remote:
         _check_folder(name)
     with downloads.bars(library.utils.logging, remote):
-        config, processor, model = _found(library, name, pretrained, remote)
+        config, processor, model = _load_transformers(library, name, pretrained, remote)
         if weights is not None:
-            model = _filled(model, weights, lambda tensors: _by_transformers(model, config, tensors))
+            model = _fill(model, weights, lambda tensors: _by_transformers(model, config, tensors))
     names = [config.id2label[index] for index in sorted(config.id2label)]
     if all(name == f"LABEL_{index}" for index, name in enumerate(names)):
         names = []
     return Parts(model, lambda picture: processor(images=picture, return_tensors="pt")["pixel_values"][0], tuple(names))
 
 
-_SAID = {
+_MESSAGES = {
     "trust_remote_code=True": "it needs code from its repository, which is not run: write path/to/file.py:function instead",
     "Can't load image processor": "it has no preprocessor_config.json, or none that transformers can use",
     "file named model.safetensors": "its weights are not in safetensors: give their file as --weights FILE",
@@ -162,7 +162,7 @@ _SAID = {
 """Phrases of transformers' errors, with the messages that replace them. transformers advises to run remote code."""
 
 
-def _found(library: Any, name: str, pretrained: bool, remote: bool) -> tuple[Any, Any, nn.Module]:
+def _load_transformers(library: Any, name: str, pretrained: bool, remote: bool) -> tuple[Any, Any, nn.Module]:
     try:
         with downloads.hub(name, "give hf:FOLDER") if remote else nullcontext():
             config = library.AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -171,13 +171,13 @@ def _found(library: Any, name: str, pretrained: bool, remote: bool) -> tuple[Any
     except CamError:
         raise
     except (OSError, ValueError) as error:
-        for phrase, sentence in _SAID.items():
+        for phrase, sentence in _MESSAGES.items():
             if phrase in str(error):
                 raise CamError(sentence) from error
         raise
 
 
-_INFORMED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+_RETURN_MISMATCHES = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Options that return mismatched keys instead of printing them."""
 
 
@@ -185,10 +185,10 @@ def _classifier(auto: Any, name: str, config: Any, pretrained: bool) -> nn.Modul
     safe: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
     if not pretrained:
         return auto.from_config(config, **safe)
-    return _complete(auto.from_pretrained(name, config=config, use_safetensors=True, **_INFORMED, **safe))
+    return _check_complete(auto.from_pretrained(name, config=config, use_safetensors=True, **_RETURN_MISMATCHES, **safe))
 
 
-def _complete(made: tuple[nn.Module, Mapping[str, Any]], strict: bool = False) -> nn.Module:
+def _check_complete(made: tuple[nn.Module, Mapping[str, Any]], strict: bool = False) -> nn.Module:
     """Return the model, or raise CamError if tensors are missing, which transformers would draw at random.
 
     Only if `strict`, the file must not have additional tensors.
@@ -203,8 +203,8 @@ def _complete(made: tuple[nn.Module, Mapping[str, Any]], strict: bool = False) -
 
 def _by_transformers(model: Any, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
     """Let transformers load the tensors like its own download, since it renames tensors of old files."""
-    made = type(model).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **_INFORMED)
-    return _complete(made, strict=True)
+    made = type(model).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **_RETURN_MISMATCHES)
+    return _check_complete(made, strict=True)
 
 
 LOADERS: dict[str, Callable[[str, Checkpoint | None, bool], Parts]] = {
@@ -217,17 +217,17 @@ LOADERS: dict[str, Callable[[str, Checkpoint | None, bool], Parts]] = {
 # ----------------------------------------------------------------------------------------------------------- common
 
 
-def _imported(module: str) -> Any:
+def _import(module: str) -> Any:
     """Import a library, or raise CamError. A torchvision built for another torch breaks all three, in several ways."""
     package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != package:
-            raise _unusable(package, error) from error
+            raise _import_error(package, error) from error
         raise CamError(f"{package} is not installed: pip install {package}") from None
     except Exception as error:
-        raise _unusable(package, error) from error
+        raise _import_error(package, error) from error
 
 
 def _check_folder(name: str) -> None:
@@ -237,13 +237,13 @@ def _check_folder(name: str) -> None:
             raise CamError(f"{str(path)!r} is {kind(path)}, not a file: copy it to a file first")
 
 
-def _unusable(package: str, error: BaseException) -> CamError:
+def _import_error(package: str, error: BaseException) -> CamError:
     cause = list(downloads.chain(error))[-1]
     rest = "torch" if package == "torchvision" else "torch and torchvision"
     return CamError(f"{package} cannot be imported ({downloads.line(cause)}): install a release that goes with that of {rest}")
 
 
-def _filled(model: nn.Module, weights: Checkpoint, otherwise: Callable[[dict[str, Tensor]], nn.Module]) -> nn.Module:
+def _fill(model: nn.Module, weights: Checkpoint, otherwise: Callable[[dict[str, Tensor]], nn.Module]) -> nn.Module:
     """Load the tensors of a file into the model. If the names do not match, let the library try (`otherwise`)."""
     try:
         checkpoints.fill(model, weights)

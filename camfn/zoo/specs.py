@@ -120,7 +120,7 @@ def _from_file(spec: str, file: Path, name: str) -> Loaded:
         if not callable(function):
             own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
             raise CamError(f"--model {spec!r}: the file has no function {name!r}; closest: {closest(name, own)}")
-        _check_bare(function, spec)
+        _check_no_arguments(function, spec)
         return _loaded(spec, file, function())
 
 
@@ -135,7 +135,7 @@ def _run(file: Path) -> types.ModuleType:
     return module
 
 
-def _check_bare(function: Callable[..., Any], spec: str) -> None:
+def _check_no_arguments(function: Callable[..., Any], spec: str) -> None:
     try:
         inspect.signature(function).bind()
     except TypeError as error:
