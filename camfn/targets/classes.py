@@ -121,6 +121,8 @@ def rest(c: Any = None) -> Target:
     """ShapleyCAM's ReST score, `y_c + log softmax(y)_c`. For `c`, see `logit`.
 
     The score rises with the logit of the class and with its margin over the other classes.
+
+    Cai, CAMs as Shapley Value-based Explainers, 2025 (arXiv 2501.06261).
     """
     return OfClasses(c, "rest")
 
@@ -128,7 +130,13 @@ def rest(c: Any = None) -> Target:
 def top(k: int) -> Target:
     """The `k` classes with the highest logits on the clean input, best first.
 
-    One sweep gives all maps, `(n, k, *grid)`. Raises `CamError` if `k` is not a positive int.
+    One sweep gives all maps, `(n, k, *grid)`. Raises `CamError` if `k` is not a positive int, or later if it exceeds the
+    number of classes.
+
+    >>> import camfn, torch
+    >>> y = torch.tensor([[1.0, 5.0, 3.0]])
+    >>> camfn.targets.resolve(camfn.targets.top(2), y, 1, y.device).classes
+    tensor([[1, 2]])
     """
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise CamError(f"targets.top wants a positive number of classes, found {k!r}")
@@ -168,6 +176,12 @@ def regression(index: Any = None) -> Target:
       `(n, 1)`.
 
     `-regression()` explains what lowers the value.
+
+    >>> import camfn, torch
+    >>> y = torch.tensor([[1.0, 5.0, 3.0]])
+    >>> score = camfn.targets.resolve(-camfn.targets.regression(2), y, 1, y.device)
+    >>> camfn.targets.score_rows(score.of, y, score.rows)
+    tensor([[-3.]])
     """
     return Output(index)
 
@@ -179,7 +193,7 @@ def _class_logits(clean: Clean) -> Tensor:
     y = batch_of(logits_of, clean.output)
     if y.ndim != 2 or y.shape[0] != clean.n:
         raise CamError(
-            f"a class is asked for, and the model's output has shape {tuple(y.shape)}, not (n={clean.n}, classes); "
+            f"the target is a class, and the model's output has shape {tuple(y.shape)}, not (n={clean.n}, classes); "
             "pass a callable target from one sample's output to a scalar"
         )
     return y
@@ -192,7 +206,7 @@ def resolve_classes(target: Any, y: Tensor, n: int, a: str = "a class", many: st
         return y.argmax(1, keepdim=True), True
     if isinstance(target, Top):
         if target.k > count:
-            raise CamError(f"targets.top({target.k}) of a model with {count} classes: at most all of them")
+            raise CamError(f"targets.top({target.k}) of a model with {count} classes: k must be at most {count}")
         return y.topk(target.k, 1).indices, False
     if isinstance(target, str):
         if target != "all":
@@ -243,7 +257,9 @@ def _as_int(value: Any) -> int:
 def _nearest(classes: Classes, y: Tensor, top: int) -> Tensor:
     """Return the `top` classes that are nearest in logit to each class, `(n, t, top)`."""
     if not 1 <= top < y.shape[1]:
-        raise CamError(f"targets.contrast with top={top} of a model with {y.shape[1]} classes: 1 to {y.shape[1] - 1} others")
+        raise CamError(
+            f"targets.contrast with top={top} of a model with {y.shape[1]} classes: top must be from 1 to {y.shape[1] - 1}"
+        )
     away = (y[:, None] - y.gather(1, classes)[..., None]).abs().scatter(2, classes[..., None], torch.inf)
     return away.topk(top, 2, largest=False).indices
 
