@@ -202,8 +202,8 @@ def read(path: str | os.PathLike[str]) -> "Image":
 
     Gray, palette, CMYK and 16-bit pictures are converted to 8-bit RGB. Opacity is dropped. Only the first frame is read.
 
-    **Raises** `CamError` if the file does not exist, is a folder, a pipe or a device, cannot be fully read by Pillow, or has
-    more than 100 megapixels. The size is checked before a pixel is decoded.
+    **Raises** `CamError` if the path is not a file, Pillow cannot read all of it, or it has more than 100 megapixels. The size
+    is checked before a pixel is decoded.
     """
     pillow, name, other = _pillow(), repr(os.fspath(path)), kind(path)
     if other:

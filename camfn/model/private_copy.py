@@ -441,7 +441,7 @@ def copy_of(model: nn.Module, *, live: bool = False) -> Shell:
     if not live:
         _detach_unregistered(module, twins)
     modules = dict(module.named_modules(remove_duplicate=False))
-    shell = _with_names(Shell(module, modules, twins, {}, {}, [], {}, set(), set(), set(), model, {}, {}))
+    shell = _filled_in(Shell(module, modules, twins, {}, {}, [], {}, set(), set(), set(), model, {}, {}))
     paths = shell.paths()
     shell.named.update((id(own), paths[id(twin)]) for own, twin in twins.modules if id(twin) in paths)
     shell.foreign.update((id(holder[key]), name) for holder, key, name in tensors_in(shell) if holder[key] is not None)
@@ -472,7 +472,7 @@ def _detach_unregistered(module: nn.Module, twins: Twins) -> None:
                     own[key] = tensor.detach().clone() if kind == "_buffers" else tensor.detach()
 
 
-def _with_names(shell: Shell) -> Shell:
+def _filled_in(shell: Shell) -> Shell:
     """Fill in the names of the tensors, parameters before buffers. A tensor with several names gets the first."""
     names: dict[int, str] = {}  # id of a tensor -> its first name
     seen: set[tuple[int, str]] = set()  # places; a module with several names is visited several times
