@@ -28,7 +28,7 @@ class Concepts(NamedTuple):
     vectors: Float[Tensor, "k c"]  # the activation of each concept at strength 1
     scores: Float[Tensor, "n k t"]  # the scores of the model if the layer shows one concept at all positions
     classes: Int[Tensor, "n t"] | None  # the classes that are scored, if the target is classes
-    error: Float[Tensor, ""]  # the relative error |A - sum| / |A|
+    error: Float[Tensor, ""]  # the relative error |A - M F| / |A|, for the positive part A
     layer: str
 
 

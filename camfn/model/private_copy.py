@@ -400,7 +400,7 @@ def is_quantised(module: nn.Module) -> bool:
 def refuse_cached(shell: Shell) -> None:
     """Raise RefusedError inside `parametrize.cached()`.
 
-    The cache is keyed by the caller's parametrization objects. A copy would get what another computed from other tensors.
+    torch keys its cache by the caller's module, for copies too. A copy would get what another computed from other tensors.
     """
     if _compat.parametrizations_are_cached():
         paths = shell.paths()
