@@ -480,14 +480,14 @@ REFUSALS = {
     ),
     "too many of the best": (
         ["a.png", "--model", "net.py:pair", "--target", "top5"],
-        r"^Error: a\.png: target top5 is of 5 classes: the model has 4$",
+        r"^Error: a\.png: target top5 needs 5 classes: the model has 4$",
     ),
     "none of the best": (["a.png", "--model", "net.py:triple", "--target", "top0"], r"--target 'top0' is not a class; closest"),
     "a size in words": (
         ["a.png", "--model", "net.py:pair", "--size", "big"],
         r"--size 'big' is not a size: write grid, input, or HxW, height by width, such as 224x224$",
     ),
-    "a size of nothing": (["a.png", "--model", "net.py:pair", "--size", "0x5"], r"--size '0x5' is no size: "),
+    "a size of nothing": (["a.png", "--model", "net.py:pair", "--size", "0x5"], r"--size '0x5' is not a size: "),
     "a size that is absurd": (
         ["a.png", "--model", "net.py:pair", "--size", "10001x10000"],
         r"--size '10001x10000' is more than 100 megapixels: write a smaller one$",

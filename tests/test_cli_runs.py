@@ -180,7 +180,7 @@ def test_a_picture_on_which_the_layer_has_no_grid_fails_alone_and_leaves_no_file
         (["--model", "net.py:pair", "--layer", "5"], "layer '5' gives .* which has no spatial axes"),
         (["--model", "net.py:pair", "--layer", "nine"], "no layer named 'nine'"),
         (["--model", "net.py:pair", "--target", "4"], "target 4 is not a class"),
-        (["--model", "net.py:pair", "--target", "top9"], "target top9 is of 9 classes"),
+        (["--model", "net.py:pair", "--target", "top9"], "target top9 needs 9 classes"),
         (["--model", "net.py:without_tensors", "--layer", "1", "--method", "cam"], "cam needs a linear layer"),
         (["--model", "net.py:pair", "--out", "net.py/maps"], "--out 'net.py/maps' cannot be made: Not a directory"),
     ],

@@ -163,10 +163,10 @@ def test_methods_lists_every_method_with_needs_cost_and_first_line():
 
 def test_methods_in_columns_for_a_reader():
     head, *rows = command("methods").stdout.splitlines()
-    assert head.split() == ["method", "needs", "forwards", "what", "it", "is"]
+    assert head.split() == ["method", "needs", "forwards", "summary"]
     for name, row in zip(camfn.METHODS, rows, strict=True):
         assert row.startswith(name + " ")
-        needs, cost = row[head.index("needs") : head.index("forwards")], row[head.index("forwards") : head.index("what")]
+        needs, cost = row[head.index("needs") : head.index("forwards")], row[head.index("forwards") : head.index("summary")]
         assert needs.strip().split(", ") == sorted(camfn.METHODS[name].needs)
         assert cost.strip() == camfn.METHODS[name].cost
 
