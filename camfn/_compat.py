@@ -1,6 +1,6 @@
-"""What differs between torch versions, or lies behind a private name of torch: all of it is here.
+"""Compatibility: everything that differs between torch versions or uses a private name of torch.
 
-camfn needs torch 2.0. Every function below works there too, by the fallback beside it.
+camfn needs torch 2.0. Every function here has a fallback for it.
 """
 
 import functools
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 def compiling() -> bool:
-    """Is `torch.compile` tracing this code?"""
+    """Return True while `torch.compile` traces this code."""
     if hasattr(torch, "compiler") and hasattr(torch.compiler, "is_compiling"):
         return torch.compiler.is_compiling()
-    dynamo = sys.modules.get("torch._dynamo")  # torch < 2.1; not loaded means not compiling
+    dynamo = sys.modules.get("torch._dynamo")  # torch < 2.1: not compiling if it is not loaded
     return dynamo is not None and dynamo.is_compiling()
 
 
@@ -30,18 +30,18 @@ _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIs
 
 
 def transformed() -> bool:
-    """Are we inside `vmap`, `grad`, `jvp` or `torch.compile`, where values cannot be read?"""
+    """Return True inside `vmap`, `grad`, `jvp` or `torch.compile`, where values cannot be read."""
     return compiling() or _functorch.peek_interpreter_stack() is not None
 
 
 def recording() -> bool:
-    """Are we inside `functionalize`, where operations are written down?"""
+    """Return True inside `functionalize`, where operations are recorded."""
     level = _functorch.peek_interpreter_stack()
     return level is not None and level.key() == _functorch.TransformType.Functionalize
 
 
 def modes_break() -> bool:
-    """Inside `jvp` on an old torch, whose decompositions fail under a dispatch mode; or so deep that it may be around."""
+    """Return True inside (or possibly inside) `jvp` on an old torch, whose decompositions fail under a dispatch mode."""
     if _version() >= (2, 3):
         return False
     level = _functorch.peek_interpreter_stack()
@@ -53,7 +53,7 @@ def _version() -> tuple[int, ...]:
 
 
 def eager(function: F) -> F:
-    """`function`, run as plain Python when the caller is being compiled."""
+    """Decorate a function to run uncompiled when the caller is compiled."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -63,18 +63,18 @@ def eager(function: F) -> F:
 
 
 def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Not at import: it loads the compiler, as long as torch itself takes.
+    # Not at import, since this loads the compiler, which takes as long as importing torch.
     return torch.compiler.disable(function) if hasattr(torch, "compiler") else function
 
 
 @contextmanager
 def outside_transforms() -> Iterator[None]:
-    """Inside, torch functions act on plain tensors only: the one way to draw from a generator under `vmap`."""
+    """Disable functorch's transforms. This is the only way to draw from a generator under `vmap`."""
     guard = torch._C._DisableFuncTorch()
     if hasattr(guard, "__enter__"):
         with guard:
             yield
-    else:  # torch 2.0: in force for as long as it lives
+    else:  # torch 2.0: active until it is deleted
         try:
             yield
         finally:
@@ -82,55 +82,55 @@ def outside_transforms() -> Iterator[None]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, a product is computed in the dtype of its factors."""
+    """Disable autocast, so that products are computed in the dtype of their factors."""
     return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
 
 
 def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
-    """The plain tensor inside what transforms made of it."""
+    """Return the plain tensor inside functorch's wrappers."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
 
 
 def storage_id(tensor: torch.Tensor) -> Any:
-    """What identifies the memory of a tensor, of whatever shape and however wrapped by transforms."""
+    """Return an identifier of a tensor's memory, independent of its shape and of transforms."""
     plain = unwrapped(tensor)
     return plain.untyped_storage()._cdata if plain.layout == torch.strided else id(plain)
 
 
 def parametrizations_are_cached() -> bool:
-    """Are we inside `torch.nn.utils.parametrize.cached()`?"""
+    """Return True inside `torch.nn.utils.parametrize.cached()`."""
     return bool(torch.nn.utils.parametrize._cache_enabled)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def owns_memory(tensor: torch.Tensor) -> bool:
-    """Is the memory torch's own, and not NumPy's or somebody else's? On an old torch that cannot tell: yes."""
+    """Return True if torch owns the memory, not NumPy or another library. On an old torch, which cannot tell, return True."""
     plain = unwrapped(tensor)
     resizable = plain.layout == torch.strided and getattr(plain.untyped_storage(), "resizable", None)
     return resizable() if resizable else True
 
 
 def storages(tensors: Mapping[str, torch.Tensor]) -> dict[Any, str]:
-    """The names of tensors by what identifies their memory."""
+    """Return the names of tensors by the identifier of their memory."""
     if _functorch.peek_interpreter_stack() is not None:
         return {storage_id(tensor): name for name, tensor in tensors.items()}
     strided = torch.strided
     return {(t.untyped_storage()._cdata if t.layout == strided else id(t)): name for name, t in tensors.items()}
 
 
-_QUANTISED = frozenset(
+_QUANTIZED = frozenset(
     getattr(torch, name) for name in ("qint8", "quint8", "qint32", "quint4x2", "quint2x4") if hasattr(torch, name)
 )
 
 
 def is_quantised(tensor: torch.Tensor) -> bool:
-    """Does it hold integers that stand for floats? By its dtype, since `is_quantized` is False inside transforms."""
-    return tensor.dtype in _QUANTISED
+    """Return True for quantized tensors, by the dtype: `is_quantized` is False inside transforms."""
+    return tensor.dtype in _QUANTIZED
 
 
 def is_differentiated(tensor: torch.Tensor) -> bool:
-    """Is `grad`, `vjp` or `jvp` following this tensor?"""
+    """Return True if `grad`, `vjp` or `jvp` tracks this tensor."""
     while not compiling() and _functorch.is_functorch_wrapped_tensor(tensor):
         if _functorch.is_gradtrackingtensor(tensor):
             return True
@@ -139,9 +139,9 @@ def is_differentiated(tensor: torch.Tensor) -> bool:
 
 
 def constant(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, as a constant to the innermost gradient that is being taken, and to no other.
+    """Detach a tensor from the innermost gradient transform only.
 
-    `detach` and `no_grad` would make it one to all gradients around as well.
+    `detach` and `no_grad` would detach it from all outer transforms as well.
     """
     level = _functorch.peek_interpreter_stack()
     if level is None:
@@ -152,7 +152,7 @@ def constant(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def storage_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What two tensors share if they are views of one memory in one shape, wrapped by transforms or not."""
+    """Return a key that is equal for tensors with the same memory, shape and strides at the same transform levels."""
     levels: list[int] = []
     while _functorch.is_functorch_wrapped_tensor(tensor):
         levels.append(_functorch.maybe_get_level(tensor))
@@ -166,9 +166,9 @@ _AUTOCAST: "ContextVar[_Narrowing | None]" = ContextVar("the autocast that a met
 
 @contextmanager
 def unnarrowed() -> Iterator[None]:
-    """Inside, autocast is off, so that nothing of ours is narrowed; `narrowed_as_called` has for a model what the caller had.
+    """Turn autocast off for camfn's own arithmetic. `narrowed_as_called` restores it for the model.
 
-    A compiler would have to trace the switch: what it compiles is as the caller has it.
+    Under `torch.compile` nothing is switched, since the switch would have to be traced.
     """
     if compiling() or _AUTOCAST.get() is not None:
         yield
@@ -185,7 +185,7 @@ def unnarrowed() -> Iterator[None]:
 
 
 def narrowed_as_called() -> Callable[[], AbstractContextManager[Any]]:
-    """A maker of contexts for the forwards of a model: under the autocast of the caller, where that was switched off."""
+    """Return a factory of contexts for forwards of the model, under the caller's autocast."""
     found = None if compiling() else _AUTOCAST.get()
     return functools.partial(_narrowed, found) if found else nullcontext
 
@@ -199,7 +199,7 @@ def _narrowed(found: _Narrowing) -> Iterator[None]:
 
 
 def narrowing() -> _Narrowing:
-    """The kinds of device that models run under autocast on, and in what."""
+    """Return the device types with autocast, and their dtypes."""
     found = _AUTOCAST.get()
     return tuple((kind, _autocast_dtype(kind)) for kind in _KINDS if _is_autocast(kind)) if found is None else found
 
@@ -220,13 +220,13 @@ def _autocast_dtype(kind: str) -> torch.dtype:
 
 
 def apart(function: Callable[[], T]) -> T:
-    """What `function` gives where no transform is: in a thread of its own."""
+    """Call `function` outside all transforms, in a separate thread."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(copy_context().run, function).result()
 
 
 def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
-    """Does the device compute in this narrow dtype, and not only store it? Where it cannot be told: no."""
+    """Return True if the device computes in this narrow dtype natively. If unknown, return False."""
     if device.type == "cuda":
         return dtype == torch.float16 or torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
@@ -239,7 +239,7 @@ def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def can_compile() -> str:
-    """Why `torch.compile(fullgraph=True)` cannot take our kernel on this installation; empty if it can."""
+    """Return why `torch.compile(fullgraph=True)` cannot compile the kernel on this installation, or an empty string."""
     if _version() < (2, 3):
         return f"torch {torch.__version__} cannot compile vmap and functional_call into one graph (torch 2.3 can)"
     if not torch._dynamo.is_dynamo_supported():
@@ -248,10 +248,10 @@ def can_compile() -> str:
 
 
 def compiled(function: types.FunctionType, **options: Any) -> Callable[..., Any]:
-    """`function` compiled as one graph, with a recompile limit of its own.
+    """Compile a function as one graph, with its own recompile limit.
 
-    torch counts recompilations per code object, shared by every user of it, and the ninth raises: so each kernel gets
-    a code object of its own (newer torch has options for this, older has not).
+    torch counts recompilations per code object, and the ninth raises. Each kernel therefore gets a copy of the code object.
+    (Newer versions of torch have options for this.)
     """
     code = function.__code__
     own = types.FunctionType(

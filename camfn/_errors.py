@@ -1,4 +1,4 @@
-"""One exception, one warning, and the sentences that several rooms share."""
+"""The exceptions and the warning of camfn, and helpers for messages."""
 
 import sys
 import warnings
@@ -7,24 +7,24 @@ from difflib import get_close_matches
 
 
 class CamError(ValueError):
-    """The call cannot give a meaningful map. The message says what was asked, what was found, and what to do."""
+    """The call cannot return a meaningful map. The message says what was passed, what was found, and what to do."""
 
 
 class RefusedError(CamError):
-    """A forward did what a model must not do in eval mode: no other way to run it is tried."""
+    """The model did something that is not allowed in eval mode. camfn does not retry in another way."""
 
 
 class CamWarning(UserWarning):
-    """The call gave a map, and something about it should be known."""
+    """The call returned a map, but the user should know something about it."""
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """The names most like `name`, for the end of a sentence."""
+    """Return the known names closest to `name`, for the end of a message."""
     return ", ".join(map(repr, get_close_matches(name, list(known), n=3, cutoff=0.4))) or "none is close"
 
 
 def escaped(name: object) -> str:
-    """A name as it is shown: its control characters and the like are spelt as `repr` spells them, so that none moves a cursor.
+    """Escape unprintable characters of a name as `repr` does, so that none moves the cursor.
 
     >>> print(escaped("a\\nb"), escaped("maße"))
     a\\nb maße
@@ -33,12 +33,12 @@ def escaped(name: object) -> str:
 
 
 def layer_called(name: str) -> str:
-    """A layer at the start of a sentence; the empty name is the model's own."""
+    """Return a layer's name for the start of a sentence. The empty name is the model itself."""
     return f"layer {name!r}" if name else "the model itself, as a layer,"
 
 
 def warn(message: str) -> None:
-    """Warn the caller of camfn, wherever inside it we are."""
+    """Emit a CamWarning at the line that called camfn."""
     level = 1
     frame = sys._getframe(0)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "camfn":

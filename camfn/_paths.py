@@ -1,4 +1,4 @@
-"""What a path leads to, before it is opened: to open a pipe or a device is to wait for it."""
+"""The kind of a path, to check before it is opened: opening a pipe or a device may block."""
 
 import os
 import stat
@@ -13,9 +13,9 @@ _KINDS = (
 
 
 def kind(path: str | os.PathLike[str]) -> str | None:
-    """What the path leads to that is no file: a folder, a pipe, a socket or a device. `None` for a file, and for nothing."""
+    """Return "a folder", "a pipe", "a socket" or "a device". Return `None` for a file, or if nothing is there."""
     try:
         mode = os.stat(path).st_mode
-    except (OSError, ValueError):  # opening it tells why
+    except (OSError, ValueError):  # opening it will raise the error
         return None
     return next((name for is_one, name in _KINDS if is_one(mode)), None)

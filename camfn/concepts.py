@@ -1,4 +1,4 @@
-"""What a layer's activation is made of: concepts, where they are, and what the model takes each of them for."""
+"""Deep feature factorization: the concepts in a layer's activation, with their maps and scores."""
 
 import math
 from typing import NamedTuple
@@ -21,13 +21,13 @@ from camfn.targets import rows_at, score_rows
 
 
 class Concepts(NamedTuple):
-    """What `factorize` returns, the concept with the largest part of the activation first."""
+    """The result of `factorize`. The concept with the largest share of the activation is first."""
 
-    maps: Float[Tensor, "n k *grid"]  # where each is; 1 where it is strongest in the batch
-    vectors: Float[Tensor, "k c"]  # the activation that it adds there
-    scores: Float[Tensor, "n k t"]  # what the model gives where the layer shows one concept, everywhere
-    classes: Int[Tensor, "n t"] | None  # what the scores are of, where the target is of classes
-    error: Float[Tensor, ""]  # how much of the activation is not in the concepts, as a share of its length
+    maps: Float[Tensor, "n k *grid"]  # the strength of each concept, with maximum 1 over the batch
+    vectors: Float[Tensor, "k c"]  # the activation of each concept at strength 1
+    scores: Float[Tensor, "n k t"]  # the scores of the model if the layer shows one concept at all positions
+    classes: Int[Tensor, "n t"] | None  # the classes that are scored, if the target is classes
+    error: Float[Tensor, ""]  # the relative error |A - M F| / |A|, for the positive part A
     layer: str
 
 
@@ -44,23 +44,32 @@ def factorize(
     layout: Layout = "auto",
     size: Size = None,
 ) -> Concepts:
-    """Deep feature factorization: the few things that a layer's activation is made of, in all images of a batch together.
+    """Deep feature factorization: split a layer's activation into a few concepts, shared by all images of the batch.
 
-    `A_np ~ sum_j M_jnp F_j` with `M, F >= 0`: at each position of each image a sum of concepts `F_j`, as much of each as its
-    map says. The factors are found by `steps` sweeps of coordinate descent from where the singular vectors are; nothing is
-    drawn. Of an activation that has values below zero only what is above takes part, which a warning says where it matters.
+        A_np ~ sum_j M_jnp F_j,   with M, F >= 0
 
-    **Arguments**: as those of `camfn.score_cam`, for one layer.
+    At each position p of each image n, the activation is a sum of concepts `F_j`, weighted by their maps `M_jn`. Coordinate
+    descent finds the factors, from a start given by the singular vectors. Nothing is random. Negative values of the
+    activation count as 0; a warning says so if they matter.
 
-    - `target`: what is scored of each concept; every class by default.
-    - `concepts`: how many. The more there are, the smaller the parts into which an object falls.
+    **Arguments**: those of `camfn.score_cam`, for one layer, and
 
-    **Returns** `camfn.Concepts`: `maps` `(n, k, *grid)`, of which each concept's largest value in the batch is 1; `vectors`
-    `(k, c)`; `scores` `(n, k, t)`, of image n with the concept's vector at every position of the layer (on a pooled linear head
-    that is the linear layer of the vector); `classes`, `error`, `layer`. The batch is one matrix: with other neighbours an
-    image has other concepts. Under a transform concepts are differentiable in what the sweeps do, not in where they begin.
+    - `target`: the scores of each concept; all classes by default.
+    - `concepts`: the number k of concepts. With more concepts, an object is split into smaller parts.
+    - `steps`: the number of sweeps of coordinate descent.
 
-    **Raises** `CamError` where there are fewer channels, or positions in the batch, than concepts, or nothing is above zero.
+    **Returns** `camfn.Concepts`:
+
+    - `maps` `(n, k, *grid)`: the maximum over the batch is 1 for each concept.
+    - `vectors` `(k, c)`.
+    - `scores` `(n, k, t)`: the target of image n with the concept's vector at every position of the layer. For a pooled
+      linear head this is the linear layer applied to the vector.
+    - `classes`, `error` and `layer`.
+
+    The batch is factorized as one matrix, so the concepts of an image depend on the other images. Under a transform, the
+    derivative goes through the sweeps but not through the start.
+
+    **Raises** `CamError` if there are fewer channels, or positions in the batch, than concepts, or if no value is positive.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -79,10 +88,10 @@ def factorize(
     with _compat.unnarrowed(), without_graph():
         seen = explain_layer(model, layer, x, target, state, Drawing(False, size, False, layout))
         forward, (part,) = seen.forward, seen.reads
-        # In units of its size, so that no square leaves the range of the dtype.
+        # in units of its size, so that squares do not overflow or underflow
         own = part.values.to(wide(part.values.dtype))
         scale = magnitude(own, (0, 1, 2))
-        values = _above_zero(own / scale, concepts, forward.layers[0])
+        values = _positive_part(own / scale, concepts, forward.layers[0])
         left, right = factorization.factors(values, concepts, steps)
         peaks = right.amax(-1)
         found = (
@@ -96,8 +105,8 @@ def factorize(
         return Concepts(shown, vectors, scores, seen.score.classes, error, forward.layers[0])
 
 
-def _above_zero(activation: Tensor, concepts: int, layer: str) -> Tensor:
-    """`(c, n p)`, checked."""
+def _positive_part(activation: Tensor, concepts: int, layer: str) -> Tensor:
+    """Return the positive part of the activation, `(c, n p)`. Raise CamError if it cannot be factorized."""
     values = activation.transpose(0, 1).flatten(1)
     if isinstance(concepts, bool) or not isinstance(concepts, int) or not 0 < concepts <= min(values.shape):
         raise CamError(
@@ -113,17 +122,17 @@ def _above_zero(activation: Tensor, concepts: int, layer: str) -> Tensor:
                 "the operation that makes them"
             )
         if not kept > 0:
-            raise CamError(f"layer {layer!r} has nothing above zero: there is nothing to factorize; choose one behind a ReLU")
+            raise CamError(f"layer {layer!r} has no positive value, and nothing to factorize; choose a layer after a ReLU")
         if kept < 0.99 * all_:
             warn(
-                f"{1 - kept / all_:.0%} of the activation's energy at layer {layer!r} is below zero and left out: concepts are "
-                "what is above; a layer behind a ReLU has all of it there"
+                f"{1 - kept / all_:.0%} of the activation's energy at layer {layer!r} is negative and left out: concepts are "
+                "found in the positive part; a layer after a ReLU loses nothing"
             )
     return above
 
 
 def _scores(seen: Explained, vectors: Tensor, image: int) -> Tensor:
-    """The target of one image with one concept in place of the layer's output, for each concept: `(k, t)`."""
+    """Return the target of one image with each concept in place of the layer's output, `(k, t)`."""
     forward, (part,) = seen.forward, seen.reads
     numbers = torch.full((len(vectors),), image, device=vectors.device)
     values = vectors[..., None].expand(-1, -1, part.values.shape[-1]).to(part.values.dtype)

@@ -1,4 +1,4 @@
-"""Pictures of many maps: labelled panels in a grid. Matplotlib is imported where it is used, without its global figures."""
+"""Figures of many maps: labelled panels in a grid. Matplotlib is imported on use, without its global figures."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class Panel(NamedTuple):
-    """One picture of a grid, with what is drawn over it."""
+    """One picture of a grid, with its map, outline and caption."""
 
-    image: Any  # as `camfn.images.overlay` takes it
-    map: Any = None  # laid over the image, a cross at its maximum
-    outline: Any = None  # bools (h, w): a line around an object
+    image: Any  # an image that `camfn.images.overlay` takes
+    map: Any = None  # drawn over the image, with a cross at the maximum
+    outline: Any = None  # bools (h, w); a line is drawn around the object
     caption: str = ""
 
 
@@ -32,24 +32,28 @@ def grid(
     alpha: float = 0.5,
     colormap: str = "turbo",
 ) -> "Image":
-    """Panels in rows and columns, with their names, a colour bar for the maps, and a note below: an RGB image.
+    """Draw panels in a grid, with a color bar for the maps, as an RGB image.
 
-    `rows` and `columns` are names; nothing is drawn where a panel is `None`; `alpha` and `colormap` are those of
-    `camfn.images.overlay`.
+    **Arguments**
 
-    **Raises** `CamError` where rows differ in length, names are too few or too many, or matplotlib is missing.
+    - `panels`: rows of panels, all of the same length. `None` leaves a place empty.
+    - `rows`, `columns`: the names of the rows and columns; none, or one for each.
+    - `title`, `note`: the text above and below the grid.
+    - `alpha`, `colormap`: as in `camfn.images.overlay`.
+
+    **Raises** `CamError` if rows differ in length, the number of names is wrong, or matplotlib is missing.
 
     >>> import torch
     >>> picture = torch.rand(3, 8, 8)
     >>> grid([[Panel(picture), Panel(picture, map=torch.eye(4))]], columns=["picture", "map"]).mode
     'RGB'
     """
-    height, width = _checked(panels, rows, columns)
+    height, width = _check_grid(panels, rows, columns)
     figure = _figure()(figsize=(1.5 * width + 1.1, 1.68 * height + 0.75), dpi=120, layout="constrained")
     axes = figure.subplots(height, width, squeeze=False)
     for row, line in enumerate(panels):
         for column, panel in enumerate(line):
-            _draw(axes[row, column], panel, alpha, colormap) if panel else _leave_out(axes[row, column])
+            _draw(axes[row, column], panel, alpha, colormap) if panel else _draw_empty(axes[row, column])
     for axis, name in zip(axes[:, 0], rows):
         axis.set_ylabel(_plain(name), fontsize=10)
     for axis, name in zip(axes[0], columns):
@@ -57,12 +61,12 @@ def grid(
     figure.suptitle(_plain(title), fontsize=12)
     figure.supxlabel(_plain(note), fontsize=8)
     if any(panel and panel.map is not None for line in panels for panel in line):
-        _colour_bar(figure, axes, alpha, colormap)
-    return _rendered(figure)
+        _color_bar(figure, axes, alpha, colormap)
+    return _render(figure)
 
 
 def lines(panels: Sequence[Panel], width: int) -> list[list[Panel | None]]:
-    """The panels in lines of that width, as `grid` takes them; the last is filled up with `None`.
+    """Arrange panels in rows of a width, for `grid`. The last row is padded with `None`.
 
     >>> import torch
     >>> [[panel is None for panel in line] for line in lines([Panel(torch.rand(3, 8, 8))] * 3, 2)]
@@ -72,10 +76,10 @@ def lines(panels: Sequence[Panel], width: int) -> list[list[Panel | None]]:
     return [filled[start : start + width] for start in range(0, len(filled), width)]
 
 
-def _checked(panels: Sequence[Sequence[Panel | None]], rows: Sequence[str], columns: Sequence[str]) -> tuple[int, int]:
+def _check_grid(panels: Sequence[Sequence[Panel | None]], rows: Sequence[str], columns: Sequence[str]) -> tuple[int, int]:
     lengths = {len(line) for line in panels}
     if len(lengths) != 1 or 0 in lengths:
-        raise CamError(f"a grid has a row at least, and all rows have as many panels; found {[len(line) for line in panels]}")
+        raise CamError(f"a grid needs a row, and all rows must have the same length; found {[len(line) for line in panels]}")
     height, width = len(panels), lengths.pop()
     for what, names, wanted in (("rows", rows, height), ("columns", columns, width)):
         if len(names) not in (0, wanted):
@@ -92,7 +96,7 @@ def _figure() -> Any:
 
 
 def _plain(name: str) -> str:
-    """A name as matplotlib draws it: a dollar would begin a formula, and a control character has no glyph."""
+    """Escape dollar signs, which would begin a formula, and control characters, which have no glyph."""
     return "\n".join(map(escaped, name.split("\n"))).replace("$", r"\$")
 
 
@@ -110,8 +114,8 @@ def _draw(axis: Any, panel: Panel, alpha: float, colormap: str) -> None:
         _cross(axis, _array(panel.map), picture.size)
 
 
-def _leave_out(axis: Any) -> None:
-    """Nothing but the names beside and above it, as if it were a square picture."""
+def _draw_empty(axis: Any) -> None:
+    """Draw an empty square panel, which keeps the names beside and above it in place."""
     axis.set(xticks=[], yticks=[], frame_on=False, box_aspect=1)
 
 
@@ -120,23 +124,23 @@ def _array(values: Any) -> np.ndarray:
 
 
 def _cross(axis: Any, map: np.ndarray, size: tuple[int, int]) -> None:
-    """At the middle of the map's highest cell."""
+    """Draw a cross at the center of the map's highest cell."""
     y, x = (np.unravel_index(map.argmax(), map.shape) + np.full(2, 0.5)) / map.shape * size[::-1] - 0.5
     axis.plot([x], [y], "+", color="black", markersize=9, markeredgewidth=3)
     axis.plot([x], [y], "+", color="white", markersize=8, markeredgewidth=1.4)
 
 
-def _colour_bar(figure: Any, axes: Any, alpha: float, colormap: str) -> None:
-    """The colours as they look over a grey picture."""
+def _color_bar(figure: Any, axes: Any, alpha: float, colormap: str) -> None:
+    """Draw a color bar with the colors as blended with mid-gray."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap
 
-    colours = (1 - alpha) * 0.5 + alpha * images.colorize(np.linspace(0, 1, 256), colormap)
-    bar = figure.colorbar(ScalarMappable(cmap=ListedColormap(colours)), ax=axes, shrink=0.6, aspect=35, ticks=[0, 1])
+    colors = (1 - alpha) * 0.5 + alpha * images.colorize(np.linspace(0, 1, 256), colormap)
+    bar = figure.colorbar(ScalarMappable(cmap=ListedColormap(colors)), ax=axes, shrink=0.6, aspect=35, ticks=[0, 1])
     bar.ax.set_yticklabels(["lowest", "highest"], fontsize=8)
 
 
-def _rendered(figure: Any) -> "Image":
+def _render(figure: Any) -> "Image":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Pictures: reading them, laying maps over them, and seeing what a network saw. Pillow is imported where it is used."""
+"""Images: read files, overlay maps, and recover the picture that a network saw. Pillow is imported on use."""
 
 import os
 from collections.abc import Callable
@@ -25,13 +25,13 @@ def _pillow() -> Any:
     return PIL
 
 
-# ----------------------------------------------------------------------------------------------------- colour maps
+# ------------------------------------------------------------------------------------------------------ color maps
 
 
 def _anchors(table: str) -> tuple[Any, ...]:
-    colours = np.array([list(bytes.fromhex(colour)) for colour in table.split()]) / 255
-    at = np.linspace(0, 1, len(colours))
-    return tuple((at, colours[:, channel]) for channel in range(3))
+    colors = np.array([list(bytes.fromhex(color)) for color in table.split()]) / 255
+    at = np.linspace(0, 1, len(colors))
+    return tuple((at, colors[:, channel]) for channel in range(3))
 
 
 _COLORMAPS = {
@@ -54,11 +54,13 @@ COLORMAPS = tuple(_COLORMAPS)
 
 
 def colorize(values: Any, colormap: str = "turbo") -> np.ndarray:
-    """Values in [0, 1], of any shape, as colours: `(*shape, 3)` in [0, 1].
+    """Map values in [0, 1], of any shape, to RGB colors `(*shape, 3)` in [0, 1].
 
-    `colormap` is `"jet"`, `"turbo"` (the default: as vivid as jet, without its false edges) or `"viridis"` (even to the eye,
-    and readable without colour). Matplotlib's colours to within 1.9/255 for turbo, 1.4/255 for viridis, and exactly for jet:
-    straight lines between 25 anchors fitted to them.
+    - `colormap`: `"jet"`; `"turbo"`, as vivid as jet but without its false edges; or `"viridis"`, which is perceptually
+      uniform and also readable in gray.
+
+    The colors are matplotlib's, up to 1.9/255 for turbo and 1.4/255 for viridis, and exact for jet. They are interpolated
+    between 25 fitted anchors. Raises `CamError` if the color map is unknown.
 
     >>> colorize([0.0, 1.0], "jet").tolist()
     [[0.0, 0.0, 0.5], [0.5, 0.0, 0.0]]
@@ -75,23 +77,25 @@ def colorize(values: Any, colormap: str = "turbo") -> np.ndarray:
 
 
 def overlay(image: Any, map: Any, *, alpha: float = 0.5, colormap: str = "turbo") -> "Image":
-    """A map laid over its picture: `(1 - alpha) * picture + alpha * colour(map)`, an RGB image of the picture's size.
+    """Overlay a map on its picture, as an RGB image of the picture's size.
+
+        (1 - alpha) * picture + alpha * color(map)
 
     **Arguments**
 
-    - `image`: a PIL image, or a tensor or array `(h, w)`, `(h, w, k)` or `(k, h, w)`, uint8 or floats in [0, 1]; k is 1
-      (grey), 3 (RGB) or 4 (RGB and an opacity, which is dropped).
-    - `map`: `(h', w')` in [0, 1], as camfn's methods return it for one image: `maps[0]`. It is resized to the picture
-      bilinearly (a cubic would overshoot) and used as it is: neither rescaled nor squared.
-    - `alpha`: the weight of the MAP, the same everywhere: 0 is the picture, 1 the coloured map. (In torchcam's
+    - `image`: a PIL image, or a tensor or array `(h, w)`, `(h, w, k)` or `(k, h, w)`, uint8 or floats in [0, 1]. k is 1
+      (gray), 3 (RGB) or 4 (RGBA; the opacity is ignored).
+    - `map`: `(h', w')` in [0, 1], the map of one image, such as `maps[0]` from a method of camfn. It is resized bilinearly to
+      the picture (bicubic would overshoot) and not rescaled.
+    - `alpha`: the weight of the MAP, the same everywhere. 0 gives the picture, 1 the colored map. (In torchcam's
       `overlay_mask` and in pytorch-grad-cam's `image_weight` it is the weight of the picture.)
     - `colormap`: a name of `camfn.images.COLORMAPS`.
 
-    **Raises** `CamError` for a picture or map out of range, not finite, or of another shape.
+    **Raises** `CamError` if the picture or map is out of range, not finite, or of another shape.
 
     >>> import torch
-    >>> grey = torch.full((3, 6, 8), 0.5)
-    >>> overlay(grey, torch.eye(2), alpha=0.0).getpixel((0, 0)), overlay(grey, torch.eye(2), colormap="jet").size
+    >>> gray = torch.full((3, 6, 8), 0.5)
+    >>> overlay(gray, torch.eye(2), alpha=0.0).getpixel((0, 0)), overlay(gray, torch.eye(2), colormap="jet").size
     ((128, 128, 128), (8, 6))
     """
     if not 0 <= alpha <= 1:
@@ -103,39 +107,39 @@ def overlay(image: Any, map: Any, *, alpha: float = 0.5, colormap: str = "turbo"
 
 
 def _map(map: Any) -> Tensor:
-    """A map as a float64 tensor `(h, w)` on the CPU, checked."""
+    """Check a map, and return it as a float64 tensor `(h, w)` on the CPU."""
     values = _tensor(map, "map", "a tensor or an array")
     if values.ndim != 2 or values.numel() == 0:
-        raise CamError(f"map has shape {tuple(values.shape)}, and one map (h, w) is wanted: index the batch, as in maps[0]")
+        raise CamError(f"map has shape {tuple(values.shape)}, but must be one map (h, w): index the batch, as in maps[0]")
     return _unit(
         values,
         "map",
-        "the colours are for [0, 1]: methods give such maps by default (normalize=True), and "
+        "must lie in [0, 1]: methods return such maps by default (normalize=True), and "
         "camfn.maps.normalize(map, (-2, -1)) scales a raw or signed one",
     )
 
 
 def _picture(image: Any) -> np.ndarray:
-    """A picture as an array `(h, w, 3)` in [0, 1]."""
+    """Check a picture, and return it as an array `(h, w, 3)` in [0, 1]."""
     if hasattr(image, "convert"):
         return np.asarray(_rgb(image, "image"), dtype=np.float64) / 255
     values = _tensor(image, "image", "a PIL image, a tensor or an array")
     if values.dtype != torch.uint8 and not values.is_floating_point():
-        raise CamError(f"image is {values.dtype}: a picture is uint8, or floats in [0, 1]")
+        raise CamError(f"image is {values.dtype}: it must be uint8, or floats in [0, 1]")
     values = values.double() / 255 if values.dtype == torch.uint8 else values
-    remedy = "a picture of floats lies in [0, 1]: undo the normalisation (image * std + mean), or divide by 255"
+    remedy = "must lie in [0, 1]: undo the normalization (image * std + mean), or divide by 255"
     return _unit(_channels_last(values), "image", remedy).expand(-1, -1, 3).numpy()
 
 
 def _unit(values: Tensor, name: str, remedy: str) -> Tensor:
-    """`values` as float64 in [0, 1]; outside, beyond rounding, is an error."""
+    """Return `values` as float64 in [0, 1]. Raise CamError if they are outside by more than rounding."""
     slack = 4 * torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
     values = values.double()
     if not bool(torch.isfinite(values).all()):
         raise CamError(f"{name} has NaN or infinite values")
     low, high = float(values.min()), float(values.max())
     if low < -slack or high > 1 + slack:
-        raise CamError(f"{name} has values from {low:.4g} to {high:.4g}, and {remedy}")
+        raise CamError(f"{name} has values from {low:.4g} to {high:.4g}, but {remedy}")
     return values.clamp(0, 1)
 
 
@@ -143,13 +147,13 @@ def _tensor(values: Any, name: str, wanted: str) -> Tensor:
     if isinstance(values, Tensor):
         return values.detach().cpu()
     try:
-        return torch.from_numpy(np.array(values))  # a copy: torch wants to be able to write
+        return torch.from_numpy(np.array(values))  # a copy, since torch warns of read-only arrays
     except (TypeError, ValueError) as error:
         raise CamError(f"{name} must be {wanted}; found {type(values).__name__}") from error
 
 
 def _channels_last(values: Tensor) -> Tensor:
-    """`(h, w, 1 or 3)` from the shapes that a picture may have; an opacity is dropped."""
+    """Move the channels last, and drop an opacity: `(h, w, 1 or 3)`."""
     shape = tuple(values.shape)
     if values.ndim == 2 and values.numel():
         return values[..., None]
@@ -158,7 +162,7 @@ def _channels_last(values: Tensor) -> Tensor:
         raise CamError(f"image of shape {shape} could be (channels, h, w) or (h, w, channels); pass it as a PIL image")
     if not first and not last:
         raise CamError(
-            f"image has shape {shape}, and one picture is wanted: (h, w), (h, w, k) or (k, h, w) with k = 1, 3 or 4 "
+            f"image has shape {shape}, but must be one picture: (h, w), (h, w, k) or (k, h, w) with k = 1, 3 or 4 "
             "(index a batch, as in x[0])"
         )
     return (values.movedim(0, -1) if first else values)[..., :3]
@@ -167,12 +171,12 @@ def _channels_last(values: Tensor) -> Tensor:
 def _rgb(image: Any, name: str) -> "Image":
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image, name)
-    # Pillow warns of a palette with an opacity for each colour unless it goes by RGBA.
+    # by way of RGBA, else Pillow warns of palettes with opacities
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
 def _eight_bits(image: Any, name: str) -> "Image":
-    """A grey picture of 16 bits as one of 8. Pillow's own `convert` clips at 255: nearly all would be white."""
+    """Convert a 16-bit gray picture to 8 bits. Pillow's own `convert` clips at 255, and would make nearly all white."""
     values = np.asarray(image)
     if values.dtype.kind == "f":
         raise CamError(
@@ -190,23 +194,22 @@ def _eight_bits(image: Any, name: str) -> "Image":
 
 
 LARGEST = 100_000_000
-"""The pixels of the largest picture that is read."""
+"""The maximal number of pixels of a picture file."""
 
 
 def read(path: str | os.PathLike[str]) -> "Image":
-    """A picture file as an RGB image, turned as its EXIF tag says.
+    """Read a picture file as an RGB image, rotated by its EXIF tag.
 
-    Grey, palette, CMYK and 16-bit pictures become RGB of 8 bits, and a transparent picture loses its opacity. Of several frames
-    the first is read.
+    Gray, palette, CMYK and 16-bit pictures are converted to 8-bit RGB. Opacity is dropped. Only the first frame is read.
 
-    **Raises** `CamError`, in one sentence, where there is no such file, it is a folder, a pipe or a device, Pillow cannot read
-    all of it, or it has more than 100 megapixels, which is seen before a pixel is decoded.
+    **Raises** `CamError` if the path is not a file, Pillow cannot read all of it, or it has more than 100 megapixels. The size
+    is checked before a pixel is decoded.
     """
     pillow, name, other = _pillow(), repr(os.fspath(path)), kind(path)
     if other:
         raise CamError(f"{name} is {other}, not a picture" + ("" if other == "a folder" else ": copy it to a file first"))
     try:
-        # Not by its path: Pillow would map an uncompressed TIFF into memory, and garbles one that its tag turns on its side.
+        # A stream, not a path: Pillow memory-maps an uncompressed TIFF of a path, and garbles it if its tag rotates it.
         with open(path, "rb") as stream, pillow.Image.open(stream) as file:
             if file.width * file.height > LARGEST:
                 raise pillow.Image.DecompressionBombError
@@ -215,46 +218,44 @@ def read(path: str | os.PathLike[str]) -> "Image":
         raise CamError(f"there is no file {name}") from None
     except pillow.UnidentifiedImageError:
         raise CamError(f"{name} is not a picture that Pillow can read") from None
-    except pillow.Image.DecompressionBombError:  # Pillow has a limit of its own, further up
+    except pillow.Image.DecompressionBombError:  # ours, or that of Pillow's own, larger limit
         raise CamError(f"{name} has more than {LARGEST // 10**6} megapixels: make it smaller first") from None
     except CamError:
         raise
-    except Exception as error:  # decoders raise whatever a damaged file leads them to: struct.error, IndexError, ...
+    except Exception as error:  # a decoder may raise anything on a damaged file: struct.error, IndexError, ...
         raise CamError(f"{name} cannot be read as a picture: {str(error) or type(error).__name__}") from error
 
 
-# ------------------------------------------------------------------------------------------- what preprocess makes
+# ------------------------------------------------------------------------------------------ the size of the input
 
 
 ENLARGED = 16_000_000
-"""The pixels of the largest network input that is larger than its picture."""
-_NARROW = 32  # the aspect ratio from which on a picture is tried by a small one before it is preprocessed
+"""The maximal number of pixels of a network input that is larger than its picture."""
+_NARROW = 32  # the aspect ratio from which preprocess is first tried on a small picture
 _PROBE_ASPECT = 8
 
 
 def check_narrow(preprocess: Callable[[Any], Any], size: tuple[int, int]) -> None:
-    """Refuse a narrow picture that `preprocess` would enlarge to a giant. A small picture tells, and no giant is made.
+    """Raise CamError if `preprocess` would enlarge a narrow picture beyond the limit. A small picture is used to find out.
 
-    Most preprocessing scales the shorter side to a fixed length, so a picture of 1 x 10000 pixels grows beyond memory, and
-    a crop afterwards comes too late. `size` is (width, height).
-
-    **Raises** `CamError` with the size and the limit.
+    Most preprocessing scales the shorter side to a fixed length. A picture of 1 x 10000 pixels would then exceed the memory
+    before a crop. `size` is (width, height).
     """
     aspect = max(size) / min(size)
-    scaled = None if aspect < _NARROW else _scaled(preprocess, size[0] > size[1], min(*size, 64))
+    scaled = None if aspect < _NARROW else _measure_scaling(preprocess, size[0] > size[1], min(*size, 64))
     if scaled is None:
         return
     short, cropped = scaled
     limit = LARGEST if cropped else max(ENLARGED, size[0] * size[1])
     if short**2 * aspect > limit:
         sides = (round(short * aspect), short) if size[0] > size[1] else (short, round(short * aspect))
-        raise _too_large(size, "would make", sides, limit)
+        raise _size_error(size, "would make", sides, limit)
 
 
-def _scaled(preprocess: Callable[[Any], Any], wide: bool, side: int) -> tuple[int, bool] | None:
-    """The length of the shorter side that `preprocess` scales a narrow picture to, and whether it crops then.
+def _measure_scaling(preprocess: Callable[[Any], Any], wide: bool, side: int) -> tuple[int, bool] | None:
+    """Return the length of the shorter side after `preprocess` of a narrow picture, and whether it crops.
 
-    `None` where it keeps no aspect ratio, or takes no such picture. The probe's ends are white: a crop does not show them.
+    Return `None` if it changes the aspect ratio or fails. The ends of the probe are white, so that a crop can be detected.
     """
     new, long = _pillow().Image.new, side * _PROBE_ASPECT
     probe = new("RGB", (long, side) if wide else (side, long))
@@ -264,21 +265,21 @@ def _scaled(preprocess: Callable[[Any], Any], wide: bool, side: int) -> tuple[in
         x = preprocess(probe).detach().double()
         long, short = max(x.shape[-2:]), min(x.shape[-2:])
         cropped = float((x.amax((-2, -1)) - x.amin((-2, -1))).max()) < 1e-3
-    except Exception:  # what is wrong with it, the picture itself will tell
+    except Exception:  # the picture itself will raise the error
         return None
     kept = long * 2 >= short * _PROBE_ASPECT
     return (short, not kept) if kept or cropped else None
 
 
 def check_input(x: Tensor, size: tuple[int, int]) -> None:
-    """Refuse what `preprocess` made, `(..., h, w)`, of a picture of `size` (width, height), if it is a giant."""
+    """Raise CamError if the input `(..., h, w)` of a picture of `size` (width, height) exceeds the limit."""
     height, width = x.shape[-2:]
     limit = max(ENLARGED, size[0] * size[1])
     if height * width > limit:
-        raise _too_large(size, "makes", (width, height), limit)
+        raise _size_error(size, "makes", (width, height), limit)
 
 
-def _too_large(size: tuple[int, int], verb: str, sides: tuple[int, int], limit: int) -> CamError:
+def _size_error(size: tuple[int, int], verb: str, sides: tuple[int, int], limit: int) -> CamError:
     made, found = (" x ".join(map(str, each)) for each in (sides, size))
     return CamError(
         f"preprocess {verb} an input of {made} pixels of the picture's {found}, more than {limit // 10**6} megapixels: "
@@ -286,40 +287,46 @@ def _too_large(size: tuple[int, int], verb: str, sides: tuple[int, int], limit: 
     )
 
 
-# ---------------------------------------------------------------------------------------------- what a network sees
+# ------------------------------------------------------------------------------------------- the picture of an input
 
 
 def as_seen(x: Tensor, preprocess: Callable[[Any], Any], size: tuple[int, int]) -> tuple[Tensor, bool]:
-    """The picture that a network's input `x`, `(k, h, w)`, shows: `(h, w, 3)` in [0, 1], and whether its colours are true.
+    """Recover the picture in a network's input, with its colors.
 
-    A map belongs to the input as resized and cropped, so the picture to lay it over is that one, with the scaling of its
-    colours undone. The scaling is measured: `preprocess` is shown pictures of one colour, of the `size` (width, height) of
-    the original. Where it turns out not to be one scale and offset for each channel, the input is stretched to [0, 1] instead.
+    A map belongs to the resized and cropped input, so it should be drawn over that picture. The scaling of colors is measured
+    on pictures of a single color, and undone. If it is not a scale and an offset per channel, the input is stretched to
+    [0, 1] instead.
+
+    - `x`: the network's input, `(k, h, w)`.
+    - `preprocess`: the function from a PIL image to `x`.
+    - `size`: the (width, height) of the original picture.
+
+    Returns the picture `(h, w, 3)` in [0, 1], and whether its colors are true.
     """
     x = x.detach().cpu().double()
-    undo = _measured(preprocess, size, x)
+    undo = _measure_inverse(preprocess, size, x)
     if undo is not None:
         return undo(x).clamp(0, 1).movedim(0, -1).expand(-1, -1, 3), True
-    grey = x if x.shape[0] in (1, 3) else x.mean(0, keepdim=True)
-    return maps.normalize(grey, (-3, -2, -1)).movedim(0, -1).expand(-1, -1, 3), False
+    gray = x if x.shape[0] in (1, 3) else x.mean(0, keepdim=True)
+    return maps.normalize(gray, (-3, -2, -1)).movedim(0, -1).expand(-1, -1, 3), False
 
 
-def _measured(preprocess: Callable[[Any], Any], size: tuple[int, int], x: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The inverse of what `preprocess` does to colours, or `None` if it is not a scale and an offset for each channel."""
+def _measure_inverse(preprocess: Callable[[Any], Any], size: tuple[int, int], x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Return the inverse of `preprocess` on colors, or `None` if it is not a scale and an offset per channel."""
     if x.shape[0] not in (1, 3):
         return None
     new = _pillow().Image.new
 
-    def of(*colour: int) -> Tensor:
-        return preprocess(new("RGB", size, colour)).detach().cpu().double().reshape(x.shape)
+    def of(*color: int) -> Tensor:
+        return preprocess(new("RGB", size, color)).detach().cpu().double().reshape(x.shape)
 
     try:
         black, white, probe = of(0, 0, 0), of(255, 255, 255), of(*_PROBE) if x.shape[0] == 3 else of(128, 128, 128)
         order = _order(black, of(255, 0, 0), of(0, 255, 0), of(0, 0, 255)) if x.shape[0] == 3 else [0]
-    except Exception:  # a preprocess need not take such pictures
+    except Exception:  # preprocess may refuse pictures of a single color
         return None
     span = white - black
-    shown = span.abs() > 1e-6 * span.abs().max()  # padding shows nothing of the picture
+    shown = span.abs() > 1e-6 * span.abs().max()  # false in padding
 
     def undo(t: Tensor) -> Tensor:
         return torch.where(shown, (t - black) / torch.where(shown, span, 1), 0)[order]
@@ -333,5 +340,5 @@ _PROBE = (64, 128, 192)
 
 
 def _order(black: Tensor, *primaries: Tensor) -> list[int]:
-    """Where red, green and blue went: channels may come out as BGR."""
+    """Return the channels of red, green and blue, which may be in the order BGR."""
     return [int((primary - black).abs().sum((1, 2)).argmax()) for primary in primaries]

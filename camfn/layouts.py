@@ -1,4 +1,4 @@
-"""Where a layer's activation has its channels. Inside, it is `(n, c, p)`: positions flattened, the grid beside it."""
+"""Layouts: the order of an activation's axes. Inside camfn an activation is `(n, c, p)`, with its grid flattened to p."""
 
 import functools
 import math
@@ -16,49 +16,53 @@ Sides = tuple[int, ...]
 
 
 class Read(NamedTuple):
-    """An activation on its grid, and the ways there and back."""
+    """An activation as `(n, c, p)` with its grid, and the functions to and from that form."""
 
     values: Activations
     grid: Sides
     view: Callable[[Tensor], Activations]
-    """Another tensor of the layer's shape, a gradient say, read the same way."""
+    """`view(tensor)`: another tensor of the layer's shape, such as a gradient, as `(n, c, p)`."""
     restore: Callable[..., Tensor]
-    """`restore(values, images=None)`: values `(m, c, p)` as the layer returns them. What is no position (a class token, a
-    register) is as it was captured: for the m images of the batch, or for those that `images` `(m,)` tells."""
+    """`restore(values, images=None)`: values `(m, c, p)` in the layer's own layout. Tokens outside the grid (class token,
+    registers) keep their captured values: those of the m images of the batch, or of the images `(m,)` at these indices."""
     like: Layout
     """The same layout, for an input of another size."""
 
 
 class Form(NamedTuple):
-    """How an activation can be read."""
+    """One way to read an activation."""
 
-    name: str  # how `layout=` says it
+    name: str  # the `layout=` argument that selects it
     grid: Sides
-    channels: int  # the width of its channels
-    last: bool = False  # where they are
-    prefix: int = 0  # tokens before the grid
-    sequence: bool = False  # `(tokens, n, channels)`, as torch's own transformers have it
+    channels: int  # the number of channels
+    last: bool = False  # whether the channels are the last axis
+    prefix: int = 0  # the number of tokens before the grid
+    sequence: bool = False  # whether it is `(tokens, n, channels)`, as in torch's own transformers
 
     @property
     def like(self) -> Layout:
-        """It, without its grid."""
+        """Return the layout without the grid."""
         named = self.name.strip('"')
         return named if named in _NAMED else Tokens(None, self.prefix)
 
 
 class Clues(NamedTuple):
-    """What the model's layers tell about its activations."""
+    """Evidence about the layout of activations, from the model's layers."""
 
-    first: frozenset[int] = frozenset()  # widths of layers that have their channels first: convolutions, batch norms
-    last: frozenset[int] = frozenset()  # and last: layer norms
-    axes: frozenset[int] = frozenset()  # along how many its convolutions go
-    grids: frozenset[Sides] = frozenset()  # what convolutions make of the input: where patches are embedded, their number
+    first: frozenset[int] = frozenset()  # channel counts of layers with channels first: convolutions, batch norms
+    last: frozenset[int] = frozenset()  # channel counts of layers with channels last: layer norms
+    axes: frozenset[int] = frozenset()  # numbers of spatial axes of the convolutions
+    grids: frozenset[Sides] = frozenset()  # output grids of convolutions on the input, such as a patch embedding
 
 
 def tokens(grid: Sequence[int] | None = None, prefix: int | None = None) -> Tokens:
-    """The layout `(n, tokens, channels)` of transformers: `prefix` tokens (class, distillation, registers), then a grid.
+    """The layout `(n, tokens, channels)` of transformers.
 
-    What is `None` is found from the other and from the input's proportions, where only one reading fits.
+    - `grid`: the sides of the grid of tokens, such as `(14, 14)`.
+    - `prefix`: the number of tokens before the grid: class, distillation and register tokens.
+
+    An argument that is `None` is inferred from the other one and from the input's aspect ratio, if only one reading fits.
+    Raises `CamError` if `grid` or `prefix` is not made of ints.
 
     >>> import camfn, torch
     >>> read = camfn.layouts.read(torch.randn(2, 1 + 6, 8), camfn.layouts.tokens((2, 3)), None, "blocks.0", 2)
@@ -66,9 +70,9 @@ def tokens(grid: Sequence[int] | None = None, prefix: int | None = None) -> Toke
     (torch.Size([2, 8, 6]), (2, 3))
     """
     if grid is not None and not (_are_ints(grid, 1) and grid):
-        raise CamError(f"layouts.tokens(grid={grid!r}): a grid is its sides, positive ints, or None")
+        raise CamError(f"layouts.tokens(grid={grid!r}): grid must be a sequence of positive ints, its sides, or None")
     if prefix is not None and not _are_ints((prefix,), 0):
-        raise CamError(f"layouts.tokens(prefix={prefix!r}): a prefix is a number of tokens, or None")
+        raise CamError(f"layouts.tokens(prefix={prefix!r}): prefix must be a number of tokens, or None")
     return Tokens(None if grid is None else tuple(grid), prefix)
 
 
@@ -84,7 +88,14 @@ def read(
     batch: int,
     clues: Callable[[], Clues] = Clues,
 ) -> Read:
-    """The activation as `(n, c, p)`. `spatial` is the size of the input that has the pixels, if there is one."""
+    """Read an activation as `(n, c, p)`.
+
+    - `spatial`: the spatial size of the input with the pixels, if there is one.
+    - `layer`: the layer's name, for error messages.
+    - `clues`: a function that returns the evidence from the model's layers. It is called only if it is needed.
+
+    Raises `CamError` if the activation has no spatial axes, another batch size, or no unambiguous layout.
+    """
     if not (layout in _NAMED if isinstance(layout, str) else callable(layout) or isinstance(layout, Tokens)):
         raise CamError(
             f'layout must be "auto", "channels_first", "channels_last", camfn.layouts.tokens() or a callable; found {layout!r}'
@@ -96,30 +107,30 @@ def read(
         _check_batch(shape, layer, batch)
     forms = forms_of(shape, layout, spatial, batch, clues)
     if len(forms) != 1:
-        raise CamError(f"{layer_called(layer)} gives {shape}, {_unclear(forms, shape, layout, spatial)}")
+        raise CamError(f"{layer_called(layer)} gives {shape}, {_unclear_message(forms, shape, layout, spatial)}")
     form = forms[0]
-    view, restore = functools.partial(_viewed, form), functools.partial(_restored, form, activation)
+    view, restore = functools.partial(_view, form), functools.partial(_restore, form, activation)
     return Read(view(activation), form.grid, view, restore, form.like)
 
 
 def forms_of(shape: Sides, layout: Layout, spatial: Sides | None, batch: int, clues: Callable[[], Clues] = Clues) -> list[Form]:
-    """How an activation of this shape can be read: in one way, it is to be hoped; in none, or in several that fit alike."""
+    """Return the ways to read an activation of this shape: one, none, or several that fit equally well."""
     if len(shape) < 3 or 0 in shape:
         return []
     if layout in ("channels_first", "channels_last"):
         return [_grid_form(shape, layout == "channels_last")]
     first, last = _grid_form(shape, False), _grid_form(shape, True)
     if layout == "auto" and shape[0] == batch and _fit(spatial, first.grid) and not _fit(spatial, last.grid):
-        return [first]  # as nearly every activation is; nothing more has to be known
+        return [first]  # nearly every activation; the clues are not needed
     known = clues()
     if isinstance(layout, Tokens):
         return _token_forms(shape, layout, spatial, batch, known)
     if shape[0] == batch and _fit(spatial, first.grid) >= max(_fit(spatial, last.grid), 1) and known.first and not known.last:
-        return [first]  # a model of convolutions in which no layer has its channels last, and no better reading
+        return [first]  # a convolutional model without channels-last layers, and no better reading
     if len(shape) == 3 and known.axes and 1 not in known.axes and (spatial is None or len(spatial) == 1):
-        return []  # a spectrogram whose channel axis the model adds: its tokens are no line
+        return []  # a spectrogram whose channel axis the model adds: its tokens do not lie on a line
     found = _token_forms(shape, Tokens(), spatial, batch, known)
-    if spatial is None or len(spatial) == 1:  # a line has all proportions: a convolution must have made the grid
+    if spatial is None or len(spatial) == 1:  # any length fits a line, so require a convolution with this output grid
         found = [form for form in found if form.prefix and form.grid in known.grids]
     if shape[0] == batch:
         same_rank = spatial is None or len(shape) == len(spatial) + 2
@@ -135,21 +146,21 @@ def _grid_form(shape: Sides, last: bool) -> Form:
     return Form('"channels_last"' if last else '"channels_first"', grid, channels, last)
 
 
-# ------------------------------------------------------------------------------------------------- there and back
+# -------------------------------------------------------------------------------------------- to (n, c, p) and back
 
 
-def _viewed(form: Form, activation: Tensor) -> Activations:
-    return _moved(form, activation).flatten(2)[..., form.prefix :]
+def _view(form: Form, activation: Tensor) -> Activations:
+    return _move_axes(form, activation).flatten(2)[..., form.prefix :]
 
 
-def _moved(form: Form, activation: Tensor) -> Tensor:
-    """Batch first, channels second."""
+def _move_axes(form: Form, activation: Tensor) -> Tensor:
+    """Move the batch to the first axis and the channels to the second."""
     batched = activation.transpose(0, 1) if form.sequence else activation
     return batched.movedim(-1, 1) if form.last else batched
 
 
-def _restored(form: Form, activation: Tensor, values: Activations, images: Tensor | None = None) -> Tensor:
-    whole = _moved(form, activation)
+def _restore(form: Form, activation: Tensor, values: Activations, images: Tensor | None = None) -> Tensor:
+    whole = _move_axes(form, activation)
     flat = values.to(activation.dtype)
     if form.prefix:
         before = whole.flatten(2)[..., : form.prefix]
@@ -157,7 +168,7 @@ def _restored(form: Form, activation: Tensor, values: Activations, images: Tenso
         flat = torch.cat([before.expand(len(flat), -1, -1), flat], -1)
     moved = flat.reshape(-1, *whole.shape[1:])
     batched = moved.movedim(1, -1) if form.last else moved
-    # What a model views as one block of memory has to be one.
+    # contiguous: the model may call `view` on it
     return (batched.transpose(0, 1) if form.sequence else batched).contiguous()
 
 
@@ -166,14 +177,14 @@ def _by_callable(activation: Tensor, layout: Callable[[Tensor], Tensor], layer: 
     if moved.ndim < 3 or math.prod(moved.shape[2:]) == 0:
         raise CamError(
             f"{layer_called(layer)} gives {tuple(activation.shape)}, and layout= makes it {tuple(moved.shape)}, "
-            "which has no spatial axes; it is to make it (n, c, *grid)"
+            "which has no spatial axes; it must return (n, c, *grid)"
         )
     _check_batch(tuple(moved.shape), layer, batch)
 
     def restore(values: Activations, images: Tensor | None = None) -> Tensor:
         raise CamError(
-            f"this method writes values into {layer_called(layer)}, and layout= is a function, which has no way back; "
-            'say it as "channels_first", "channels_last" or camfn.layouts.tokens(grid, prefix)'
+            f"this method writes values into {layer_called(layer)}, and layout= is a function, which has no inverse; "
+            'pass "channels_first", "channels_last" or camfn.layouts.tokens(grid, prefix)'
         )
 
     return Read(moved.flatten(2), tuple(moved.shape[2:]), lambda other: layout(other).flatten(2), restore, layout)
@@ -183,7 +194,7 @@ def _by_callable(activation: Tensor, layout: Callable[[Tensor], Tensor], layer: 
 
 
 def _best(evidence: dict[Form, tuple[int, ...]]) -> list[Form]:
-    """The forms that no other beats, which has for it all that they have, and more."""
+    """Return the forms whose evidence no other form dominates."""
 
     def beaten(mine: tuple[int, ...]) -> bool:
         return any(other != mine and all(b >= a for a, b in zip(mine, other)) for other in evidence.values())
@@ -192,7 +203,7 @@ def _best(evidence: dict[Form, tuple[int, ...]]) -> list[Form]:
 
 
 def _evidence(form: Form, spatial: Sides | None, clues: Clues) -> tuple[int, ...]:
-    """The input's proportions; a width that such layers of the model have; a grid that a convolution makes of the input."""
+    """Score a form by the input's aspect ratio, the layers' channel counts, and the output grids of convolutions."""
     return (
         _fit(spatial, form.grid),
         form.channels in (clues.last if form.last else clues.first),
@@ -201,7 +212,7 @@ def _evidence(form: Form, spatial: Sides | None, clues: Clues) -> tuple[int, ...
 
 
 def _fit(spatial: Sides | None, grid: Sides) -> int:
-    """Is the grid the input at one stride: 2 if it is, 1 give or take a cell, 0 if not, or if it is finer than the input."""
+    """Return 2 if the grid is the input at a single stride, 1 if it is up to one cell, else 0 (also if it is finer)."""
     if spatial is None or len(grid) != len(spatial):
         return 0
     if len({Fraction(side, cell) for side, cell in zip(spatial, grid)}) == 1:
@@ -211,12 +222,12 @@ def _fit(spatial: Sides | None, grid: Sides) -> int:
     return int(low < high and high >= 1)
 
 
-def _said(grid: Sides | None, prefix: int | None) -> str:
+def _tokens_call(grid: Sides | None, prefix: int | None) -> str:
     return f"camfn.layouts.tokens(grid={grid}, prefix={prefix})"
 
 
 _PREFIX = 8
-"""Most tokens before a grid that are looked for: a class token and some registers."""
+"""The largest prefix that is tried: a class token and some registers."""
 
 
 def _token_forms(shape: Sides, asked: Tokens, spatial: Sides | None, batch: int, clues: Clues) -> list[Form]:
@@ -226,7 +237,7 @@ def _token_forms(shape: Sides, asked: Tokens, spatial: Sides | None, batch: int,
     count, channels = (shape[0] if sequence else shape[1]), shape[2]
 
     def form(prefix: int, grid: Sides) -> Form:
-        return Form(_said(grid, prefix), grid, channels, True, prefix, sequence)
+        return Form(_tokens_call(grid, prefix), grid, channels, True, prefix, sequence)
 
     if asked.grid is not None:
         prefix = count - math.prod(asked.grid)
@@ -244,7 +255,7 @@ def _token_forms(shape: Sides, asked: Tokens, spatial: Sides | None, batch: int,
 
 
 def _regular(spatial: Sides) -> Iterator[Sides]:
-    """The grids of square patches that cover the input."""
+    """Yield the grids of square patches that tile the input."""
     common = math.gcd(*spatial)
     return (tuple(side // patch for side in spatial) for patch in range(1, common + 1) if common % patch == 0)
 
@@ -253,7 +264,7 @@ def _regular(spatial: Sides) -> Iterator[Sides]:
 
 
 def _is_sequence(shape: Sides, batch: int) -> bool:
-    """`(tokens, n, channels)`, as torch's own transformers have it by default."""
+    """Return True for the shape `(tokens, n, channels)`, the default of torch's own transformers."""
     return len(shape) == 3 and shape[0] != batch and shape[1] == batch
 
 
@@ -264,22 +275,22 @@ def _check_batch(shape: Sides, layer: str, batch: int) -> None:
     if shape[0] % batch == 0 and len(shape) > 2:
         parts = shape[0] // batch
         raise CamError(
-            f"{found}: {parts} windows, crops or frames of each input, and their order cannot be seen; choose the layer around "
+            f"{found}: {parts} windows, crops or frames per input, whose order is not known; choose the layer around "
             "them, or pass as layout= a function that brings them to (n, c, *grid)"
         )
     raise CamError(f"{found}: is the batch axis of x missing? (x[None] adds one)")
 
 
-def _unclear(forms: list[Form], shape: Sides, layout: Layout, spatial: Sides | None) -> str:
+def _unclear_message(forms: list[Form], shape: Sides, layout: Layout, spatial: Sides | None) -> str:
     if forms:
         ways = " or ".join(form.name for form in forms[:4])
-        return f"which can be read in {len(forms)} ways that fit alike; say which by layout={ways}"
+        return f"which can be read in {len(forms)} ways that fit equally well; choose one by layout={ways}"
     if len(shape) < 3 or 0 in shape:
-        return "which has no spatial axes; choose a layer before pooling and flattening, or pass layout= to say where they are"
+        return "which has no spatial axes; choose a layer before pooling and flattening, or pass layout="
     if isinstance(layout, Tokens):
-        return f"which is not (n, tokens, channels) with a prefix and a grid as layout={_said(*layout)} has them"
+        return f"which is not (n, tokens, channels) with the prefix and grid of layout={_tokens_call(*layout)}"
     size = "the input" if spatial is None else f"the input, {spatial}"
     return (
-        f"and no grid of that many positions has the proportions of {size}; say where they are by "
-        "layout=camfn.layouts.tokens(grid, prefix), or by a function that brings it to (n, c, *grid)"
+        f"and no grid of that many positions has the proportions of {size}; pass "
+        "layout=camfn.layouts.tokens(grid, prefix), or a function that brings it to (n, c, *grid)"
     )

@@ -1,4 +1,4 @@
-"""How good a map is, in numbers: does it lie on the object? Tensors in, tensors out; no model, no method."""
+"""Metrics of localization: how well a map lies on the object. Functions of tensors."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,19 +14,21 @@ _POOL = {1: torch.nn.functional.max_pool1d, 2: torch.nn.functional.max_pool2d, 3
 def energy_pointing_game(
     maps: Float[Tensor, "..."], masks: Bool[Tensor, "..."], *, spatial_ndim: int = 2
 ) -> Float[Tensor, "..."]:
-    """The share of a map's energy that lies inside the object: `sum_(p in mask) L_p / sum_p L_p`, from 0 to 1.
+    """The energy-based pointing game: the share of a map's energy that lies inside the object, from 0 to 1.
+
+        sum_(p in mask) L_p / sum_p L_p
 
     **Arguments**
 
-    - `maps`: `(..., *grid)`, resized to the masks' size (multilinear). Negative values count as 0. The scale does not matter,
-      an offset does: compare maps that were normalised alike.
-    - `masks`: `(..., *size)` of bools, with the same leading axes: where the object is (the paper: its bounding box).
-    - `spatial_ndim`: how many axes, the last ones, are spatial.
+    - `maps`: `(..., *grid)`, resized to the masks' size (multilinear). Negative values count as 0. The scale of a map does
+      not matter, but an offset does: compare maps with the same normalization.
+    - `masks`: bools `(..., *size)` with the same leading axes, true inside the object (the paper uses its bounding box).
+    - `spatial_ndim`: the number of spatial axes, which come last.
 
-    **Returns** `(...)`, float32 or wider. A map with nothing positive has no energy to share out: NaN. A map that is the same
-    everywhere gets the object's share of the picture, which is what a map has to beat.
+    **Returns** `(...)`, float32 or wider. The value is NaN if a map is nowhere positive. For a constant map it is the
+    object's share of the picture, which is the baseline.
 
-    **Raises** `CamError` where the masks are not bools or the leading axes differ.
+    **Raises** `CamError` if the masks are not bools or the leading axes differ.
 
     >>> import torch
     >>> left = torch.tensor([[True, True, False, False]] * 4)
@@ -43,17 +45,18 @@ def energy_pointing_game(
 def pointing_game(
     maps: Float[Tensor, "..."], masks: Bool[Tensor, "..."], *, tolerance: int = 0, spatial_ndim: int = 2
 ) -> Float[Tensor, "..."]:
-    """Is the map's maximum on the object? 1 for a hit and 0 for a miss; the mean over images is the accuracy.
+    """The pointing game: 1 if the map's maximum is on the object, else 0. The mean over images is the accuracy.
 
     **Arguments**
 
-    - `maps`, `masks`, `spatial_ndim`: as for `energy_pointing_game`.
-    - `tolerance`: so many pixels beyond the object, along each axis, are a hit too (the paper: 15, in a circle).
+    - `maps`, `masks`, `spatial_ndim`: as in `energy_pointing_game`.
+    - `tolerance`: the number of pixels beyond the object, along each axis, that still count as a hit (the paper uses a circle
+      of 15).
 
-    **Returns** `(...)`, float32 or wider. Where several pixels share the maximum, the share of them that are hits: a flat map
-    hits as often as a random pixel does.
+    **Returns** `(...)`, float32 or wider. If several pixels share the maximum, the value is the share of them that are hits.
+    A flat map therefore scores like a random pixel.
 
-    **Raises** `CamError` as `energy_pointing_game` does, and for a negative tolerance.
+    **Raises** `CamError` as `energy_pointing_game` does, or if the tolerance is negative.
 
     >>> import torch
     >>> left = torch.tensor([[True, True, False, False]] * 4)
@@ -63,27 +66,27 @@ def pointing_game(
     Zhang et al., Top-down Neural Attention by Excitation Backprop, 2016 (arXiv 1608.00507), section 4.1.
     """
     if not isinstance(tolerance, int) or tolerance < 0:
-        raise CamError(f"tolerance={tolerance!r} must be a whole number of pixels, 0 or more")
+        raise CamError(f"tolerance={tolerance!r} must be an integer number of pixels, 0 or more")
     values, inside = _on_pixels(maps, masks, spatial_ndim, tolerance)
     highest = (values == values.amax(-1, keepdim=True)).to(values.dtype)
     return (highest * inside).sum(-1) / highest.sum(-1)
 
 
 def _on_pixels(maps: Tensor, masks: Tensor, axes: int, dilation: int = 0) -> tuple[Tensor, Tensor]:
-    """Maps and dilated masks as `(..., pixels)` of one size."""
+    """Return the maps and the dilated masks at the masks' size, `(..., pixels)`."""
     if axes not in _POOL:
         raise CamError(f"spatial_ndim={axes!r} must be 1, 2 or 3")
     if masks.dtype != torch.bool:
-        raise CamError(f"masks are {masks.dtype}: an object's mask is of bools (masks > 0.5)")
+        raise CamError(f"masks are {masks.dtype}: they must be bools (masks > 0.5)")
     if maps.shape[:-axes] != masks.shape[:-axes] or min(maps.ndim, masks.ndim) < axes:
         raise CamError(
             f"maps have shape {tuple(maps.shape)} and masks {tuple(masks.shape)}: all axes but the last {axes} must be the same"
         )
     resized = resize(maps.to(wide(maps.dtype)), masks.shape[-axes:])
-    return resized.flatten(-axes), _dilated(masks, dilation, axes).flatten(-axes)
+    return resized.flatten(-axes), _dilate(masks, dilation, axes).flatten(-axes)
 
 
-def _dilated(masks: Tensor, by: int, axes: int) -> Tensor:
+def _dilate(masks: Tensor, by: int, axes: int) -> Tensor:
     if by == 0:
         return masks
     flat = masks.reshape(-1, 1, *masks.shape[-axes:]).float()

@@ -1,6 +1,6 @@
-"""Hypothesis strategies for property-based tests of maps: small valid models, and inputs, layers and targets that fit them.
+"""Hypothesis strategies for property-based tests of maps: small models, with inputs, layers and targets that fit them.
 
-Everything is built valid, nothing is filtered away. A case is in the order of a method's arguments:
+Every example is valid by construction; nothing is filtered. The fields of a case are in the order of a method's arguments:
 
 >>> import camfn
 >>> from camfn.testing import cases
@@ -12,7 +12,7 @@ Everything is built valid, nothing is filtered away. A case is in the order of a
 ...     assert 0 <= maps.min() and maps.max() <= 1
 >>> maps_are_in_the_unit_interval()
 
-(`camfn.explain` notes a flat map on its card, where `camfn.score_cam` warns.) The only file of camfn that needs hypothesis.
+(`camfn.explain` reports a flat map in its findings, where `camfn.score_cam` warns.) No other file of camfn needs hypothesis.
 """
 
 from collections.abc import Callable
@@ -34,24 +34,24 @@ _NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 class Spec(NamedTuple):
-    """Everything that a `TinyNet` is made from; a failing test prints it."""
+    """The parameters of a `TinyNet`. A failing test prints them."""
 
-    sides: tuple[int, ...] = (6, 5)  # of the input: one to three spatial axes
-    block: Literal["plain", "residual", "dense"] = "plain"  # the middle: convolved, added (in place) or concatenated
-    pooled: bool = True  # the head: global average pooling, or all positions, before the linear layer
+    sides: tuple[int, ...] = (6, 5)  # sides of the input, with one to three spatial axes
+    block: Literal["plain", "residual", "dense"] = "plain"  # the block's output is plain, added (in place) or concatenated
+    pooled: bool = True  # whether the linear layer follows global average pooling, or takes all positions
     colors: int = 2  # channels of the input
     width: int = 2  # channels of the stem
     channels: int = 3  # channels of `features`
     classes: int = 3
-    stride: int = 2  # of `features`
-    dead: int = 0  # so many channels of `features` are constant (one at least is not)
-    inplace: bool = False  # activations work in place
-    training: bool = False  # left in train mode
-    seed: int = 0  # of the weights
+    stride: int = 2  # stride of `features`
+    dead: int = 0  # number of constant channels of `features` (at least one channel is not)
+    inplace: bool = False  # whether the activation functions work in place
+    training: bool = False  # whether the model is in train mode
+    seed: int = 0  # seed of the weights
 
 
 class Block(nn.Module):
-    """A convolution whose output is handed on, or joined with its input."""
+    """A convolution whose output may be joined with its input."""
 
     def __init__(self, conv: type[nn.Module], spec: Spec) -> None:
         super().__init__()
@@ -66,10 +66,11 @@ class Block(nn.Module):
 
 
 class TinyNet(nn.Module):
-    """`stem` (convolution, batch norm, SiLU), `block`, `features` (a convolution), `act` (ReLU), pooling, dropout, `fc`.
+    """A small float64 classifier.
 
-    In float64. Every kernel covers its input symmetrically, strided or not: flip the kernels and the head, and you have the
-    network of the flipped input.
+    It consists of `stem` (convolution, batch norm, SiLU), `block`, `features` (a convolution), `act` (ReLU), pooling, dropout
+    and `fc`. Every kernel covers its input symmetrically, strided or not. The network with flipped kernels and head therefore
+    computes the same scores from the flipped input.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -107,7 +108,7 @@ class TinyNet(nn.Module):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers that have spatial axes, in the order of execution."""
+        """The layers with spatial axes, in the order of execution."""
         return ("stem.0", "stem.1", "stem", "block.conv", "block", "features", "act")
 
     def __repr__(self) -> str:
@@ -140,36 +141,40 @@ _FIELDS: dict[str, SearchStrategy[Any]] = {
 
 
 def models(**fields: Any) -> SearchStrategy[TinyNet]:
-    """Networks of every `Spec`, or of those with the given fields: `models(block="residual", classes=st.integers(2, 9))`."""
+    """Networks of every `Spec`.
+
+    Fields can be fixed, or given a strategy: `models(block="residual", classes=st.integers(2, 9))`.
+    """
     given = {name: value if isinstance(value, SearchStrategy) else st.just(value) for name, value in fields.items()}
     return st.builds(Spec, **{**_FIELDS, **given}).map(TinyNet)
 
 
 def inputs_of(model: TinyNet, n: int | SearchStrategy[int] = st.integers(1, 3)) -> SearchStrategy[Tensor]:
-    """Batches of `n` normal numbers that the model takes."""
+    """Input batches `(n, colors, *sides)` of normal random numbers."""
 
     def make(count: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(count, model.spec.colors, *model.spec.sides, generator=generator, dtype=torch.float64)
 
-    # Never a model's seed: an input of the same numbers as a kernel makes a symmetric activation, flat where one cuts it.
+    # Disjoint from the models' seeds: an input with a kernel's numbers gives a symmetric activation, which may be flat.
     return st.builds(make, st.just(n) if isinstance(n, int) else n, st.integers(10_000, 19_999))
 
 
 def layers_of(model: TinyNet, *, linear_head: bool = False, varied: bool = False) -> SearchStrategy[str]:
     """Names of layers with spatial axes.
 
-    `linear_head`: only those whose channels the last linear layer reads. `varied`: only those that have a channel which is
-    not flat, whatever the input, if their grid has more than one position (a ReLU may leave nothing).
+    - `linear_head`: only the layers whose channels the last linear layer reads.
+    - `varied`: only layers with a channel that is not flat, for any input, if the grid has more than one position. This
+      excludes the ReLU, whose output may be zero.
     """
     names = model.layers[-2:] if linear_head else model.layers
     return st.sampled_from([name for name in names if not (varied and name == "act")])
 
 
 def targets_of(model: TinyNet, n: int, *, plain: bool = False) -> SearchStrategy[Target]:
-    """Targets of every kind that a classifier has, for a batch of `n`.
+    """Targets of every kind for classifiers, for a batch of `n`.
 
-    `plain`: only classes by number, which every method and recipe takes.
+    - `plain`: only classes by number, which every method and recipe accepts.
     """
     one, count = st.integers(0, model.spec.classes - 1), model.spec.classes
     each = st.lists(one, min_size=n, max_size=n)
@@ -193,7 +198,7 @@ def targets_of(model: TinyNet, n: int, *, plain: bool = False) -> SearchStrategy
 
 
 def _margin(c: int) -> Callable[[Tensor], Tensor]:
-    """A target that is a function: class `c` over the mean of all."""
+    """Return a target function: the logit of class `c` minus half the mean logit."""
 
     def margin(y: Tensor) -> Tensor:
         return y[c] - 0.5 * y.mean()
@@ -205,18 +210,19 @@ def _margin(c: int) -> Callable[[Tensor], Tensor]:
 def cases(
     draw: st.DrawFn, method: str | None = None, *, recipe: str | Recipe = "torchcam", varied: bool = False, **fields: Any
 ) -> Case:
-    """Models, layers, inputs and targets that `camfn.METHODS[method]` takes with this recipe; for `None`, that all take
-    but those that follow attention.
+    """Arguments (model, layer, x, target) for `camfn.METHODS[method]` with this recipe.
 
-    `varied`: in every image some channel of the layer is not flat. `fields` are those of `Spec`.
+    - `method`: `None` gives arguments that every method accepts, except those that need attention.
+    - `varied`: in every image, some channel of the layer is not flat.
+    - `fields`: fields of `Spec`, as in `models`.
     """
     if method is not None and "attention" in METHODS[method].needs:
-        raise CamError(f"{method} follows attention, and the models of camfn.testing are convolutional")
+        raise CamError(f"{method} needs attention, and the models of camfn.testing are convolutional")
     linear_head = method is None or "linear head" in METHODS[method].needs
     knobs = recipe_of(recipe)
-    varied = varied or knobs.flat == "skip"  # a recipe that leaves flat channels out needs one that is not
+    varied = varied or knobs.flat == "skip"  # a recipe that skips flat channels needs one that is not
     if linear_head or (method is not None and "any size" in METHODS[method].needs):
-        fields = {"pooled": True, **fields}  # as else only inputs of one size are taken
+        fields = {"pooled": True, **fields}  # else the model takes inputs of one size only
     if varied:
         fields = {"sides": st.lists(st.integers(3, 6), min_size=1, max_size=3).map(tuple), **fields}
     model = draw(models(**fields))

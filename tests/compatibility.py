@@ -54,7 +54,7 @@ REASONS = {
     ),
     "z": (r"cameras shows the model its input at other sizes", "the network accepts images of one size only"),
     "n": (
-        r"lift_cam has no rule for|hangs on values that are read in Python",
+        r"lift_cam has no rule for|(hangs|depends) on values that are read in Python",
         "DeepLIFT's rule covers affine operations, element-wise functions and max-pooling, and the head has a layer norm, "
         "attention, a product of two varying values, or a branch in Python",
     ),
@@ -63,7 +63,7 @@ REASONS = {
         "the model takes frames before channels, and camfn takes `(n, channels, *size)`: wrap the model to swap the axes",
     ),
     "s": (
-        r"masked= must say which|needs spatial axes in the input|in \d+ ways that fit alike|no layer of \w+ has 1 spatial",
+        r"masked= must say which|needs spatial axes in the input|in \d+ ways that fit equally|no layer of \w+ has 1 spatial",
         "the input is a sound or a spectrogram without a channel axis: methods that mask need `(n, channels, *size)`; for "
         "other methods, pass a layer and its `layout=`",
     ),
@@ -179,8 +179,8 @@ LIBRARIES = ("torch", "torchvision", "timm", "transformers")
 PROSE = """# What works on which architecture
 
 This page shows which method works on which architecture: {count} networks, one of each kind, small and with random weights, and
-{methods} methods. Every method was called with nothing but the model and an input, `camfn.explain(model, None, x, method=...)`. camfn
-therefore chose the layer, and the target is the predicted class. Only detectors, segmentation models and image towers got a
+{methods} methods. Every method was called with nothing but the model and an input, `camfn.explain(model, None, x, method=...)`.
+camfn therefore chose the layer, and the target is the predicted class. Only detectors, segmentation models and image towers got a
 target, because they predict no class. `python tests/compatibility.py --write` generates this page. This version is from
 {libraries}.
 
@@ -193,7 +193,8 @@ Each column is a group of methods with the same result on every network:
 
 {reasons}
 `rise` and `full_grad` take no layer. Their maps, and those of `cameras`, have the size of the input. `poly_cam` takes the last
-layer of each grid size, and its map is on the finest of these grids. Maps of the attention methods are on the grid of the tokens.
+layer of each grid size, and its map is on the finest of these grids.
+Maps of the attention methods are on the grid of the tokens.
 
 `cam` uses a linear layer of matching widths. It does not notice if the network has more than average pooling between the two,
 such as a class token or a norm.

@@ -232,7 +232,7 @@ def test_pytorch_grad_cam_makes_no_smaller_an_error():
 
 def test_what_is_below_zero_is_left_out_and_said():
     net, x = small_net(), inputs(2)
-    with pytest.warns(camfn.CamWarning, match=r"\d+% of the activation's energy at layer 'features' is below zero"):
+    with pytest.warns(camfn.CamWarning, match=r"\d+% of the activation's energy at layer 'features' is negative"):
         found = camfn.factorize(net, "features", x, concepts=2)
     close(found.maps, camfn.factorize(net, "act", x, concepts=2).maps)
 
@@ -250,7 +250,7 @@ def test_nothing_to_factorize():
     with torch.no_grad():
         net.features.weight.zero_()
         net.features.bias.fill_(-1)
-    with pytest.raises(CamError, match="layer 'act' has nothing above zero: there is nothing to factorize"):
+    with pytest.raises(CamError, match="layer 'act' has no positive value, and nothing to factorize"):
         camfn.factorize(net, "act", inputs(2))
     with pytest.raises(CamError, match="factorize takes one layer"):
         camfn.factorize(small_net(), ["act"], inputs(2))

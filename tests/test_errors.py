@@ -139,7 +139,7 @@ def wiring():
 
 
 def test_a_layer_that_runs_twice():
-    with says("layer 'twice'", "more than once", "say which of its calls", "'twice@1', 'twice@2'"):
+    with says("layer 'twice'", "more than once", "choose one of its calls", "'twice@1', 'twice@2'"):
         explain(wiring(), layer="twice")
     with says("layer 'twice@3'", "ran 2 times in this forward"):
         explain(wiring(), layer="twice@3")
@@ -924,7 +924,7 @@ def test_cam_with_an_input_count_other_than_the_channels():
 
 
 def test_cam_with_a_linear_layer_of_other_classes():
-    with says("fc='4'", "4 values", "3 classes"):
+    with says("fc='4'", "4 outputs", "3 classes"):
         cam(pooled(nn.Linear(4, 4), nn.Linear(4, 3)), layer="1", fc="4")
 
 

@@ -107,9 +107,9 @@ def test_no_global_figure_is_made():
 @pytest.mark.parametrize(
     ("panels", "options", "said"),
     [
-        ([], {}, r"a grid has a row at least.*found \[\]"),
+        ([], {}, r"a grid needs a row.*found \[\]"),
         ([[]], {}, r"found \[0\]"),
-        ([[Panel(GREY)], [Panel(GREY)] * 2], {}, r"all rows have as many panels; found \[1, 2\]"),
+        ([[Panel(GREY)], [Panel(GREY)] * 2], {}, r"all rows must have the same length; found \[1, 2\]"),
         ([[Panel(GREY)]], {"rows": ["a", "b"]}, "rows has 2 names, and the grid has 1 rows"),
         ([[Panel(GREY)] * 3], {"columns": ["a"]}, "columns has 1 names, and the grid has 3 columns"),
         ([[Panel(GREY, MAP * 2)]], {}, "map has values from 0 to 2"),

@@ -169,14 +169,14 @@ def test_a_map_that_cannot_be_coloured_is_an_error(map, words):
     [
         (
             torch.tensor([[[-2.0]], [[0.5]], [[2.0]]]).expand(3, 6, 6),
-            r"image has values from -2 to 2, .*undo the normalisation",
+            r"image has values from -2 to 2, .*undo the normalization",
         ),
-        (PICTURE.astype(np.float32), "undo the normalisation .*or divide by 255"),
+        (PICTURE.astype(np.float32), "undo the normalization .*or divide by 255"),
         (torch.full((3, 5, 7), torch.nan), "image has NaN or infinite values"),
-        (PICTURE.astype(np.int64), r"image is torch\.int64: a picture is uint8, or floats in \[0, 1\]"),
+        (PICTURE.astype(np.int64), r"image is torch\.int64: it must be uint8, or floats in \[0, 1\]"),
         (torch.ones(5, 7, dtype=torch.bool), r"image is torch\.bool"),
         (np.zeros((5, 7, 2)), r"image has shape \(5, 7, 2\).*k = 1, 3 or 4"),
-        (torch.zeros(1, 3, 5, 7), r"image has shape \(1, 3, 5, 7\), and one picture is wanted.*x\[0\]"),
+        (torch.zeros(1, 3, 5, 7), r"image has shape \(1, 3, 5, 7\), but must be one picture.*x\[0\]"),
         (torch.zeros(5), r"image has shape \(5,\)"),
         (np.zeros((0, 7, 3)), r"image has shape \(0, 7, 3\)"),
         (np.zeros((3, 9, 4)), r"image of shape \(3, 9, 4\) could be .*pass it as a PIL image"),

@@ -96,14 +96,14 @@ def test_tokens_are_told_by_the_input_and_by_what_embeds_its_patches(count, spat
     ],
 )
 def test_two_readings_that_fit_alike_are_an_error_that_names_them(shape, spatial, clues, ways):
-    with pytest.raises(CamError, match=r"layer 'layer' gives \(2, .* can be read in 2 ways that fit alike; say which") as error:
+    with pytest.raises(CamError, match=r"layer 'layer' gives \(2, .* can be read in 2 ways that fit equally well") as error:
         read(shape, spatial, clues)
     for way in ways:
         assert f"layout={way}" in str(error.value) or f"or {way}" in str(error.value) or f".{way}" in str(error.value)
 
 
 def test_where_nothing_fits_the_error_says_what_to_do():
-    with pytest.raises(CamError, match=r"no grid of that many positions has the proportions of the input, \(224, 224\); say"):
+    with pytest.raises(CamError, match=r"no grid of that many positions has the proportions of the input, \(224, 224\); pass"):
         read((2, 32, 768), (224, 224), of_widths(last=[768]))
     with pytest.raises(CamError, match="no grid of that many"):
         read((2, 37, 192), (100, 100), of_widths(last=[192]))
@@ -137,13 +137,13 @@ def test_tokens_said_by_hand():
     assert read((2, 13, 5), (48, 64), layout=layouts.tokens()).grid == (3, 4)
     assert read((2, 10, 5), (96, 96), layout=layouts.tokens(prefix=6)).grid == (2, 2)
     assert read((2, 31, 5), (96, 96), layout=layouts.tokens(grid=(3, 3))).values.shape == (2, 5, 9)  # a prefix of 22
-    with pytest.raises(CamError, match=r"not \(n, tokens, channels\) with a prefix and a grid as layout=camfn.layouts.tokens"):
+    with pytest.raises(CamError, match=r"not \(n, tokens, channels\) with the prefix and grid of layout=camfn.layouts.tokens"):
         read((2, 13, 5), (48, 64), layout=layouts.tokens((3, 4), prefix=2))
     with pytest.raises(CamError, match="which is not"):
         read((2, 13, 5, 5), (48, 64), layout=layouts.tokens())
-    with pytest.raises(CamError, match=r"tokens\(grid=\(3, 0\)\): a grid is its sides"):
+    with pytest.raises(CamError, match=r"tokens\(grid=\(3, 0\)\): grid must be"):
         layouts.tokens((3, 0))
-    with pytest.raises(CamError, match=r"tokens\(prefix=-1\): a prefix is a number"):
+    with pytest.raises(CamError, match=r"tokens\(prefix=-1\): prefix must be a number"):
         layouts.tokens(prefix=-1)
 
 
@@ -163,7 +163,7 @@ def test_a_callable_layout_reads_and_has_no_way_back():
     assert found.grid == (2, 3)
     assert_close(found.values[0, :, 0], tokens[0, 1], 0)
     assert_close(found.view(tokens * 2), found.values * 2, 0)
-    with pytest.raises(CamError, match="writes values into layer 'layer', and layout= is a function, which has no way back"):
+    with pytest.raises(CamError, match="writes values into layer 'layer', and layout= is a function, which has no inverse"):
         found.restore(found.values)
 
 

@@ -1,7 +1,4 @@
-"""The command line: the commands and their help. What they do is in the files beside this one.
-
-Click is imported where it is used.
-"""
+"""The command line: the commands and their help texts. Click is imported on use."""
 
 import sys
 from collections.abc import Iterator
@@ -16,14 +13,14 @@ from camfn.cli import cards, demo, explain, files, job, options, streams, tables
 if TYPE_CHECKING:
     import click
 
-_GROUP = """Class activation maps: where in a picture a network sees a class.
+_GROUP = """Class activation maps: where a network sees a class in a picture.
 
 \b
 Example:
   camfn explain photo.jpg --model demo
 """
 
-_EXPLAIN = """Map where in each IMAGE the network sees a class. A FOLDER stands for the pictures in it.
+_EXPLAIN = """Map where the network sees a class in each IMAGE. A FOLDER stands for all pictures in it.
 
 \b
 Example:
@@ -31,43 +28,44 @@ Example:
 
 \b
 --model is one of
-  demo                         a small network that comes with camfn
-  torchvision:NAME[:WEIGHTS]   of torchvision, with its weights
-  timm:NAME                    of timm
+  demo                         a small network that ships with camfn
+  torchvision:NAME[:WEIGHTS]   a model of torchvision, with its weights
+  timm:NAME                    a model of timm
   hf:NAME                      an image classifier of the Hugging Face hub, or a folder
-  path/to/file.py:function     your own
+  path/to/file.py:function     your own model
 
-The file is run, with its own folder importable, so name only files that you trust. The function takes no argument and returns
-the model, or (model, preprocess), or (model, preprocess, class names). preprocess takes an RGB picture (PIL) and returns the
-network's input, (channels, height, width); without it the picture goes in as it is, as numbers from 0 to 1, not resized.
+The file is run, and may import modules from its own folder: name only files that you trust. The function takes no argument and
+returns the model, (model, preprocess), or (model, preprocess, class names). preprocess takes an RGB picture (PIL) and returns
+the network's input, (channels, height, width). Without preprocess, the input is the picture with values from 0 to 1, not
+resized.
 
-For each image, layer, method and class three files are written, under a name that no file has yet:
+For each image, layer, method and class three new files are written. Existing files are never overwritten.
 
 \b
-  .png   the map in colours over the picture, half and half
-  .npy   the raw map, not scaled to [0, 1], of the size that --size says
+  .png   the map in color over the picture, half and half
+  .npy   the raw map, not scaled to [0, 1], in the size given by --size
   .json  class, score, probability (softmax), layer, method, cost, findings, notes
 
-Several methods are drawn in one grid, too. Of --method all, those that do not fit the network are left out; a note says why.
+Several methods are also drawn in one grid. --method all skips the methods that do not fit the network; a note says why.
 
-The picture under the map is the one that the network saw, resized and cropped by preprocess, since that is what the map
-belongs to. Its colours are brought back by undoing preprocess's scaling of each channel; where preprocess does something
-else to colours, they are stretched instead, and a note says so.
+The overlay shows the picture as the network saw it, resized and cropped by preprocess, since the map belongs to that picture.
+Its colors are restored by undoing preprocess's scaling of each channel. If preprocess does anything else to colors, they are
+stretched instead, and a note says so.
 
-A picture that cannot be explained is reported, and the others go on. The exit status is 1 if any of several pictures failed,
-and 2 if the command cannot be carried out at all.
+A picture that cannot be explained is reported, and the others are still processed. The exit status is 1 if any of several
+pictures failed, and 2 if the command failed as a whole.
 """
 
-_LAYERS = """List the layers that can be explained, in the order of execution, and the one that is chosen where none is named.
+_LAYERS = """List the layers that can be explained, in the order of execution, and mark the default layer.
 
-The network is shown IMAGE, or else a picture of noise, 224 x 224.
+The network is run on IMAGE, or on a noise picture of 224 x 224 pixels.
 
 \b
 Example:
   camfn layers --model demo
 """
 
-_METHODS = """List the methods: what each needs of the network, and how many inputs go through it for each picture and layer.
+_METHODS = """List the methods, with what each needs of the network, and the number of forwards per picture and layer.
 
 \b
 Example:
@@ -76,11 +74,11 @@ Example:
 
 
 def app() -> "click.Group":
-    """The `camfn` command, for click."""
+    """Return the `camfn` command as a click group."""
     import click
 
     class Group(click.Group):
-        """What click itself refuses is told as what we refuse is: in one line without control characters."""
+        """A group that prints click's own usage errors like camfn's: on one line, without control characters."""
 
         def make_context(self, *arguments: Any, **more: Any) -> click.Context:
             with escaping():
@@ -111,7 +109,7 @@ def app() -> "click.Group":
 
 
 def main() -> None:
-    """Run the command; without click, say what to install."""
+    """Run the command. If click is missing, say what to install."""
     try:
         streams.take()
         options.need("click")
@@ -124,22 +122,24 @@ def main() -> None:
 def _explain() -> "click.Command":
     import click
 
-    methods = f"One of those that `camfn methods` lists, or {options.ALL}; repeatable.  [default: score_cam]"
-    place = click.Path(readable=False, path_type=Path)  # checked where it is read: click would print its usage
+    methods = f"A method listed by `camfn methods`, or {options.ALL}; repeatable.  [default: score_cam]"
+    place = click.Path(readable=False, path_type=Path)  # checked on reading, since click would print its usage
 
     @click.command("explain", help=_EXPLAIN)
     @click.argument("images", nargs=-1, required=True, type=place, metavar="IMAGE|FOLDER...")
     @options.of_the_model
-    @click.option("--layer", "layers", multiple=True, metavar="L", help="Dotted name; repeatable.  [default: chosen, and said]")
+    @click.option(
+        "--layer", "layers", multiple=True, metavar="L", help="Dotted name; repeatable.  [default: chosen and printed]"
+    )
     @click.option("--method", "methods", multiple=True, default=("score_cam",), metavar="M", help=methods)
     @click.option("--target", metavar="T", help=options.TARGET)
     @click.option("--size", default="grid", show_default=True, metavar="S", help=options.SIZE)
-    @click.option("--seed", type=int, metavar="N", help="Of the noise, where a method draws any.")
+    @click.option("--seed", type=int, metavar="N", help="Seed of the methods that draw random numbers.")
     @click.option(
-        "--chunk", type=click.IntRange(1), metavar="N", help="Masked inputs per forward.  [default: 32; fewer of large ones]"
+        "--chunk", type=click.IntRange(1), metavar="N", help="Masked inputs per forward.  [default: 32; fewer for large inputs]"
     )
-    @click.option("--out", default="camfn-maps", show_default=True, metavar="DIR", type=place, help="Where the files go.")
-    @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each image, layer, method and class.")
+    @click.option("--out", default="camfn-maps", show_default=True, metavar="DIR", type=place, help="Output folder.")
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image, layer, method and class.")
     @options.no_progress
     def command(as_json: bool, **values: Any) -> None:
         with options.refusing() as stdout:
@@ -166,7 +166,7 @@ def _layers() -> "click.Command":
     @click.command("layers", help=_LAYERS, short_help="List the layers that can be explained.")
     @click.argument("image", required=False, type=click.Path(readable=False, path_type=Path))
     @options.of_the_model
-    @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each layer.")
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per layer.")
     def command(image: Path | None, as_json: bool, **source: Any) -> None:
         with options.refusing() as stdout:
             options.need("PIL")
@@ -179,8 +179,8 @@ def _layers() -> "click.Command":
 def _methods() -> "click.Command":
     import click
 
-    @click.command("methods", help=_METHODS, short_help="List the methods, what each needs and costs.")
-    @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each method.")
+    @click.command("methods", help=_METHODS, short_help="List the methods, with needs and costs.")
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per method.")
     def command(as_json: bool) -> None:
         with options.refusing() as stdout:
             for line in tables.lines(tables.methods(), as_json):

@@ -1,4 +1,4 @@
-"""What is told of a map: the card that is written beside it, and the lines on stdout."""
+"""The facts about a map: for its JSON file, and as lines on stdout."""
 
 import json
 import math
@@ -15,17 +15,17 @@ from camfn.cli.options import one_line
 
 Facts = dict[str, Any]
 Written = tuple[Facts, Path]
-"""The facts of a map, and the name of its files, less the ending."""
+"""The facts about a map, and the path of its files without the extension."""
 
 
 def probabilities(outputs: Tensor) -> Tensor:
-    """Softmax, except of outputs that are probabilities already."""
+    """Return the softmax of the outputs, or the outputs themselves if they are probabilities already."""
     already = bool((outputs >= 0).all()) and abs(float(outputs.sum()) - 1) < 1e-4
     return outputs if already else torch.softmax(outputs, 0)
 
 
 def classes(card: Any, number: int, outputs: Tensor, names: Sequence[str]) -> Facts:
-    """Of the class that the card's map of that number explains, and of the predicted one."""
+    """Return the facts about the class of a map (by its number on the card), and about the predicted class."""
     index, best = int(card.classes[0, number]), int(outputs.argmax())
     name, probability = dict(enumerate(names)).get, float(probabilities(outputs)[index])
     return {
@@ -39,7 +39,7 @@ def classes(card: Any, number: int, outputs: Tensor, names: Sequence[str]) -> Fa
 
 
 def lines(path: Path, found: Sequence[Written] | CamError, as_json: bool) -> Iterator[str]:
-    """What stdout gets to read of a picture: for each class a line or, as JSON, for each layer and class an object."""
+    """Yield the lines about a picture for stdout: one per class, or one JSON object per layer and class."""
     if isinstance(found, CamError):
         if as_json:
             yield json.dumps({"image": str(path), "error": one_line(found)})

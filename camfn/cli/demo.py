@@ -1,4 +1,4 @@
-"""`camfn demo`: methods on scenes of which it is known what is where."""
+"""`camfn demo`: run methods on scenes with known objects."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 LAYER, LINEAR = "features", "classify"
 METHODS = ("mean_cam", "grad_cam", "layer_cam", "recipro_cam", "score_cam", "group_cam")
-"""Those that are shown where none is named."""
+"""The default methods."""
 FITTING = tuple(name for name, method in camfn.METHODS.items() if "attention" not in method.needs)
-"""Those that the network takes, which is convolutional."""
-CELL = 8  # pixels, of the layer's grid
+"""The methods that work on the demo network, which is convolutional."""
+CELL = 8  # pixels per cell of the layer's grid
 SHOWN = ((0, 1), (1, 1), (2, 1), (3, 2), (4, 2))
-"""The scenes, by seed and number of objects: the first that there are, not chosen for their maps, and not trained on."""
-_METHOD = f"One of those that `camfn methods` lists, or {options.ALL}; repeatable.  [default: {', '.join(METHODS)}]"
+"""Seed and number of objects of each scene: the first seeds, not selected by their maps, and not in the training data."""
+_METHOD = f"A method listed by `camfn methods`, or {options.ALL}; repeatable.  [default: {', '.join(METHODS)}]"
 _TITLE = "Where does the network see each shape?"
 NOTE = "white line: the object that the map is of     +: the map's highest point     %: how much of the map is inside the line"
 
 
 class Shown(NamedTuple):
-    """A method's map of one object."""
+    """The map of one object by one method, with its metrics."""
 
     scene: demo.Scene
     object: int
@@ -39,7 +39,7 @@ class Shown(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A method on all of the scenes."""
+    """The results of one method on all scenes."""
 
     method: str
     shown: Sequence[Shown]
@@ -48,20 +48,20 @@ class Row(NamedTuple):
 
 
 def chosen(named: Sequence[str]) -> tuple[str, ...]:
-    """The methods that are named, if the network takes them; `all` are those that it takes."""
+    """Return the named methods. `all` means those that work on the network. Raise CamError for others."""
     if options.ALL in named:
         return FITTING
     found = options.methods_of(named)
     for method in found:
         if method not in FITTING:
             raise CamError(
-                f"--method {method} follows attention, and the demo's network has none: take another, or {options.ALL}"
+                f"--method {method} needs attention, and the demo network has none: choose another, or {options.ALL}"
             )
     return found
 
 
 def rows(methods: Sequence[str], report: Callable[[str], None] = lambda method: None) -> Iterator[Row]:
-    """Each method on every object of every scene; `report` hears of each before it starts."""
+    """Yield the results of each method. `report` is called with a method before it starts."""
     model, scenes = demo.network(), [demo.scene(seed, objects) for seed, objects in SHOWN]
     for method in methods:
         report(method)
@@ -71,7 +71,7 @@ def rows(methods: Sequence[str], report: Callable[[str], None] = lambda method: 
 
 
 def explained(model: nn.Module, scene: demo.Scene, method: str) -> Any:
-    """The card of a method's raw maps of all objects of a scene."""
+    """Return the explanation of all objects of a scene by a method, with raw maps."""
     layer = LAYER if camfn.METHODS[method].of_layer else None
     given: dict[str, Any] = {"fc": LINEAR} if options.takes(method, "fc") else {}
     x, classes = demo.preprocess(scene.image)[None], torch.tensor([scene.classes])
@@ -84,7 +84,7 @@ def judged(scene: demo.Scene, maps: Any) -> list[Shown]:
 
 
 def table(found: Sequence[Row]) -> Iterator[str]:
-    """What is printed: a line for each method, and for comparison one for a map that is the same everywhere."""
+    """Yield the lines of the table: one per method, and a constant map as the baseline."""
     head = f"{'method':20} {'energy inside':>13} {'hits':>9} {'forwards':>9} {'seconds':>8}"
     yield head
     yield "-" * len(head)
@@ -101,7 +101,7 @@ def _line(name: str, shown: Sequence[Shown], cost: str) -> str:
 
 
 def picture(found: Sequence[Row]) -> Any:
-    """The scenes in a row, and below them a row for each method."""
+    """Draw the scenes in the first row, then one row per method."""
     objects = found[0].shown
     names = [demo.CLASSES[one.scene.classes[one.object]] for one in objects]
     panels = [[figures.Panel(one.scene.image) for one in objects]]
@@ -111,32 +111,31 @@ def picture(found: Sequence[Row]) -> Any:
 
 
 def panel(one: Shown) -> figures.Panel:
-    """What of the map is positive, which is what its energy counts."""
+    """Return the panel of a map. Only its positive part is drawn, since the energy counts only that."""
     positive = camfn.maps.normalize(one.map.clamp(min=0), (-2, -1))
     return figures.Panel(one.scene.image.mean(0), positive, one.scene.masks[one.object], f"{one.energy:.0%}")
 
 
 def command() -> "click.Command":
-    """`camfn demo`, for click."""
+    """Return `camfn demo` as a click command."""
     import click
 
     place = click.Path(readable=False, path_type=Path)
 
-    @click.command("demo", short_help="Map shapes in drawn scenes by some methods, or all.")
+    @click.command("demo", short_help="Compare methods on drawn scenes with known shapes.")
     @click.option("--method", "methods", multiple=True, default=METHODS, metavar="M", help=_METHOD)
-    @click.option("--out", default="camfn-demo", show_default=True, metavar="DIR", type=place, help="Where the picture goes.")
+    @click.option("--out", default="camfn-demo", show_default=True, metavar="DIR", type=place, help="Output folder.")
     @options.no_progress
     def demo_(methods: Sequence[str], out: Path, no_progress: bool) -> None:
-        """Map where a small network, which comes with camfn, sees shapes in drawn scenes.
+        """Map where a small network, which ships with camfn, sees shapes in drawn scenes.
 
         \b
         Example:
           camfn demo --out maps
           camfn demo --method cam --method eigen_cam
 
-        A table is printed, over all objects of all scenes: how much of a map's energy is inside the object's outline, how many
-        maps have their highest point there, how many inputs went through the network, and the time. A picture of the maps
-        is written, under a name that no file has yet.
+        A table over all objects of all scenes is printed: the share of the map's energy inside the object's outline, the number
+        of maps with their maximum there, the number of forwards, and the time. A picture of the maps is written to a new file.
         """
         with options.refusing() as stdout:
             run(chosen(methods), out, no_progress, lambda line: click.echo(line, file=stdout))
@@ -145,7 +144,7 @@ def command() -> "click.Command":
 
 
 def run(methods: Sequence[str], out: Path, no_progress: bool, say: Callable[[str], None]) -> None:
-    """Explain, draw, write, and say the table."""
+    """Compute the maps, write the picture, and pass the lines of the table to `say`."""
     options.need("PIL", "matplotlib", "tqdm")
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""`camfn explain`: the run over pictures."""
+"""`camfn explain`: the loop over pictures."""
 
 import functools
 import math
@@ -24,11 +24,11 @@ from camfn.targets import Top
 
 
 def run(wish: Wish, paths: Sequence[Path]) -> Iterator[tuple[Path, list[Written] | CamError]]:
-    """Explain every picture; gives of each what was written, or why nothing was. What is wrong for all is raised before."""
+    """Explain every picture, and yield what was written for it, or its error. Errors of all pictures are raised first."""
     methods, size = options.methods_of(wish.methods), options.size_of(wish.size)
     given = options.method_options(methods, wish.seed, wish.chunk)
     device = options.device_of(wish.device)
-    if all(isinstance(_read(path), CamError) for path in paths):  # then no model need be loaded
+    if all(isinstance(_read(path), CamError) for path in paths):  # without loading the model
         yield from ((path, _read(path)) for path in paths)
         return
     with options.opened(wish.model, wish.weights, wish.no_pretrained, device) as loaded:
@@ -36,7 +36,7 @@ def run(wish: Wish, paths: Sequence[Path]) -> Iterator[tuple[Path, list[Written]
             tap(loaded.model, list(dict.fromkeys(wish.layers)))
         target = options.target_of(wish.target, loaded.names)
         job = Job(wish, loaded, tuple(dict.fromkeys(wish.layers)) or (None,), methods, device, target, size, given)
-        _rehearse(job, paths)
+        _check_pictures(job, paths)
         files.make(wish.out)
         for path in paths:
             picture = _read(path)
@@ -44,7 +44,7 @@ def run(wish: Wish, paths: Sequence[Path]) -> Iterator[tuple[Path, list[Written]
 
 
 def _read(path: Path) -> Any:
-    """The picture, or why there is none."""
+    """Return the picture, or the error."""
     try:
         return images.read(path)
     except CamError as error:
@@ -52,7 +52,7 @@ def _read(path: Path) -> Any:
 
 
 def _attempt(path: Path, work: Callable[..., Any], *arguments: Any) -> Any:
-    """What the work on a picture returns, or why it cannot be done."""
+    """Return the result of `work` on a picture, or the error."""
     try:
         return work(*arguments)
     except CamError as error:
@@ -62,8 +62,8 @@ def _attempt(path: Path, work: Callable[..., Any], *arguments: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------- the rehearsal
 
 
-def _rehearse(job: Job, paths: Sequence[Path]) -> None:
-    """Raise what is wrong for every picture, before any sweep: what the first has, if no other fares better."""
+def _check_pictures(job: Job, paths: Sequence[Path]) -> None:
+    """Check the pictures before any sweep, up to the first that passes. If none does, raise the error of the first."""
     errors = []
     for path in paths:
         picture = _read(path)
@@ -82,13 +82,13 @@ def _rehearse(job: Job, paths: Sequence[Path]) -> None:
 
 def _check_target(path: Path, target: Target, count: int) -> None:
     if isinstance(target, Top) and target.k > count:
-        raise CamError(f"{escaped(path)}: target top{target.k} is of {target.k} classes: the model has {count}")
+        raise CamError(f"{escaped(path)}: target top{target.k} needs {target.k} classes: the model has {count}")
     if isinstance(target, int) and not 0 <= target < count:
         raise CamError(f"{escaped(path)}: target {target} is not a class: the model has classes 0 to {count - 1}")
 
 
 def _check_layers(job: Job, path: Path, x: Tensor) -> None:
-    """Without its sweep, which takes the time, a method is tried whole."""
+    """Run the methods without a sweep, and check the layers of the others."""
     model, quick = job.loaded.model, tuple(method for method in job.methods if not options.takes(method, "sweep"))
     if quick and options.ALL not in job.wish.methods:
         given = {key: value for key, value in job.options.items() if any(options.takes(method, key) for method in quick)}
@@ -109,19 +109,19 @@ def _check_layers(job: Job, path: Path, x: Tensor) -> None:
 
 
 def _explain(job: Job, path: Path, picture: Any) -> list[Written]:
-    """All maps of a picture, then all its files: a layer that fails leaves none of another's."""
+    """Compute all maps of a picture, then write all files, so that an error leaves no files."""
     x, outputs = through(job, picture)
-    seen, true_colours = images.as_seen(x[0], job.loaded.preprocess, picture.size)
-    drawn, told = [], set[str]()  # notes: methods may find the same
+    seen, true_colors = images.as_seen(x[0], job.loaded.preprocess, picture.size)
+    drawn, told = [], set[str]()  # methods may have the same notes
     for layer in job.layers:
         for made in maps_of(job, path, x, layer):
-            if not true_colours:
-                said = "the overlay's colours are stretched: preprocess does more than scale each channel"
+            if not true_colors:
+                said = "the overlay's colors are stretched: preprocess does more than scale each channel"
                 made = made._replace(notes=(*made.notes, said))
             for note in (note for note in dict.fromkeys(made.notes) if note not in told):
                 told.add(note)
                 sys.stderr.write(f"note: {escaped(path)}: {options.one_line(note)}\n")
-            saved = _sized(job, x, made.raw)
+            saved = _resize(job, x, made.raw)
             for number in range(len(made.raw)):
                 explained = classes(made.card, number, outputs, job.loaded.names)
                 facts = {**_about_run(job, path, x), **explained, **_about_map(job, made, saved)}
@@ -130,12 +130,12 @@ def _explain(job: Job, path: Path, picture: Any) -> list[Written]:
         _write_grid(job, path, seen, drawn)
     written = [_write(job, path, seen, *each) for each in drawn]
     for cut in [base.name for facts, base in written if not base.name.startswith(files.plain(_name(path, facts)))][:1]:
-        sys.stderr.write(f"note: {escaped(path)}: the name is too long for that of a file, and is cut, as in {cut}\n")
+        sys.stderr.write(f"note: {escaped(path)}: the name is too long for a file name, and is cut, as in {cut}\n")
     return written
 
 
 def _write_grid(job: Job, path: Path, seen: Tensor, drawn: Sequence[tuple[Tensor, Tensor, Facts]]) -> None:
-    """A row for each method and layer, a column for each class; of one class, as near to a square as it gets."""
+    """Draw all maps: a row per method and layer, a column per class. A single class gives a nearly square grid."""
     panels = [figures.Panel(seen, camfn.maps.normalize(raw, (-2, -1)), caption=_caption(job, facts)) for raw, _, facts in drawn]
     width = len({facts["class"] for *_, facts in drawn})
     width = width if width > 1 else math.ceil(len(panels) ** 0.5)
@@ -150,8 +150,8 @@ def _caption(job: Job, facts: Facts) -> str:
     return f"{facts['method']}{layer}, {facts['class_name'] or facts['class']}"
 
 
-def _sized(job: Job, x: Tensor, raw: Tensor) -> Tensor:
-    """The maps as they are saved. The overlay is made of the layer's own grid, whatever is saved."""
+def _resize(job: Job, x: Tensor, raw: Tensor) -> Tensor:
+    """Return the maps at the size to save. The overlay always uses the layer's own grid."""
     size = x.shape[2:] if job.size == "input" else job.size
     return raw if size is None else camfn.maps.resize(raw, size)
 

@@ -1,4 +1,4 @@
-"""Which files are read, and which are written."""
+"""Files: the pictures to read, and the results to write."""
 
 import hashlib
 import itertools
@@ -23,7 +23,7 @@ WRITTEN = ("png", "npy", "json")
 
 
 def pictures(paths: Iterable[Path]) -> list[Path]:
-    """The files that are meant: a folder stands for the pictures in it."""
+    """Return the picture files. A folder stands for the pictures in it."""
     found = []
     for path in paths:
         found += _inside(path) if os.path.isdir(path) else [path]
@@ -31,22 +31,22 @@ def pictures(paths: Iterable[Path]) -> list[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """The folder's pictures by name, without hidden files, pipes and devices, and not those of folders inside it."""
+    """Return a folder's pictures in the order of names, without hidden files, pipes, devices and subfolders."""
     try:
-        files = sorted(path for path in folder.iterdir() if kind(path) is None)  # to read a pipe is to wait for it
+        files = sorted(path for path in folder.iterdir() if kind(path) is None)  # reading a pipe would block
     except OSError as error:
         raise CamError(f"the folder {str(folder)!r} cannot be read: {error.strerror}") from None
     known = _endings()
     found = [path for path in files if path.suffix.lower() in known and not path.name.startswith(".")]
     if not found:
         raise CamError(
-            f"the folder {str(folder)!r} has no pictures in it (files that end in .png, .jpg, .tif, .webp or the like)"
+            f"the folder {str(folder)!r} has no pictures in it (files that end in .png, .jpg, .tif, .webp or similar)"
         )
     return found
 
 
 def _endings() -> set[str]:
-    """Of what Pillow reads as pictures; it also knows endings of what it only writes, of films, and of other programs."""
+    """Return the extensions that Pillow reads as pictures, without those of write-only formats, videos and stubs."""
     from PIL import Image, ImageFile
 
     def is_picture(kind: str) -> bool:
@@ -61,7 +61,7 @@ def _endings() -> set[str]:
 
 
 def make(folder: Path) -> None:
-    """The output folder; whether it can be written to is seen before the first sweep."""
+    """Make the output folder, and raise CamError if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,11 +69,11 @@ def make(folder: Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CamError(f"--out {str(folder)!r} cannot be written to")
     if _room(folder) < 40:
-        raise CamError(f"--out {str(folder)!r} leaves no room for file names in a path: name a folder with a shorter path")
+        raise CamError(f"--out {str(folder)!r} is too long a path for file names in it: name a folder with a shorter path")
 
 
 def write(folder: Path, name: str, overlay: Any, raw: np.ndarray, facts: dict[str, Any]) -> Path:
-    """Write the three files of a map; returns their name, less the ending."""
+    """Write the three files of a map, and return their path without the extension."""
     with claimed(folder, plain(name), WRITTEN) as base:
         overlay.save(f"{base}.png")
         np.save(f"{base}.npy", raw)
@@ -82,33 +82,33 @@ def write(folder: Path, name: str, overlay: Any, raw: np.ndarray, facts: dict[st
 
 
 def plain(name: str) -> str:
-    """A name of letters, digits and little else."""
+    """Replace all characters but letters, digits, spaces and `_.+-`."""
     return re.sub(r"[^\w.+ -]", "_", name)
 
 
 def fitted(folder: Path, name: str) -> str:
-    """The name, or what fits of it in that folder: its beginning, digits that tell cut names apart, and its end."""
+    """Cut a name that is too long for the folder in the middle, and insert a hash that keeps it unique."""
     room, whole = _room(folder), name.encode()
     if len(whole) <= room:
         return name
     mark = f"~{hashlib.sha256(whole).hexdigest()[:8]}~"
-    end = (room - len(mark)) // 2  # layer, method and class
+    end = (room - len(mark)) // 2  # keeps layer, method and class
     start = room - len(mark) - end
     return whole[:start].decode(errors="ignore") + mark + whole[-end:].decode(errors="ignore")
 
 
 def _room(folder: Path) -> int:
-    """The bytes of a file's name in that folder, less those of a number and an ending."""
+    """Return the maximal bytes of a file name in the folder, without a number and an extension."""
     try:
         name, path = (os.pathconf(folder, limit) for limit in ("PC_NAME_MAX", "PC_PATH_MAX"))
-    except (AttributeError, OSError, ValueError):  # elsewhere than on Unix
+    except (AttributeError, OSError, ValueError):  # not on Unix
         name, path = 255, 4096
     return min(name, path - len(os.fsencode(folder)) - len("/\0")) - len("-99999.json")
 
 
 @contextmanager
 def claimed(folder: Path, name: str, endings: Sequence[str]) -> Iterator[Path]:
-    """A name, less its ending, that no file has yet: all of the files with these endings are written under it, or none."""
+    """Claim an unused path without extension. If the block fails, its files with these extensions are removed."""
     try:
         with signals.held():
             base = claim(folder, name, endings)
@@ -123,13 +123,13 @@ def claimed(folder: Path, name: str, endings: Sequence[str]) -> Iterator[Path]:
 
 
 def claim(folder: Path, name: str, endings: Sequence[str]) -> Path:
-    """A path, less its ending, that no file has: the first of `name`, `name-2`, `name-3`, ... The last ending is taken."""
+    """Return the first unused path of `name`, `name-2`, `name-3`, ..., and create the file with the last extension."""
     name = fitted(folder, name)
     for number in itertools.count(1):
         base = folder / (name if number == 1 else f"{name}-{number}")
         if not any(os.path.lexists(f"{base}.{ending}") for ending in endings):
             try:
-                Path(f"{base}.{endings[-1]}").open("x").close()  # another run may be at the same point
+                Path(f"{base}.{endings[-1]}").open("x").close()  # another process may claim it at the same time
             except FileExistsError:
                 continue
             return base

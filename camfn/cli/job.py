@@ -1,4 +1,4 @@
-"""What the command line asks for, and what the methods make of it."""
+"""The arguments of `camfn explain`, and the maps of a picture."""
 
 import sys
 import warnings
@@ -19,7 +19,7 @@ from camfn.targets import Top
 
 
 class Wish(NamedTuple):
-    """What the command line says."""
+    """The arguments of the command line."""
 
     images: Sequence[Path]
     model: str
@@ -37,7 +37,7 @@ class Wish(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What it means for every picture."""
+    """The checked arguments, which are the same for all pictures."""
 
     wish: Wish
     loaded: zoo.Loaded
@@ -46,25 +46,25 @@ class Job(NamedTuple):
     device: torch.device | None
     target: Target
     size: Size
-    options: dict[str, Any]  # of the methods
+    options: dict[str, Any]  # options of the methods
 
 
 class Map(NamedTuple):
-    """What a method made of a layer."""
+    """The maps of one method at one layer."""
 
     card: Any
-    raw: Tensor  # (t, h, w), one for each class
-    notes: tuple[str, ...]  # all that camfn had to say about them
+    raw: Tensor  # (t, h, w), one map per class
+    notes: tuple[str, ...]  # all warnings and notes of camfn
 
 
 def through(job: Job, picture: Any) -> tuple[Tensor, Tensor]:
-    """The network's input and its outputs."""
+    """Return the network's input and its outputs."""
     x = options.input_of(job.loaded, picture, job.device)
     return x, zoo.outputs_of(job.loaded, x)
 
 
 def maps_of(job: Job, path: Path, x: Tensor, layer: str | None) -> list[Map]:
-    """What each method makes of the layer. Of `all`, those that do not fit are left out, which a note of the others says."""
+    """Return the maps of each method at the layer. With `all`, methods that do not fit are skipped with a note."""
     given, report = dict(job.options), _Report()
     if "sweep" in given:
         given["sweep"] = given["sweep"]._replace(progress=report)
@@ -86,7 +86,7 @@ def maps_of(job: Job, path: Path, x: Tensor, layer: str | None) -> list[Map]:
 
 
 class _Report:
-    """Passes on to the bar of the method that is at work."""
+    """A progress callback that forwards to the bar of the current method."""
 
     to: Callable[[int, int], None]
 
@@ -114,7 +114,7 @@ def _map(job: Job, method: str, make: Callable[[], Any]) -> Map:
 
 @contextmanager
 def _bar(label: str, hidden: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar of forwards done and time left, on stderr, if that is a terminal."""
+    """Show a progress bar of forwards on stderr, if that is a terminal."""
     from tqdm import tqdm
 
     with tqdm(desc=label, unit="forward", file=sys.stderr, disable=hidden or None, leave=False) as bar:

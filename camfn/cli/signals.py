@@ -1,4 +1,4 @@
-"""Signals that end a run: they are raised, so that what is begun is taken away, and wait while files are written."""
+"""Signals that end a run: raised as an exception, so that files are cleaned up, and delayed while files are written."""
 
 import signal
 import threading
@@ -10,7 +10,7 @@ _WORDS = {"SIGINT": "Interrupted", "SIGTERM": "Terminated", "SIGHUP": "Hung up"}
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has ended the run."""
+    """A signal has stopped the run."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -18,7 +18,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Watch:
-    """What has arrived, and whether it has to wait. Signals are of the process, so there is one of these."""
+    """The signal handler, of which there is one per process. It delays signals while `holding`."""
 
     holding = False
     arrived: int | None = None
@@ -34,9 +34,9 @@ _watch = _Watch()
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """For the length of a command, raise `Stopped` where a signal would end it. One that is ignored stays so, as by nohup."""
+    """Raise `Stopped` for signals that would end the process. Signals that are ignored, as under nohup, stay ignored."""
     before = {}
-    if threading.current_thread() is threading.main_thread():  # Python lets no other thread set a handler
+    if threading.current_thread() is threading.main_thread():  # only the main thread can set handlers
         for number in [getattr(signal, name) for name in _WORDS if hasattr(signal, name)]:
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 before[number] = signal.signal(number, _watch)
@@ -50,7 +50,7 @@ def raised() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Until the end of the block signals wait: of the files that are written in it, there are all or none."""
+    """Delay signals until the end of the block, so that all of its files are written or none."""
     _watch.holding = True
     try:
         yield
@@ -61,6 +61,6 @@ def held() -> Iterator[None]:
 
 
 def told(error: KeyboardInterrupt) -> tuple[str, int]:
-    """What is said of a run that a signal has ended, and the exit status: 128 and the signal's number, as shells have it."""
+    """Return the message for a stopped run, and the exit status: 128 plus the signal's number, as in shells."""
     number = error.number if isinstance(error, Stopped) else signal.SIGINT
-    return f"{_WORDS[signal.Signals(number).name]}: what was written is whole", 128 + number
+    return f"{_WORDS[signal.Signals(number).name]}: the files written so far are complete", 128 + number

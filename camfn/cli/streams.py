@@ -1,4 +1,4 @@
-"""The streams of the process. A stdout that takes nothing is one line on stderr; a stderr that takes nothing stops no run."""
+"""Guards for stdout and stderr. A failing stdout is reported in one line on stderr; a failing stderr is ignored."""
 
 import io
 import os
@@ -10,9 +10,9 @@ from camfn._errors import CamError
 
 
 class Guarded(io.RawIOBase):
-    """A stream's lowest layer, with errors of writing to it in one sentence, or in none where there is nobody to tell.
+    """A raw stream whose write errors are raised as one sentence (`tells`) or ignored.
 
-    After an error it drops what it is given: Python writes what is left over once more when it ends.
+    After an error it drops all data, since Python flushes the rest once more at exit.
     """
 
     def __init__(self, raw: Any, tells: bool) -> None:
@@ -34,42 +34,42 @@ class Guarded(io.RawIOBase):
             except OSError as error:
                 self.failed = True
                 if self.tells:
-                    raise _told(error) from None
+                    raise _write_error(error) from None
             else:
                 if written is not None:
                     return written
-                select.select([], [self.raw], [])  # a pipe that is full, and set not to wait
+                select.select([], [self.raw], [])  # a full, non-blocking pipe
         return len(data)
 
 
-def _told(error: OSError) -> Exception:
-    """A reader that has gone, as `head` does, knows why: click ends the run without a word."""
+def _write_error(error: OSError) -> Exception:
+    """Return a CamError. A closed pipe, as after `head`, stays a BrokenPipeError, for which click exits silently."""
     if isinstance(error, BrokenPipeError):
         return error
-    return CamError(f"stdout cannot be written to ({error.strerror}): send it to another file, or to /dev/null")
+    return CamError(f"stdout cannot be written to ({error.strerror}): redirect it to another file, or to /dev/null")
 
 
 def take() -> None:
-    """Guard stdout and stderr, for the whole process; a name that they have no letters for is spelt out.
+    """Guard stdout and stderr of the process. Characters that they cannot encode are escaped.
 
-    **Raises** `CamError` where stdout is closed.
+    **Raises** `CamError` if stdout is closed.
     """
     closed = sys.stdout is None
-    _occupy()
-    sys.stderr = open(os.devnull, "w") if sys.stderr is None else _guarded(sys.stderr, tells=False)  # noqa: SIM115
-    sys.stdout = open(os.devnull, "w") if closed else _guarded(sys.stdout, tells=True)  # noqa: SIM115
+    _occupy_descriptors()
+    sys.stderr = open(os.devnull, "w") if sys.stderr is None else _guard(sys.stderr, tells=False)  # noqa: SIM115
+    sys.stdout = open(os.devnull, "w") if closed else _guard(sys.stdout, tells=True)  # noqa: SIM115
     if closed:
-        raise CamError("stdout is closed: send it to a file, or to /dev/null")
+        raise CamError("stdout is closed: redirect it to a file, or to /dev/null")
 
 
-def _occupy() -> None:
-    """Take the numbers of closed streams: a file that is opened later would get one, and what others print."""
+def _occupy_descriptors() -> None:
+    """Occupy the file descriptors of closed streams. Else a file opened later would get one, and receive printed text."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
 
 
-def _guarded(stream: Any, tells: bool) -> Any:
+def _guard(stream: Any, tells: bool) -> Any:
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     raw = Guarded(getattr(stream.buffer, "raw", stream.buffer), tells)

@@ -1,4 +1,4 @@
-"""`camfn layers` and `camfn methods`: what there is to choose from."""
+"""`camfn layers` and `camfn methods`: tables of layers and methods."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 class Table(NamedTuple):
-    """What there is to say, and how it looks on a terminal."""
+    """Rows for JSON output, and their headers and cells for a terminal."""
 
     rows: list[Row]
     heads: Sequence[str]
@@ -25,7 +25,7 @@ class Table(NamedTuple):
 
 
 def lines(table: Table, as_json: bool) -> Iterator[str]:
-    """A JSON object for each row, or columns with a line of heads."""
+    """Yield one JSON object per row, or aligned columns with a header."""
     if as_json:
         yield from map(json.dumps, table.rows)
         return
@@ -36,12 +36,12 @@ def lines(table: Table, as_json: bool) -> Iterator[str]:
 
 
 def methods() -> Table:
-    """Every method: what it needs, what it costs, and what it is."""
+    """Return the table of all methods: needs, cost and summary."""
     rows = [
         {"method": name, "needs": sorted(map(str, row.needs)), "cost": str(row.cost), "summary": _first_line(row.function)}
         for name, row in camfn.METHODS.items()
     ]
-    heads = ("method", "needs", "forwards", "what it is")
+    heads = ("method", "needs", "forwards", "summary")
     return Table(rows, heads, lambda row: (row["method"], ", ".join(row["needs"]), row["cost"], row["summary"]))
 
 
@@ -50,7 +50,7 @@ def _first_line(function: Callable[..., Any]) -> str:
 
 
 def layers(image: Path | None, model: str, weights: Path | None, no_pretrained: bool, device: str | None) -> Table:
-    """Every layer that can be explained, in the order of execution."""
+    """Return the table of the layers that can be explained, in the order of execution."""
     place = options.device_of(device)
     picture = _noise() if image is None else images.read(image)
     with options.opened(model, weights, no_pretrained, place) as loaded:
@@ -67,11 +67,11 @@ def layers(image: Path | None, model: str, weights: Path | None, no_pretrained: 
 
 def _layer_cells(row: Row) -> Sequence[str]:
     shape = " x ".join(map(str, row["shape"]))
-    return row["layer"], row["class"], shape, "<- chosen where no layer is named" if row["chosen"] else ""
+    return row["layer"], row["class"], shape, "<- the default layer" if row["chosen"] else ""
 
 
 def _noise() -> Any:
-    """The same in every run."""
+    """Return a noise picture, the same in every run."""
     from PIL import Image
 
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8))

@@ -1,10 +1,10 @@
-"""A network that has learned something, and scenes of which it is known what is where: for trying, testing and showing maps.
+"""A trained network and scenes with known objects, to try, test and show maps.
 
 >>> import camfn, torch
 >>> from camfn import demo
 >>> scene = demo.scene(3, classes=["star", "ring"])
 >>> x = demo.preprocess(scene.image)[None]
->>> maps = camfn.score_cam(demo.network(), "features", x, torch.tensor([scene.classes]))[0]  # of the star, and of the ring
+>>> maps = camfn.score_cam(demo.network(), "features", x, torch.tensor([scene.classes]))[0]  # of the star and of the ring
 >>> camfn.metrics.pointing_game(maps, scene.masks, tolerance=8)
 tensor([1., 1.])
 """

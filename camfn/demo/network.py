@@ -1,4 +1,4 @@
-"""The network that ships: six convolutions with batch norms, the mean over the picture, one linear layer."""
+"""The demo network: six convolutions with batch norms, global average pooling, and a linear layer."""
 
 import math
 from collections import OrderedDict
@@ -17,22 +17,28 @@ WEIGHTS = Path(__file__).with_name("network.safetensors")
 
 
 def network(*, pretrained: bool = True, seed: int = 0) -> nn.Sequential:
-    """The shipped network in eval mode, from `(n, 3, h, w)` to `(n, 8)` logits; `seed` draws the weights if not `pretrained`.
+    """The demo network in eval mode, from `(n, 3, h, w)` to `(n, 8)` logits.
 
-    `features` is the layer to explain, 64 channels on a grid of 8 x 8 pixels; `classify` is the linear layer behind the mean.
+    The layer to explain is `features`, with 64 channels and cells of 8 x 8 pixels. `classify` is the linear layer after the
+    pooling.
+
+    - `pretrained`: load the trained weights. If False, draw random weights.
+    - `seed`: the seed of the random weights.
+
+    Raises `CamError` if the weights need safetensors and it is not installed.
 
     >>> from camfn import demo
     >>> scene = demo.scene(0)
     >>> int(demo.network()(demo.preprocess(scene.image)[None]).argmax()) == scene.classes[0]
     True
     """
-    with torch.device("meta"):  # torch's own initialisation would draw from the global random state
+    with torch.device("meta"):  # torch's own initialization would draw from the global random state
         model = _architecture()
     model = model.to_empty(device="cpu")
     if pretrained:
-        model.load_state_dict(_shipped())
+        model.load_state_dict(_trained_weights())
     else:
-        _initialise(model, torch.Generator().manual_seed(seed))
+        _initialize(model, torch.Generator().manual_seed(seed))
     return model.eval()
 
 
@@ -49,12 +55,12 @@ def _architecture() -> nn.Sequential:
 
 
 def _block(channels: int, out: int, stride: int = 1) -> nn.Sequential:
-    """A kernel of 4 where the stride is 2: one of 3 would look half a pixel to the left, and maps would lie to the right."""
+    """Return a convolution block. Its kernel is 4 if the stride is 2, since a kernel of 3 would shift maps by half a pixel."""
     kernel = 4 if stride == 2 else 3
     return nn.Sequential(nn.Conv2d(channels, out, kernel, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
 
 
-def _shipped() -> dict[str, Tensor]:
+def _trained_weights() -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
@@ -62,8 +68,8 @@ def _shipped() -> dict[str, Tensor]:
     return load_file(WEIGHTS)
 
 
-def _initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """He's normal weights; biases 0, batch norms the identity."""
+def _initialize(model: nn.Module, generator: torch.Generator) -> None:
+    """Draw He-normal weights. Set biases to 0 and batch norms to the identity."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.zero_()
@@ -76,10 +82,10 @@ def _initialise(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def preprocess(picture: Any) -> Tensor:
-    """`(3, h, w)` in [-2, 2], so that 0, which hides a pixel in Score-CAM, is grey.
+    """Preprocess a picture to `(3, h, w)` in [-2, 2]. The value 0, with which Score-CAM masks pixels, is gray.
 
-    `picture` is a tensor `(3, h, w)` in [0, 1], taken at its size, or a PIL picture, whose shorter side becomes that of the
-    scenes.
+    - `picture`: a tensor `(3, h, w)` in [0, 1], which keeps its size, or a PIL image, whose shorter side is scaled to 96
+      pixels.
     """
     if not isinstance(picture, Tensor):
         picture = picture.convert("RGB")

@@ -1,7 +1,7 @@
 """Procedural scenes: shapes of known class and place on a textured ground.
 
-A scene is a function of its seed; the size only samples it. Everything else is drawn before the classes, so colour, texture,
-size, place and turn say nothing about the class. All shapes of one size have one area.
+A scene is a function of its seed; its size only sets the resolution. Color, texture, size, place and rotation are drawn before
+the classes, and are independent of them. All shapes of the same size have the same area.
 """
 
 import functools
@@ -18,28 +18,28 @@ from camfn._errors import CamError, closest
 
 Array = np.ndarray
 SIDE = 96
-"""The side of a scene in pixels, unless another is asked for; the network was trained on it."""
+"""The default side of a scene in pixels, on which the network was trained."""
 
 
 class Scene(NamedTuple):
-    """A picture, and what is where in it."""
+    """A picture with the masks and classes of its objects."""
 
     image: Float[Tensor, "3 h w"]  # RGB, in [0, 1]
     masks: Bool[Tensor, "k h w"]  # the visible pixels of each object
-    classes: tuple[int, ...]  # of each object, an index into `CLASSES`; all different
+    classes: tuple[int, ...]  # indices into `CLASSES`, one per object, all different
 
 
 # ------------------------------------------------------------------------------------------------------------- shapes
 
 
 def _polygon(corners: int) -> Callable[[Array, Array], Array]:
-    """A regular polygon: inside of all its sides."""
+    """Return the indicator of a regular polygon, the intersection of half-planes."""
     normals = [2 * math.pi * side / corners + math.pi / 2 for side in range(corners)]
     return lambda x, y: np.max([x * math.cos(a) + y * math.sin(a) for a in normals], 0) < 0.5
 
 
 def _star(x: Array, y: Array) -> Array:
-    """Five points: fold the angle into half a point, then one straight side from the tip to the notch."""
+    """Return the indicator of a star with five points. By symmetry, only half a point is tested."""
     half, notch = math.pi / 5, 0.5
     angle = np.abs((np.arctan2(x, -y) + half) % (2 * half) - half)
     along, across = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
@@ -75,21 +75,21 @@ _SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "heart": _heart,
 }
 CLASSES = tuple(_SHAPES)
-"""The names of the shapes; a class is an index into them."""
+"""The names of the classes, by index."""
 REACH = 1.7
-"""No shape of size 1 reaches farther from its centre."""
+"""The maximal distance of any point of a shape of size 1 from its center."""
 
 
 @functools.cache
 def _measure(name: str) -> tuple[float, float, float]:
-    """The scale that gives a shape the area of a disc of radius 1, and its centre of mass."""
+    """Return the scale that gives a shape the area of a disc of radius 1, and its center of mass."""
     y, x = np.mgrid[-1:1:801j, -1:1:801j]
     inside = _SHAPES[name](x, y)
     return math.sqrt(inside.mean() * 4 / math.pi), float(x[inside].mean()), float(y[inside].mean())
 
 
 class Place(NamedTuple):
-    """Where an object is: centre of mass, size and turn, in units of the picture's shorter side."""
+    """The center of mass, size and rotation of an object, in units of the picture's shorter side."""
 
     x: float
     y: float
@@ -120,13 +120,13 @@ def _dots(x: Array, y: Array, random: Array) -> Array:
 
 
 def _clouds(x: Array, y: Array, random: Array) -> Array:
-    """A few long waves in all directions."""
+    """Return the sum of a few long waves in random directions."""
     waves = [np.sin(2 * math.pi * (8 * (a - 0.5) * x + 8 * (b - 0.5) * y + c)) for a, b, c in random.reshape(-1, 3)]
     return 0.5 + 0.5 * np.tanh(np.sum(waves, 0) / math.sqrt(len(waves)))
 
 
 def _phase(x: Array, y: Array, random: Array) -> Array:
-    """Of a wave in a random direction, 9 to 16 to a side of the picture."""
+    """Return the phase of a wave in a random direction, with 9 to 16 periods per side of the picture."""
     turn, per_side = math.pi * random[0], 9 + 7 * random[1]
     return 2 * math.pi * (per_side * (x * math.cos(turn) + y * math.sin(turn)) + random[2])
 
@@ -135,15 +135,15 @@ _TEXTURES = (_waves, _checks, _dots, _clouds)
 
 
 class Paint(NamedTuple):
-    """A texture between two colours."""
+    """A texture between two colors."""
 
-    colours: Array  # (2, 3)
+    colors: Array  # (2, 3)
     texture: Callable[[Array, Array, Array], Array]
-    random: Array  # (18,), what the texture makes of it
+    random: Array  # (18,), the random parameters of the texture
 
 
 def _paint(random: np.random.Generator, unlike: Array | None = None) -> Paint:
-    """Two colours around a random one that is not near `unlike`."""
+    """Draw a paint of two colors around a random color, at a distance from `unlike`."""
     base = random.random(3)
     while unlike is not None and np.abs(base - unlike).mean() < 0.35:
         base = random.random(3)
@@ -152,9 +152,9 @@ def _paint(random: np.random.Generator, unlike: Array | None = None) -> Paint:
     return Paint(np.stack([base - apart, base + apart]), texture, random.random(18))
 
 
-def _painted(paint: Paint, x: Array, y: Array) -> Array:
-    """`(3, h, w)`."""
-    one, other = paint.colours.astype(x.dtype)[..., None, None]
+def _paint_at(paint: Paint, x: Array, y: Array) -> Array:
+    """Return the colors of a paint at these points, `(3, h, w)`."""
+    one, other = paint.colors.astype(x.dtype)[..., None, None]
     return one + (other - one) * paint.texture(x, y, paint.random)
 
 
@@ -162,70 +162,73 @@ def _painted(paint: Paint, x: Array, y: Array) -> Array:
 
 
 def scene(seed: int, objects: int = 1, *, classes: Sequence[str] | None = None, size: int | tuple[int, int] = SIDE) -> Scene:
-    """A scene of 1 to 3 objects, each of another class.
+    """A scene of 1 to 3 objects of different classes.
 
     - `seed`: the same seed, number and classes give the same scene at every size, up to the width of a pixel.
-    - `objects`: how many. `classes`: which, by name, in place of random ones; nothing else of the scene changes.
-    - `size`: pixels, a side or (height, width).
+    - `objects`: the number of objects.
+    - `classes`: the names of the classes, one per object, instead of random ones. Nothing else in the scene changes.
+    - `size`: the side or the (height, width), in pixels.
 
-    **Raises** `CamError` where there are no such classes, too many or too few objects, or no pixels.
+    **Raises** `CamError` if a class is unknown or given twice, or the number of objects or the size is out of range.
 
     >>> from camfn import demo
     >>> scene = demo.scene(0, classes=["star", "ring"])
     >>> scene.image.shape, scene.masks.shape, [demo.CLASSES[c] for c in scene.classes]
     (torch.Size([3, 96, 96]), torch.Size([2, 96, 96]), ['star', 'ring'])
     """
-    names = None if classes is None else _checked_classes(classes)
+    names = None if classes is None else _check_classes(classes)
     count = objects if names is None else len(names)
-    height, width = _checked_size(size)
+    height, width = _check_size(size)
     if count not in (1, 2, 3):
         raise CamError(f"a scene has 1 to 3 objects, found {count!r}")
     random = np.random.default_rng(seed)
     ground = _paint(random)
-    paints = [_paint(random, unlike=ground.colours.mean(0)) for _ in range(count)]
+    paints = [_paint(random, unlike=ground.colors.mean(0)) for _ in range(count)]
     places = _places(random, count, (height / min(height, width), width / min(height, width)))
     drawn = [CLASSES[i] for i in np.argsort(random.random(len(CLASSES)))[:count]]
-    return _rendered(ground, list(zip(names or drawn, paints, places)), height, width)
+    return _render(ground, list(zip(names or drawn, paints, places)), height, width)
 
 
-def _checked_classes(classes: Sequence[str]) -> list[str]:
+def _check_classes(classes: Sequence[str]) -> list[str]:
     for name in classes:
         if name not in _SHAPES:
             raise CamError(f"no shape is called {name!r}; closest: {closest(str(name), CLASSES)}; all: {', '.join(CLASSES)}")
     if len(set(classes)) < len(classes):
-        raise CamError(f"the objects of a scene are of different classes; found {', '.join(classes)}")
+        raise CamError(f"the objects of a scene must have different classes; found {', '.join(classes)}")
     return list(classes)
 
 
-def _checked_size(size: int | tuple[int, int]) -> tuple[int, int]:
+def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
-        raise CamError(f"size={size!r}: a scene has a pixel at least on each side")
+        raise CamError(f"size={size!r}: a scene must have at least one pixel on each side")
     return height, width
 
 
 def _places(random: np.random.Generator, count: int, sides: tuple[float, float]) -> list[Place]:
-    """Places apart from each other; where that does not fit, smaller ones. A far corner may be cut off by the picture's edge:
-    a wider margin would gather the objects in the middle."""
+    """Draw places that do not overlap. The objects shrink until they fit.
+
+    The picture's edge may cut off a far corner, since a wider margin would concentrate the objects in the middle.
+    """
     sizes = 0.1 + 0.08 * random.random(count)
     turns = (random.random(count) - 0.5) * math.pi / 3
     while True:
         for _ in range(50):
             margin = 1.2 * sizes[:, None]
-            centres = margin + random.random((count, 2)) * (np.array(sides) - 2 * margin)
-            if all(np.hypot(*(centres[i] - centres[j])) > 1.3 * (sizes[i] + sizes[j]) for i in range(count) for j in range(i)):
-                return [Place(x, y, size, turn) for (y, x), size, turn in zip(centres, sizes, turns)]
+            centers = margin + random.random((count, 2)) * (np.array(sides) - 2 * margin)
+            if all(np.hypot(*(centers[i] - centers[j])) > 1.3 * (sizes[i] + sizes[j]) for i in range(count) for j in range(i)):
+                return [Place(x, y, size, turn) for (y, x), size, turn in zip(centers, sizes, turns)]
         sizes = 0.9 * sizes
 
 
 _FINE = 2
-"""Samples to a pixel, along each side: edges and textures are averaged over a pixel."""
+"""Samples per pixel along each side, over which edges and textures are averaged."""
 
 
-def _rendered(ground: Paint, objects: list[tuple[str, Paint, Place]], height: int, width: int) -> Scene:
+def _render(ground: Paint, objects: list[tuple[str, Paint, Place]], height: int, width: int) -> Scene:
     step = 1 / (_FINE * min(height, width))
     x, y = ((np.arange(_FINE * side, dtype=np.float32) + 0.5) * step for side in (width, height))
-    image = _painted(ground, x[None], y[:, None])
+    image = _paint_at(ground, x[None], y[:, None])
     owner = np.zeros(image.shape[1:], dtype=np.int64)  # 0 is the ground
     for number, (name, paint, place) in enumerate(objects, 1):
         rows, columns = (
@@ -234,12 +237,12 @@ def _rendered(ground: Paint, objects: list[tuple[str, Paint, Place]], height: in
         )
         near = x[columns][None], y[rows][:, None]
         inside = _inside(name, place, *near)
-        image[:, rows, columns] = np.where(inside, _painted(paint, *near), image[:, rows, columns])
+        image[:, rows, columns] = np.where(inside, _paint_at(paint, *near), image[:, rows, columns])
         owner[rows, columns][inside] = number
     masks = _pixels(owner == 1 + np.arange(len(objects))[:, None, None]) > 0.5
     return Scene(_pixels(image).clamp(0, 1), masks, tuple(CLASSES.index(name) for name, _, _ in objects))
 
 
 def _pixels(fine: Array) -> Tensor:
-    """`(k, h, w)`: the mean of each pixel's samples."""
+    """Average the samples of each pixel, `(k, h, w)`."""
     return torch.nn.functional.avg_pool2d(torch.from_numpy(fine.astype(np.float32)), _FINE)

@@ -1,7 +1,7 @@
-"""Train the network that ships, from nothing: `python -m camfn.demo.train OUT.safetensors`, some minutes on two cores.
+"""Train the demo network from scratch: `python -m camfn.demo.train OUT.safetensors`, a few minutes on two cores.
 
-An object covers a twentieth of its scene, and the mean over the picture dilutes what little a new network makes of it. So the
-first epochs see windows around single objects, and the others whole scenes of up to three objects, each class with its share.
+An object covers a twentieth of its scene, and global average pooling dilutes its signal. The first epochs therefore use windows
+around single objects. The others use whole scenes of up to three objects, with equal shares of the classes as the label.
 """
 
 import math
@@ -18,11 +18,11 @@ from camfn.demo.network import network, preprocess
 from camfn.demo.scenes import CLASSES, scene
 
 FIRST = 1_000_000
-"""The first seed of the scenes trained on; tests and examples use seeds below."""
+"""The first seed of the training scenes. Tests and examples use smaller seeds."""
 
 
 class Settings(NamedTuple):
-    """What is trained on, and for how long."""
+    """The hyperparameters of the training."""
 
     scenes: int = 12_000
     window_epochs: int = 8
@@ -34,48 +34,48 @@ class Settings(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Scenes of which three in four have a single object."""
+    """The training scenes, three quarters of which have a single object."""
 
-    images: Tensor  # (n, 3, h, w), bytes
+    images: Tensor  # (n, 3, h, w), uint8
     shares: Tensor  # (n, classes)
-    centres: Tensor  # (n, 2), of the first object
+    centers: Tensor  # (n, 2), of the first object
     single: Tensor  # (n,)
 
 
 def data(count: int) -> Data:
-    """The scenes from seed `FIRST` on."""
-    images, shares, centres = [], torch.zeros(count, len(CLASSES)), []
+    """Return `count` scenes, from seed `FIRST` on."""
+    images, shares, centers = [], torch.zeros(count, len(CLASSES)), []
     for i in range(count):
         made = scene(FIRST + i, objects=(2 + i // 4 % 2) if i % 4 == 0 else 1)
         images.append((255 * made.image).byte())
         shares[i, list(made.classes)] = 1 / len(made.classes)
-        centres.append(made.masks[0].nonzero().float().mean(0))
-    return Data(torch.stack(images), shares, torch.stack(centres), shares.amax(1) == 1)
+        centers.append(made.masks[0].nonzero().float().mean(0))
+    return Data(torch.stack(images), shares, torch.stack(centers), shares.amax(1) == 1)
 
 
 def batches(found: Data, settings: Settings, epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and shares of the classes, turned, mirrored and with their colours exchanged."""
+    """Yield batches of inputs and class shares, augmented by flips, transposition and permuted color channels."""
     windows = epoch < settings.window_epochs
     among = found.single.nonzero()[:, 0] if windows else torch.arange(len(found.images))
     order = among[torch.randperm(len(among), generator=generator)]
     for number, index in enumerate(order.split(settings.batch)):
         x = found.images[index]
         if windows:
-            x = _around(x, found.centres[index], settings.window, generator)
+            x = _around(x, found.centers[index], settings.window, generator)
         x = x.flip([axis for bit, axis in ((1, -1), (2, -2)) if number & bit])
         x = x.transpose(-1, -2) if number & 4 else x
         yield preprocess(x[:, torch.randperm(3, generator=generator)].float() / 255), found.shares[index]
 
 
-def _around(images: Tensor, centres: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """A window of each image, its centre up to 8 pixels from the object's."""
-    shift = 16 * (torch.rand(centres.shape, generator=generator) - 0.5)
-    corners = (centres + shift - side / 2).round().long().clamp(0, images.shape[-1] - side)
+def _around(images: Tensor, centers: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Cut a window out of each image, with its center up to 8 pixels from the object's."""
+    shift = 16 * (torch.rand(centers.shape, generator=generator) - 0.5)
+    corners = (centers + shift - side / 2).round().long().clamp(0, images.shape[-1] - side)
     return torch.stack([image[:, y : y + side, x : x + side] for image, (y, x) in zip(images, corners.tolist())])
 
 
 def train(settings: Settings = Settings()) -> nn.Sequential:
-    """The trained network, in eval mode; a line for each epoch."""
+    """Train the network and return it in eval mode. One line is printed per epoch."""
     found, generator = data(settings.scenes), torch.Generator().manual_seed(settings.seed)
     model = network(pretrained=False, seed=settings.seed)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch takes it, its overloads do not say so
@@ -99,7 +99,7 @@ def train(settings: Settings = Settings()) -> nn.Sequential:
 
 
 def accuracy(model: nn.Module, seeds: range) -> float:
-    """The share of single-object scenes whose class has the largest logit."""
+    """Return the top-1 accuracy on single-object scenes."""
     made = [scene(seed) for seed in seeds]
     with torch.no_grad():
         best = torch.cat([model(preprocess(part)).argmax(1) for part in torch.stack([s.image for s in made]).split(64)])

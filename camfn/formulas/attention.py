@@ -1,7 +1,7 @@
-"""One pure function per formula: how much each token counts, from attention and its gradients. Tensors only.
+"""Token relevance from attention and its gradients: one pure function of tensors per formula.
 
-Layers are in the order of execution. A relevance of all tokens for all tokens, `(q, k)` as the papers have it, is never made:
-of the product of the layers only some rows are wanted, and they are followed from the last layer to the first.
+Layers are in the order of execution. The papers multiply matrices `(q, k)` of all layers. Only some rows of the product are
+needed, so these functions multiply a row vector by the layers, from the last to the first.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,12 @@ from camfn.formulas.scaling import magnitude
 
 
 def readers(gradient: Attentions) -> Relevances:
-    """The tokens that the output reads, with weights that sum to one; `gradient` is the score's at the last layer's attention.
+    """The tokens that the output reads, as weights that sum to one.
 
-    A query that nothing reads has no gradient at all. So this is one for the class token and zero elsewhere where the head
-    takes the class token, and equal weights where it takes the mean; also where the score has no gradient.
+    - `gradient`: the gradient of the score at the attention of the last layer.
+
+    A query that the output does not read has a gradient of zero. If the head reads the class token, this token gets weight 1
+    and the others 0. If the head takes the mean, or if the whole gradient is zero, all weights are equal.
 
     >>> import torch
     >>> readers(torch.tensor([[[[0.0, 2.0], [0.0, 0.0]]]])).tolist()
@@ -37,7 +39,9 @@ def row_of(gradient: Attentions, query: int) -> Relevances:
 
 
 def attention_rollout(seen: Sequence[Attentions], row: Relevances) -> Relevances:
-    """`row R`, `R = B_L ... B_1` with `B_l` the row-normalised `mean_h A_l + I`: attention rollout (Abnar & Zuidema, 2020).
+    """Attention rollout (Abnar & Zuidema, 2020).
+
+        row B_L ... B_1,   with B_l the row-normalized mean_h A_l + I
 
     >>> import torch
     >>> even = torch.full((1, 1, 2, 2), 0.5)
@@ -54,9 +58,11 @@ def attention_rollout(seen: Sequence[Attentions], row: Relevances) -> Relevances
 def gradient_attention(
     seen: Sequence[Attentions], gradients: Sequence[Attentions], row: Relevances, *, unit: bool = False
 ) -> Relevances:
-    """`row R`; from `R = I`, layer by layer, `R += mean_h relu(G_l A_l) R` (Chefer et al., ICCV 2021, eq. 5 and 6).
+    """Gradient-weighted attention (Chefer et al., ICCV 2021, eq. 5 and 6).
 
-    `unit`: a positive multiple of it, which is finite where the product over layers has no number.
+        row R,   R = I at first, then R += mean_h relu(G_l A_l) R for each layer l
+
+    - `unit`: return a positive multiple, which is finite even if the product over layers overflows.
     """
     total = torch.ones_like(row[:, :1])
     for attention, gradient in zip(reversed(seen), reversed(gradients)):
@@ -67,12 +73,18 @@ def gradient_attention(
 
 
 def legrad(gradients: Sequence[Attentions]) -> Relevances:
-    """`mean_l mean_h mean_q relu(G_l)`, G_l the gradient of layer l's own score (Bousselham et al., 2024)."""
+    """LeGrad (Bousselham et al., 2024).
+
+    mean_l mean_h mean_q relu(G_l),   with G_l the gradient of the score of layer l
+    """
     return torch.stack([torch.relu(g.to(wide(g.dtype))).mean((1, 2)) for g in gradients]).mean(0)
 
 
 def ag_cam(logits: Sequence[Attentions], gradients: Sequence[Attentions]) -> Relevances:
-    """`sum_l sum_h sum_q relu(G_l) sigmoid(S_l)`, S_l the logits of the attention (Leem & Seo, AAAI 2024)."""
+    """Attention-guided CAM (Leem & Seo, AAAI 2024).
+
+    sum_l sum_h sum_q relu(G_l) sigmoid(S_l),   with S_l the logits of the attention of layer l
+    """
     pairs = [(s.to(wide(s.dtype)), g.to(wide(g.dtype))) for s, g in zip(logits, gradients)]
     return torch.stack([(torch.relu(g) * torch.sigmoid(s)).sum((1, 2)) for s, g in pairs]).sum(0)
 

@@ -16,7 +16,7 @@ Kernel = Literal["sigmoid", "rbf", "poly", "linear"]
 
 
 class First(NamedTuple):
-    """`X v` and `v`, for the unit vector `v` of channels that makes `X v` longest."""
+    """The unit vector `v` of channels that maximizes `|X v|` (`loadings`), and `X v` (`scores`)."""
 
     scores: Float[Tensor, "*b p"]
     loadings: Float[Tensor, "*b c"]
@@ -25,12 +25,13 @@ class First(NamedTuple):
 def first(values: Float[Tensor, "*b c p"], sign: Sign = "sum") -> First:
     """The first singular vector `v` of `X`, whose rows are positions, and the projection `X v`.
 
-    `v` is found by its Gram matrix of channels or by that of positions, whichever is smaller; no other singular vector is
-    made, and no matrix of c x c where there are fewer positions. Neither the order of channels nor that of positions matters.
-    Its sign is not determined by that, and is fixed: by `"sum"`, `sum_k v_k >= 0`, so that `X v` goes with the sum of
-    the channels; by `"peak"`, what is largest in size is positive. Where one leaves it open, the other tells.
+    - `values`: `X^T`, channels by positions.
+    - `sign`: the sign of a singular vector is arbitrary, and is fixed by this rule. `"sum"` makes `sum_k v_k` positive.
+      `"peak"` makes the value of `X v` with the largest magnitude positive. If one rule is undecided, the other is used.
 
-    It is differentiable, twice, where the largest singular value is single. Where `X` is zero, so are both.
+    `v` is the top eigenvector of the Gram matrix of channels or of positions, whichever is smaller. It does not depend on the
+    order of channels or positions. It is twice differentiable if the largest singular value is simple. If `X` is zero, so are
+    both results.
 
     >>> import torch
     >>> scores, loadings = first(torch.tensor([[3.0, 0.0, -6.0], [4.0, 0.0, -8.0]]))
@@ -38,7 +39,7 @@ def first(values: Float[Tensor, "*b c p"], sign: Sign = "sum") -> First:
     [5.0, 0.0, -10.0, 0.6, 0.8]
     """
     size = values.detach().abs().amax((-2, -1), keepdim=True)
-    scaled = values / torch.where(size == 0, 1, size)  # the same vector, and squares that are neither infinite nor zero
+    scaled = values / torch.where(size == 0, 1, size)  # same vector, but no square overflows or underflows
     if values.shape[-1] < values.shape[-2]:
         loadings = times(scaled, top(scaled.mT @ scaled))
     else:
@@ -76,18 +77,21 @@ def seg_eigen_cam(gradients: Gradients, activations: Activations, center: bool =
 def kpca_cam(
     activations: Float[Tensor, "*b c p"], kernel: Kernel = "sigmoid", gamma: float | None = None, *, unit: bool = False
 ) -> Float[Tensor, "*b p"]:
-    """The first kernel principal component of the positions: `sqrt(l) a`, of the largest eigenvalue l of the centred matrix
-    `k(x_p, x_q)`. What is largest in size is positive.
+    """The first kernel principal component of the positions.
 
-    `gamma` is 1/c for `None`. A constant in a kernel is taken out by the centring, and left out here: then small values keep
-    their digits, and equal ones have exactly nothing. `unit`: a positive multiple, which is finite where the component itself
-    (a cube of the values, of the kernel `"poly"`) has no number.
+        sqrt(l) a,   for the largest eigenvalue l and its eigenvector a of the centered matrix k(x_p, x_q)
+
+    - `gamma`: the scale of the kernel; `None` is 1/c.
+    - `unit`: return a positive multiple, which is finite even if the component overflows (with `"poly"` it is a cube).
+
+    The value with the largest magnitude is positive. Centering removes constants of a kernel, so they are omitted here. Small
+    values then keep their precision, and equal positions give exactly zero.
     """
     values = centered(activations, activations.dtype)
     gamma = 1 / values.shape[-2] if gamma is None else gamma
     own = magnitude(values, (-2, -1))
     values = values / own
-    # A kernel of smaller values is linear, to rounding: it is taken of these, where it has its digits, and scaled down.
+    # The kernel of smaller values is linear up to rounding: compute it at this size, without loss of precision, and scale down.
     linear = math.sqrt(torch.finfo(values.dtype).eps / (32 * values.shape[-2] * gamma))
     size = own if kernel == "linear" else own.clamp(min=2.0 ** min(100, max(-100, math.floor(math.log2(linear)))))
     matrix, factor = KERNELS[kernel](values.mT @ values, gamma, size)
@@ -95,7 +99,7 @@ def kpca_cam(
     matrix = matrix - rows - rows.mT + rows.mean(-2, keepdim=True)
     vector = top(matrix)
     value = (vector * times(matrix, vector)).sum(-1, keepdim=True)
-    none = value <= 0  # of zeros; a kernel that grows with x.y has a positive eigenvalue else
+    none = value <= 0  # only for zeros: else a kernel that grows with x.y has a positive eigenvalue
     scores = torch.where(none, 0, torch.where(none, 1, value).sqrt() * vector)
     sums = values.detach().sum(-2)
     length = (sums.square().sum(-1) * scores.detach().square().sum(-1)).sqrt()
@@ -104,31 +108,31 @@ def kpca_cam(
 
 
 def _sigmoid(gram: Tensor, gamma: float, size: Tensor) -> tuple[Tensor, Tensor]:
-    """`tanh(g + 1) - tanh(1)`"""
-    gram = gamma * gram * size * size  # in this order: the square of a size has no number, or is 0
+    """Return `tanh(g + 1) - tanh(1)`."""
+    gram = gamma * gram * size * size  # in this order, since `size * size` may overflow or underflow
     return torch.tanh(gram) * (1 - math.tanh(1) * torch.tanh(gram + 1)), torch.ones_like(size)
 
 
 def _rbf(gram: Tensor, gamma: float, size: Tensor) -> tuple[Tensor, Tensor]:
-    """`exp(-gamma |x - y|^2) - 1`"""
+    """Return `exp(-gamma |x - y|^2) - 1`."""
     square = gram.diagonal(dim1=-2, dim2=-1)
-    apart = (square[..., None] + square[..., None, :] - 2 * gram).clamp(min=0)  # rounding, times the square of a size
+    apart = (square[..., None] + square[..., None, :] - 2 * gram).clamp(min=0)  # rounding errors are scaled by size^2
     return torch.expm1(-gamma * apart * size * size), torch.ones_like(size)
 
 
 def _poly(gram: Tensor, gamma: float, size: Tensor) -> tuple[Tensor, Tensor]:
-    """`(g + 1)^3 - 1`, less the power of the size that is largest in it."""
+    """Return `(g + 1)^3 - 1` divided by its largest power of the size."""
     gram, below, above = gamma * gram, size.clamp(max=1), size.clamp(min=1)
     cubic = (gram * below**2) ** 2 + 3 * gram * below**2 / above**2 + 3 / above**4
     return gram * cubic, below * above**3
 
 
 KERNELS = {"sigmoid": _sigmoid, "rbf": _rbf, "poly": _poly, "linear": lambda gram, gamma, size: (gram, size)}
-"""From the products of values in units of `size`, a multiple of the kernel's matrix, and the root of the factor left out."""
+"""Functions `(gram in units of size^2, gamma, size) -> (kernel matrix / f^2, f)`. The kernels omit their constants."""
 
 
 def orientation(along: Float[Tensor, "*b"], scores: Float[Tensor, "*b p"], sign: Sign = "sum") -> Float[Tensor, "*b 1"]:
-    """1 or -1: the sign that makes `along`, of a size up to one, positive; or what is largest in `scores`."""
+    """Return the sign, 1 or -1, that makes `along` (at most 1 in magnitude) or the peak of `scores` positive."""
     along, high, low = along.detach()[..., None], scores.detach().amax(-1, keepdim=True), scores.detach().amin(-1, keepdim=True)
     sums = torch.where(along.abs() > _rounding(along.dtype), along, 0)
     peaks = torch.where((high + low).abs() > _rounding(along.dtype) * (high - low), high + low, 0)
@@ -137,14 +141,14 @@ def orientation(along: Float[Tensor, "*b"], scores: Float[Tensor, "*b p"], sign:
 
 
 def _rounding(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps ** 0.75  # 1e-12 of float64, 6e-6 of float32: more than rounding makes of zero
+    return torch.finfo(dtype).eps ** 0.75  # 2e-12 for float64, 6e-6 for float32: above the rounding error of zero
 
 
 def top(matrix: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m"]:
-    """The unit eigenvector of the largest eigenvalue of a symmetric matrix, with either sign; NaN if not all of it is finite.
+    """The unit eigenvector of the largest eigenvalue of a symmetric matrix. Its sign is arbitrary.
 
-    `eigh` has a derivative where all eigenvalues are apart, and is NaN where two are equal, as those of two dead channels.
-    One eigenvector has one where its own is apart from the others; what then is not determined counts as constant.
+    The result is NaN if the matrix is not finite. The derivative of `eigh` is NaN if any two eigenvalues are equal, as with
+    two dead channels. The derivative here needs only a simple largest eigenvalue; it is zero in undetermined directions.
     """
     values, vectors = spectrum(matrix)
     vector, others = vectors[..., -1], vectors[..., :-1]
@@ -153,26 +157,26 @@ def top(matrix: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m"]:
         single = gaps > 8 * torch.finfo(matrix.dtype).eps * values.abs().amax(-1, keepdim=True)
         inverse = torch.where(single, 1 / torch.where(single, gaps, 1), 0)
         start = vector
-        # Steps of `v <- v + (l - K)^+ (K - v'Kv) v`, which stay where they are, at the solution. With l and (l - K)^+ held
-        # constant, and v a constant at first, each gets one more derivative of v right: two do for second derivatives.
+        # The solution is a fixed point of `v <- v + (l - K)^+ (K - v'Kv) v`. With l and (l - K)^+ constant, and v constant at
+        # first, each step makes one more derivative of v exact: two steps for second derivatives.
         for _ in range(2):
             moved = times(matrix, vector)
             off = moved - (start * moved).sum(-1, keepdim=True) * vector
             vector = vector + times(others, inverse * times(others.mT, off))
         vector = vector / vector.square().sum(-1, keepdim=True).sqrt()
-        vector = start + (vector - vector.detach())  # the value that it has without a derivative, to the bit
+        vector = start + (vector - vector.detach())  # bitwise the value without a derivative
     return vector
 
 
 def spectrum(matrix: Float[Tensor, "*b m m"]) -> tuple[Float[Tensor, "*b m"], Float[Tensor, "*b m m"]]:
-    """`eigh` as a constant, with NaN in the place of an error where a matrix is not finite: for that matrix alone."""
+    """Return `eigh` without a derivative. Matrices that are not finite give NaN instead of an error."""
     sound = torch.isfinite(matrix).all(-1).all(-1)[..., None]
     values, vectors = torch.linalg.eigh(torch.where(sound[..., None], matrix, 0).detach())
     return torch.where(sound, values, torch.nan), torch.where(sound[..., None], vectors, torch.nan)
 
 
 def times(matrix: Float[Tensor, "*b i j"], vector: Float[Tensor, "*b j"]) -> Float[Tensor, "*b i"]:
-    """A matrix times a vector, in any number of batches."""
+    """Return a batched matrix-vector product."""
     return (matrix @ vector[..., None])[..., 0]
 
 

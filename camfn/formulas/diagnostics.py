@@ -1,4 +1,4 @@
-"""What is to be said about maps that mean little, and why they do: values, each with a sentence. Tensors only."""
+"""Findings about maps that carry little information: a value and a sentence each. Functions of tensors."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -24,20 +24,25 @@ Kind = Literal[
 
 
 class Finding(NamedTuple):
-    """Something that should be known about a map."""
+    """A property of a map that the user should know."""
 
     kind: Kind
     layer: str
-    value: float  # the share of maps, channels or weight that it is about
+    value: float  # the share of maps, channels or weight concerned
     sentence: str
 
 
 def about_maps(
     signed: Sequence[FlatMaps], layers: Sequence[str], relu: bool, seen: Sequence[Tensor] = ()
 ) -> tuple[Finding, ...]:
-    """Maps that are not finite, one value, or nowhere positive, and layers whose output is not finite.
+    """Find maps that are not finite, flat, or nowhere positive, and layers whose output is not finite.
 
-    The values are read once. The layer of a map without one is "", and there `seen`, the layers' outputs, is empty.
+    - `signed`: the maps before the ReLU, per layer.
+    - `layers`: the names of the layers. The name of a map without a layer is `""`.
+    - `relu`: whether the method applies a ReLU.
+    - `seen`: the outputs of the layers; empty for maps without a layer.
+
+    The values are copied to the CPU once.
     """
     pairs = zip(signed, seen or (None,) * len(signed))
     facts = torch.stack([torch.stack(_facts(*pair)) for pair in pairs])
@@ -45,12 +50,12 @@ def about_maps(
     for name, (wild, flat, negative, source) in zip(layers, facts.cpu()):
         place = f" at layer {name!r}" if name else ""
         if wild.any() or source.any():
-            sentence = _not_finite(int(wild.sum()), wild.numel(), name, bool(source.any()))
+            sentence = _non_finite_sentence(int(wild.sum()), wild.numel(), name, bool(source.any()))
             found.append(Finding("non-finite map", name, float(wild.float().mean()), sentence))
         if flat.any():
             sentence = (
                 f"{int(flat.sum())} of {flat.numel()} maps{place} are flat: every position has the same value, "
-                "so there is nothing to see (an activation that does not vary over positions, or no channel that counts?)"
+                "so there is nothing to see (an activation that does not vary over positions, or all weights zero?)"
             )
             found.append(Finding("flat map", name, float(flat.float().mean()), sentence))
         below = negative & ~flat
@@ -64,8 +69,8 @@ def about_maps(
 
 
 def _facts(signed: FlatMaps, activation: Tensor | None) -> tuple[Tensor, ...]:
-    """Of each map: is it not finite, flat, nowhere positive; and of its layer's output: is it not finite?"""
-    low, high = signed.amin(-1), signed.amax(-1)  # NaN where one value is
+    """Return for each map whether it is not finite, flat, or nowhere positive, and whether the layer is not finite."""
+    low, high = signed.amin(-1), signed.amax(-1)  # NaN if any value is
     wild = ~(torch.isfinite(low) & torch.isfinite(high))
     source = torch.zeros_like(wild)
     if activation is not None and activation.is_floating_point():
@@ -73,7 +78,7 @@ def _facts(signed: FlatMaps, activation: Tensor | None) -> tuple[Tensor, ...]:
     return wild, is_flat(low, high, signed.dtype) & ~wild, (high <= 0) & ~wild, source
 
 
-def _not_finite(count: int, of: int, layer: str, source: bool) -> str:
+def _non_finite_sentence(count: int, of: int, layer: str, source: bool) -> str:
     way_out = "choose an earlier layer, or find the operation that makes them"
     if not count:
         return f"layer {layer!r} has NaN or infinite values that the maps do not show: {way_out}"
@@ -84,7 +89,7 @@ def _not_finite(count: int, of: int, layer: str, source: bool) -> str:
 
 
 def about_weights(weights: Sequence[Weights], layers: Sequence[str]) -> tuple[Finding, ...]:
-    """Weights of a softmax. Nearly equal ones give the mean activation, whatever the class; one strong one, a channel."""
+    """Find softmax weights that are nearly equal (the map is the mean activation) or dominated by one channel."""
     found = []
     for name, w in zip(layers, weights):
         if w.shape[-1] < 2:
@@ -97,60 +102,58 @@ def about_weights(weights: Sequence[Weights], layers: Sequence[str]) -> tuple[Fi
             )
             found.append(Finding("equal weights", name, share, sentence))
         elif strongest > 0.9:
-            sentence = f"one channel at layer {name!r} has {strongest:.0%} of the weight: the map is that channel, more or less"
+            sentence = f"one channel at layer {name!r} has {strongest:.0%} of the weight: the map is roughly that channel"
             found.append(Finding("one channel", name, strongest, sentence))
     return tuple(found)
 
 
 def effective_channels(weights: Weights) -> Tensor:
-    """`exp(entropy(w))` of weights that are not negative: how many channels carry the map, `(n, t)`."""
+    """The effective number of channels, `exp(entropy(w))` of the normalized non-negative weights, `(n, t)`."""
     share = weights.clamp(min=0) / weights.clamp(min=0).sum(-1, keepdim=True)
     return torch.exp(torch.special.entr(share).sum(-1))
 
 
 def about_activations(activations: Sequence[Activations], layers: Sequence[str]) -> tuple[Finding, ...]:
-    """Channels that say nothing: not finite, or the same everywhere in every image."""
+    """Find channels that are not finite, or constant in every image."""
     found = []
     for name, values in zip(layers, activations):
         wild = float((~torch.isfinite(values)).any(-1).any(0).float().mean())
         dead = float(is_flat(values.amin(-1), values.amax(-1), values.dtype).all(0).float().mean())
         if wild:
-            sentence = (
-                f"{wild:.1%} of the channels at layer {name!r} have values that are not finite: no map of them means anything"
-            )
+            sentence = f"{wild:.1%} of the channels at layer {name!r} have NaN or infinite values: a map of them is meaningless"
             found.append(Finding("non-finite channels", name, wild, sentence))
         if dead >= 0.5:
             sentence = (
                 f"{dead:.0%} of the channels at layer {name!r} are dead: one value at all positions, in every image; "
-                "the map hangs on the others"
+                "the map depends on the others"
             )
             found.append(Finding("dead channels", name, dead, sentence))
     return tuple(found)
 
 
 def about_gradients(gradients: Sequence[Gradients], layers: Sequence[str]) -> tuple[Finding, ...]:
-    """Gradients that are zero, or the same at every position."""
+    """Find gradients that are zero, or the same at every position."""
     return tuple(
         finding
         for name, slopes in zip(layers, gradients)
-        for check in (_vanished, _everywhere)
+        for check in (_zero_gradient, _uniform_gradient)
         for finding in check(name, slopes)
     )
 
 
-def _vanished(name: str, slopes: Gradients) -> list[Finding]:
+def _zero_gradient(name: str, slopes: Gradients) -> list[Finding]:
     none = float((slopes == 0).flatten(2).all(-1).float().mean())
     if not none:
         return []
     part = "the gradient" if none == 1 else f"{none:.0%} of the gradients"
     sentence = (
         f"{part} at layer {name!r} is zero throughout: the target does not depend on this layer there (the last block of a "
-        "transformer whose class token alone is read? a saturated or clipped score? a branch that is not the target's?)"
+        "transformer whose head reads only the class token? a saturated or clipped score? a branch of another output?)"
     )
     return [Finding("no gradient", name, none, sentence)]
 
 
-def _everywhere(name: str, slopes: Gradients) -> list[Finding]:
+def _uniform_gradient(name: str, slopes: Gradients) -> list[Finding]:
     if slopes.shape[-1] < 2 or not bool((slopes != 0).any()):
         return []
     spread, size = (slopes - slopes.mean(-1, keepdim=True)).abs().amax(), slopes.abs().amax()
@@ -158,6 +161,6 @@ def _everywhere(name: str, slopes: Gradients) -> list[Finding]:
         return []
     sentence = (
         f"after layer {name!r} the class no longer depends on position (the gradient is the same everywhere, as before global "
-        "average pooling and a linear layer): Grad-CAM, HiResCAM and XGrad-CAM are one map there, that of CAM"
+        "average pooling and a linear layer): Grad-CAM, HiResCAM and XGrad-CAM all give the map of CAM there"
     )
     return [Finding("no position", name, 1.0, sentence)]

@@ -1,6 +1,6 @@
-"""Powers of two near the largest value: a formula of them has no power, and no product, outside the range of the dtype.
+"""Scaling by powers of two, so that powers and products of values do not overflow or underflow.
 
-Dividing by a power of two is exact, so that a formula gives what it gave, wherever that could be computed.
+Division by a power of two is exact. Results that were finite without the scaling are therefore unchanged.
 """
 
 import math
@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 def magnitude(values: Tensor, dim: int | Sequence[int]) -> Tensor:
-    """The power of two at or below the largest size over `dim`, which stays; 1 where that is 0 or not finite. A constant.
+    """The largest power of two that is at most `max |values|` over `dim`.
+
+    The reduced dimensions are kept. The result is 1 if the maximum is 0 or not finite. It has no gradient.
 
     >>> import torch
     >>> magnitude(torch.tensor([[3.0, -5.0], [0.0, 0.0]]), -1).tolist()
@@ -24,7 +26,7 @@ def magnitude(values: Tensor, dim: int | Sequence[int]) -> Tensor:
 
 
 def rescale(values: Tensor, dim: int | Sequence[int]) -> Tensor:
-    """Values divided by their size: a positive multiple, whose largest value is near 1."""
+    """Divide values by their `magnitude`, so that the largest one is between 1 and 2 in size."""
     return values / magnitude(values, dim)
 
 

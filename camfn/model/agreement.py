@@ -1,11 +1,11 @@
-"""Do two outputs agree to the rounding of what they were computed in?"""
+"""Compare two outputs up to rounding errors."""
 
 import torch
 from torch import Tensor
 
 
 def is_close(a: Tensor, b: Tensor, times: float) -> bool:
-    """Do they differ by at most `times` the dtype's eps, times the size of `b`? What is not finite has to be equal."""
+    """Return True if `|a - b| <= times * eps * max |b|` for the dtype's eps. Values that are not finite must be equal."""
     if a.shape != b.shape or not b.numel():
         return a.shape == b.shape
     size = torch.where(b.isfinite(), b, 0).abs().amax()

@@ -1,8 +1,7 @@
-"""What a forward does, seen by a torch-function mode of this thread, and what it must not do, stopped before it happens.
+"""Torch-function modes that watch a forward pass, and stop random draws and writes before they happen.
 
-A torch-function mode sees every torch function that is called from Python in this thread, the same under `vmap`, `grad`,
-`vjp` and `jvp`. It does not see scripted or traced functions, other threads, `Tensor.set_`, what NumPy computes, or the inside
-of `torch.compile`.
+A torch-function mode sees every torch function that this thread calls from Python, also under `vmap`, `grad`, `vjp` and
+`jvp`. It does not see scripted or traced functions, other threads, `Tensor.set_`, NumPy, or the inside of `torch.compile`.
 """
 
 import functools
@@ -24,14 +23,15 @@ from camfn.model.memory import Ledger
 
 
 def input_called(number: int) -> str:
-    """The name of an input, beside those of the state."""
+    """Return the name of an input, as used next to the names of the state."""
     return f"input {number}"
 
 
 class WriteError(BaseException):
     """A forward is about to write to a tensor that it shares with the caller.
 
-    The call starts again with a copy of it. Not an `Exception`: nothing that a forward or a fallback catches may hold it up.
+    The call starts again with a copy of the tensor. This is a `BaseException`, so that no `except Exception` in a forward or
+    a fallback catches it.
     """
 
     def __init__(self, name: str) -> None:
@@ -43,14 +43,14 @@ class Allowed(NamedTuple):
     """The tensors that belong to one run of a private copy."""
 
     state: Mapping[str, Tensor]
-    copied: frozenset[str]  # of these, by name, those that are copies made for this run
-    inputs: list[Any]  # the leaves
+    copied: frozenset[str]  # names of the tensors and inputs that are copies made for this run
+    inputs: list[Any]  # the leaves of the inputs
     twins: Mapping[int, Any]  # id of a caller's object -> its copy
     foreign: Mapping[int, str]  # id of a tensor of the caller's own modules -> its name
 
 
 class Guard(TorchFunctionMode):
-    """Refuses random draws and the caller's own modules, and stops writes to shared tensors.
+    """Refuse random draws and the caller's own modules, and stop writes to shared tensors.
 
     Raises `RefusedError` for the first two and `WriteError` for the last, before the function runs.
     """
@@ -59,7 +59,7 @@ class Guard(TorchFunctionMode):
         super().__init__()
         self.allowed = allowed
         self.foreign = allowed.foreign
-        self._names: dict[Any, str] | None = None  # by storage, of the state
+        self._names: dict[Any, str] | None = None  # names of the state and inputs by storage
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -86,11 +86,11 @@ class Guard(TorchFunctionMode):
             self._write(target, traits)
 
     def _check_owner(self, given: Any) -> None:
-        """Refuse a tensor of the caller's own module objects, unless it was handed in."""
+        """Raise RefusedError for tensors of the caller's own module objects, unless they are arguments of this run."""
         for leaf in tree_flatten(given)[0]:
             name = self.foreign.get(id(leaf))
             if name is not None and not any(leaf is own for own in self._handed_in()):
-                raise RefusedError(_not_followed(f"{name!r} of your model"))
+                raise RefusedError(_unfollowed_message(f"{name!r} of your model"))
 
     def _handed_in(self) -> Iterator[Any]:
         yield from self.allowed.state.values()
@@ -104,50 +104,50 @@ class Guard(TorchFunctionMode):
             raise WriteError(name)
 
     def _name_of(self, target: Tensor) -> str | None:
-        """The name of the tensor of the state, or of the input, whose memory this is."""
+        """Return the name of the state tensor or input that has this memory."""
         if self._names is None:
             inputs = {input_called(i): leaf for i, leaf in enumerate(self.allowed.inputs) if isinstance(leaf, Tensor)}
             self._names = _compat.storages({**inputs, **self.allowed.state})
         return self._names.get(_compat.storage_id(target))
 
     def _check_statistics(self, target: Tensor, traits: "Traits") -> None:
-        """Running statistics that are written must be the copy's."""
+        """Raise RefusedError if the running statistics that are written are not those of the copy."""
         if traits.statistics:
             own = (twin for twin in self.allowed.twins.values() if isinstance(twin, Tensor))
             if all(_compat.storage_id(target) != _compat.storage_id(twin) for twin in own):
-                raise RefusedError(_not_followed("the running statistics of a norm in train mode"))
+                raise RefusedError(_unfollowed_message("the running statistics of a norm in train mode"))
         elif traits.name == "add_" and not target.ndim:
-            # A norm in train mode counts its batches before it computes anything.
+            # A norm layer in train mode increments its batch counter before it computes anything.
             owner = sys._getframe(4).f_locals.get("self")
             if isinstance(owner, _NormBase) and all(owner is not twin for twin in self.allowed.twins.values()):
-                raise RefusedError(_not_followed(f"a {type(owner).__name__} in train mode"))
+                raise RefusedError(_unfollowed_message(f"a {type(owner).__name__} in train mode"))
 
 
-def _not_followed(what: str) -> str:
+def _unfollowed_message(what: str) -> str:
     return (
-        f"the forward reached {what}, and not that of camfn's private copy: something holds the module that the copy does not "
-        "follow (a cache, a weak reference, a global, a context variable); register the module, and call it through self"
+        f"the forward reached {what}, and not that of camfn's private copy: the module is held by something that the copy does "
+        "not follow (a cache, a weak reference, a global, a context variable); register the module, and call it through self"
     )
 
 
 class Watcher(TorchFunctionMode):
-    """Tells where followed tensors go, and whether a value is read in Python."""
+    """Record which functions take the followed tensors, and whether a value is read in Python."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reads = False
-        self.consumers: dict[str, list[Any]] = {}  # by the name of a followed tensor
-        self._names: dict[int, str] = {}  # by its id, for as long as it lives
+        self.consumers: dict[str, list[Any]] = {}  # name of a followed tensor -> the functions that took it
+        self._names: dict[int, str] = {}  # id of a living tensor -> its name
 
     def follow(self, tensor: Tensor, name: str) -> None:
-        """From now on, tell which functions take this tensor."""
+        """Record from now on which functions take this tensor."""
         if id(tensor) not in self._names:
             weakref.finalize(tensor, self._names.pop, id(tensor)).atexit = False
         self._names[id(tensor)] = name
         self.consumers[name] = []
 
     def name_of(self, tensor: Any) -> str | None:
-        """The name of a followed tensor."""
+        """Return the name of a followed tensor, else None."""
         return self._names.get(id(tensor))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,18 +162,22 @@ class Watcher(TorchFunctionMode):
 
 
 class Origins(Ledger):
-    """Tells what only the operations show: whether sizes or numbers are made of values, and whether an operation takes a tensor
-    that none was seen to make, and that is not `known`: another thread, NumPy or a cache may have made it."""
+    """Record whether sizes or Python numbers depend on values (`reads`), and whether an operation takes a tensor of unknown
+    origin (`unseen`).
+
+    The origin is unknown if no recorded operation made the tensor and it is not `known`. Another thread, NumPy or a cache may
+    have made it.
+    """
 
     def __init__(self, known: Iterable[Any]) -> None:
         super().__init__()
         self.reads = self.unseen = False
-        self._known = [leaf for leaf in known if isinstance(leaf, Tensor)]  # alive, so that no other gets their memory
+        self._known = [leaf for leaf in known if isinstance(leaf, Tensor)]  # kept alive, so that their memory is not reused
         self._given = {_compat.storage_id(leaf) for leaf in self._known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.reads = self.reads or reads_values(func, args)
-        fresh = func is torch.ops.aten.lift_fresh.default and _compat.owns_memory(args[0])  # `torch.tensor` made it of numbers
+        fresh = func is torch.ops.aten.lift_fresh.default and _compat.owns_memory(args[0])  # from `torch.tensor` of numbers
         if not fresh:
             leaves = (leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor))
             self.unseen = self.unseen or not all(self._is_known(_compat.storage_id(leaf)) for leaf in leaves)
@@ -184,32 +188,32 @@ class Origins(Ledger):
 
 
 def reads_values(func: Any, args: Any) -> bool:
-    """Is an operation's result a number or a size in Python, that another value would change?"""
-    if func is torch.ops.aten.index.Tensor:  # by places it has the size of these; by a mask, that of what is true
+    """Return True if an operation's result is a Python number or a size that depends on values."""
+    if func is torch.ops.aten.index.Tensor:  # the size depends on values for masks, not for indices
         return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 
-# --------------------------------------------------------------------------------------------------- what functions do
+# --------------------------------------------------------------------------------------------------- function traits
 
 Test = Callable[[Any, Any], bool]
 Targets = Callable[[Any, Any], list[Tensor]]
 
 
 class Traits(NamedTuple):
-    """What a torch function may do beside computing its result."""
+    """The side effects of a torch function."""
 
     name: str
-    draws: Test | None = None  # of its arguments: does it draw random numbers?
-    reads: bool = False  # its result, or its size, is known in Python and depends on values
-    targets: Targets | None = None  # of its arguments: the tensors that it writes to
-    statistics: bool = False  # which are running statistics
+    draws: Test | None = None  # (args, kwargs) -> whether it draws random numbers
+    reads: bool = False  # whether its result, or the result's size, is a Python value that depends on tensor values
+    targets: Targets | None = None  # (args, kwargs) -> the tensors that it writes to
+    statistics: bool = False  # whether those are running statistics
 
 
 _PLAIN, _METADATA = Traits(""), Traits("metadata")
 _SEQUENCES = frozenset((list, tuple))
 _NUMBERS = frozenset((int,))
-"""What most sequences among arguments hold: sizes."""
+"""The item types of most sequences among arguments: sizes."""
 
 _METADATA_OF = frozenset(
     (
@@ -264,15 +268,15 @@ _DROPS = {
     **dict.fromkeys(("dropout1d", "dropout2d", "dropout3d"), (1, 2)),
     **dict.fromkeys(("dropout_", "alpha_dropout_", "feature_dropout_", "feature_alpha_dropout_"), (1, 2)),
 }
-"""Where the dropout family has its probability, and whether it drops."""
+"""Positions of the probability and of the training flag in the dropout family."""
 
-_TWINS_OF_MEMORY = frozenset(("numpy", "__array__", "__dlpack__"))
-"""Functions that hand a tensor's memory to somebody who may write to it."""
+_SHARES_MEMORY = frozenset(("numpy", "__array__", "__dlpack__"))
+"""Functions that share a tensor's memory with code that may write to it."""
 
 
 @functools.cache
 def traits_of(func: Any) -> Traits:
-    """What a torch function does, told by its name and its signature."""
+    """Return the traits of a torch function, from its name and signature."""
     name = getattr(func, "__name__", "")
     if func in _METADATA_OF:
         return _METADATA
@@ -284,7 +288,7 @@ def traits_of(func: Any) -> Traits:
 
 
 def _signature(func: Any) -> inspect.Signature | None:
-    """That of a function written in Python; torch's built-in ones have none, though some are wrapped in one."""
+    """Return the signature of a Python function, else None. torch's built-in functions have none."""
     try:
         return inspect.signature(func) if inspect.isfunction(func) else None
     except ValueError:
@@ -292,7 +296,7 @@ def _signature(func: Any) -> inspect.Signature | None:
 
 
 class _Argument(NamedTuple):
-    """An argument, by its place or by its name."""
+    """An argument of a function, by position or name."""
 
     name: str
     place: int | None
@@ -305,7 +309,7 @@ class _Argument(NamedTuple):
 
 
 def _argument(signature: inspect.Signature | None, name: str, place: int | None, default: Any) -> _Argument:
-    """By the signature; by the place that is given where there is none."""
+    """Find an argument in the signature. Without a signature, use the given position."""
     if signature is None or name not in signature.parameters:
         return _Argument(name, place, default)
     found = signature.parameters[name]
@@ -338,22 +342,22 @@ def _draws(name: str, signature: inspect.Signature | None) -> Test | None:
 
 
 def _recurrent_draws(args: Any, kwargs: Any) -> bool:
-    """Dropout and its flag stand three and four places behind the list of weights."""
+    """Return True if a recurrent network drops. Dropout and its flag are 3 and 4 positions after the list of weights."""
     weights = max((i for i, arg in enumerate(args) if isinstance(arg, (list, tuple))), default=0)
     return bool(all(args[weights + 3 : weights + 5])) and len(args) > weights + 4
 
 
 def _targets(func: Any, name: str, signature: inspect.Signature | None) -> Targets | None:
     if name in ("batch_norm", "instance_norm"):
-        return _statistics(signature, name)
+        return _running_statistics(signature, name)
     if name in ("embedding", "embedding_bag"):
-        return _renormed(signature)
+        return _renormed_weight(signature)
     if name == "__set__":
         return _first if func == Tensor.data.__set__ else None  # pyright: ignore[reportAttributeAccessIssue]
     if name == "fused_moving_avg_obs_fake_quant":
         return lambda args, kwargs: [arg for arg in args[3:7] if isinstance(arg, Tensor)]
     in_place = name.endswith("_") and not name.endswith("__")
-    if in_place or name in _TWINS_OF_MEMORY or name == "__setitem__" or (name.startswith("__i") and name in _AUGMENTED):
+    if in_place or name in _SHARES_MEMORY or name == "__setitem__" or (name.startswith("__i") and name in _AUGMENTED):
         return _first
     if signature is not None and "inplace" in signature.parameters:
         inplace = _argument(signature, "inplace", None, False)
@@ -383,7 +387,7 @@ _AUGMENTED = frozenset(
 
 
 def _first(args: Any, kwargs: Any) -> list[Tensor]:
-    """The first argument: a tensor, or several, as `torch._foreach_add_` takes."""
+    """Return the tensors of the first argument, which is a list in `torch._foreach_add_`."""
     first = args[0] if args else kwargs.get("input", kwargs.get("self", kwargs.get("tensor")))
     return [first] if isinstance(first, Tensor) else _tensors(first)
 
@@ -392,8 +396,8 @@ def _tensors(given: Any) -> list[Tensor]:
     return [] if given is None else [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor)]
 
 
-def _statistics(signature: inspect.Signature | None, name: str) -> Targets:
-    """The running statistics, where the batch's own are used."""
+def _running_statistics(signature: inspect.Signature | None, name: str) -> Targets:
+    """Return the running statistics, if the function updates them."""
     first = 1 if signature is not None else 3  # torch.batch_norm has weight and bias before them
     flag = "training" if signature is not None and name == "batch_norm" else "use_input_stats"
     own = _argument(signature, flag, 5, True)
@@ -407,8 +411,8 @@ def _statistics(signature: inspect.Signature | None, name: str) -> Targets:
     return targets
 
 
-def _renormed(signature: inspect.Signature | None) -> Targets:
-    """The weight, where its rows are scaled to a norm in place."""
+def _renormed_weight(signature: inspect.Signature | None) -> Targets:
+    """Return the embedding's weight, if `max_norm` rescales its rows in place."""
     norm, weight = _argument(signature, "max_norm", None, None), _argument(signature, "weight", 1, None)
 
     def targets(args: Any, kwargs: Any) -> list[Tensor]:

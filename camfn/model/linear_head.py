@@ -1,4 +1,4 @@
-"""The linear layer behind the pooling: which it is, and its matrix."""
+"""The linear layer after global pooling, and its matrix."""
 
 import math
 from typing import Any, TypeGuard
@@ -17,7 +17,7 @@ from camfn.targets import logits_of
 
 
 def find_linear(shell: Shell, fc: Layer | None, channels: int, output: Any) -> str:
-    """The name of the linear layer (or 1x1 convolution) that takes `channels` and gives the model's classes."""
+    """Return the name of the linear layer (or 1x1 convolution) from `channels` inputs to the model's classes."""
     classes = logits_of(output).shape[-1]
     modules = shell.distinct()
     if fc is not None:
@@ -26,32 +26,32 @@ def find_linear(shell: Shell, fc: Layer | None, channels: int, output: Any) -> s
         except CamError as error:
             raise CamError(f"fc={fc!r}: {error}") from None
         if name not in modules:
-            raise CamError(f"fc={fc!r} names a layer, without a part or a call")
+            raise CamError(f"fc={fc!r} must name a layer, without a part or a call")
         _check_linear(name, modules[name], channels, classes)
         return name
     linear = {name: taken for name, module in modules.items() if (taken := sides(module)) is not None}
     fitting = [name for name, taken in linear.items() if taken == (channels, classes) and not is_auxiliary(name)]
     if len(fitting) == 1:
         if not _compat.transformed():
-            warn(f"fc=None: {fitting[0]!r} was found, the only linear layer of {channels} channels and {classes} classes")
+            warn(f"fc=None: {fitting[0]!r} was found, the only linear layer from {channels} channels to {classes} classes")
         return fitting[0]
     if fitting:
-        raise CamError(f"several layers could be fc=: {', '.join(map(repr, fitting))}; name the one behind the pooling")
-    heads = [f"{name!r} {taken}" for name, taken in linear.items() if taken[1] == classes]  # of all there may be hundreds
-    found = ", ".join(heads) or ("no linear layer of so many classes" if linear else "no linear layer at all")
+        raise CamError(f"several layers could be fc=: {', '.join(map(repr, fitting))}; name the one after the pooling")
+    heads = [f"{name!r} {taken}" for name, taken in linear.items() if taken[1] == classes]  # not all, which may be hundreds
+    found = ", ".join(heads) or ("no linear layer with that many classes" if linear else "no linear layer at all")
     raise CamError(
-        f"cam needs a linear layer from the layer's {channels} channels to {classes} classes, behind global average pooling; "
+        f"cam needs a linear layer from the layer's {channels} channels to {classes} classes, after global average pooling; "
         f"found {found}; name another layer, or another method"
     )
 
 
 def is_auxiliary(name: str) -> bool:
-    """Is it in a head that is there for training alone, as torchvision names them?"""
+    """Return True for layers of an auxiliary head, which is used in training only, by torchvision's names."""
     return any(part.startswith("aux") for part in name.lower().split("."))
 
 
 def matrix_of(shell: Shell, state: State, name: str) -> Tensor:
-    """The matrix `(classes, channels)` of a linear layer that was found."""
+    """Return the matrix `(classes, channels)` of a linear layer."""
     weight = shell.aliases.get(f"{name}.weight")
     if weight is not None:
         return state[weight].flatten(1)
@@ -59,11 +59,11 @@ def matrix_of(shell: Shell, state: State, name: str) -> Tensor:
     if is_quantised(module):
         packed: Any = module
         return packed.weight().dequantize().flatten(1)
-    # It is made anew in every forward (a parametrisation): then the layer itself tells.
+    # A parametrized weight is computed in each forward: run the layer on the unit vectors.
     channels, _ = sides(module) or (0, 0)
     own = {slot.removeprefix(f"{name}."): state[of] for slot, of in shell.slots.items() if slot.startswith(f"{name}.")}
     like = next((tensor for tensor in own.values() if tensor.is_floating_point()), torch.zeros(()))
-    inputs = torch.eye(channels + 1, channels, dtype=like.dtype, device=like.device)  # the last gives what is added
+    inputs = torch.eye(channels + 1, channels, dtype=like.dtype, device=like.device)  # the last row gives the bias
     inputs = inputs.reshape(*inputs.shape, *(1,) * (len(module.kernel_size) if isinstance(module, _ConvNd) else 0))
     rows = functional_call(module, own, (inputs,), tie_weights=False).flatten(1)
     return (rows[:-1] - rows[-1:]).mT
@@ -74,18 +74,18 @@ def _check_linear(name: str, module: nn.Module, channels: int, classes: int) -> 
     if taken is None:
         raise CamError(f"fc={name!r} is a {type(module).__name__}, not a Linear or a 1x1 convolution")
     if taken[0] != channels:
-        raise CamError(f"fc={name!r} takes {taken[0]} inputs, and the layer has {channels} channels: CAM needs one for each")
+        raise CamError(f"fc={name!r} takes {taken[0]} inputs, and the layer has {channels} channels: the two must be equal")
     if taken[1] != classes:
-        raise CamError(f"fc={name!r} gives {taken[1]} values, and the model gives {classes} classes")
+        raise CamError(f"fc={name!r} has {taken[1]} outputs, and the model has {classes} classes")
 
 
 def is_convolution(module: nn.Module) -> TypeGuard[_ConvNd]:
-    """Is it one of torch's convolutions, quantised or not?"""
+    """Return True for torch's convolutions, quantized or not."""
     return isinstance(module, _ConvNd) or (is_quantised(module) and {"kernel_size", "groups"} <= vars(module).keys())
 
 
 def sides(module: Any) -> tuple[int, int] | None:
-    """Inputs and outputs of a layer that is linear in channels; else `None`."""
+    """Return the numbers of inputs and outputs of a layer that is linear in its channels, else `None`."""
     if isinstance(module, nn.Linear) or (is_quantised(module) and hasattr(module, "in_features")):
         return module.in_features, module.out_features
     if is_convolution(module) and math.prod(module.kernel_size) == 1 and module.groups == 1 and not module.transposed:

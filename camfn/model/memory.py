@@ -1,4 +1,4 @@
-"""How much memory is free, how much a computation takes, and whether an error means that it was not enough."""
+"""Free memory, peak memory of a computation, and out-of-memory errors."""
 
 import os
 import re
@@ -16,7 +16,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What can still be allocated on `device`; `None` where the system does not tell."""
+    """Return the bytes that can still be allocated on `device`, or `None` if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
@@ -36,7 +36,7 @@ def _available() -> int | None:
 
 
 def _left_in_group() -> int | None:
-    """Of the container's limit, where there is one; a container is killed at it, however much the machine has."""
+    """Return the bytes below the container's memory limit, if any. A container is killed at its limit."""
     try:
         limit, used = ((_CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
         cache = re.search(r"^inactive_file (\d+)$", (_CGROUP / "memory.stat").read_text(), re.M)
@@ -46,22 +46,22 @@ def _left_in_group() -> int | None:
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Is it an allocator that had no memory left? Every other error is somebody's mistake, and is not tried again."""
+    """Return True for out-of-memory errors of torch's allocators. Only these are retried with smaller chunks."""
     kinds = tuple(kind for kind in (getattr(torch, "OutOfMemoryError", None), torch.cuda.OutOfMemoryError) if kind)
     cpu = type(error) is RuntimeError and "DefaultCPUAllocator:" in str(error)
     return isinstance(error, kinds) or cpu
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside and still alive; `peak` is the most there ever were.
+    """Count the bytes of living tensors that were made inside the mode; `peak` is their maximum.
 
-    Workspaces within an operator are not seen.
+    Workspaces within an operator are not counted.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        self._holders: Counter[int] = Counter()  # storage -> tensors that hold it
+        self._holders: Counter[int] = Counter()  # storage -> number of tensors that hold it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

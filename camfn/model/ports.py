@@ -1,6 +1,7 @@
-"""Ports: what a layer of the shell returns is read (seen), added to (nudge) or replaced (swap) on its way.
+"""Ports: read (seen), add to (nudge) or replace (swap) the output of a layer of the shell.
 
-A layer is named as in the model; `"layer:key"` is one part of what it returns, `"layer@2"` its second call in a forward.
+A layer has the name that it has in the model. `"layer:key"` is one part of its output, `"layer@2"` its second call in a
+forward pass.
 """
 
 import copy
@@ -22,7 +23,7 @@ from camfn.model.private_copy import Shell, without_wrappers
 
 
 class Place(NamedTuple):
-    """Which module, which of its calls, and which part of what that returns."""
+    """A module, one of its calls, and a part of its output."""
 
     module: str
     call: int | None = None
@@ -36,7 +37,7 @@ _PLACE = re.compile(r"(?P<module>.*?)(?:@(?P<call>[1-9]\d*))?(?::(?P<part>.+))?"
 
 
 def place_of(name: str, known: Mapping[str, Any]) -> Place | None:
-    """What a name says, where its module is `known`; a name of a module is nothing else."""
+    """Parse the name of a place. Return None if its module is not `known`. Names of modules take precedence."""
     found = _PLACE.fullmatch(name)
     assert found is not None
     module, call, part = found.group("module", "call", "part")
@@ -45,12 +46,12 @@ def place_of(name: str, known: Mapping[str, Any]) -> Place | None:
 
 
 def is_several(layer: Any) -> bool:
-    """Was a sequence of layers given? Then what comes back is a tuple."""
+    """Return True for a sequence of layers, for which the result is a tuple."""
     return isinstance(layer, Sequence) and not isinstance(layer, str)
 
 
 def resolve_layers(shell: Shell, layer: Layer | Sequence[Layer]) -> list[str]:
-    """The names, in the shell, of layers given by name or as modules of the caller's model."""
+    """Return the names in the shell of layers that are given by name or as modules of the caller's model."""
     layers: Any = layer if is_several(layer) else [layer]
     paths = shell.paths()
     return [_resolve_layer(shell, layer, paths) for layer in layers]
@@ -81,11 +82,11 @@ def _resolve_layer(shell: Shell, layer: Layer, paths: dict[int, str]) -> str:
 # ------------------------------------------------------------------------------------------------------- the ports
 
 Passes = Callable[[tuple[Any, ...], Any], Any]
-"""`(positional arguments, output) -> output`: what is done to what a layer returns."""
+"""A function `(positional arguments, output) -> output` that is applied to a layer's output."""
 
 
 class Port:
-    """What passes at one place: `seen` out, `nudge` and `swap` in."""
+    """The port at one place: its tensor is stored in `seen`, and changed by `nudge` and `swap`."""
 
     __slots__ = ("call", "name", "nudge", "part", "seen", "swap")
 
@@ -94,7 +95,7 @@ class Port:
         self.set(None, None)
 
     def set(self, nudge: Any, swap: Tensor | None) -> None:
-        """For the run that comes. A nudge is a tensor, or a function that makes one like the layer's output."""
+        """Prepare the next run. A nudge is a tensor, or a function from the layer's output to one."""
         self.seen: Tensor | None = None
         self.nudge, self.swap = nudge, swap
 
@@ -106,7 +107,7 @@ class _Gate:
 
     def __init__(self) -> None:
         self.calls = 0
-        self.over = False  # has the forward ended? A checkpointed block runs again in the backward
+        self.over = False  # whether the forward has ended; a checkpointed block runs again in the backward
         self.ports: list[Port] = []
 
     def __call__(self, args: tuple[Any, ...], out: Any) -> Any:
@@ -114,18 +115,18 @@ class _Gate:
             return self._again(out)
         self.calls += 1
         for port in self.ports:
-            out = _through(port, out) if port.call in (None, self.calls) else out
+            out = _apply(port, out) if port.call in (None, self.calls) else out
         return out
 
     def _again(self, out: Any) -> Any:
-        """What comes through in the backward: the same tensors, of which none is seen."""
+        """Apply the ports in a rerun of a checkpointed block, without storing what is seen."""
         for port in self.ports:
             if self.calls > 1:
                 raise CamError(
                     f"{layer_called(port.name)} runs several times in a forward, and again in the backward, since the model "
-                    "checkpoints its activations: which of its calls that is cannot be told; switch checkpointing off"
+                    "checkpoints its activations: it is not known which of its calls runs again; switch checkpointing off"
                 )
-            out = _passed(port, out)
+            out = _apply_unseen(port, out)
         return out
 
 
@@ -147,14 +148,14 @@ class Ports:
             self.gates[place.module].ports.append(self.ports[-1])
 
     def set(self, nudges: Sequence[Any], swaps: Sequence[Tensor | None]) -> None:
-        """For the run that comes."""
+        """Prepare the next run."""
         for port, nudge, swap in zip(self.ports, nudges, swaps):
             port.set(nudge, swap)
         for gate in self.gates.values():
             gate.calls, gate.over = 0, False
 
     def take(self) -> tuple[Tensor | None, ...]:
-        """What was seen."""
+        """Return what was seen, and end the run."""
         seen = tuple(port.seen for port in self.ports)
         for port in self.ports:
             port.seen = None
@@ -163,7 +164,7 @@ class Ports:
         return seen
 
     def check(self, seen: Sequence[Tensor | None]) -> None:
-        """Did every layer run, and as often as its name says?"""
+        """Raise CamError if a layer did not run, or not as often as its name says."""
         for port, value in zip(self.ports, seen):
             if value is None:
                 calls = next(gate.calls for gate in self.gates.values() if port in gate.ports)
@@ -175,7 +176,7 @@ class Ports:
                 raise CamError(f"{layer_called(port.name)} {often}{self._why(port)}")
 
     def _why(self, port: Port) -> str:
-        """A reason why a layer that was called may not have been seen to run."""
+        """Return a likely reason why a port saw nothing, or an empty string."""
         place = place_of(port.name, self.gates)
         kind = type(self.modules[place.module]) if place else nn.Module
         if kind.__call__ is nn.Module.__call__:
@@ -184,10 +185,10 @@ class Ports:
 
 
 def watched(module: nn.Module, passes: Passes) -> None:
-    """From now on, what the layer's `forward` returns goes through `passes`, which gets the positional arguments too.
+    """Wrap the module's `forward` so that its output goes through `passes`, with the positional arguments.
 
-    The port lies inside `forward`, on the copy's own instance: before the caller's forward hooks, so that what a hook records
-    is what was seen, nudged or swapped; and the class stays the user's, for a forward that asks for it.
+    The wrapper is set on the copy's own instance. It therefore runs before the caller's forward hooks, which record the
+    nudged or swapped output. The class is unchanged, for forwards that check it.
     """
     run = module.forward
     inside = False
@@ -208,30 +209,30 @@ def watched(module: nn.Module, passes: Passes) -> None:
 
 
 def check_port(name: str, module: nn.Module) -> None:
-    """Raise where a port in `forward` cannot be reached."""
+    """Raise CamError if the module's `forward` cannot be wrapped."""
     kind = type(module)
     if isinstance(getattr(kind, "forward", None), property):
         raise CamError(
-            f"{layer_called(name)} is a {kind.__name__}, whose `forward` is a property: it cannot be read at. Choose a layer "
-            "inside or around it, or define `forward` as a method"
+            f"{layer_called(name)} is a {kind.__name__}, whose `forward` is a property: its output cannot be read. Choose a "
+            "layer inside or around it, or define `forward` as a method"
         )
 
 
-def _through(port: Port, out: Any) -> Any:
+def _apply(port: Port, out: Any) -> Any:
     if port.seen is not None:
         base = port.name.partition(":")[0]
         raise CamError(
-            f"{layer_called(port.name)} runs more than once in a forward: its activation is not one thing; say which of its "
+            f"{layer_called(port.name)} runs more than once in a forward, and so has several activations; choose one of its "
             f"calls, counted from 1: '{base}@1', '{base}@2', ..."
         )
     part = _part_of(port, out)
     value: Tensor = functools.reduce(_get, part, out)
     if _compat.is_quantised(value):
-        value = _dequantised(port, value)
+        value = _dequantized(port, value)
     if port.swap is not None:
         value = port.swap
-    # What was seen is a copy: an in-place ReLU right after the layer would change it. What goes on is the very tensor, which
-    # the model may hold by another name (a layer that returns its input) and write to.
+    # `seen` is a clone, since an in-place ReLU after the layer would change it. The original is passed on, since the model may
+    # hold it under another name (a layer that returns its input) and write to it.
     port.seen = value.clone()
     if port.swap is None and port.nudge is None:
         return out
@@ -242,8 +243,8 @@ def _through(port: Port, out: Any) -> Any:
     return _put(out, part, value.clone() if nudge is None else value + nudge)
 
 
-def _passed(port: Port, out: Any) -> Any:
-    """What goes on where nothing is seen."""
+def _apply_unseen(port: Port, out: Any) -> Any:
+    """Apply a nudge or swap without storing what is seen."""
     if port.swap is None and port.nudge is None:
         return out
     part = _part_of(port, out)
@@ -253,22 +254,22 @@ def _passed(port: Port, out: Any) -> Any:
 
 
 def check_recording(name: str) -> None:
-    """Raise where a layer runs without its operations being recorded: a gradient there would be zero in silence."""
+    """Raise CamError if autograd is off where the layer runs. A gradient there would silently be zero."""
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         raise CamError(
             f"{layer_called(name)} runs where the model records no gradient (torch.no_grad, inference_mode, or "
-            "torch.utils.checkpoint with use_reentrant=True): choose a layer behind that, switch it off, or use a method "
+            "torch.utils.checkpoint with use_reentrant=True): choose a later layer, switch that off, or use a method "
             "without gradients, such as camfn.score_cam"
         )
 
 
-def _dequantised(port: Port, value: Tensor) -> Tensor:
-    """A quantised tensor can be read, as the floats that its integers stand for, and nothing else."""
+def _dequantized(port: Port, value: Tensor) -> Tensor:
+    """Dequantize the output of a quantized layer. Raise CamError if it is nudged, swapped or differentiated."""
     if port.swap is not None or port.nudge is not None or _compat.is_differentiated(value):
         raise CamError(
-            f"{layer_called(port.name)} is quantised (it gives {value.dtype}): it can be read, but nothing can be put in its "
-            "place, and no gradient comes through; use a method that only reads the layer or masks the input, such as "
-            "camfn.mean_cam, camfn.eigen_cam or camfn.score_cam, or choose a layer that gives floats"
+            f"{layer_called(port.name)} is quantized (it returns {value.dtype}): its output can be read, but not replaced or "
+            "differentiated; use a method that only reads the layer or masks the input, such as "
+            "camfn.mean_cam, camfn.eigen_cam or camfn.score_cam, or choose a layer that returns floats"
         )
     return value.dequantize()
 
@@ -277,7 +278,7 @@ def _dequantised(port: Port, value: Tensor) -> Tensor:
 
 
 def parts_of(out: Any) -> dict[str, Any]:
-    """What an output holds, by key; nothing for a tensor, and for what cannot be taken apart."""
+    """Return the parts of a structured output by key; nothing for tensors and unknown types."""
     if isinstance(out, Mapping):
         return {str(key): part for key, part in out.items()}
     if isinstance(out, (tuple, list)):
@@ -288,7 +289,7 @@ def parts_of(out: Any) -> dict[str, Any]:
 
 
 def tensors_of(out: Any) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """The tensors of an output, and the keys that lead there."""
+    """Yield the tensors of an output with their keys."""
     if isinstance(out, Tensor):
         yield (), out
     for key, part in parts_of(out).items():
@@ -296,29 +297,29 @@ def tensors_of(out: Any) -> Iterator[tuple[tuple[str, ...], Tensor]]:
 
 
 def _part_of(port: Port, out: Any) -> tuple[str, ...]:
-    """The keys that lead to the port's tensor; where there is but one, it need not be named."""
+    """Return the keys of the port's tensor. The last key may be omitted if there is only one tensor."""
     part, found = (), out
     for key in port.part:
         parts = parts_of(found)
         if key not in parts:
-            raise CamError(f"{layer_called(port.name)} has no part {key!r}; {_choices(port, part, found)}")
+            raise CamError(f"{layer_called(port.name)} has no part {key!r}; {_list_parts(port, part, found)}")
         part, found = (*part, key), parts[key]
     if isinstance(found, Tensor):
         return part
     tensors = [key for key, item in parts_of(found).items() if isinstance(item, Tensor)]
     if len(tensors) == 1:
         return (*part, tensors[0])
-    raise CamError(f"{layer_called(port.name)} returns {_described(found)}, not one tensor; {_choices(port, part, found)}")
+    raise CamError(f"{layer_called(port.name)} returns {_describe(found)}, not one tensor; {_list_parts(port, part, found)}")
 
 
-def _choices(port: Port, part: tuple[str, ...], found: Any) -> str:
+def _list_parts(port: Port, part: tuple[str, ...], found: Any) -> str:
     base = Place(port.name.partition(":")[0], None, part)
     keys = [key for key, item in parts_of(found).items() if isinstance(item, Tensor) or parts_of(item)]
     ways = ", ".join(repr(str(base._replace(part=(*part, key)))) for key in keys)
     return f"choose one of its parts: {ways}" if ways else "choose a layer inside it"
 
 
-def _described(out: Any) -> str:
+def _describe(out: Any) -> str:
     def name(part: Any) -> str:
         return f"Tensor{tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
 
@@ -331,7 +332,7 @@ def _get(out: Any, key: str) -> Any:
 
 
 def _put(out: Any, part: tuple[str, ...], value: Tensor) -> Any:
-    """`out` with one of its parts replaced, in an object of its own."""
+    """Return a copy of `out` with one part replaced."""
     if not part:
         return value
     parts = parts_of(out)

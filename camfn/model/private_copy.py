@@ -1,8 +1,8 @@
-"""The private copy of a module tree that every call makes for itself.
+"""Private copies of module trees.
 
-`torch.func.functional_call` swaps tensors into the module that it is handed, and back: on the caller's own module that is
-neither pure nor safe in threads. A *shell* is a copy in eval mode that shares every parameter, made in a few milliseconds,
-given to one call and to nobody else.
+`torch.func.functional_call` swaps tensors into its module and back. On the caller's own module that is neither pure nor
+thread-safe. A *shell* is a copy in eval mode that shares all parameters. It takes a few milliseconds to make, and only one
+call uses it.
 """
 
 import enum
@@ -26,43 +26,43 @@ from camfn._errors import CamError, RefusedError, layer_called
 from camfn._types import State
 
 Place = tuple[dict[str, Any], str, str]
-"""A module's parameters or buffers, the key of one, and its name in the state."""
+"""The parameters or buffers of a module, a key of them, and the name of that tensor in the state."""
 
 
 class Shell(NamedTuple):
-    """A private copy of a model, and the names by which its tensors are known."""
+    """A private copy of a model, with the names of its modules and tensors."""
 
     module: nn.Module
-    modules: dict[str, nn.Module]  # by each of their names
+    modules: dict[str, nn.Module]  # by name; a module may have several
     twins: "Twins"  # id of the caller's object -> its copy
-    aliases: dict[str, str]  # every name of a tensor -> the one name under which the state holds it
-    slots: dict[str, str]  # every place that holds a tensor, once -> its name in the state
-    places: list[Place]  # the same, as a forward fills them
+    aliases: dict[str, str]  # each name of a tensor -> its name in the state
+    slots: dict[str, str]  # each place that holds a tensor -> the tensor's name in the state
+    places: list[Place]  # the same places, in the form that `put` fills
     tensors: State  # the caller's own tensors, detached, by name
     buffers: set[str]
-    optional: set[str]  # non-persistent buffers: a state_dict does not hold them
-    written: set[str]  # of the others, those that a forward was seen to write to: they are copied for each run, as buffers are
+    optional: set[str]  # non-persistent buffers, which a state_dict does not hold
+    written: set[str]  # parameters that a forward was seen to write to; they are copied for each run, like buffers
     original: nn.Module  # the caller's model
-    named: dict[int, str]  # id of a module of the caller's -> the first name of its copy
+    named: dict[int, str]  # id of a caller's module -> the first name of its copy
     foreign: dict[int, str]  # id of a tensor of the caller's own modules -> its name
 
     def own_tensors(self) -> list[Tensor]:
-        """What the modules hold beside the state: plain attributes, and the tensors of modules that are not registered."""
+        """Return the copied tensors outside the state: plain attributes, and tensors of unregistered modules."""
         modules = [twin for _, twin in self.twins.modules]
         hidden = [t for twin in modules for t in (*twin._parameters.values(), *twin._buffers.values())]
         return [twin for twin in (*self.twins.values(), *hidden) if isinstance(twin, Tensor)]
 
     def put(self, state: Mapping[str, Tensor]) -> None:
-        """Put a state into the modules."""
+        """Write a state into the modules."""
         for holder, key, name in self.places:
             holder[key] = state[name]
 
     def paths(self) -> dict[int, str]:
-        """The first name of each module, by its id."""
+        """Return the first name of each module, by the module's id."""
         return {id(module): path for path, module in reversed(self.modules.items())}
 
     def distinct(self) -> dict[str, nn.Module]:
-        """Each module once, by its first name."""
+        """Return each module once, by its first name."""
         paths = self.paths()
         return {path: module for path, module in self.modules.items() if paths[id(module)] == path}
 
@@ -74,45 +74,45 @@ ATOMS = frozenset(
         *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
     )
 )
-"""Types whose values can be shared: they hold no module and nobody writes to them."""
+"""Types whose values can be shared: they are immutable and hold no module."""
 
 _CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
 
 
 class Twins(dict[int, Any]):
-    """From the id of a caller's object to its copy."""
+    """A map from the id of a caller's object to its copy."""
 
     def __init__(self, live: bool) -> None:
         super().__init__()
-        self.live = live  # the copy holds the caller's own parameters, wherever these are
-        self.own_tensors = False  # does it hold tensors of its own, which a forward may write to?
-        self.in_graph = False  # may the caller take a gradient of what a forward gave? A checkpointed block runs again then
-        self.modules: list[tuple[nn.Module, nn.Module]] = []  # of the caller's, which are kept alive, and their copies
+        self.live = live  # whether the copy holds the caller's own parameters
+        self.own_tensors = False  # whether it holds tensors of its own, which a forward may write to
+        self.in_graph = False  # whether the caller may take a gradient of the output, which reruns checkpointed blocks
+        self.modules: list[tuple[nn.Module, nn.Module]] = []  # the caller's modules (kept alive) with their copies
 
 
 def _copy(value: Any, twins: Twins) -> Any:
-    """A copy of `value` in which every module that it leads to is a copy.
+    """Copy `value` so that every module it reaches is a copy.
 
-    Bound methods, partials and closures must be pointed to the copies, or the caller's batch norm would run, in train
-    mode, and move. Those that lead to no module and no tensor are shared, and so keep their identity. Containers are copied
-    wherever they lead: a model that counts its calls in one must not count ours.
+    Bound methods, partials and closures must refer to the copies. Otherwise the caller's batch norm would run in train mode
+    and update its statistics. Functions that reach no module and no tensor are shared, and so keep their identity. Containers
+    are always copied: a model that counts its calls in one must not count ours.
     """
     if type(value) in ATOMS:
         return value
     if id(value) in twins:
         return twins[id(value)]
-    if isinstance(value, _SHARED_WHERE_BARREN) and not _leads_on(value):
+    if isinstance(value, _SHARED_IF_NO_MODULE) and not _reaches_module(value):
         return value
-    return _copier_of(value.__class__)(value, twins)  # not `type`: a weak proxy of a module says that it is one
+    return _copier_of(value.__class__)(value, twins)  # not `type`: the `__class__` of a weak proxy is that of its module
 
 
 def _copy_module(module: nn.Module, twins: Twins) -> nn.Module:
-    inner = _inside(module)
+    inner = _without_wrapper(module)
     if inner is not module:
         twin = twins[id(module)] = _copy(inner, twins)
         twins.modules.append((module, twin))
         return twin
-    _refuse(module)
+    _check_copyable(module)
     twin = twins[id(module)] = object.__new__(type(module))
     twins.modules.append((module, twin))
     own = twin.__dict__
@@ -121,8 +121,8 @@ def _copy_module(module: nn.Module, twins: Twins) -> nn.Module:
         if type(value) in ATOMS or name in _NO_FORWARD:
             continue
         if name in ("_parameters", "_buffers") or (type(value) in _CONTAINERS and not value):
-            own[name] = value.copy()  # the tensors are shared: functional_call puts the state in their place
-        elif name in _LEFT_OUT:
+            own[name] = value.copy()  # the tensors are shared, since the state replaces them
+        elif name in _NOT_COPIED:
             del own[name]
         elif name == "forward":
             own[name] = _copy(_own_forward(module), twins)
@@ -131,13 +131,14 @@ def _copy_module(module: nn.Module, twins: Twins) -> nn.Module:
     for name, item in slots_of(module):
         object.__setattr__(twin, name, _copy(item, twins))
     own["training"] = False
-    own["_backward_hooks"], own["_backward_pre_hooks"] = OrderedDict(), OrderedDict()  # no part of a forward; grad refuses them
-    _write_out_attention(twin)
+    # Backward hooks are not part of a forward, and torch.func.grad refuses them.
+    own["_backward_hooks"], own["_backward_pre_hooks"] = OrderedDict(), OrderedDict()
+    _disable_fused_attention(twin)
     return twin
 
 
 def _copy_tensor(tensor: Tensor, twins: Twins) -> Tensor:
-    # A plain attribute may be written in place by the forward (a counter, a cache), a parameter may not.
+    # A forward may write to a plain attribute (a counter, a cache), but not to a parameter.
     if isinstance(tensor, nn.Parameter) and twins.live:
         return tensor
     twins.own_tensors = True
@@ -145,12 +146,12 @@ def _copy_tensor(tensor: Tensor, twins: Twins) -> Tensor:
     return twin
 
 
-def _emptied(value: Any, twins: Twins) -> Any:
-    """A container of the same class, with its attributes, and nothing in it yet: it may come to hold itself."""
+def _empty_like(value: Any, twins: Twins) -> Any:
+    """Return an empty container of the same class and attributes. It is registered before it is filled, for cycles."""
     if type(value) in _CONTAINERS:
         twin = value.copy()
         twin.clear()
-    else:  # not by copy.copy: a dict whose attributes are its items may not survive the look for `__getstate__`
+    else:  # not copy.copy: looking up `__getstate__` fails on a dict whose attributes are its items
         base: Any = next(cls for cls in type(value).__mro__ if cls.__module__ in ("builtins", "collections"))
         twin = base.__new__(type(value))
         if hasattr(twin, "__dict__"):
@@ -162,14 +163,14 @@ def _emptied(value: Any, twins: Twins) -> Any:
 
 
 def _copy_dict(value: dict[Any, Any], twins: Twins) -> dict[Any, Any]:
-    twin = _emptied(value, twins)
+    twin = _empty_like(value, twins)
     for key, item in value.items():  # a module may be a key
         twin[key if type(key) in ATOMS else _copy(key, twins)] = item if type(item) in ATOMS else _copy(item, twins)
     return twin
 
 
-def _copy_bag(value: Any, twins: Twins) -> Any:
-    twin = _emptied(value, twins)
+def _copy_mutable(value: Any, twins: Twins) -> Any:
+    twin = _empty_like(value, twins)
     items = [item if type(item) in ATOMS else _copy(item, twins) for item in value]
     (twin.update if isinstance(twin, set) else twin.extend)(items)
     return twin
@@ -181,14 +182,14 @@ def _copy_namespace(value: types.SimpleNamespace, twins: Twins) -> types.SimpleN
     return twin
 
 
-def _copy_fixed(value: Any, twins: Twins) -> Any:
-    if type(value) is tuple and ATOMS.issuperset(map(type, value)):  # a kernel's size, say: most are
+def _copy_immutable(value: Any, twins: Twins) -> Any:
+    if type(value) is tuple and ATOMS.issuperset(map(type, value)):  # most tuples are, such as kernel sizes
         return value
     items = [item if type(item) in ATOMS else _copy(item, twins) for item in value]
     if all(new is old for new, old in zip(items, value)):
         return value
     base: Any = tuple if isinstance(value, tuple) else frozenset
-    twin = base.__new__(type(value), items)  # a subclass may want other arguments, and has only these parts
+    twin = base.__new__(type(value), items)  # not type(value)(items): the constructor of a subclass may take other arguments
     if hasattr(value, "__dict__"):
         vars(twin).update(_copy(vars(value), twins))
     return twin
@@ -225,11 +226,11 @@ def _copy_function(function: types.FunctionType, twins: Twins) -> types.Function
     return twin
 
 
-_SHARED_WHERE_BARREN = (types.FunctionType, functools.partial)
+_SHARED_IF_NO_MODULE = (types.FunctionType, functools.partial)
 
 
-def _leads_on(value: Any) -> bool:
-    """Does a Python object lead to a module or a tensor?"""
+def _reaches_module(value: Any) -> bool:
+    """Return True if a Python object reaches a module or a tensor."""
     seen: set[int] = set()
     waiting = [value]
     while waiting:
@@ -245,13 +246,13 @@ def _leads_on(value: Any) -> bool:
 
 def _copy_object(value: Any, twins: Twins) -> Any:
     fields = attributes(value)
-    # A sentinel is compared by identity, and anything of torch's or Python's own is left alone. A copy with a destructor
-    # would give the caller's file back to the system when it dies.
-    if not fields or hasattr(type(value), "__del__") or not _leads_on(value):
+    # Sentinels are compared by identity, so objects that reach no module are shared. An object with a destructor is shared
+    # too: that of a copy would close the caller's file.
+    if not fields or hasattr(type(value), "__del__") or not _reaches_module(value):
         return value
     try:
         twin = object.__new__(type(value))
-    except TypeError:  # its state is not in Python: a file, a lock
+    except TypeError:  # an object of C code: a file, a lock
         return value
     twins[id(value)] = twin
     for name, item in fields:
@@ -263,8 +264,8 @@ _COPIERS: tuple[tuple[Any, Callable[[Any, Twins], Any]], ...] = (
     (nn.Module, _copy_module),
     (Tensor, _copy_tensor),
     (dict, _copy_dict),
-    ((list, set, deque), _copy_bag),
-    ((tuple, frozenset), _copy_fixed),
+    ((list, set, deque), _copy_mutable),
+    ((tuple, frozenset), _copy_immutable),
     (weakref.ref, _copy_weakref),
     (types.MethodType, _copy_method),
     (functools.partial, _copy_partial),
@@ -279,29 +280,29 @@ def _copier_of(cls: type) -> Callable[[Any, Twins], Any]:
     return next((copier for kind, copier in _COPIERS if issubclass(cls, kind)), _copy_object)
 
 
-_LEFT_OUT = frozenset(("_compiled_call_impl",))
-"""What `module.compile()` left: it would run the caller's module."""
+_NOT_COPIED = frozenset(("_compiled_call_impl",))
+"""Attributes that are not copied. `module.compile()` sets this one, and it would run the caller's module."""
 
 _NO_FORWARD = frozenset(
     ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 )
-"""What a forward never uses: shared, since each container more is work for Python's garbage collector."""
+"""Attributes that no forward uses. They are shared, since each container adds work for Python's garbage collector."""
 
-_NOT_OURS = sys.stdlib_module_names | {"torch", "numpy", "lightning", "pytorch_lightning", "lightning_fabric"}
+_FOREIGN_PACKAGES = sys.stdlib_module_names | {"torch", "numpy", "lightning", "pytorch_lightning", "lightning_fabric"}
 
 
 def attributes(value: Any) -> list[tuple[str, Any]]:
-    """What a plain object of the model's own code holds; nothing for those of torch, NumPy, Lightning and Python itself."""
+    """Return the attributes of an object of the model's own code; nothing for those of torch, NumPy, Lightning or Python."""
     cls = type(value)
-    foreign = cls.__module__.partition(".")[0] in _NOT_OURS and not isinstance(value, (UserDict, UserList))
-    # A dataset, which a trainer leads to, is no part of a forward, and may be large.
+    foreign = cls.__module__.partition(".")[0] in _FOREIGN_PACKAGES and not isinstance(value, (UserDict, UserList))
+    # A dataset, which a trainer refers to, is not part of a forward and may be large.
     if foreign or isinstance(value, (type, enum.Enum, Dataset)):
         return []
     return [*slots_of(value), *getattr(value, "__dict__", {}).items()]
 
 
 def slots_of(value: Any) -> list[tuple[str, Any]]:
-    """What an object holds in the `__slots__` of its classes, by the names that Python has for them."""
+    """Return the `__slots__` of an object by their (mangled) names."""
     found = []
     for base in type(value).__mro__:
         slots = vars(base).get("__slots__", ())
@@ -314,7 +315,7 @@ def slots_of(value: Any) -> list[tuple[str, Any]]:
 
 
 def filled(cell: types.CellType) -> bool:
-    """Does a closure's cell hold anything yet?"""
+    """Return True if a closure's cell is not empty."""
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:
@@ -323,7 +324,7 @@ def filled(cell: types.CellType) -> bool:
 
 
 def held(value: Any) -> Iterable[Any]:
-    """What a Python object holds, one step deep."""
+    """Return the objects that a Python object refers to directly."""
     if isinstance(value, (dict, types.MappingProxyType)):
         return [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple, set, frozenset, deque)):
@@ -340,8 +341,8 @@ def held(value: Any) -> Iterable[Any]:
     return [item for _, item in attributes(value)]
 
 
-def _inside(module: nn.Module) -> nn.Module:
-    """The module inside what torch wraps around one: compiled, DataParallel, DistributedDataParallel."""
+def _without_wrapper(module: nn.Module) -> nn.Module:
+    """Return the module inside torch's wrappers: torch.compile, DataParallel, DistributedDataParallel."""
     while True:
         if "_orig_mod" in module._modules:
             module = module._modules["_orig_mod"]  # pyright: ignore[reportAssignmentType]
@@ -351,54 +352,56 @@ def _inside(module: nn.Module) -> nn.Module:
             return module
 
 
-def _refuse(module: nn.Module) -> None:
+def _check_copyable(module: nn.Module) -> None:
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
-        raise CamError(f"{kind} is scripted or traced: camfn needs Python modules, pass the model that was scripted")
+        raise CamError(f"{kind} is scripted or traced: camfn needs Python modules; pass the model that was scripted")
     if isinstance(module, torch.fx.GraphModule) and hasattr(module.graph._codegen, "pytree_info"):
-        raise CamError(f"{kind} was exported: its layers do not run any more, pass the model that was exported")
+        raise CamError(f"{kind} was exported: its layers no longer run; pass the model that was exported")
     if any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
         raise CamError(f"{kind} is a lazy module without shapes yet: run the model once before you explain it")
     if hasattr(type(module), "__del__") and type(module).__basicsize__ != nn.Module.__basicsize__:
         raise CamError(
-            f"{kind} has a destructor and __slots__: a copy's destructor would give away what yours has (a file, a server) and "
-            "cannot be taken off; define the class without __slots__"
+            f"{kind} has a destructor and __slots__: the destructor of a copy would release what yours holds (a file, a "
+            "server) and cannot be removed; define the class without __slots__"
         )
     if "forward" in vars(module) and _own_forward(module) is None:
         raise CamError(
-            f"`forward` of {kind} was replaced on the instance (accelerate's hooks do this), by what is no method of that very "
-            "module: a copy would run yours; take it off first (accelerate.hooks.remove_hook_from_module), or define it in the "
-            "class"
+            f"`forward` of {kind} was replaced on the instance (accelerate's hooks do this) by a function that is not a method "
+            "of that module: a copy would run yours; remove it first (accelerate.hooks.remove_hook_from_module), or define it "
+            "in the class"
         )
 
 
 def _own_forward(module: nn.Module) -> types.MethodType | None:
-    """The `forward` that stands on an instance, where it is a method of that very module, compiled or not."""
+    """Return the `forward` in an instance's `__dict__` if it is a method of that module, compiled or not."""
     forward = vars(module)["forward"]
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)
-    if getattr(forward, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":  # around a method, of torch's own
+    if getattr(forward, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":  # torch's wrapper of a method
         forward = inspect.unwrap(forward)
     return forward if isinstance(forward, types.MethodType) and forward.__self__ is module else None
 
 
-def _write_out_attention(twin: nn.Module) -> None:
-    """Keep torch off its fused attention path, which never calls the children: a tap there would read nothing."""
-    if type(twin) is nn.MultiheadAttention:  # a subclass may ask whether it is in training
-        twin.training, twin.dropout = True, 0.0  # the path is for eval mode; without dropout the modes are equal
+def _disable_fused_attention(twin: nn.Module) -> None:
+    """Disable torch's fused attention path. It does not call the children, so that a tap there would read nothing."""
+    if type(twin) is nn.MultiheadAttention:  # not a subclass, which may use `training` itself
+        twin.training, twin.dropout = True, 0.0  # the fused path needs eval mode; without dropout both modes agree
     elif isinstance(twin, nn.TransformerEncoderLayer):
-        twin.activation_relu_or_gelu = 0  # read by the choice of path only
+        twin.activation_relu_or_gelu = 0  # used only to choose the path
     elif isinstance(twin, nn.TransformerEncoder):
         twin.enable_nested_tensor = twin.use_nested_tensor = False
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Does it compute in integers, through which no gradient comes?"""
+    """Return True for quantized modules, which have no gradient."""
     return "quantized" in type(module).__module__.split(".")
 
 
 def refuse_cached(shell: Shell) -> None:
-    """Raise where torch keeps what parametrizations compute. It keeps that by the caller's module, which the copies share: one
-    would get what another computed from other tensors."""
+    """Raise RefusedError inside `parametrize.cached()`.
+
+    torch keys its cache by the caller's module, for copies too. A copy would get what another computed from other tensors.
+    """
     if _compat.parametrizations_are_cached():
         paths = shell.paths()
         names = [
@@ -413,7 +416,7 @@ def refuse_cached(shell: Shell) -> None:
 
 
 def without_wrappers(name: str) -> Iterator[str]:
-    """A dotted name, and what it may be inside wrappers: without `_orig_mod`, without one leading `module` after another."""
+    """Yield a dotted name, then the name without `_orig_mod`, then without each leading `module`."""
     yield name
     parts = [part for part in name.split(".") if part != "_orig_mod"]
     yield ".".join(parts)
@@ -424,8 +427,10 @@ def without_wrappers(name: str) -> Iterator[str]:
 
 @_compat.eager
 def copy_of(model: nn.Module, *, live: bool = False) -> Shell:
-    """A private copy of the model with its names. About 2 ms for a ResNet-50. `live`: it holds the caller's own tensors, for
-    other copies to be made of it, and is not run."""
+    """Make a private copy of the model. It takes about 2 ms for a ResNet-50.
+
+    - `live`: keep the caller's own tensors in the copy. Such a copy is not run; other copies are made from it.
+    """
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         hint = "; a layer's name comes second, after the model" if isinstance(model, str) else ""
@@ -434,7 +439,7 @@ def copy_of(model: nn.Module, *, live: bool = False) -> Shell:
     twins = Twins(live)
     module = _copy_module(model, twins)
     if not live:
-        _own_hidden(module, twins)
+        _detach_unregistered(module, twins)
     modules = dict(module.named_modules(remove_duplicate=False))
     shell = _filled_in(Shell(module, modules, twins, {}, {}, [], {}, set(), set(), set(), model, {}, {}))
     paths = shell.paths()
@@ -446,7 +451,7 @@ def copy_of(model: nn.Module, *, live: bool = False) -> Shell:
 
 
 def tensors_in(shell: Shell) -> list[Place]:
-    """Where the caller's own modules hold tensors, hidden modules too, and what these are called in an error."""
+    """Return the places of all tensors in the caller's own modules, unregistered ones included, with names for errors."""
     paths, found = shell.paths(), []
     for own, twin in shell.twins.modules:
         path = paths.get(id(twin), type(own).__name__)
@@ -455,8 +460,8 @@ def tensors_in(shell: Shell) -> list[Place]:
     return found
 
 
-def _own_hidden(module: nn.Module, twins: Twins) -> None:
-    """Modules that are not registered are out of functional_call's reach: they get tensors of their own here."""
+def _detach_unregistered(module: nn.Module, twins: Twins) -> None:
+    """Give unregistered modules tensors of their own, since the state does not reach them."""
     registered = {id(m) for m in module.modules()}
     for twin in [t for t in twins.values() if isinstance(t, nn.Module) and id(t) not in registered]:
         twins.own_tensors = True
@@ -468,9 +473,9 @@ def _own_hidden(module: nn.Module, twins: Twins) -> None:
 
 
 def _filled_in(shell: Shell) -> Shell:
-    """Fill in the names: parameters before buffers, each tensor under the first of its names."""
+    """Fill in the names of the tensors, parameters before buffers. A tensor with several names gets the first."""
     names: dict[int, str] = {}  # id of a tensor -> its first name
-    seen: set[tuple[int, str]] = set()  # places: a module may have several names
+    seen: set[tuple[int, str]] = set()  # places; a module with several names is visited several times
     for kind in ("_parameters", "_buffers"):
         for path, owner in shell.modules.items():
             for key, tensor in owner.__dict__[kind].items():
@@ -492,7 +497,7 @@ def _filled_in(shell: Shell) -> Shell:
 
 
 def with_slots(shell: Shell, slots: dict[str, str]) -> Shell:
-    """The shell with the places that a state fills."""
+    """Return the shell with these slots, and the places of them that a state fills."""
     places: list[Place] = []
     for full, name in slots.items():
         path, _, key = full.rpartition(".")

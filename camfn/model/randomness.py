@@ -1,4 +1,4 @@
-"""A model that draws random numbers in eval mode is refused, at the draw, before anything is drawn."""
+"""Refuse models that draw random numbers in eval mode, before anything is drawn."""
 
 import threading
 from collections.abc import Iterator
@@ -12,12 +12,14 @@ from camfn import _compat
 from camfn._errors import CamError
 
 TURNS = threading.RLock()
-"""torch makes an operator's Python handle when a mode first meets it, without a lock: two threads that meet it at once can
-crash. So forwards under the mode, one for each call of a method, take turns; sweeps do not."""
+"""A lock for forwards under a dispatch mode, of which each call of a method runs one. Sweeps do not take it.
+
+torch creates an operator's Python handle when a mode first sees it, without a lock. Two threads that do so at once can crash.
+"""
 
 
 def refusing_draws() -> AbstractContextManager[Any]:
-    """Inside, a model that draws is refused; a compiler cannot trace that, and lets it pass."""
+    """Return a context in which random draws raise CamError. Under torch.compile, which cannot trace it, they do not."""
     return nullcontext() if _compat.compiling() or _compat.modes_break() else _refusing()
 
 
@@ -28,7 +30,7 @@ def _refusing() -> Iterator[None]:
 
 
 class _NoDraws(TorchDispatchMode):
-    """Inside, in this thread only, an operation that draws random numbers raises; nothing has been drawn then."""
+    """Raise CamError before an operation of this thread draws random numbers."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         refuse_draw(func, args, kwargs or {})
@@ -36,7 +38,7 @@ class _NoDraws(TorchDispatchMode):
 
 
 def refuse_draw(func: Any, args: Any, kwargs: Any) -> None:
-    """Raise where an operation draws random numbers."""
+    """Raise CamError if an operation draws random numbers."""
     if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
         raise CamError(
             f"the model draws random numbers in eval mode ({func}): its scores would differ from forward to forward; "
@@ -45,7 +47,7 @@ def refuse_draw(func: Any, args: Any, kwargs: Any) -> None:
 
 
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:
-    """Attention and rrelu carry the random tag always, and draw only with dropout or in training."""
+    """Return True if a tagged operation draws. Attention and rrelu have the tag, but draw only with dropout or in training."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
     return all(given.get(name, default) not in (0.0, False) for name, default in _defaults(func))
 

@@ -1,4 +1,4 @@
-"""Writing down what a function does to tensors, as tapes of aten operations: one of what a value changes, one of the rest."""
+"""Record a function as two tapes of aten operations: those that depend on a value, and the rest."""
 
 import operator
 import weakref
@@ -20,17 +20,17 @@ from camfn.model.tape import Operation, Tape, Value, leaves, mapped, tape
 
 
 class Record(NamedTuple):
-    """A function of the state's tensors, the inputs' and a value, with what no result hangs on left out.
+    """A recorded function of the state, the inputs and a value. Operations that no result depends on are left out.
 
-    Record it at one value and compare its results at another with the model's: what was taken for a constant, and hangs on the
-    value by a way that was not seen, differs then.
+    To check a record, compare its results at another value with those of the model. They differ if something was recorded as
+    a constant that depends on the value in an unseen way.
     """
 
-    front: Tape  # of state and inputs: all that the value does not change; gives what the rest wants of it
-    rest: Tape  # of the value, and of what the front gives; gives the results
-    around: bool  # do the inputs reach a result by a way around the value?
-    reads: str  # what read a value in Python, of state, inputs or a constant: it holds for these alone; "" if nothing did
-    unseen: bool  # does a result hang on a tensor that was not seen being made? Another call may have another one
+    front: Tape  # (*state, *inputs) -> the tensors that `rest` needs; independent of the value
+    rest: Tape  # (value, *front's results) -> the results
+    around: bool  # whether the inputs reach a result by a path that avoids the value
+    reads: str  # the function that read a state, input or constant in Python, so that the record holds for these only; or ""
+    unseen: bool  # whether a result depends on a tensor of unknown origin, which may differ in another call
 
 
 def record(
@@ -41,10 +41,12 @@ def record(
     after: str,
     known: Iterable[Any] = (),
 ) -> Record:
-    """The function `(*state, *inputs, value) -> results`, run once on these. `after` names, in an error, where the value is;
-    `known` are tensors that belong to the model beside its state.
+    """Run `(*state, *inputs, value) -> results` once and record it.
 
-    Raises `CamError` where the value itself is read in Python: the record would hold for that one alone.
+    - `after`: the name of the layer that the value comes from, for error messages.
+    - `known`: tensors of the model outside its state.
+
+    Raises `CamError` if the value is read in Python, since the record would hold for that value only.
     """
     recorder = _Recorder(known)
     with torch.inference_mode(False), torch.no_grad():
@@ -62,49 +64,49 @@ def record(
     for step in reads:
         if "value" in step.hangs:
             raise CamError(
-                f"what comes after {after} hangs on values that are read in Python ({step.target}): a record of it would hold "
-                "for these alone; choose a later layer"
+                f"what comes after {after} depends on values that are read in Python ({step.target}): a record of it would "
+                "hold for these values only; choose a later layer"
             )
     used = _parts([results, *((step.args, step.kwargs) for step in (*live, *reads))])
     around = any("input" in step.hangs and "value" not in step.hangs for step in live)
-    tapes = _two_tapes(given, live, results, recorder.constants)
+    tapes = _split_tapes(given, live, results, recorder.constants)
     return Record(*tapes, around, str(reads[0].target) if reads else "", any(part.step.kind == "unseen" for part in used))
 
 
-# ------------------------------------------------------------------------------------------------------ writing down
+# --------------------------------------------------------------------------------------------------------- recording
 
 
 class _Step:
-    """An operation that was run; or what it began with: a tensor that was given, a constant of the model."""
+    """An operation that was run, a given tensor, or a constant of the model."""
 
     __slots__ = ("args", "hangs", "kind", "kwargs", "reads", "target")
 
     def __init__(self, kind: str, target: Any, args: Any, kwargs: Any, hangs: frozenset[str], reads: bool = False) -> None:
         self.kind, self.target, self.args, self.kwargs = kind, target, args, kwargs
-        self.hangs = hangs  # on "state", "input", "value"
-        self.reads = reads  # its results are numbers or sizes in Python
+        self.hangs = hangs  # what it depends on: "state", "input", "value"
+        self.reads = reads  # whether its results are numbers or sizes in Python
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor that a step gave: all of it, or at these indices."""
+    """The output of a step, or the part of it at these indices."""
 
     step: _Step
     at: tuple[int, ...] = ()
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down every operation that this thread runs.
+    """Record every operation that this thread runs.
 
-    `make_fx` would do, but it patches `nn.Module` for the whole process while it traces, under the feet of other threads. And
-    no graph is made of what comes to nothing: that would take as long as running it.
+    `make_fx` is not used, since it patches `nn.Module` for the whole process while it traces, and other threads may run. Also,
+    no graph is built of operations that no result needs, which would take as long as running them.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.known: dict[Any, Tensor] = {}  # by their memory, tensors that the model holds, and those made of numbers
+        self.known: dict[Any, Tensor] = {}  # by storage: tensors of the model, and those made from numbers
         self.steps: list[_Step] = []
-        self.parts: dict[int, _Part] = {}  # by the id of a tensor, for as long as that lives
+        self.parts: dict[int, _Part] = {}  # by the id of a living tensor
         self.constants: dict[str, Tensor] = {}
         for tensor in known:
             self.know(tensor)
@@ -113,7 +115,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         refuse_draw(func, args, kwargs)
         if func is torch.ops.aten.lift_fresh.default and _compat.owns_memory(args[0]):
-            self.know(args[0])  # copies of numbers, as `torch.tensor` makes them; memory that NumPy shares changes
+            self.know(args[0])  # a copy of numbers from `torch.tensor`; memory shared with NumPy may change
         out = func(*args, **kwargs)
         given, named = mapped(self.part_of, tuple(args)), mapped(self.part_of, kwargs)
         hangs = frozenset().union(*(part.step.hangs for part in _parts((given, named))))
@@ -122,9 +124,9 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def bind(self, out: Any, part: _Part) -> None:
-        """From now on `part` stands for `out`."""
+        """Record that `out` is the tensor (or tensors) of `part`."""
         if isinstance(out, Tensor):
-            if id(out) not in self.parts:  # what an operation in place hands back is there already
+            if id(out) not in self.parts:  # an in-place operation returns a tensor that is already bound
                 weakref.finalize(out, self.parts.pop, id(out)).atexit = False
             self.parts[id(out)] = part
         elif isinstance(out, (tuple, list)):
@@ -134,7 +136,7 @@ class _Recorder(TorchDispatchMode):
     def part_of(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if id(leaf) not in self.parts:  # made by no operation that was seen: a constant of the model
+        if id(leaf) not in self.parts:  # made by no recorded operation: a constant of the model
             name = f"constant{len(self.constants)}"
             self.constants[name] = leaf
             kind = "constant" if _compat.storage_id(leaf) in self.known else "unseen"
@@ -145,13 +147,13 @@ class _Recorder(TorchDispatchMode):
         self.known[_compat.storage_id(tensor)] = tensor
 
     def read(self, func: Any, tensor: Tensor) -> None:
-        """Values of a tensor are read in Python by what is no operation."""
+        """Record that a function which is not an operation reads the tensor's values in Python."""
         part = self.part_of(tensor)
         self.steps.append(_Step("read", func.__name__, (part,), {}, part.step.hangs, True))
 
 
 class _PythonSide(TorchFunctionMode):
-    """What happens between tensors and Python, and is no operation."""
+    """Record functions that read tensors in Python without an operation."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -160,7 +162,7 @@ class _PythonSide(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in _READS:
-            # What `functionalize` hands out has no memory of its own: NumPy would read whatever is there.
+            # The wrappers of `functionalize` have no memory of their own, and NumPy would read garbage.
             args = (_compat.unwrapped(args[0]), *args[1:])
             self.recorder.read(func, args[0])
         return func(*args, **(kwargs or {}))
@@ -177,7 +179,7 @@ def _parts(value: Any) -> list[_Part]:
 
 
 def _live(steps: list[_Step], results: Iterable[Any]) -> list[_Step]:
-    """The steps that a result hangs on."""
+    """Return the steps that a result depends on."""
     wanted = {part.step for part in results if isinstance(part, _Part)}
     for step in reversed(steps):
         if step in wanted:
@@ -185,17 +187,17 @@ def _live(steps: list[_Step], results: Iterable[Any]) -> list[_Step]:
     return [step for step in steps if step in wanted]
 
 
-def _two_tapes(given: list[_Step], live: list[_Step], results: list[Any], constants: dict[str, Tensor]) -> tuple[Tape, Tape]:
-    """What does not hang on the value, and what does; the first hands on what is wanted of it."""
+def _split_tapes(given: list[_Step], live: list[_Step], results: list[Any], constants: dict[str, Tensor]) -> tuple[Tape, Tape]:
+    """Return the tape of the steps that do not depend on the value, and that of those that do."""
     *fixed, value = given
     still, moving = ([step for step in live if ("value" in step.hangs) is hangs] for hangs in (False, True))
     wanted = _parts([results, *((step.args, step.kwargs) for step in moving)])
     handed = list(dict.fromkeys(part for part in wanted if "value" not in part.step.hangs))
-    front = _written([_Part(step) for step in fixed], still, handed, constants)
-    return front, _written([_Part(value), *handed], moving, results, {})
+    front = _tape_of([_Part(step) for step in fixed], still, handed, constants)
+    return front, _tape_of([_Part(value), *handed], moving, results, {})
 
 
-def _written(given: list[_Part], steps: list[_Step], results: list[Any], constants: dict[str, Tensor]) -> Tape:
+def _tape_of(given: list[_Part], steps: list[_Step], results: list[Any], constants: dict[str, Tensor]) -> Tape:
     values: dict[_Part, Any] = {part: Value(i) for i, part in enumerate(given)}
     operations: list[Operation] = []
 

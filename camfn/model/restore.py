@@ -1,4 +1,4 @@
-"""Putting a private copy back as it was before it ran, and laying it to rest."""
+"""Restore a private copy after a run, and disable destructors before it is dropped."""
 
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Mapping
@@ -12,15 +12,15 @@ from camfn.model.private_copy import Shell, filled, slots_of
 
 
 class Snapshot:
-    """What the parts of a copy hold; `restore` puts that back. It compares by identity, and so reads no value."""
+    """The contents of all parts of a copy. `restore` puts them back. Items are compared by identity, so no value is read."""
 
     def __init__(self, shell: Shell) -> None:
-        self._empty: list[Any] = []  # containers that held nothing: most of a module's
-        self._full: list[tuple[Any, list[Any]]] = []  # a container, and what it held
-        self._maps: list[tuple[dict[Any, Any], list[Any], list[Any]]] = []  # a dict, its keys and its values
+        self._empty: list[Any] = []  # empty containers, which most containers of a module are
+        self._full: list[tuple[Any, list[Any]]] = []  # containers with their items
+        self._maps: list[tuple[dict[Any, Any], list[Any], list[Any]]] = []  # dicts with their keys and values
         self._slots: list[tuple[Any, str, Any]] = []
         self._cells: list[tuple[Any, Any]] = []
-        for holder, key, _ in shell.places:  # at rest it holds no tensors
+        for holder, key, _ in shell.places:  # a copy that is not running holds no tensors
             holder[key] = None
         holders = {id(holder): holder for holder, *_ in shell.places}
         self._tensors = {key: (holder, dict(holder)) for key, holder in holders.items()}
@@ -30,7 +30,7 @@ class Snapshot:
     def _add(self, part: Any) -> None:
         if isinstance(part, (dict, list, set, deque)):
             self._add_container(part)
-        if isinstance(part, nn.Module):  # those that a copy makes without a word of them
+        if isinstance(part, nn.Module):  # containers made with the copy itself, which are not in `twins`
             inner = [value for value in vars(part).values() if isinstance(value, (dict, list, set, deque))]
             for value in inner:
                 self._add_container(value)
@@ -62,7 +62,7 @@ class Snapshot:
             holder.clear()
             holder.update(contents)
         of = dict.values
-        for container, keys, values in self._maps:  # some hundreds: written out, since it is a part of every call
+        for container, keys, values in self._maps:  # hundreds of them on every call, hence inlined
             if len(container) != len(keys) or not all(map(is_, of(container), values)) or not all(map(is_, container, keys)):
                 _refill(container, zip(keys, values))
         for owner, name, item in self._slots:
@@ -79,12 +79,12 @@ _BASES: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 
 
 def _refill(container: Any, contents: Iterable[Any]) -> None:
-    base = next(base for base in _BASES if isinstance(container, base))  # a subclass may do more when it is filled
+    base = next(base for base in _BASES if isinstance(container, base))  # a subclass may override these methods
     base.clear(container)
     (base.extend if base in (list, deque) else base.update)(container, contents)
 
 
 def disarm(modules: Mapping[int, nn.Module]) -> None:
-    """Take their class from modules whose destructor would give away what the caller's have: a file, a server."""
+    """Change the class of these modules, so that their destructors do not release the caller's files or servers."""
     for module in modules.values():
         module.__class__ = nn.Module

@@ -1,8 +1,8 @@
-"""Errors of torch in a forward, each turned into one sentence: dtypes and devices that do not go together, tensors that are
-quantised where others are not, and custom `autograd.Function`s where they cannot run.
+"""Errors of torch in a forward pass, turned into messages that name the arguments.
 
-torch raises them deep in the model and speaks of two tensors without names. Only errors that torch itself raised, and that the
-arguments explain, are turned. What a model raises is its own.
+They are about mixed dtypes and devices, quantized tensors beside others, checkpoints, and custom `autograd.Function`s that
+cannot run. torch raises them deep in the model, without names of tensors. Only errors that torch itself raised, and that the
+arguments explain, are turned. Errors that the model raises are passed on unchanged.
 """
 
 import dis
@@ -24,26 +24,26 @@ from camfn.model.private_copy import is_quantised
 
 
 class ForwardError(CamError, RuntimeError):
-    """A `CamError` in the place of an error of torch. It is still what torch raised, for whoever tries another way then."""
+    """A `CamError` that replaces an error of torch. It is still a `RuntimeError`, for callers that catch that."""
 
 
 class Given(NamedTuple):
-    """What a forward was given."""
+    """The arguments of a forward pass."""
 
     x: Inputs
     state: State
-    own: Mapping[str, Tensor]  # the model's tensors: those of `state`, or others where the caller passed `state=`
+    own: Mapping[str, Tensor]  # the model's own tensors, which `state` may replace
     ports: Mapping[str, Any]  # nudges and swaps by name
     modules: Mapping[str, nn.Module]
 
 
 @contextmanager
 def about_forward(given: Given) -> Iterator[None]:
-    """Around a forward."""
+    """Turn torch's errors in a forward pass."""
     try:
         yield
     except Exception as error:
-        sentence = _of_forward(error, given)
+        sentence = _forward_error(error, given)
         if sentence:
             raise ForwardError(sentence) from error
         raise
@@ -51,11 +51,11 @@ def about_forward(given: Given) -> Iterator[None]:
 
 @contextmanager
 def about_gradient() -> Iterator[None]:
-    """Around a gradient that is taken of a forward."""
+    """Turn torch's errors in a backward pass."""
     try:
         yield
     except Exception as error:
-        sentence = _of_backward(error)
+        sentence = _backward_error(error)
         if sentence:
             raise ForwardError(sentence) from error
         raise
@@ -63,35 +63,37 @@ def about_gradient() -> Iterator[None]:
 
 @contextmanager
 def about_record(modules: Mapping[str, nn.Module], after: str) -> Iterator[None]:
-    """Around the recording of what comes after a layer."""
+    """Turn torch's errors while the part after a layer is recorded."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, CamError) or is_exhausted(error) or not _is_torchs(error):
+        if isinstance(error, CamError) or is_exhausted(error) or not _is_from_torch(error):
             raise
         said = f"what comes after {after} cannot be recorded ({_first_line(error)})"
         if names := quantised_in(modules):
             raise ForwardError(
-                f"{said}, since the model is quantised ({names}): use a method that only reads the layer or masks the input, "
+                f"{said}, since the model is quantized ({names}): use a method that only reads the layer or masks the input, "
                 "such as camfn.mean_cam or camfn.score_cam"
             ) from error
         raise ForwardError(f"{said}: use a method that runs the whole model, such as camfn.grad_cam") from error
 
 
 def refuse_quantising(forward: Callable[[], Any]) -> None:
-    """Raise where a forward quantises a tensor, for a score that no gradient came back from."""
-    with torch.no_grad(), _Quantising() as mode:
+    """Raise CamError if the forward quantizes a tensor. Called when the score has no gradient."""
+    with torch.no_grad(), _Quantizing() as mode:
         forward()
     if mode.found:
-        raise CamError(f"no gradient comes back from the score, since the model quantises ({mode.found}): {WITHOUT_GRADIENTS}")
+        raise CamError(f"the score has no gradient, since the model quantizes ({mode.found}): {WITHOUT_GRADIENTS}")
 
 
-WITHOUT_GRADIENTS = "use a method without gradients, such as camfn.score_cam or camfn.mean_cam, or the model as it was before"
+WITHOUT_GRADIENTS = "use a method without gradients, such as camfn.score_cam or camfn.mean_cam, or the unquantized model"
 
 
 def refuse_once(score: Tensor) -> None:
-    """Raise where a second derivative would be missing in silence: torch gives a gradient without a graph for a backward that
-    is marked `once_differentiable`."""
+    """Raise CamError if a second derivative would silently be missing.
+
+    torch returns a gradient without a graph from a backward that is marked `once_differentiable`.
+    """
     nodes, seen = [score.grad_fn], set()
     while nodes:
         node: Any = nodes.pop()
@@ -106,13 +108,14 @@ def refuse_once(score: Tensor) -> None:
 
 
 _ONCE = (
-    "a second derivative is asked of {}, an autograd.Function of the model, whose backward is marked once_differentiable: use "
-    "a method of first derivatives, such as camfn.grad_cam, or take the mark off where the backward can be differentiated"
+    "the method needs a second derivative of {}, an autograd.Function of the model, whose backward is marked "
+    "once_differentiable: use a method of first derivatives, such as camfn.grad_cam, or remove the mark if the backward can be "
+    "differentiated"
 )
 
 
-class _Quantising(TorchFunctionMode):
-    """Tells the first function that quantises a tensor, or computes with quantised ones."""
+class _Quantizing(TorchFunctionMode):
+    """Find the first function that quantizes a tensor or computes with quantized ones."""
 
     found = ""
 
@@ -124,33 +127,35 @@ class _Quantising(TorchFunctionMode):
 
 
 def quantised_in(modules: Mapping[str, nn.Module]) -> str:
-    """The names of the first quantised layers, for a sentence; empty where there are none."""
+    """Return the names of the first quantized layers for a message, or an empty string."""
     found = [path for path, module in modules.items() if is_quantised(module)]
     outer = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
     return ", ".join(map(repr, outer[:3]))
 
 
-def _of_forward(error: Exception, given: Given) -> str:
-    if isinstance(error, CamError) or not _is_torchs(error):
+def _forward_error(error: Exception, given: Given) -> str:
+    if isinstance(error, CamError) or not _is_from_torch(error):
         return ""
     return (
-        _of_checkpoint(error)
-        or _of_function(error)
-        or _of_quantised(error, given)
-        or _of_devices(error, given)
-        or _of_dtypes(error, given)
+        _checkpoint_error(error)
+        or _function_error(error)
+        or _quantized_error(error, given)
+        or _device_error(error, given)
+        or _dtype_error(error, given)
     )
 
 
-def _of_backward(error: Exception) -> str:
-    return "" if isinstance(error, CamError) or not _is_torchs(error) else _of_checkpoint(error) or _of_function(error)
+def _backward_error(error: Exception) -> str:
+    return (
+        "" if isinstance(error, CamError) or not _is_from_torch(error) else _checkpoint_error(error) or _function_error(error)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def is_reentrant(error: Exception) -> bool:
-    """Does torch say that a checkpoint with `use_reentrant=True` takes `backward()` alone?"""
+    """Return True for torch's error that a checkpoint with `use_reentrant=True` supports only `backward()`."""
     return bool(re.search(r"\.grad\(\)|inputs.{1,3} parameter", str(error))) and _in_checkpoint(error)
 
 
@@ -158,27 +163,27 @@ def _in_checkpoint(error: Exception) -> bool:
     return any(frame.f_globals.get("__name__") == "torch.utils.checkpoint" for frame in _frames(error))
 
 
-def _of_checkpoint(error: Exception) -> str:
+def _checkpoint_error(error: Exception) -> str:
     if not _in_checkpoint(error) or not re.search(r"heckpoint|saved tensor hooks|setup_context|functorch", str(error)):
         return ""
     return (
-        f"the model checkpoints its activations (torch.utils.checkpoint), which does not go with what is asked here "
+        f"the model checkpoints its activations (torch.utils.checkpoint), which this call does not support "
         f"({_first_line(error)}): switch that off for the explanation (model.gradient_checkpointing_disable(), "
         "model.set_grad_checkpointing(False), use_checkpoint=False or the like), or use a method without gradients, such as "
         "camfn.score_cam"
     )
 
 
-# ------------------------------------------------------------------------------------------------------ whose error it is
+# ------------------------------------------------------------------------------------------------ the origin of an error
 
 
-def _is_torchs(error: Exception) -> bool:
-    """Did torch raise it, in Python or in C++, and no `raise` of anybody else?"""
+def _is_from_torch(error: Exception) -> bool:
+    """Return True if torch raised the error, in Python or C++."""
     return _raised_in(error) in ("torch", "")
 
 
 def _raised_in(error: Exception) -> str:
-    """The package whose `raise` it was; empty where none was, since C++ raised."""
+    """Return the package whose `raise` statement raised the error. Empty if C++ raised it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -188,7 +193,7 @@ def _raised_in(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """torch's own words, in a line that is not too long."""
+    """Return the first line of torch's message, cut to 160 characters."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return line if len(line) <= 160 else line[:157] + "..."
 
@@ -196,7 +201,7 @@ def _first_line(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------------ autograd.Function
 
 
-def _of_function(error: Exception) -> str:
+def _function_error(error: Exception) -> str:
     text = str(error)
     if "once_differentiable" in text:
         return _ONCE.format("something")
@@ -204,25 +209,23 @@ def _of_function(error: Exception) -> str:
         return ""
     who = f"{_function_in(error)}, an autograd.Function of the model,"
     if "backward or vjp" in text:
-        return (
-            f"{who} has no backward, so that no gradient comes through: use a method without gradients, such as camfn.score_cam"
-        )
+        return f"{who} has no backward, and so no gradient: use a method without gradients, such as camfn.score_cam"
     if _compat.recording() or "Functionalize" in text:
         return (
-            f"{who} cannot be recorded, as camfn.head and camfn.lift_cam record what comes after a layer: use a method that "
+            f"{who} cannot be recorded (camfn.head and camfn.lift_cam record what comes after a layer): use a method that "
             "runs the whole model, such as camfn.grad_cam or camfn.ablation_cam"
         )
     if not _compat.transformed():
         return ""
     return (
         f"{who} does not run under the transform that it is called in (vmap, grad, vjp or jvp of torch.func, or "
-        f"Sweep(fold=False)): {_first_line(error).partition('. For more')[0]}. Give it what torch asks for, or call camfn "
-        "without the transform: plain calls of camfn.score_cam and camfn.grad_cam run the Function as it is"
+        f"Sweep(fold=False)): {_first_line(error).partition('. For more')[0]}. Add what torch asks for, or call camfn "
+        "without the transform: plain calls of camfn.score_cam and camfn.grad_cam run the Function unchanged"
     )
 
 
 def _function_in(error: Exception) -> str:
-    """The name of the Function that torch was about to run."""
+    """Return the name of the Function that torch was about to run."""
     for frame in reversed(_frames(error)):
         for key in ("cls", "autograd_function", "self"):
             found = frame.f_locals.get(key)
@@ -243,17 +246,17 @@ def _frames(error: Exception) -> list[Any]:
 # -------------------------------------------------------------------------------------------- quantised, devices, dtypes
 
 
-def _of_quantised(error: Exception, given: Given) -> str:
+def _quantized_error(error: Exception, given: Given) -> str:
     names = quantised_in(given.modules)
     if not names or not re.search(r"Quantized(CPU|CUDA)|Could not run 'quantized::|with quantized numbers", str(error)):
         return ""
     return (
-        f"the model is quantised ({names}), and a tensor that is quantised meets one that is not ({_first_line(error)}): "
-        "QuantStub has to come before its quantised layers and DeQuantStub behind them; does the model run by itself?"
+        f"the model is quantized ({names}), and a quantized tensor meets one that is not ({_first_line(error)}): "
+        "put QuantStub before its quantized layers and DeQuantStub after them; does the model run by itself?"
     )
 
 
-def _of_devices(error: Exception, given: Given) -> str:
+def _device_error(error: Exception, given: Given) -> str:
     if not re.search(r"device|cuda|meta|mps|xpu|fake impl|\w+ backend", str(error)):
         return ""
     who = [*_tensors(given.x), *_ports(given), *_kinds(given, lambda tensor: tensor.device, [*given.state])]
@@ -271,7 +274,7 @@ _DTYPES = re.compile(
 )
 
 
-def _of_dtypes(error: Exception, given: Given) -> str:
+def _dtype_error(error: Exception, given: Given) -> str:
     text = str(error)
     if not _DTYPES.search(text):
         return ""
@@ -285,7 +288,7 @@ def _of_dtypes(error: Exception, given: Given) -> str:
     known = [tensor.dtype for _, tensor in state]
     expected = known or [torch.float32]
     odd = [(name, tensor) for name, tensor in (*inputs, *ports) if tensor.dtype not in expected]
-    odd = [pair for pair in odd if _has_slope(pair[1])] or odd  # whole numbers beside an image are likely to be indices
+    odd = [pair for pair in odd if _has_slope(pair[1])] or odd  # integers next to an image are likely to be indices
     if odd:
         name, tensor = max(odd, key=lambda pair: pair[1].ndim)
         way = f"pass {name}.to({expected[0]})"
@@ -312,7 +315,7 @@ def _has_slope(tensor: Tensor) -> bool:
 
 
 def _tensors(x: Inputs) -> Iterator[tuple[str, Tensor]]:
-    """The tensors among the inputs, named as the caller passed them."""
+    """Yield the tensors among the inputs with their names, such as `x[0]`."""
     if isinstance(x, Tensor):
         yield "x", x
         return
@@ -326,7 +329,7 @@ def _ports(given: Given) -> Iterator[tuple[str, Tensor]]:
 
 
 def _kinds(given: Given, of: Callable[[Tensor], Any], names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """The first of the state's tensors of each kind, and what to call it."""
+    """Yield the first tensor of the state of each kind, with its name for a message."""
     whose = "the model" if all(of(given.state[name]) == of(given.own[name]) for name in names) else "state="
     kinds: dict[Any, str] = {}
     for name in names:

@@ -1,8 +1,8 @@
-"""What is explained: from the model's output to one score, or several, per input.
+"""Targets: functions from the model's output to one or more scores per input.
 
-Every kind of target is resolved, once, on the clean output, to a `Score`: a function of one sample's output and a row of
-tensors. The function is the same for all rows of a sweep and the tensors are looked up by image, so that one compiled
-kernel serves every target of a kind.
+A target is resolved once, on the clean output, to a `Score`: a function of one sample's output and a row of tensors. The
+function is the same for all rows of a sweep, and the tensors are looked up by image. One compiled kernel therefore serves
+all targets of a kind.
 """
 
 from typing import Any
@@ -82,7 +82,7 @@ __all__ = [
 
 
 def named(target: Target) -> Named:
-    """The target as one of those that have a name: plain classes, callables, and one of whatever for each image."""
+    """Convert plain classes, callables and per-image sequences of targets to `Named` targets."""
     if isinstance(target, Named):
         return target
     if callable(target):
@@ -92,13 +92,13 @@ def named(target: Target) -> Named:
 
 
 def is_plain(target: Target) -> bool:
-    """Is it classes and nothing else, so that what one stands for is the method's to say?"""
+    """Return True if the target is classes without a scale. The method then chooses the scale."""
     found = named(target)
     return isinstance(found, Top) or (isinstance(found, OfClasses) and found.scale is None)
 
 
 def as_probabilities(target: Target) -> Named:
-    """For methods whose papers score by the softmax: plain classes on that scale; what says its own is left alone."""
+    """Score plain classes by their softmax probability. Targets with a scale are returned unchanged."""
     found = named(target)
     if isinstance(found, Each):
         return Each(tuple(map(as_probabilities, found.targets)))
@@ -108,5 +108,11 @@ def as_probabilities(target: Target) -> Named:
 
 
 def resolve(target: Target, output: Any, n: int, device: torch.device, scale: Scale = "logit") -> Score:
-    """The score that `target` means for this clean output. `scale` is what a plain class stands for."""
+    """Resolve a target on the clean output of n samples.
+
+    - `output`: the model's output on the clean batch.
+    - `scale`: the scale of classes that do not name one.
+
+    Returns a `Score`. Raises `CamError` if the target does not fit the output.
+    """
     return named(target).resolve(Clean(output, n, device, scale))

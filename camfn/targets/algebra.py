@@ -1,4 +1,4 @@
-"""Targets made of targets: sums, differences and weightings, one for each image; and functions of the caller's."""
+"""Composite targets: weighted sums, one target per image, and user-defined functions."""
 
 import dataclasses
 import functools
@@ -19,10 +19,10 @@ Terms: TypeAlias = "tuple[tuple[float, Named], ...]"
 
 
 class Named:
-    """A target that `camfn.targets` names. They add up, are subtracted, and are weighted by numbers: each is a target again.
+    """The base class of targets. Targets support `+`, `-`, and `*` and `/` by a number; the result is again a target.
 
-    Every term is resolved on the clean output; then their scores are combined, as tensors of shape (t,) are: one score goes
-    with any number, several go with as many. A callable may stand in a sum: `targets.logit(3) - my_function`.
+    Each term is resolved on the clean output. The scores `(t,)` of the terms are then added, and broadcast: a term with one
+    score can be added to a term with several. A term may be a callable: `targets.logit(3) - my_function`.
 
     >>> import camfn, torch
     >>> T = camfn.targets
@@ -32,22 +32,22 @@ class Named:
     tensor([[2., 1.]])
     """
 
-    __array_ufunc__ = None  # NumPy's numbers leave the product to us
+    __array_ufunc__ = None  # so that a NumPy scalar times a target calls `__rmul__`
 
     def resolve(self, clean: Clean) -> Score:
-        """What it means for this clean output."""
+        """Return the score of this target for a clean output."""
         raise NotImplementedError
 
     def settled(self, clean: Clean) -> "Named":
-        """A target that means for other outputs what this one means for the clean one."""
+        """Return a target that gives the same score on every output as this one gives on the clean output."""
         return Settled(self.resolve(clean))
 
     def __add__(self, other: Any) -> "Sum":
         return Sum(_terms(self) + _terms(other))
 
     def __radd__(self, other: Any) -> "Named":
-        begins = isinstance(other, int) and other == 0  # as `sum` does
-        return self if begins else Sum(_terms(other) + _terms(self))
+        is_start = isinstance(other, int) and other == 0  # `sum` starts from 0
+        return self if is_start else Sum(_terms(other) + _terms(self))
 
     def __mul__(self, number: Any) -> "Sum":
         by = _number(number)
@@ -57,7 +57,7 @@ class Named:
 
     def __truediv__(self, number: Any) -> "Sum":
         if _number(number) == 0:
-            raise CamError("a target divided by 0")
+            raise CamError("a target cannot be divided by 0")
         return self * (1 / _number(number))
 
     def __neg__(self) -> "Sum":
@@ -75,15 +75,15 @@ def _terms(target: Any) -> Terms:
         return target.terms
     if not isinstance(target, Named) and not callable(target):
         raise CamError(
-            f"{target!r} cannot be added to a target or subtracted: targets can, by their names (the score of class 3 is "
-            "camfn.targets.logit(3)), and callables"
+            f"{target!r} cannot be added to a target or subtracted from one: only targets (the score of class 3 is "
+            "camfn.targets.logit(3)) and callables can"
         )
     return ((1.0, target if isinstance(target, Named) else Function(target)),)
 
 
 def _number(value: Any) -> float:
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise CamError(f"a target times {value!r}: a finite number weighs a target; a callable can do all else")
+        raise CamError(f"a target times {value!r}: the weight must be a finite number; use a callable for anything else")
     return float(value)
 
 
@@ -97,14 +97,14 @@ class Sum(Named):
     terms: Terms
 
     def resolve(self, clean: Clean) -> Score:
-        """Each term on the clean output; their weights are in the rows."""
+        """Resolve each term on the clean output. The rows hold the weights and the rows of the terms."""
         scores = [term.resolve(clean) for _, term in self.terms]
         found = [score_rows(score.of, clean.output, score.rows) for score in scores]
         counts = {values.shape[1] for values in found} - {1}
         if len(counts) > 1:
             raise CamError(
-                f"targets of {' and '.join(map(str, sorted(counts)))} scores per image do not add up: each must have one, "
-                "or as many as the others"
+                f"targets with {' and '.join(map(str, sorted(counts)))} scores per image cannot be added: each must have one "
+                "score, or as many as the others"
             )
         weights = torch.tensor([weight for weight, _ in self.terms], dtype=_widest(found), device=clean.device)
         kind = Kind(read_parts, _of_sum, _names_of_sum, (tuple(score.of for score in scores),))
@@ -133,10 +133,10 @@ def _names_of_sum(parts: tuple[Kind, ...], row: tuple[Tensor, tuple[Any, ...]]) 
     weights, rows = row
     each = [part.names(*part.told, own) for part, own in zip(parts, rows)]
     count = max(map(len, each))
-    return [_written(weights.tolist(), [own[i if len(own) > 1 else 0] for own in each]) for i in range(count)]
+    return [_format_sum(weights.tolist(), [own[i if len(own) > 1 else 0] for own in each]) for i in range(count)]
 
 
-def _written(weights: list[float], terms: list[str]) -> str:
+def _format_sum(weights: list[float], terms: list[str]) -> str:
     text = ""
     for weight, term in zip(weights, terms):
         term = f"({term})" if " - " in term or " + " in term else term
@@ -151,20 +151,20 @@ def _written(weights: list[float], terms: list[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Each(Named):
-    """One target for each image, of any kinds."""
+    """One target per image. The kinds of the targets may differ."""
 
     targets: tuple[Named, ...]
 
     def resolve(self, clean: Clean) -> Score:
-        """Each on the output of its image; those of one kind become one. However many kinds there are, forwards are as few."""
+        """Resolve each target on the output of its image, and merge those of one kind. This adds no forward pass."""
         if len(self.targets) != clean.n:
             raise CamError(
                 f"target has {len(self.targets)} entries for a batch of {clean.n}: give one target for all, or one each"
             )
-        scores = [_of_image(target, clean, image) for image, target in enumerate(self.targets)]
+        scores = [_resolve_for_image(target, clean, image) for image, target in enumerate(self.targets)]
         counts = [score_rows(score.of, clean.of(i).output, score.rows).shape[1] for i, score in enumerate(scores)]
         if len(set(counts)) > 1:
-            raise CamError(f"the targets of the images have {counts} scores: all must have as many")
+            raise CamError(f"the targets of the images have {counts} scores: all images must have the same number of scores")
         groups = _groups(scores)
         of, rows = scores[groups[0][0]].of, _rows_of(groups[0], scores)
         if len(groups) > 1:
@@ -177,11 +177,11 @@ class Each(Named):
         return Score(of, rows, all(score.single for score in scores), every, all(score.linear for score in scores))
 
     def settled(self, clean: Clean) -> "Each":
-        """Each of its own: a plain class among them stays plain."""
+        """Settle each target on the output of its image. Plain classes stay plain."""
         return Each(tuple(target.settled(clean.of(image)) for image, target in enumerate(self.targets)))
 
 
-def _of_image(target: Named, clean: Clean, image: int) -> Score:
+def _resolve_for_image(target: Named, clean: Clean, image: int) -> Score:
     try:
         return target.resolve(clean.of(image))
     except CamError as error:
@@ -189,7 +189,7 @@ def _of_image(target: Named, clean: Clean, image: int) -> Score:
 
 
 def _groups(scores: list[Score]) -> list[list[int]]:
-    """The images whose kind, and whose rows' shape, is the same."""
+    """Group the images by kind, and by the shape and dtype of their rows."""
     shapes: list[Any] = []
     groups: list[list[int]] = []
     for image, score in enumerate(scores):
@@ -203,13 +203,13 @@ def _groups(scores: list[Score]) -> list[list[int]]:
 
 
 def _rows_of(group: list[int], scores: list[Score]) -> Any:
-    """Rows for all images from those of a group: the others' are there to fill the places."""
+    """Return rows for all images. Images outside the group get the rows of its first image as padding."""
     filled = [tree_flatten(scores[image if image in group else group[0]].rows) for image in range(len(scores))]
     return tree_unflatten([torch.cat(leaves) for leaves in zip(*(leaves for leaves, _ in filled))], filled[0][1])
 
 
 def _of_choice(parts: tuple[Kind, ...], samples: tuple[Any, ...], row: tuple[Tensor, tuple[Any, ...]]) -> Tensor:
-    which, rows = row  # each sample wants one of them; all are cheap beside a forward, and one function serves all
+    which, rows = row  # all kinds are computed and one is selected: cheap beside a forward pass, and one function for all rows
     each = _each(parts, samples, rows)
     return torch.stack([score.to(_widest(each)) for score in each]).index_select(0, which)[0]
 
@@ -219,33 +219,33 @@ def _names_of_choice(parts: tuple[Kind, ...], row: tuple[Tensor, tuple[Any, ...]
     return parts[int(which)].names(*parts[int(which)].told, rows[int(which)])
 
 
-# ------------------------------------------------------------------------------------- what depends on no other output
+# ------------------------------------------------------------------------------------- independent of later outputs
 
 
 @dataclasses.dataclass(frozen=True)
 class Settled(Named):
-    """What a target meant on a clean output."""
+    """A target that was already resolved on a clean output."""
 
     score: Score
 
     def resolve(self, clean: Clean) -> Score:
-        """The same on any."""
+        """Return the stored score, whatever the output."""
         clean.refuse_probabilities("a target settled on another input")
         return self.score
 
 
 @dataclasses.dataclass(frozen=True)
 class Function(Named):
-    """A callable of the caller's, from one sample's output to a scalar or `(t,)`."""
+    """A user-defined function from one sample's output to a scalar or a tensor `(t,)`."""
 
     function: Callable[[Any], Any]
 
     def settled(self, clean: Clean) -> "Function":
-        """It reads nothing of the clean output."""
+        """Return self: a function does not depend on the clean output."""
         return self
 
     def resolve(self, clean: Clean) -> Score:
-        """Tried once on the clean output, which tells how many scores it gives."""
+        """Call the function once on the clean output, to check it and to find the rank of its result."""
         clean.refuse_probabilities("a callable")
         kind = Kind(_whole, _of_function, _name_of_function, (self.function,))
         rows = torch.zeros(clean.n, 1, dtype=torch.long, device=clean.device)
@@ -263,13 +263,13 @@ class Function(Named):
         except Exception as error:
             raise CamError(
                 f"the target failed on the model's output: {type(error).__name__}: {error} (it is called with ONE sample's "
-                "output, without a batch axis, inside vmap: no .item(), no `if` on values)"
+                "output, without a batch axis, inside vmap: it must not use .item() or `if` on values)"
             ) from error
         return Score(kind, rows, not any(axes), None)
 
 
 def _whole(function: Callable[[Any], Any], output: Any) -> tuple[type | None, Any]:
-    """All of the output; a dataclass is taken apart, for trees to see its tensors."""
+    """Return the whole output. A dataclass becomes a dict of its fields, so that pytree functions see its tensors."""
     return (type(output), fields_of(output)) if is_record(output) else (None, output)
 
 

@@ -1,4 +1,4 @@
-"""Targets that are classes, or other numbered outputs: on a scale, the best ones, one against others."""
+"""Targets for classes and other numbered outputs: on a scale, the top k, a class against others."""
 
 import dataclasses
 import operator
@@ -17,13 +17,13 @@ from camfn.targets.scores import Clean, Kind, Scale, Score, batch_of, logits_of,
 
 @dataclasses.dataclass(frozen=True)
 class OfClasses(Named):
-    """A class, or several, on a scale; without one, on the recipe's."""
+    """One or more classes on a scale. Without a scale, the recipe's scale is used."""
 
     classes: Any
     scale: Scale | None = None
 
     def resolve(self, clean: Clean) -> Score:
-        """Indices are the rows."""
+        """Find the classes. The rows are their indices `(n, t)`."""
         scale = self.scale or clean.scale
         if scale != "probability":
             clean.refuse_probabilities(f"targets.{scale}")
@@ -32,7 +32,7 @@ class OfClasses(Named):
         return Score(kind, classes, single, classes, linear=scale == "logit")
 
     def settled(self, clean: Clean) -> "OfClasses":
-        """The classes as they are found; what one stands for is still the recipe's, where that was so."""
+        """Fix the classes. The scale stays open if it was not given."""
         classes, single = resolve_classes(self.classes, _class_logits(clean), clean.n)
         return OfClasses(classes[:, 0] if single else classes, self.scale)
 
@@ -44,17 +44,17 @@ class Top(Named):
     k: int
 
     def settled(self, clean: Clean) -> OfClasses:
-        """The classes as they are found."""
+        """Fix the k classes."""
         return OfClasses(self).settled(clean)
 
     def resolve(self, clean: Clean) -> Score:
-        """The classes, on the recipe's scale."""
+        """Find the k classes, and score them on the recipe's scale."""
         return OfClasses(self).resolve(clean)
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrast(Named):
-    """A class against others."""
+    """The logit of a class minus the mean logit of others."""
 
     classes: Any
     against: Any
@@ -62,23 +62,23 @@ class Contrast(Named):
     alpha: float
 
     def resolve(self, clean: Clean) -> Score:
-        """The class and the others are the rows, `(n, t, 1 + others)`, and what each counts."""
+        """Find the other classes. The rows are the class indices `(n, t, 1 + others)` and their weights."""
         clean.refuse_probabilities("targets.contrast")
         y = _class_logits(clean)
         classes, single = resolve_classes(self.classes, y, clean.n)
         others = _nearest(classes, y, self.top) if self.against is None else _others(self.against, classes, y)
-        rows = _weighed(classes, others, self.alpha, wide(y.dtype))
+        rows = _with_weights(classes, others, self.alpha, wide(y.dtype))
         return Score(Kind(read_logits, _of_contrast, _names_of_contrast), rows, single, classes, linear=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Output(Named):
-    """A plain output, or several, by number."""
+    """One or more plain outputs by number."""
 
     index: Any
 
     def resolve(self, clean: Clean) -> Score:
-        """As classes are, but that there is no predicted one."""
+        """Find the outputs. The rows are their indices `(n, t)`."""
         clean.refuse_probabilities("targets.regression")
         y = batch_of(logits_of, clean.output)
         if y.ndim not in (1, 2) or y.shape[0] != clean.n:
@@ -93,43 +93,76 @@ class Output(Named):
 
 
 def logit(c: Any = None) -> Target:
-    """The model's raw output for class `c`, as `c` itself is in recipes of logits. `None` is the predicted class.
+    """The logit `y_c` of class `c`: the model's raw output.
 
-    Here and below `c` may be an int, n ints (one for each image), a long tensor `(n,)` or `(n, t)`, `"all"`, or `top(k)`.
+    - `c`: an int, n ints (one per image), a long tensor `(n,)` or `(n, t)`, `"all"`, or `top(k)`. `None` is the predicted
+      class. The same forms are accepted by `probability`, `log_probability`, `rest` and `contrast`.
+
+    >>> import camfn, torch
+    >>> y = torch.tensor([[1.0, 5.0, 3.0]])
+    >>> score = camfn.targets.resolve(camfn.targets.logit([2]), y, 1, y.device)
+    >>> camfn.targets.score_rows(score.of, y, score.rows)
+    tensor([[3.]])
     """
     return OfClasses(c, "logit")
 
 
 def probability(c: Any = None) -> Target:
-    """`softmax(y)_c`."""
+    """The probability `softmax(y)_c` of class `c`. For `c`, see `logit`."""
     return OfClasses(c, "probability")
 
 
 def log_probability(c: Any = None) -> Target:
-    """`log softmax(y)_c`."""
+    """The log-probability `log softmax(y)_c` of class `c`. For `c`, see `logit`."""
     return OfClasses(c, "log_probability")
 
 
 def rest(c: Any = None) -> Target:
-    """`y_c + log softmax(y)_c`: ShapleyCAM's ReST, which rises with the class and with its lead over the rest."""
+    """ShapleyCAM's ReST score, `y_c + log softmax(y)_c`. For `c`, see `logit`.
+
+    The score rises with the logit of the class and with its margin over the other classes.
+
+    Cai, CAMs as Shapley Value-based Explainers, 2025 (arXiv 2501.06261).
+    """
     return OfClasses(c, "rest")
 
 
 def top(k: int) -> Target:
-    """The `k` classes with the highest logits on the clean input, best first: `(n, k, *grid)` maps from one sweep."""
+    """The `k` classes with the highest logits on the clean input, best first.
+
+    One sweep gives all maps, `(n, k, *grid)`. Raises `CamError` if `k` is not a positive int, or later if it exceeds the
+    number of classes.
+
+    >>> import camfn, torch
+    >>> y = torch.tensor([[1.0, 5.0, 3.0]])
+    >>> camfn.targets.resolve(camfn.targets.top(2), y, 1, y.device).classes
+    tensor([[1, 2]])
+    """
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise CamError(f"targets.top wants a positive number of classes, found {k!r}")
     return Top(k)
 
 
 def contrast(c: Any = None, against: Any = None, *, top: int = 3, alpha: float = 1.0) -> Target:
-    """`y_c - alpha * mean(y_d)` over the classes d of `against`, by default the `top` nearest to c in logit (Finer-CAM).
+    """The logit of a class minus the mean logit of similar classes (Finer-CAM).
 
-    `against`: ints; n sequences of ints, one for each image; or a long tensor `(m,)` or `(n, m)`. The class itself is left out
-    of them. For several classes c, each has its own nearest ones. Near is told on the clean input.
+        y_c - alpha * mean_d(y_d),   d in `against`
 
-    Zhang et al., Finer-CAM, CVPR 2025 (arXiv 2501.11309). Theirs weighs the others by their probabilities, and differentiates
-    through these; torchcam's is the mean with `alpha=0.6`.
+    - `c`: the explained class; see `logit`.
+    - `against`: ints, n sequences of ints (one per image), or a long tensor `(m,)` or `(n, m)`. Class `c` is removed from
+      it. `None` takes the `top` classes whose logits on the clean input are nearest to that of `c`, for each `c`.
+    - `alpha`: the weight of the mean.
+
+    Raises `CamError` if `top` or `alpha` has the wrong type, or later if a class does not exist.
+
+    Zhang et al., Finer-CAM, CVPR 2025 (arXiv 2501.11309). The paper's code weights the other classes by their probabilities,
+    and differentiates through these. torchcam takes the mean with `alpha=0.6`.
+
+    >>> import camfn, torch
+    >>> y = torch.tensor([[1.0, 5.0, 3.0]])
+    >>> score = camfn.targets.resolve(camfn.targets.contrast(top=1), y, 1, y.device)
+    >>> camfn.targets.score_rows(score.of, y, score.rows)
+    tensor([[2.]])
     """
     if not isinstance(top, int) or isinstance(top, bool) or not isinstance(alpha, (int, float)):
         raise CamError(f"targets.contrast wants a whole number of others and a number, found top={top!r} and alpha={alpha!r}")
@@ -137,9 +170,18 @@ def contrast(c: Any = None, against: Any = None, *, top: int = 3, alpha: float =
 
 
 def regression(index: Any = None) -> Target:
-    """The plain output of a regression model, `(n,)` or `(n, 1)`; or, of `(n, k)`, the one with this number.
+    """An output of a regression model, without a scale.
 
-    `index`: an int, n ints, a long tensor `(n,)` or `(n, t)`, or `"all"`. `-regression()` explains what lowers the value.
+    - `index`: an int, n ints, a long tensor `(n,)` or `(n, t)`, or `"all"`. It may be `None` if the output is `(n,)` or
+      `(n, 1)`.
+
+    `-regression()` explains what lowers the value.
+
+    >>> import camfn, torch
+    >>> y = torch.tensor([[1.0, 5.0, 3.0]])
+    >>> score = camfn.targets.resolve(-camfn.targets.regression(2), y, 1, y.device)
+    >>> camfn.targets.score_rows(score.of, y, score.rows)
+    tensor([[-3.]])
     """
     return Output(index)
 
@@ -151,24 +193,24 @@ def _class_logits(clean: Clean) -> Tensor:
     y = batch_of(logits_of, clean.output)
     if y.ndim != 2 or y.shape[0] != clean.n:
         raise CamError(
-            f"a class is asked for, and the model's output has shape {tuple(y.shape)}, not (n={clean.n}, classes); "
+            f"the target is a class, and the model's output has shape {tuple(y.shape)}, not (n={clean.n}, classes); "
             "pass a callable target from one sample's output to a scalar"
         )
     return y
 
 
 def resolve_classes(target: Any, y: Tensor, n: int, a: str = "a class", many: str = "classes") -> tuple[Classes, bool]:
-    """Which of the columns of y: `(n, t)`; and whether that is one for each image."""
+    """Return the columns of y that the target names, `(n, t)`, and whether it names a single one per image."""
     count = y.shape[1]
     if target is None:
         return y.argmax(1, keepdim=True), True
     if isinstance(target, Top):
         if target.k > count:
-            raise CamError(f"targets.top({target.k}) of a model with {count} classes: at most all of them")
+            raise CamError(f"targets.top({target.k}) of a model with {count} classes: k must be at most {count}")
         return y.topk(target.k, 1).indices, False
     if isinstance(target, str):
         if target != "all":
-            raise CamError(f'target {target!r} is not known; the only word is "all", classes are numbers')
+            raise CamError(f'target {target!r} is not known; classes are numbers, and the only string is "all"')
         return torch.arange(count, device=y.device).repeat(n, 1), False
     classes = _as_indices(target, n).to(y.device)
     if not _compat.transformed():
@@ -179,7 +221,7 @@ def resolve_classes(target: Any, y: Tensor, n: int, a: str = "a class", many: st
 
 
 def _as_indices(target: Any, n: int) -> Tensor:
-    """An int, n ints, or a long tensor of shape `(n,)` or `(n, t)`."""
+    """Convert an int, n ints or an integer tensor of shape `(n,)` or `(n, t)` to a long tensor."""
     if isinstance(target, Tensor):
         integral = not target.is_floating_point() and not target.is_complex() and target.dtype != torch.bool
         if not integral or target.ndim > 2:
@@ -213,15 +255,17 @@ def _as_int(value: Any) -> int:
 
 
 def _nearest(classes: Classes, y: Tensor, top: int) -> Tensor:
-    """The `top` classes nearest in logit to each, `(n, t, top)`."""
+    """Return the `top` classes that are nearest in logit to each class, `(n, t, top)`."""
     if not 1 <= top < y.shape[1]:
-        raise CamError(f"targets.contrast with top={top} of a model with {y.shape[1]} classes: 1 to {y.shape[1] - 1} others")
+        raise CamError(
+            f"targets.contrast with top={top} of a model with {y.shape[1]} classes: top must be from 1 to {y.shape[1] - 1}"
+        )
     away = (y[:, None] - y.gather(1, classes)[..., None]).abs().scatter(2, classes[..., None], torch.inf)
     return away.topk(top, 2, largest=False).indices
 
 
 def _others(against: Any, classes: Classes, y: Tensor) -> Tensor:
-    """The classes that the caller names, `(n, t, m)`; -1 stands for the class itself, and where an image names fewer."""
+    """Return the classes of `against`, `(n, t, m)`. The class itself and padding are -1."""
     n, count = y.shape
     others = _as_table(against, count).to(y.device)
     if others.ndim == 2 and len(others) != n:
@@ -229,12 +273,12 @@ def _others(against: Any, classes: Classes, y: Tensor) -> Tensor:
     others = others.expand(n, -1)[:, None].expand(-1, classes.shape[1], -1)
     others = torch.where(others == classes[..., None], -1, others)
     if not _compat.transformed() and bool((others < 0).all(-1).any()):
-        raise CamError(f"against={against!r} names no class but the one that is explained")
+        raise CamError(f"against={against!r} names no class other than the explained one")
     return others
 
 
 def _as_table(against: Any, count: int) -> Tensor:
-    """`(m,)`, or `(n, m)` with -1 where an image names fewer than another."""
+    """Convert `against` to a long tensor `(m,)`, or `(n, m)` padded with -1."""
     wrong = f"against={against!r} must name classes from 0 to {count - 1}: a list, one list for each image, or a long tensor"
     if isinstance(against, Tensor):
         integral = not against.is_floating_point() and not against.is_complex() and against.dtype != torch.bool
@@ -253,8 +297,8 @@ def _as_table(against: Any, count: int) -> Tensor:
     return table if several else table[0]
 
 
-def _weighed(classes: Classes, others: Tensor, alpha: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The classes and the others, `(n, t, 1 + m)`, and their weights: 1, and `-alpha` shared by those that are there."""
+def _with_weights(classes: Classes, others: Tensor, alpha: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the classes `(n, t, 1 + m)` and their weights: 1 for the class, `-alpha / count` for each of the others."""
     there = (others >= 0).to(dtype)
     count = there.sum(-1, keepdim=True)
     weights = torch.cat([torch.ones_like(count), -alpha * there / count.clamp(min=1)], -1)
@@ -265,7 +309,7 @@ def _weighed(classes: Classes, others: Tensor, alpha: float, dtype: torch.dtype)
 
 
 def _of_classes(scale: Scale, y: Tensor, row: Tensor) -> Tensor:
-    y = y.reshape(-1).to(wide(y.dtype))  # of a regression it may have no axis
+    y = y.reshape(-1).to(wide(y.dtype))  # the output of a regression may be a scalar
     if scale == "probability":
         y = torch.softmax(y, -1)
     elif scale == "log_probability":

@@ -1,4 +1,4 @@
-"""Targets on a segmentation: a class over the pixels of a mask."""
+"""Targets for segmentation models: a class's logits over the pixels of a mask."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ Reduce = Literal["mean", "sum"]
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation(Named):
-    """A class's logits over the pixels of a mask."""
+    """The logits of a class over the pixels of a mask."""
 
     mask: Any
     classes: Any
     reduce: Reduce
 
     def resolve(self, clean: Clean) -> Score:
-        """The classes `(n, t)` and the masks, `(n, t, *grid)` or `(n, 1, *grid)`, are the rows."""
+        """Find the classes and masks. The rows are the classes `(n, t)` and masks `(n, t, *grid)` or `(n, 1, *grid)`."""
         clean.refuse_probabilities("targets.segmentation")
         y = batch_of(logits_of, clean.output)
         if y.ndim < 3 or y.shape[0] != clean.n:
@@ -44,26 +44,38 @@ class Segmentation(Named):
             masks = there.to(dtype)
             if not _compat.transformed() and not bool(masks.flatten(2).any(-1).all()):
                 image, t = (~masks.flatten(2).any(-1)).nonzero()[0].tolist()
-                raise CamError(f"class {int(classes[image, t])} is predicted nowhere on image {image}: say where, with mask=")
+                raise CamError(f"class {int(classes[image, t])} is predicted nowhere on image {image}: pass a mask=")
         kind = Kind(read_logits, _of_segmentation, _names_of_segmentation, (self.reduce,))
         return Score(kind, (classes, masks), single, classes)
 
 
 def segmentation(mask: Any = None, c: Any = None, *, reduce: Reduce = "mean") -> Target:
-    """The mean of class `c`'s logits `y_c` over the pixels of a mask: `sum_p m_p y_cp / sum_p m_p`.
+    """The mean logit of class `c` over the pixels of a mask.
 
-    - `mask`: `(*grid)` for all images, `(n, *grid)`, or n masks, one for each; True and False, or weights in [0, 1]. One of
-      another size than the output's grid is averaged down to it if its sides are as long to each other, and refused if not.
-      `None`: where the clean output predicts `c` (of a single channel: where it is positive).
-    - `c`: as for `logit`; `None` is the class predicted at most of the mask's pixels. For several classes, `top(k)` say, all
-      have the one mask that is given.
-    - `reduce="sum"` does not divide. Gradient methods give the same normalised map; the softmax of Score-CAM and its kin, of
-      sums over thousands of pixels, gives one channel all the weight, hence the mean.
+        sum_p m_p y_cp / sum_p m_p
 
-    Vinogradova et al., Seg-Grad-CAM, AAAI 2020 (arXiv 2002.11434): the sum. So has pytorch-grad-cam.
+    - `mask`: `(*grid)` for all images, `(n, *grid)`, or n masks, one per image. Values are booleans or weights in [0, 1]. A
+      mask of another size is averaged down to the output's grid; its aspect ratio must be that of the grid. `None` takes the
+      pixels at which the clean output predicts `c` (for a single channel: at which it is positive).
+    - `c`: the class; see `logit`. `None` is the class predicted at most pixels of the mask. Several classes, as with
+      `top(k)`, share a given mask.
+    - `reduce`: `"mean"`, or `"sum"` for the sum without the division. Gradient methods give the same normalized map for
+      both. Methods that take a softmax over scores, such as Score-CAM, need the mean: the softmax of sums over thousands of
+      pixels gives one channel all the weight.
+
+    Raises `CamError` if `reduce` is neither, or later if the mask is empty, not in [0, 1], or of another shape than the grid.
+
+    Vinogradova et al., Seg-Grad-CAM, AAAI 2020 (arXiv 2002.11434), use the sum, and so does pytorch-grad-cam.
+
+    >>> import camfn, torch
+    >>> y = torch.tensor([[[[1.0, 3.0]], [[0.0, 2.0]]]])
+    >>> target = camfn.targets.segmentation(torch.tensor([[True, True]]), 1)
+    >>> score = camfn.targets.resolve(target, y, 1, y.device)
+    >>> camfn.targets.score_rows(score.of, y, score.rows)
+    tensor([[1.]])
     """
     if reduce not in ("mean", "sum"):
-        raise CamError(f'targets.segmentation with reduce={reduce!r}: "mean" or "sum"')
+        raise CamError(f'targets.segmentation with reduce={reduce!r}: it must be "mean" or "sum"')
     return Segmentation(mask, c, reduce)
 
 
@@ -71,7 +83,7 @@ def segmentation(mask: Any = None, c: Any = None, *, reduce: Reduce = "mean") ->
 
 
 def _masks(given: Any, n: int, grid: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Masks of all images at the output's grid, `(n, 1, *grid)`."""
+    """Return the masks of all images at the output's grid, `(n, 1, *grid)`."""
     axes = len(grid)
     if isinstance(given, (list, tuple)):
         each = [tensor_of(mask, "mask").to(device) for mask in given]
@@ -83,7 +95,7 @@ def _masks(given: Any, n: int, grid: Sequence[int], device: torch.device, dtype:
         each, found = [mask] if mask.ndim == axes else mask.unbind(0) if mask.ndim else [], f"shape {tuple(mask.shape)}"
     if wrong:
         raise CamError(
-            f"targets.segmentation wants a mask of {axes} axes, as the output's grid {tuple(grid)} has, or n={n} of them; "
+            f"targets.segmentation wants a mask with {axes} axes, like the output's grid {tuple(grid)}, or n={n} of them; "
             f"found {found}"
         )
     _check_masks(each)
@@ -96,15 +108,15 @@ def _check_masks(masks: Sequence[Tensor]) -> None:
     for image, mask in enumerate(masks):
         if not bool(((mask >= 0) & (mask <= 1)).all()):  # NaN is neither
             raise CamError(
-                f"mask {image} has values from {float(mask.min()):g} to {float(mask.max()):g}: a mask is True and False, or "
-                "weights in [0, 1] (of a map of classes: classes == c)"
+                f"mask {image} has values from {float(mask.min()):g} to {float(mask.max()):g}: a mask is boolean or has "
+                "weights in [0, 1] (from a label map: labels == c)"
             )
         if not bool(mask.any()):
             raise CamError(f"mask {image} is empty: no pixel is marked")
 
 
 def _at_grid(mask: Tensor, grid: Sequence[int]) -> Tensor:
-    """The share of each cell of the grid that is marked."""
+    """Average a mask over each cell of the grid."""
     if mask.shape == tuple(grid):
         return mask
     ratios = [cells / pixels for cells, pixels in zip(grid, mask.shape)]
@@ -118,7 +130,7 @@ def _at_grid(mask: Tensor, grid: Sequence[int]) -> Tensor:
 
 def _of_segmentation(reduce: Reduce, y: Tensor, row: tuple[Tensor, Tensor]) -> Tensor:
     classes, masks = row
-    if masks.shape[1:] != y.shape[1:]:  # the input has another size than the clean one, as CAMERAS makes it
+    if masks.shape[1:] != y.shape[1:]:  # the input may be a resized one, as in CAMERAS
         masks = F.interpolate(masks[None], size=y.shape[1:], mode="area")[0]
     scores = (y.to(wide(y.dtype)).index_select(0, classes) * masks).flatten(1).sum(1)
     return scores / masks.flatten(1).sum(1) if reduce == "mean" else scores

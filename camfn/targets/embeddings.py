@@ -1,4 +1,4 @@
-"""Targets on an embedding: its likeness to a given one."""
+"""Targets for embedding models: the similarity to a given embedding."""
 
 import dataclasses
 from typing import Any
@@ -16,12 +16,12 @@ from camfn.targets.scores import Clean, Kind, Score, batch_of, found_in, logits_
 
 @dataclasses.dataclass(frozen=True)
 class Similarity(Named):
-    """The cosine of an output's embedding and a given one."""
+    """The cosine similarity of the output's embedding and a given one."""
 
     embedding: Tensor
 
     def resolve(self, clean: Clean) -> Score:
-        """The embeddings `(n, t, d)` are the rows."""
+        """Check the embeddings. They are the rows, `(n, t, d)`."""
         clean.refuse_probabilities("targets.similarity")
         y = batch_of(embedding_of, clean.output)
         if y.ndim < 2 or y.shape[0] != clean.n:
@@ -32,10 +32,17 @@ class Similarity(Named):
 
 
 def similarity(embedding: Tensor) -> Target:
-    """The cosine `<y, e> / (|y| |e|)` of the model's embedding y and a given one: of a text, of another image.
+    """The cosine similarity of the model's embedding `y` and a given one `e`, such as that of a text or another image.
 
-    `embedding`: `(d,)` for all images, `(n, d)` for one each, `(n, t, d)` for several each. The model's is its output, or in
-    that the `image_embeds`, `pooler_output`, `embeddings` or `embedding`, or its first part.
+        <y, e> / (|y| |e|)
+
+    The model's embedding is its output. In a structured output it is `image_embeds`, `pooler_output`, `embeddings` or
+    `embedding`, or the first element.
+
+    - `embedding`: a floating-point tensor. `(d,)` for all images, `(n, d)` for one per image, `(n, t, d)` for several per
+      image.
+
+    Raises `CamError` if it is no such tensor, or later if it is zero or not finite.
 
     >>> import camfn, torch
     >>> target = camfn.targets.similarity(torch.tensor([0.0, 2.0]))
@@ -55,17 +62,17 @@ def similarity(embedding: Tensor) -> Target:
 
 
 def embedding_of(output: Any) -> Tensor:
-    """The embedding in an output, of a batch or of one sample."""
+    """Return the embedding in the output of a batch or of one sample."""
     found = found_in(output, ("image_embeds", "pooler_output", "embeddings", "embedding"))
     return logits_of(output) if found is None else found
 
 
 def _embeddings(given: Tensor, n: int, d: int, shape: tuple[int, ...]) -> tuple[Tensor, bool]:
-    """`(n, t, d)`, and whether that is one for each image."""
+    """Return the embeddings `(n, t, d)`, and whether there is a single one per image."""
     if given.shape[-1] != d or (given.ndim > 1 and given.shape[0] != n) or not given.numel():
         raise CamError(
             f"targets.similarity to embeddings of shape {tuple(given.shape)}, where the model's have {shape}: "
-            f"({d},) is one for all, ({n}, {d}) one for each image, ({n}, t, {d}) several for each "
+            f"({d},) is one for all, ({n}, {d}) one per image, ({n}, t, {d}) several per image "
             "(texts.expand(n, -1, -1) compares all images with all texts)"
         )
     if not _compat.transformed() and not bool((torch.isfinite(given).all(-1) & given.any(-1)).all()):

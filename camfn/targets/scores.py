@@ -1,4 +1,4 @@
-"""What every kind of target becomes: pure functions of one sample's output and a row of tensors, and each image's row."""
+"""Scores: targets as pure functions of one sample's output and a row of tensors."""
 
 import dataclasses
 import functools
@@ -19,41 +19,42 @@ Scale = Literal["logit", "probability", "log_probability", "rest"]
 
 
 class Kind(NamedTuple):
-    """How a score comes out of an output: pure functions, the same for all rows of a sweep, and what they are told first.
+    """The pure functions that compute a score from an output, and their static arguments.
 
-    Whatever differs between images, or between two calls, is in the rows: a kernel is compiled for the kind.
+    They are the same for all rows of a sweep. Everything that differs between images or calls is in the rows, so that one
+    compiled kernel serves all targets of a kind.
     """
 
-    read: Callable[..., Any]  # (*told, output) -> the tensors that count, of a batch; of one sample, where outputs are lists
+    read: Callable[..., Any]  # (*told, output) -> the tensors that are scored, of a batch (of a sample if outputs are lists)
     score: Callable[..., Tensor]  # (*told, those tensors of one sample, row) -> (t,), float32 or wider
-    names: Callable[..., list[str]]  # (*told, row) -> t names, or one for however many there are
-    told: tuple[Any, ...] = ()
+    names: Callable[..., list[str]]  # (*told, row) -> t names, or a single name for all t
+    told: tuple[Any, ...] = ()  # the static arguments
 
 
 class Score(NamedTuple):
-    """A target, resolved on the clean output: what is computed of a sample, and with which tensors for each image."""
+    """A target resolved on the clean output: the functions, and the tensors of each image."""
 
     of: Kind
-    rows: Any  # a tensor (n, ...), or a tuple of such
-    single: bool  # one map per image, without an axis of targets
-    classes: Tensor | None  # (n, t), where the target is of classes (or of outputs by number)
-    linear: bool = False  # a linear function of the logits
+    rows: Any  # a tensor (n, ...), or a nested tuple of them
+    single: bool  # one map per image, without a target axis
+    classes: Tensor | None  # (n, t), if the target is classes or numbered outputs
+    linear: bool = False  # whether the score is a linear function of the logits
 
 
 class Clean(NamedTuple):
-    """What a target is resolved on."""
+    """The clean output that a target is resolved on."""
 
     output: Any
     n: int
     device: torch.device
-    scale: Scale = "logit"  # what a plain class stands for: the recipe's
+    scale: Scale = "logit"  # the recipe's scale, for classes that name none
 
     def of(self, image: int) -> "Clean":
-        """That of one image."""
+        """Return the clean output of one image."""
         return self._replace(output=_cut(self.output, image), n=1)
 
     def refuse_probabilities(self, target: str) -> None:
-        """For targets that are no probability, in a recipe that scores by them."""
+        """Raise CamError if the recipe scores by probabilities, for targets that have none."""
         if self.scale != "logit":
             raise CamError(
                 f"this recipe scores by probabilities, and the target is {target}, which has none; "
@@ -65,9 +66,9 @@ class Clean(NamedTuple):
 
 
 def found_in(output: Any, keys: tuple[str, ...]) -> Tensor | None:
-    """The tensor of an output: itself, what is under the first of these keys or attributes, or that of its first part.
+    """Return the tensor in an output: itself, the first of these keys or attributes, or that of its first element.
 
-    Of a quantised one, the floats that it stands for.
+    Quantized tensors are dequantized.
     """
     if isinstance(output, Tensor):
         return output.dequantize() if _compat.is_quantised(output) else output
@@ -79,7 +80,7 @@ def found_in(output: Any, keys: tuple[str, ...]) -> Tensor | None:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in an output, of a batch or of one sample: itself, `logits`, `out`, `logits_per_image`, or the first part."""
+    """Return the logits of a batch or sample: the output itself, `logits`, `out`, `logits_per_image` or the first element."""
     found = found_in(output, ("logits", "out", "logits_per_image"))
     if found is None:
         raise CamError(
@@ -89,27 +90,27 @@ def logits_of(output: Any) -> Tensor:
 
 
 def read_logits(*told: Any) -> Tensor:
-    """As a kind reads them: the last argument is the output."""
+    """Return the logits of the last argument, the output. This is the `read` of a `Kind`."""
     return logits_of(told[-1])
 
 
 def read_parts(parts: "tuple[Kind, ...]", output: Any) -> tuple[Any, ...]:
-    """For a kind that is made of others: what each of them reads."""
+    """Return what each part of a composite kind reads from the output."""
     return tuple(part.read(*part.told, output) for part in parts)
 
 
 def reads_logits(of: "Kind") -> bool:
-    """Whether nothing but the logits of an output counts."""
+    """Return True if the kind reads nothing but the logits."""
     return of.read is read_logits or (of.read is read_parts and all(map(reads_logits, of.told[0])))
 
 
 def batch_of(read: Callable[[Any], Tensor], output: Any) -> Tensor:
-    """What `read` finds for all samples, where the output is a list of theirs too."""
+    """Apply `read` to a batched output, or to each sample of a list and stack the results."""
     return torch.stack([read(sample) for sample in output]) if isinstance(output, list) else read(output)
 
 
 def tensor_of(value: Any, what: str) -> Tensor:
-    """What the caller gave, as a tensor."""
+    """Convert an argument to a tensor. Raise CamError if this fails."""
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -117,17 +118,17 @@ def tensor_of(value: Any, what: str) -> Tensor:
 
 
 def is_record(output: Any) -> bool:
-    """A plain dataclass, whose tensors torch's tree functions do not see."""
+    """Return True for plain dataclasses, whose tensors torch's pytree functions do not see."""
     return dataclasses.is_dataclass(output) and not isinstance(output, (type, Mapping))
 
 
 def fields_of(record: Any) -> dict[str, Any]:
-    """By name."""
+    """Return the fields of a dataclass by name."""
     return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
 def _cut(output: Any, image: int) -> Any:
-    """An output for one image alone, still a batch."""
+    """Return the output of one image as a batch of one."""
     if isinstance(output, list):
         return output[image : image + 1]
     if is_record(output):
@@ -139,9 +140,9 @@ def _cut(output: Any, image: int) -> Any:
 
 
 def score_rows(of: Kind, output: Any, rows: Any) -> Tensor:
-    """The score of every sample of a batch output: `(b, t)`, float32 or wider."""
+    """Return the scores of all samples of a batched output, `(b, t)`, in float32 or wider."""
     score = functools.partial(of.score, *of.told)
-    if isinstance(output, list):  # one entry per sample, as detectors have it: no two need be alike
+    if isinstance(output, list):  # one entry per sample, as in detectors: their shapes may differ
         each = enumerate(of.read(*of.told, sample) for sample in output)
         return torch.stack([score(found, tree_map(lambda leaf, i=i: leaf[i], rows)) for i, found in each])
     found = of.read(*of.told, output)
@@ -149,7 +150,7 @@ def score_rows(of: Kind, output: Any, rows: Any) -> Tensor:
 
 
 def at_columns(score: Score, matrix: Float[Tensor, "k c"]) -> Weights:
-    """A linear score of each column of a matrix, as if that were the logits of k classes: `(n, t, c)`."""
+    """Return a linear score of each column of a matrix, read as the logits of k classes: `(n, t, c)`."""
     of, told = score.of, score.of.told
 
     def of_image(row: Any) -> Tensor:
@@ -159,7 +160,7 @@ def at_columns(score: Score, matrix: Float[Tensor, "k c"]) -> Weights:
 
 
 def rows_at(rows: Any, image: Tensor) -> Any:
-    """The rows of these images; of a single image no row is copied."""
+    """Return the rows of these images. Rows of a single image are expanded without a copy."""
 
     def at(leaf: Tensor) -> Tensor:
         return leaf.expand(len(image), *leaf.shape[1:]) if len(leaf) == 1 else leaf.index_select(0, image)
@@ -168,7 +169,7 @@ def rows_at(rows: Any, image: Tensor) -> Any:
 
 
 def distinct(rows: Any) -> list[int]:
-    """An image for each row that differs from those before it."""
+    """Return the index of the first image of each distinct row."""
     leaves = tree_flatten(rows)[0]
     if len(leaves[0]) == 1:
         return [0]
@@ -178,7 +179,7 @@ def distinct(rows: Any) -> list[int]:
 
 
 def names(score: Score, count: int = 1) -> tuple[tuple[str, ...], ...]:
-    """What each of an image's `count` scores is, for all images: `"logit 281"`, `"logit 281 - mean of 282, 285"`.
+    """Return the names of the `count` scores of each image, such as `"logit 281"` or `"logit 281 - mean of 282, 285"`.
 
     >>> import camfn, torch
     >>> target = camfn.targets.logit(3) - 0.5 * camfn.targets.probability([1, 0])

@@ -1,4 +1,4 @@
-"""Models by name: what `--model` takes, with its preprocessing and its class names."""
+"""Models by name (`--model`), with their preprocessing and class names."""
 
 from camfn.zoo.specs import Loaded, class_of, input_of, load, opened, outputs_of, told
 

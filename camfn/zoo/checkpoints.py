@@ -1,4 +1,4 @@
-"""Weight files: tensors by name, read without running any code, for a model that they must fit."""
+"""Weight files: read tensors by name without running code, and load them into a model."""
 
 import re
 import warnings
@@ -15,10 +15,10 @@ from camfn._errors import CamError
 from camfn._paths import kind
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema")
-"""Where training scripts keep the tensors inside a checkpoint; the first that is there is taken."""
+"""The keys under which training scripts store the tensors in a checkpoint. The first key found is used."""
 
 WRAPPERS = ("module.", "_orig_mod.", "model.")
-"""What DataParallel, `torch.compile` and Lightning put before all names."""
+"""The prefixes that DataParallel, `torch.compile` and Lightning add to all names."""
 
 
 class Checkpoint(NamedTuple):
@@ -29,12 +29,12 @@ class Checkpoint(NamedTuple):
 
 
 def read(file: Path) -> Checkpoint:
-    """Read a weight file: `.safetensors`, or else what `torch.save` wrote of a `state_dict`.
+    """Read a weight file: `.safetensors`, or a `state_dict` written by `torch.save`.
 
-    A checkpoint that keeps it beside other things is searched for `CONTAINERS`. A pickle is read with `weights_only=True` and
-    in no other way: whatever else is in it, nothing is run.
+    The `state_dict` may be stored under one of `CONTAINERS`. Pickles are always read with `weights_only=True`, so no code is
+    run.
 
-    **Raises** `CamError` where there is no such file, or it holds something else than tensors by name.
+    **Raises** `CamError` if the file does not exist, or holds anything but tensors by name.
     """
     file = Path(file)
     other = kind(file)
@@ -64,11 +64,11 @@ def _safetensors(file: Path) -> Any:
 def _pickle(file: Path) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of what it then refuses
+            warnings.simplefilter("ignore")  # torch warns before it raises
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # a damaged file leads the reader to errors of any kind
+    except Exception as error:  # a damaged file may raise anything
         found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error)) or re.search("(TorchScript)", str(error))
         save = "torch.save(model.state_dict(), FILE)"
         if found is None:
@@ -95,16 +95,16 @@ def _tensors(found: Any, file: Path) -> dict[str, Tensor]:
     raise CamError(f"weights file {str(file)!r} must hold tensors by name, at the top or under {places}; found {what}")
 
 
-# --------------------------------------------------------------------------------------------------- into the model
+# --------------------------------------------------------------------------------------------------------- loading
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy the tensors into the model, in its own dtypes; every name and every shape must fit.
+    """Copy the tensors into the model, converted to its dtypes. All names and shapes must match.
 
-    **Raises** `CamError` with the names that do not. The model is of no use then.
+    **Raises** `CamError` with the names that do not match. The model may then be partly overwritten.
     """
     own = model.state_dict()
-    tensors = _unwrapped(checkpoint.tensors, own.keys())
+    tensors = _strip_prefixes(checkpoint.tensors, own.keys())
     try:
         model.load_state_dict(tensors)
     except Exception as error:
@@ -113,30 +113,30 @@ def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
         misshaped = {name: (found, wanted) for name, (found, wanted) in shapes.items() if found != wanted}
         if not isinstance(error, RuntimeError):
             raise CamError(f"{subject} ({type(error).__name__}: {error})") from error
-        # Which names are missing is torch's to say: it forgives old files those that they lack.
-        missing, unexpected = model.load_state_dict(_copied(tensors, misshaped), strict=False)
+        # Ask torch for the missing names, since it allows old files to lack some.
+        missing, unexpected = model.load_state_dict(_copy(tensors, misshaped), strict=False)
         raise CamError(f"{subject}: {misfit(set(missing) - misshaped.keys(), unexpected, misshaped)}") from error
 
 
-def _unwrapped(tensors: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-    """The names as they are, or without the prefixes that all of them have, whichever the model knows more of."""
+def _strip_prefixes(tensors: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """Strip prefixes that all names share, if the model knows more of the stripped names."""
     best = tensors
     while prefix := next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in tensors)), None):
-        tensors = _copied(tensors)
+        tensors = _copy(tensors)
         consume_prefix_in_state_dict_if_present(tensors, prefix)
         best = max(best, tensors, key=lambda tensors: len(tensors.keys() & wanted))
     return best
 
 
-def _copied(tensors: Mapping[str, Tensor], leave_out: Collection[str] = ()) -> OrderedDict[str, Tensor]:
+def _copy(tensors: Mapping[str, Tensor], leave_out: Collection[str] = ()) -> OrderedDict[str, Tensor]:
     copied: Any = OrderedDict((name, tensor) for name, tensor in tensors.items() if name not in leave_out)
-    if hasattr(tensors, "_metadata"):  # the versions of the modules that wrote them
+    if hasattr(tensors, "_metadata"):  # the versions of the modules, which torch uses to load old files
         copied._metadata = OrderedDict(tensors._metadata)  # pyright: ignore[reportAttributeAccessIssue]
     return copied
 
 
 def misfit(missing: Collection[str], unexpected: Collection[str], misshaped: Mapping[str, tuple[Any, Any]]) -> str:
-    """The names that a file lacks, that the model has not, and that have another shape in the file: how many, and a few."""
+    """Describe the missing, unknown and misshaped names: the number of each, and the first three."""
     shapes = [f"{name!r} is {tuple(found)}, not {tuple(wanted)}" for name, (found, wanted) in misshaped.items()]
     groups = {
         "missing": sorted(map(repr, missing)),

@@ -1,4 +1,4 @@
-"""Fetching what a library publishes: where that fails one sentence says so, and soon; and nothing else is printed."""
+"""Downloads of published weights. A failure is reported soon and in one sentence, and nothing else is printed."""
 
 import io
 import logging
@@ -19,7 +19,7 @@ from camfn._errors import CamError
 
 
 def downloaded(url: str) -> Path:
-    """The file in torch's cache. It is read by us, since torchvision unpickles whatever a file holds."""
+    """Return the file in torch's cache, downloaded if needed. camfn reads it itself, since torchvision unpickles any object."""
     name = Path(urlparse(url).path).name
     file = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not file.is_file():
@@ -32,10 +32,10 @@ def downloaded(url: str) -> Path:
 
 @contextmanager
 def hub(name: str, hint: str) -> Iterator[None]:
-    """Where the hub does not answer, ask its cache alone: for each file huggingface_hub would try six times, in 23 seconds."""
+    """Use only the cache if the hub does not answer. huggingface_hub would retry each file six times, for 23 seconds."""
     from huggingface_hub import constants, get_session
 
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # or transformers asks the hub to convert other weights
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else transformers asks the hub to convert weights
     before, silence = constants.HF_HUB_OFFLINE, None
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
@@ -50,17 +50,17 @@ def hub(name: str, hint: str) -> Iterator[None]:
 
 @contextmanager
 def fetching(what: str, hint: str, silence: Exception | None = None) -> Iterator[None]:
-    """A download that fails becomes one sentence; `silence` is why nobody answers, where that is known."""
+    """Turn a failed download into a CamError. `silence` is the known reason why the hub does not answer."""
     try:
         yield
     except Exception as error:
-        cause = next(filter(_of_network, chain(error)), error if silence and isinstance(error, OSError) else None)
+        cause = next(filter(_is_network_error, chain(error)), error if silence and isinstance(error, OSError) else None)
         if cause is None:
             raise
         raise CamError(f"{what} cannot be fetched ({line(silence or cause)}): {hint}") from error
 
 
-def _of_network(error: BaseException) -> bool:
+def _is_network_error(error: BaseException) -> bool:
     library = type(error).__module__.partition(".")[0]
     clients = ("huggingface_hub", "httpx", "httpx2", "requests")
     return library in clients or isinstance(error, (URLError, ConnectionError, TimeoutError))
@@ -73,7 +73,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def line(error: BaseException) -> str:
-    """The kind of the error and the first line of its message."""
+    """Return the type of the error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
@@ -82,11 +82,11 @@ def line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' advice: what matters is an error here. What torch prints of a download is for a terminal."""
+    """Silence the warnings and logs of the libraries. What torch prints of a download is shown on a terminal only."""
     before = logging.root.manager.disable
     with warnings.catch_warnings(), redirect_stdout(sys.stderr if sys.stderr.isatty() else io.StringIO()):
         warnings.simplefilter("ignore")
-        logging.disable()  # of each library's own logger it would not last: its import sets the level
+        logging.disable()  # for all loggers, since a library's import sets the level of its own
         try:
             yield
         finally:
@@ -95,7 +95,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def bars(logging: Any, wanted: bool) -> Iterator[None]:
-    """Bars of transformers are for downloads that someone watches."""
+    """Show transformers' progress bars only for downloads on a terminal."""
     enabled = logging.is_progress_bar_enabled()
     if not (wanted and sys.stderr.isatty()):
         logging.disable_progress_bar()

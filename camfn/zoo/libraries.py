@@ -1,4 +1,4 @@
-"""Models of torchvision, timm and transformers, each with its library's own preprocessing and class names."""
+"""Models of torchvision, timm and transformers, with their own preprocessing and class names."""
 
 import importlib
 import re
@@ -17,7 +17,7 @@ from camfn.zoo.checkpoints import Checkpoint
 
 
 class Parts(NamedTuple):
-    """A model, what makes its input of a picture, and the names of its classes."""
+    """A model, its preprocessing, and the names of its classes."""
 
     model: nn.Module
     preprocess: Callable[[Any], Any]
@@ -25,24 +25,24 @@ class Parts(NamedTuple):
 
 
 def load(prefix: str, name: str, weights: Checkpoint | None, pretrained: bool) -> Parts:
-    """The model that the library calls `name`, with the weights of the file, its published ones, or random ones.
+    """Load a model of a library, with the weights of a file, published weights or random weights.
 
-    Random weights are the same in every run, and the global random state is left as it was.
+    Random weights are the same in every run. The global random state is not changed.
     """
     try:
         with downloads.quiet(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             return LOADERS[prefix](name, weights, pretrained and weights is None)
-    except ImportError as error:  # transformers imports its parts when they are asked for
-        raise _unusable({"hf": "transformers"}.get(prefix, prefix), error) from error
+    except ImportError as error:  # transformers imports its parts on first use
+        raise _import_error({"hf": "transformers"}.get(prefix, prefix), error) from error
 
 
 # ------------------------------------------------------------------------------------------------------ torchvision
 
 
 def _torchvision(name: str, weights: Checkpoint | None, pretrained: bool) -> Parts:
-    """`NAME[:WEIGHTS]`. The weights say the preprocessing and the classes too, where they are not loaded as well."""
-    models = _imported("torchvision.models")
+    """Load `NAME[:WEIGHTS]`. WEIGHTS also define the preprocessing and classes, even if they are not loaded."""
+    models = _import("torchvision.models")
     name, _, wanted = name.partition(":")
     known = models.list_models(module=models)
     if name not in known:
@@ -57,12 +57,12 @@ def _torchvision(name: str, weights: Checkpoint | None, pretrained: bool) -> Par
         weights = checkpoints.read(downloads.downloaded(chosen.url))
     model = models.get_model(name, weights=None, **_meant(name, chosen.meta))
     if weights is not None:
-        model = _filled(model, weights, lambda tensors: _by_torchvision(models, name, chosen, tensors))
+        model = _fill(model, weights, lambda tensors: _by_torchvision(models, name, chosen, tensors))
     return Parts(model, chosen.transforms(), tuple(chosen.meta["categories"]))
 
 
 def _meant(name: str, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What torchvision's constructors set, beside the tensors, where they are given weights."""
+    """Return the options that torchvision's constructors set when they are given weights."""
     meant: dict[str, Any] = {"num_classes": len(meta["categories"])}
     if name in ("googlenet", "inception_v3"):
         meant |= {"transform_input": True, "aux_logits": name == "inception_v3"}
@@ -74,7 +74,7 @@ def _meant(name: str, meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_torchvision(models: Any, name: str, chosen: Any, tensors: dict[str, Tensor]) -> nn.Module:
-    """torchvision loads the tensors as if it had fetched them: old files have names that it changes or drops."""
+    """Let torchvision load the tensors like its own download, since it renames or drops keys of old files."""
     kind = type(chosen)
     kind.get_state_dict = lambda *_, **__: tensors
     try:
@@ -87,8 +87,8 @@ def _by_torchvision(models: Any, name: str, chosen: Any, tensors: dict[str, Tens
 
 
 def _timm(name: str, weights: Checkpoint | None, pretrained: bool) -> Parts:
-    """A name that timm has, with or without a tag, `hf-hub:NAME`, `local-dir:FOLDER` or just the folder."""
-    timm = _imported("timm")
+    """Load a model of timm by name (with or without tag), `hf-hub:NAME`, `local-dir:FOLDER` or folder."""
+    timm = _import("timm")
     if Path(name).is_dir() and name not in timm.list_models():
         name = f"local-dir:{name}"
     hosted, local = name.startswith(("hf-hub:", "hf_hub:")), name.startswith("local-dir:")
@@ -100,9 +100,9 @@ def _timm(name: str, weights: Checkpoint | None, pretrained: bool) -> Parts:
     with downloads.hub(name, hint) if hosted or (pretrained and not local) else nullcontext():
         model = timm.create_model(name, pretrained=pretrained)
     if weights is not None:
-        model = _filled(model, weights, lambda tensors: _by_timm(timm, name, tensors))
+        model = _fill(model, weights, lambda tensors: _by_timm(timm, name, tensors))
     if not model.num_classes:
-        raise CamError("the model ends before the classes: what it gives are features")
+        raise CamError("the model has no classifier: its outputs are features")
     config = timm.data.resolve_model_data_config(model)
     return Parts(model, timm.data.create_transform(**config, is_training=False), _timm_names(timm, model))
 
@@ -118,12 +118,12 @@ def _check_name(timm: Any, name: str, pretrained: bool) -> None:
 
 
 def _by_timm(timm: Any, name: str, tensors: dict[str, Tensor]) -> nn.Module:
-    """timm loads the tensors as if it had fetched them: old files have names and shapes that it changes."""
+    """Let timm load the tensors like its own download, since it renames and reshapes tensors of old files."""
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"source": "", "state_dict": tensors})
 
 
 def _timm_names(timm: Any, model: Any) -> tuple[str, ...]:
-    """Those that came with the model, or else ImageNet's, where it has as many classes as one of its sets."""
+    """Return the model's own class names, or ImageNet's if the number of classes is that of one of its sets."""
     own = model.pretrained_cfg.get("label_names") or ()
     if isinstance(own, Mapping):
         own = [name for _, name in sorted(own.items(), key=lambda item: int(item[0]))]
@@ -137,32 +137,32 @@ def _timm_names(timm: Any, model: Any) -> tuple[str, ...]:
 
 
 def _transformers(name: str, weights: Checkpoint | None, pretrained: bool) -> Parts:
-    """A name on the hub or a folder: the configuration, the preprocessing and, in safetensors alone, the weights."""
-    library, remote = _imported("transformers"), not Path(name).is_dir()
+    """Load a model by its name on the hub or its folder. Weights are read from safetensors only."""
+    library, remote = _import("transformers"), not Path(name).is_dir()
     if remote and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise CamError(f"there is no folder {name!r}, and a model on the hub has a name like microsoft/resnet-50")
     if not remote:
         _check_folder(name)
     with downloads.bars(library.utils.logging, remote):
-        config, processor, model = _found(library, name, pretrained, remote)
+        config, processor, model = _load_transformers(library, name, pretrained, remote)
         if weights is not None:
-            model = _filled(model, weights, lambda tensors: _by_transformers(model, config, tensors))
+            model = _fill(model, weights, lambda tensors: _by_transformers(model, config, tensors))
     names = [config.id2label[index] for index in sorted(config.id2label)]
     if all(name == f"LABEL_{index}" for index, name in enumerate(names)):
         names = []
     return Parts(model, lambda picture: processor(images=picture, return_tensors="pt")["pixel_values"][0], tuple(names))
 
 
-_SAID = {
-    "trust_remote_code=True": "it brings code of its own, which is not run: write path/to/file.py:function to make the model",
-    "Can't load image processor": "it has no preprocessor_config.json, or none that transformers can make use of",
+_MESSAGES = {
+    "trust_remote_code=True": "it needs code from its repository, which is not run: write path/to/file.py:function instead",
+    "Can't load image processor": "it has no preprocessor_config.json, or none that transformers can use",
     "file named model.safetensors": "its weights are not in safetensors: give their file as --weights FILE",
     "Unrecognized configuration class": "transformers has no image classifier of its kind",
 }
-"""What transformers' errors are about, and what is to be known here; their own advice is to let code run."""
+"""Phrases of transformers' errors, with the messages that replace them. transformers advises to run remote code."""
 
 
-def _found(library: Any, name: str, pretrained: bool, remote: bool) -> tuple[Any, Any, nn.Module]:
+def _load_transformers(library: Any, name: str, pretrained: bool, remote: bool) -> tuple[Any, Any, nn.Module]:
     try:
         with downloads.hub(name, "give hf:FOLDER") if remote else nullcontext():
             config = library.AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -171,25 +171,28 @@ def _found(library: Any, name: str, pretrained: bool, remote: bool) -> tuple[Any
     except CamError:
         raise
     except (OSError, ValueError) as error:
-        for phrase, sentence in _SAID.items():
+        for phrase, sentence in _MESSAGES.items():
             if phrase in str(error):
                 raise CamError(sentence) from error
         raise
 
 
-_INFORMED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-"""What does not fit is told to us, not printed."""
+_RETURN_MISMATCHES = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Options that return mismatched keys instead of printing them."""
 
 
 def _classifier(auto: Any, name: str, config: Any, pretrained: bool) -> nn.Module:
     safe: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
     if not pretrained:
         return auto.from_config(config, **safe)
-    return _complete(auto.from_pretrained(name, config=config, use_safetensors=True, **_INFORMED, **safe))
+    return _check_complete(auto.from_pretrained(name, config=config, use_safetensors=True, **_RETURN_MISMATCHES, **safe))
 
 
-def _complete(made: tuple[nn.Module, Mapping[str, Any]], strict: bool = False) -> nn.Module:
-    """The model, if all its tensors were there: transformers would draw the others. It may have none of some published ones."""
+def _check_complete(made: tuple[nn.Module, Mapping[str, Any]], strict: bool = False) -> nn.Module:
+    """Return the model, or raise CamError if tensors are missing, which transformers would draw at random.
+
+    Only if `strict`, the file must not have additional tensors.
+    """
     model, info = made
     misshaped = {name: (found, wanted) for name, found, wanted in info["mismatched_keys"]}
     what = checkpoints.misfit(info["missing_keys"], info["unexpected_keys"] if strict else (), misshaped)
@@ -199,9 +202,9 @@ def _complete(made: tuple[nn.Module, Mapping[str, Any]], strict: bool = False) -
 
 
 def _by_transformers(model: Any, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
-    """transformers loads the tensors as if it had fetched them: old files have names that it changes."""
-    made = type(model).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **_INFORMED)
-    return _complete(made, strict=True)
+    """Let transformers load the tensors like its own download, since it renames tensors of old files."""
+    made = type(model).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **_RETURN_MISMATCHES)
+    return _check_complete(made, strict=True)
 
 
 LOADERS: dict[str, Callable[[str, Checkpoint | None, bool], Parts]] = {
@@ -211,37 +214,37 @@ LOADERS: dict[str, Callable[[str, Checkpoint | None, bool], Parts]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- what they share
+# ----------------------------------------------------------------------------------------------------------- common
 
 
-def _imported(module: str) -> Any:
-    """The library, or one sentence: a torchvision built for another torch stops all three, in several ways."""
+def _import(module: str) -> Any:
+    """Import a library, or raise CamError. A torchvision built for another torch breaks all three, in several ways."""
     package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != package:
-            raise _unusable(package, error) from error
+            raise _import_error(package, error) from error
         raise CamError(f"{package} is not installed: pip install {package}") from None
     except Exception as error:
-        raise _unusable(package, error) from error
+        raise _import_error(package, error) from error
 
 
 def _check_folder(name: str) -> None:
-    """The libraries open what they find in a model's folder, and would wait for a pipe."""
+    """Raise CamError for pipes and devices in a model's folder, on which the libraries would block."""
     for path in sorted(Path(name).iterdir()) if Path(name).is_dir() else ():
         if kind(path) not in (None, "a folder"):
             raise CamError(f"{str(path)!r} is {kind(path)}, not a file: copy it to a file first")
 
 
-def _unusable(package: str, error: BaseException) -> CamError:
+def _import_error(package: str, error: BaseException) -> CamError:
     cause = list(downloads.chain(error))[-1]
     rest = "torch" if package == "torchvision" else "torch and torchvision"
     return CamError(f"{package} cannot be imported ({downloads.line(cause)}): install a release that goes with that of {rest}")
 
 
-def _filled(model: nn.Module, weights: Checkpoint, otherwise: Callable[[dict[str, Tensor]], nn.Module]) -> nn.Module:
-    """The model with the tensors of the file; where their names do not fit, the library may know them by others."""
+def _fill(model: nn.Module, weights: Checkpoint, otherwise: Callable[[dict[str, Tensor]], nn.Module]) -> nn.Module:
+    """Load the tensors of a file into the model. If the names do not match, let the library try (`otherwise`)."""
     try:
         checkpoints.fill(model, weights)
     except CamError:

@@ -1,4 +1,4 @@
-"""Models for the command line: what `--model` and `--weights` name."""
+"""Models of the command line: `--model` and `--weights`."""
 
 import importlib.util
 import inspect
@@ -26,17 +26,17 @@ from camfn.zoo.checkpoints import Checkpoint
 
 
 class Loaded(NamedTuple):
-    """A model, and what there is to know about its input and its classes."""
+    """A loaded model, with its preprocessing and class names."""
 
     spec: str
-    file: Path | None  # the user's Python file, for messages; None where there is none
+    file: Path | None  # the user's Python file, if any
     model: nn.Module
     preprocess: Callable[[Any], Any]
-    names: tuple[str, ...]  # of the classes; empty where unknown
+    names: tuple[str, ...]  # the names of the classes; empty if unknown
 
 
 def as_it_is(picture: Any) -> Tensor:
-    """The default preprocessing: `(3, h, w)` in [0, 1], neither resized nor normalised."""
+    """The default preprocessing: a picture as `(3, h, w)` in [0, 1], neither resized nor normalized."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
@@ -44,12 +44,13 @@ FORMS = "demo, torchvision:NAME[:WEIGHTS], timm:NAME, hf:NAME or path/to/file.py
 
 
 def load(spec: str, *, weights: Path | None = None, pretrained: bool = True) -> Loaded:
-    """The model that `spec` names: `demo`, `torchvision:NAME[:WEIGHTS]`, `timm:NAME`, `hf:NAME` or `path/to/file.py:function`.
+    """Load a model by name.
 
-    Its weights are those of the file `weights`, or else the published ones; if not `pretrained`, random ones, the same in every
-    run. A Python file is run, and its function decides about the weights that no file gives.
+    - `spec`: `demo`, `torchvision:NAME[:WEIGHTS]`, `timm:NAME`, `hf:NAME` or `path/to/file.py:function`. A Python file is run.
+    - `weights`: a weight file. By default, the published weights are used; a Python file decides about its own weights.
+    - `pretrained`: if False, use random weights, the same in every run.
 
-    **Raises** `CamError`, in one sentence, whatever goes wrong.
+    **Raises** `CamError` for every failure, with a message of one sentence.
     """
     with opened(spec, weights=weights, pretrained=pretrained) as loaded:
         return loaded
@@ -57,7 +58,7 @@ def load(spec: str, *, weights: Path | None = None, pretrained: bool = True) -> 
 
 @contextmanager
 def opened(spec: str, *, weights: Path | None = None, pretrained: bool = True) -> Iterator[Loaded]:
-    """The same; until the end the folder of the user's file can be imported from, as preprocess and forward may want to."""
+    """Load a model as `load` does. Within the context, modules in the folder of the user's file can be imported."""
     prefix, _, name = spec.partition(":")
     if spec == "demo" or (prefix in libraries.LOADERS and name):
         yield _by_name(spec, weights, pretrained)
@@ -97,7 +98,7 @@ def _demo(weights: Checkpoint | None, pretrained: bool) -> libraries.Parts:
 
 
 def file_of(spec: str) -> tuple[Path, str]:
-    """The file and the function of `path/to/file.py:function`."""
+    """Return the file and the function of `path/to/file.py:function`."""
     path, _, name = spec.rpartition(":")
     if spec.endswith((".py", ".py:")):
         raise CamError(f"--model {spec!r} does not name a function: write path/to/file.py:function")
@@ -119,7 +120,7 @@ def _from_file(spec: str, file: Path, name: str) -> Loaded:
         if not callable(function):
             own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
             raise CamError(f"--model {spec!r}: the file has no function {name!r}; closest: {closest(name, own)}")
-        _check_bare(function, spec)
+        _check_no_arguments(function, spec)
         return _loaded(spec, file, function())
 
 
@@ -129,17 +130,17 @@ def _run(file: Path) -> types.ModuleType:
     if spec is None or spec.loader is None:
         raise CamError(f"--model: {file.name!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles look for their module there
+    sys.modules[name] = module  # dataclasses and pickle look up their module there
     spec.loader.exec_module(module)
     return module
 
 
-def _check_bare(function: Callable[..., Any], spec: str) -> None:
+def _check_no_arguments(function: Callable[..., Any], spec: str) -> None:
     try:
         inspect.signature(function).bind()
     except TypeError as error:
         raise CamError(f"--model {spec!r}: the function must take no argument ({error})") from None
-    except ValueError:  # some callables have no signature to look at
+    except ValueError:  # some callables have no signature
         return
 
 
@@ -156,11 +157,11 @@ def _loaded(spec: str, file: Path, made: Any) -> Loaded:
     return Loaded(spec, file, model, preprocess or as_it_is, tuple(map(str, names or ())))
 
 
-# ------------------------------------------------------------------------------------------------- what it is asked
+# --------------------------------------------------------------------------------------------- inputs, outputs, classes
 
 
 def input_of(loaded: Loaded, picture: Any) -> Tensor:
-    """What preprocess makes of a picture, as a batch of one on the model's device and in its dtype."""
+    """Preprocess a picture to a batch of one, on the model's device and in its dtype."""
     images.check_narrow(loaded.preprocess, picture.size)
     with told("preprocess", loaded.file):
         x = loaded.preprocess(picture)
@@ -175,36 +176,36 @@ def input_of(loaded: Loaded, picture: Any) -> Tensor:
 
 
 def outputs_of(loaded: Loaded, x: Tensor) -> Tensor:
-    """The model's outputs for one picture, `(classes,)`."""
-    hint = "; without preprocess a picture goes in as it is: return (model, preprocess)"
+    """Return the model's outputs for one picture, `(classes,)`."""
+    hint = "; without preprocess the picture is neither resized nor normalized: return (model, preprocess)"
     hint = hint if loaded.preprocess is as_it_is else ""
     with told(f"the model, on an input of shape {tuple(x.shape)},", loaded.file, hint), torch.no_grad():
         y = logits_of(pure(loaded.model)(state_of(loaded.model), x))
     if y.ndim != 2 or y.shape[0] != 1:
-        raise CamError(f"a class is explained, and the model's output has shape {tuple(y.shape)}, not (1, classes)")
+        raise CamError(f"the model's output has shape {tuple(y.shape)}: the command explains classes, and needs (1, classes)")
     if loaded.names and len(loaded.names) != y.shape[1]:
         raise CamError(f"--model {loaded.spec!r} gives {len(loaded.names)} class names, and the model has {y.shape[1]} classes")
     return y[0].cpu().double()  # not every device has float64
 
 
 def class_of(target: str | None, names: Sequence[str]) -> int | None:
-    """The class that `--target` means: a number is an index, anything else a name, in any case of letters."""
+    """Parse a class of `--target`: a number is an index, anything else a name, case-insensitive."""
     if target is None:
         return None
     if re.fullmatch(r"-?\d+", target.strip()):
         return int(target)
     found = [str(index) for index, name in enumerate(names) if name.lower() == target.strip().lower()]
     if len(found) > 1:
-        raise CamError(f"--target {target!r} is the name of the classes {', '.join(found)}: give the number")
+        raise CamError(f"--target {target!r} is the name of the classes {', '.join(found)}: pass the number")
     if not found:
-        why = f"closest: {closest(target, names)}" if names else "--model gives no class names, so give the number"
+        why = f"closest: {closest(target, names)}" if names else "--model has no class names, so pass the number"
         raise CamError(f"--target {target!r} is not a class; {why}")
     return int(found[0])
 
 
 @contextmanager
 def importable(folder: Path) -> Iterator[None]:
-    """As for a script that is run: modules in the folder can be imported."""
+    """Make the modules in a folder importable, as for a script in it."""
     entry = str(folder)
     sys.path.insert(0, entry)
     try:
@@ -216,7 +217,7 @@ def importable(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def told(what: str, file: Path | None, hint: str = "") -> Iterator[None]:
-    """An exception in the user's code becomes one sentence, with the line of the user's file."""
+    """Turn an exception in the user's code into a CamError that names the line of the user's file."""
     try:
         yield
     except CamError:

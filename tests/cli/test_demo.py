@@ -86,7 +86,7 @@ def test_all_are_those_that_the_network_takes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("legrad", "--method legrad follows attention, and the demo's network has none: take another, or all"),
+        ("legrad", "--method legrad needs attention, and the demo network has none: choose another, or all"),
         ("grad-cam", "--method 'grad-cam' is not known; closest: 'grad_cam'"),
     ],
 )

@@ -214,7 +214,7 @@ def test_what_the_library_warns_of_is_a_note_on_stderr_and_on_the_card(here):
     notes = facts("maps/a-3-cam-1.json")["notes"]
     assert notes[0].startswith("layer=None: '3' was chosen")
     assert notes[1].startswith("fc=None: '6' was found")
-    assert notes[2] == "the overlay's colours are stretched: preprocess does more than scale each channel"
+    assert notes[2] == "the overlay's colors are stretched: preprocess does more than scale each channel"
     assert result.stderr.splitlines() == [f"note: a.png: {note}" for note in notes]
     assert len(result.stdout.splitlines()) == 1
 
@@ -222,7 +222,7 @@ def test_what_the_library_warns_of_is_a_note_on_stderr_and_on_the_card(here):
 def test_what_several_methods_find_is_said_once_and_is_on_the_card_of_each(here):
     command = ("--model", "net.py:root_preprocess", "--layer", "3", "--target", "1", "--out", "maps")
     result = invoke("a.png", *command, "--method", "mean_cam", "--method", "fem")
-    said = "the overlay's colours are stretched: preprocess does more than scale each channel"
+    said = "the overlay's colors are stretched: preprocess does more than scale each channel"
     assert all(said in facts(f"maps/a-3-{method}-1.json")["notes"] for method in ("mean_cam", "fem"))
     assert [line for line in result.stderr.splitlines() if "stretched" in line] == [f"note: a.png: {said}"]
 
@@ -480,39 +480,39 @@ REFUSALS = {
     ),
     "too many of the best": (
         ["a.png", "--model", "net.py:pair", "--target", "top5"],
-        r"^Error: a\.png: target top5 is of 5 classes: the model has 4$",
+        r"^Error: a\.png: target top5 needs 5 classes: the model has 4$",
     ),
     "none of the best": (["a.png", "--model", "net.py:triple", "--target", "top0"], r"--target 'top0' is not a class; closest"),
     "a size in words": (
         ["a.png", "--model", "net.py:pair", "--size", "big"],
-        r"--size 'big' is no size: write grid, input, or HxW, height by width, as in 224x224$",
+        r"--size 'big' is not a size: write grid, input, or HxW, height by width, such as 224x224$",
     ),
-    "a size of nothing": (["a.png", "--model", "net.py:pair", "--size", "0x5"], r"--size '0x5' is no size: "),
+    "a size of nothing": (["a.png", "--model", "net.py:pair", "--size", "0x5"], r"--size '0x5' is not a size: "),
     "a size that is absurd": (
         ["a.png", "--model", "net.py:pair", "--size", "10001x10000"],
         r"--size '10001x10000' is more than 100 megapixels: write a smaller one$",
     ),
     "a seed where nothing is drawn": (
         ["a.png", "--model", "net.py:pair", "--seed", "0"],
-        r"--seed 0: score_cam draws no random numbers; leave it out, or take another method, such as "
+        r"--seed 0: score_cam draws no random numbers; omit it, or use another method, such as "
         r"random_cam, smooth_grad_cam_pp or ss_cam$",
     ),
     "a seed below 0": (
         ["a.png", "--model", "net.py:pair", "--method", "ss_cam", "--seed", "-1"],
-        r"--seed -1: a seed is a whole number from 0 to 2\*\*63 - 1$",
+        r"--seed -1: a seed is an integer from 0 to 2\*\*63 - 1$",
     ),
     "a seed beyond": (
         ["a.png", "--model", "net.py:pair", "--method", "ss_cam", "--seed", str(2**63)],
-        r"--seed 9\d*: a seed is a whole number from 0 to 2\*\*63 - 1$",
+        r"--seed 9\d*: a seed is an integer from 0 to 2\*\*63 - 1$",
     ),
     "a chunk where nothing is swept": (
         ["a.png", "--model", "net.py:pair", "--method", "cam", "--chunk", "8"],
-        r"--chunk 8: cam has no sweep to cut up; leave it out, or take another method, such as "
+        r"--chunk 8: cam has no sweep to split; omit it, or use another method, such as "
         r"ablation_cam, recipro_cam or score_cam$",
     ),
     "an unknown device": (
         ["a.png", "--model", "net.py:pair", "--device", "gpu"],
-        r"--device 'gpu' is no device that torch knows: write cpu, cuda, cuda:1, mps or the like$",
+        r"--device 'gpu' is not a device of torch: write cpu, cuda, cuda:1, mps or similar$",
     ),
     "a device without numbers": (
         ["a.png", "--model", "net.py:pair", "--device", "meta"],
@@ -529,20 +529,20 @@ REFUSALS = {
     ),
     "a name of two classes": (
         ["a.png", "--model", "net.py:triple", "--target", "light"],
-        r"--target 'light' is the name of the classes 1, 2: give the number",
+        r"--target 'light' is the name of the classes 1, 2: pass the number",
     ),
     "a name without names": (
         ["a.png", "--model", "net.py:pair", "--target", "light"],
-        r"--target 'light' is not a class; --model gives no class names, so give the number",
+        r"--target 'light' is not a class; --model has no class names, so pass the number",
     ),
     "names of other classes": (["a.png", "--model", "net.py:wrong_count"], r"gives 3 class names, and the model has 4 classes"),
     "an output without classes": (
         ["a.png", "--model", "net.py:maps"],
-        r"a class is explained, and the model's output has shape \(1, 5, 5, 4\), not \(1, classes\)",
+        r"the model's output has shape \(1, 5, 5, 4\): the command explains classes, and needs \(1, classes\)",
     ),
     "a picture that does not fit": (
         ["a.png", "--model", "net.py:flat"],
-        r"the model, on an input of shape \(1, 3, 11, 9\), failed: RuntimeError: .*; without preprocess a picture goes in",
+        r"the model, on an input of shape \(1, 3, 11, 9\), failed: RuntimeError: .*; without preprocess the picture is neither",
     ),
     "a failing preprocess": (
         ["a.png", "--model", "net.py:broken_preprocess"],

@@ -180,7 +180,7 @@ def test_a_picture_on_which_the_layer_has_no_grid_fails_alone_and_leaves_no_file
         (["--model", "net.py:pair", "--layer", "5"], "layer '5' gives .* which has no spatial axes"),
         (["--model", "net.py:pair", "--layer", "nine"], "no layer named 'nine'"),
         (["--model", "net.py:pair", "--target", "4"], "target 4 is not a class"),
-        (["--model", "net.py:pair", "--target", "top9"], "target top9 is of 9 classes"),
+        (["--model", "net.py:pair", "--target", "top9"], "target top9 needs 9 classes"),
         (["--model", "net.py:without_tensors", "--layer", "1", "--method", "cam"], "cam needs a linear layer"),
         (["--model", "net.py:pair", "--out", "net.py/maps"], "--out 'net.py/maps' cannot be made: Not a directory"),
     ],
@@ -450,7 +450,7 @@ def test_a_name_that_is_too_long_for_the_files_is_cut_and_that_is_told(here, ste
         assert len(os.fsencode(written[0].name)) <= 255
         assert f"{written[0].with_suffix('')}." in found.stdout
         assert [line for line in found.stderr.splitlines() if "too long" in line] == [
-            f"note: {stem}.png: the name is too long for that of a file, and is cut, as in {written[0].stem}"
+            f"note: {stem}.png: the name is too long for a file name, and is cut, as in {written[0].stem}"
         ]
         assert facts(written[0].with_suffix(".json"))["image"] == f"{stem}.png"
     assert len(list(Path("maps").iterdir())) == 2 * 2 * (2 * 3 + 1)
@@ -469,7 +469,7 @@ def test_a_path_without_room_for_file_names_is_found_before_the_sweep(here):
     assert len(out) < 4096
     result = invoke("a.png", "--model", "net.py:watched", "--layer", "net.2", "--out", out)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == f"Error: --out '{out}' leaves no room for file names in a path: name a folder with a shorter path\n"
+    assert result.stderr == f"Error: --out '{out}' is too long a path for file names in it: name a folder with a shorter path\n"
     assert "rows 5" not in Path("seen.txt").read_text()  # no masked inputs
 
 
@@ -493,7 +493,7 @@ def test_ctrl_c_is_one_line_and_exit_130_and_leaves_no_half_of_a_picture(here):
     running.stdout.readline()  # the first picture is done
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
-    assert (running.returncode, said) == (130, "Interrupted: what was written is whole\n")
+    assert (running.returncode, said) == (130, "Interrupted: the files written so far are complete\n")
     written = list(Path("maps").iterdir())
     assert 0 < len(written) < 27
     assert len(written) % 3 == 0
@@ -506,7 +506,7 @@ def test_files_that_are_begun_when_a_run_is_stopped_are_taken_away(here, monkeyp
 
     monkeypatch.setattr("camfn.cli.files.np.save", stopped)
     result = invoke("a.png", *PAIR)
-    assert (result.exit_code, result.stderr) == (130, "Interrupted: what was written is whole\n")
+    assert (result.exit_code, result.stderr) == (130, "Interrupted: the files written so far are complete\n")
     assert not list(Path("maps").iterdir())
 
 
@@ -546,7 +546,7 @@ def test_a_signal_leaves_all_files_of_a_map_or_none_and_says_one_line(here, monk
     monkeypatch.setattr(f"{owner}.{function}", sends(name, attribute(f"camfn.cli.{place}")))
     result = invoke("a.png", "b.png", *PAIR)
     status, word = NUMBERS[name]
-    assert (result.exit_code, result.stderr) == (status, f"{word}: what was written is whole\n")
+    assert (result.exit_code, result.stderr) == (status, f"{word}: the files written so far are complete\n")
     written = list(Path("maps").iterdir())
     assert len(written) == whole
     assert all(path.stat().st_size for path in written)
@@ -583,7 +583,7 @@ def test_sigterm_ends_a_process_with_143_one_line_and_whole_files(here):
     running.stdout.readline()  # the first picture is done
     running.terminate()
     _, said = running.communicate(timeout=60)
-    assert (running.returncode, said) == (143, "Terminated: what was written is whole\n")
+    assert (running.returncode, said) == (143, "Terminated: the files written so far are complete\n")
     written = list(Path("maps").iterdir())
     assert 0 < len(written) < 27
     assert len(written) % 3 == 0

@@ -42,7 +42,7 @@ def test_a_stdout_that_is_full_is_one_line_and_exit_2(here, monkeypatch, command
     assert run_main(monkeypatch, *command, stdout="/dev/full", stderr="said") == 2
     *notes, line = Path("said").read_text().splitlines()
     assert notes == []
-    assert line == ("Error: stdout cannot be written to (No space left on device): send it to another file, or to /dev/null")
+    assert line == "Error: stdout cannot be written to (No space left on device): redirect it to another file, or to /dev/null"
 
 
 @pytest.mark.parametrize(("command", "status"), [(EXPLAIN[:4], 0), (["methods"], 0), (["explain", "none.png", *PAIR], 2)])
@@ -71,7 +71,7 @@ def test_a_pipe_that_does_not_wait_is_waited_for():
 @pytest.mark.parametrize(
     ("command", "closed", "status", "said"),
     [
-        (["methods"], ">&-", 2, "Error: stdout is closed: send it to a file, or to /dev/null\n"),
+        (["methods"], ">&-", 2, "Error: stdout is closed: redirect it to a file, or to /dev/null\n"),
         (EXPLAIN[:4], "2>&-", 0, ""),
         (EXPLAIN, "<&- >&- 2>&-", 2, ""),
     ],

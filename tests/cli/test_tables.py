@@ -77,7 +77,7 @@ def test_layers_in_columns_for_a_reader(here):
         "0      Conv2d  3 x 6 x 8",
         "1      ReLU    3 x 6 x 8",
         "2      Conv2d  5 x 2 x 3",
-        "3      ReLU    5 x 2 x 3  <- chosen where no layer is named",
+        "3      ReLU    5 x 2 x 3  <- the default layer",
     ]
 
 
@@ -95,7 +95,7 @@ def test_without_a_picture_the_network_is_shown_noise_of_224(here):
         ([".", "--model", "net.py:pair"], r"'\.' is a folder, not a picture"),
         (["--model", "net.py:flat"], r"the model, on an input of shape \(1, 3, 224, 224\), failed: RuntimeError"),
         (["--model", "net.py:nothing"], r"the file has no function 'nothing'"),
-        (["--model", "net.py:pair", "--device", "gpu"], r"--device 'gpu' is no device that torch knows"),
+        (["--model", "net.py:pair", "--device", "gpu"], r"--device 'gpu' is not a device of torch"),
     ],
 )
 def test_what_layers_cannot_do_is_one_sentence(here, arguments, words):
@@ -163,10 +163,10 @@ def test_methods_lists_every_method_with_needs_cost_and_first_line():
 
 def test_methods_in_columns_for_a_reader():
     head, *rows = command("methods").stdout.splitlines()
-    assert head.split() == ["method", "needs", "forwards", "what", "it", "is"]
+    assert head.split() == ["method", "needs", "forwards", "summary"]
     for name, row in zip(camfn.METHODS, rows, strict=True):
         assert row.startswith(name + " ")
-        needs, cost = row[head.index("needs") : head.index("forwards")], row[head.index("forwards") : head.index("what")]
+        needs, cost = row[head.index("needs") : head.index("forwards")], row[head.index("forwards") : head.index("summary")]
         assert needs.strip().split(", ") == sorted(camfn.METHODS[name].needs)
         assert cost.strip() == camfn.METHODS[name].cost
 
@@ -210,12 +210,12 @@ def test_the_help_says_that_the_file_is_run_and_what_the_defaults_are():
     text = " ".join(command("explain", "--help").stdout.split())
     for words in (
         "The file is run",
-        "without it the picture goes in as it is, as numbers from 0 to 1, not resized",
-        "The picture under the map is the one that the network saw, resized and cropped by preprocess",
-        "under a name that no file has yet",
-        "a class that is itself called top3: by its index",
-        "demo a small network that comes with camfn torchvision:NAME[:WEIGHTS]",
-        "One of those that `camfn methods` lists, or all; repeatable. [default: score_cam]",
+        "Without preprocess, the input is the picture with values from 0 to 1, not resized",
+        "The overlay shows the picture as the network saw it, resized and cropped by preprocess",
+        "Existing files are never overwritten",
+        "use the index for a class that is itself called top3",
+        "demo a small network that ships with camfn torchvision:NAME[:WEIGHTS]",
+        "A method listed by `camfn methods`, or all; repeatable. [default: score_cam]",
     ):
         assert words in text
 

@@ -169,9 +169,9 @@ def test_the_centre_is_seldom_in_the_object():
         ({"objects": 0}, "a scene has 1 to 3 objects, found 0"),
         ({"classes": []}, "a scene has 1 to 3 objects, found 0"),
         ({"classes": ["sta"]}, "no shape is called 'sta'; closest: 'star'"),
-        ({"classes": ["star", "star"]}, "the objects of a scene are of different classes; found star, star"),
-        ({"size": 0}, "size=0: a scene has a pixel at least on each side"),
-        ({"size": (5, -1)}, r"size=\(5, -1\): a scene has a pixel"),
+        ({"classes": ["star", "star"]}, "the objects of a scene must have different classes; found star, star"),
+        ({"size": 0}, "size=0: a scene must have at least one pixel on each side"),
+        ({"size": (5, -1)}, r"size=\(5, -1\): a scene must have at least one pixel"),
     ],
 )
 def test_scenes_that_there_are_not(arguments, said):

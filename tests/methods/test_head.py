@@ -625,7 +625,7 @@ def test_what_reads_values_is_not_recorded_but_run(read):
         scaled = seeded(Branches(lambda h, x: h.tanh() * x.sum()))
         close(raw("lift_cam", net, "conv", x), raw("lift_cam", scaled, "conv", x))
     else:
-        with pytest.raises(camfn.CamError, match="layer 'conv' hangs on values that are read in Python"):
+        with pytest.raises(camfn.CamError, match="layer 'conv' depends on values that are read in Python"):
             camfn.lift_cam(net, "conv", x, 1)
     close(raw("recipro_cam", net, "conv", x), recipro_loop(net, "conv", x)[:, 1])
 
@@ -757,5 +757,5 @@ def test_channels_last_and_callables(method):
     net, x = Last(), inputs(2)
     found = raw(method, net, "last", x, layout="channels_last")
     close(found, raw(method, net.net, "1", x))
-    with pytest.raises(camfn.CamError, match="layout= is a function, which has no way back"):
+    with pytest.raises(camfn.CamError, match="layout= is a function, which has no inverse"):
         raw(method, net, "last", x, layout=lambda a: a.movedim(-1, 1))

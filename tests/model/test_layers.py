@@ -484,7 +484,7 @@ def test_a_spectrogram_of_which_the_model_makes_a_picture_has_to_be_told():
     model = hugging("AST", "ForAudioClassification", max_length=64, num_mel_bins=32, **SMALL)
     model, x = lively(model), {"input_values": torch.randn(1, 64, 32)}
     layer = "audio_spectrogram_transformer.layers.0"
-    with pytest.raises(CamError, match=r"no grid of that many positions .* say where they are by layout="):
+    with pytest.raises(CamError, match=r"no grid of that many positions .* pass layout="):
         camfn.grad_cam(model, layer, x, 0)
     maps = camfn.grad_cam(model, layer, x, 0, layout=layouts.tokens((2, 5), 2), normalize=False, relu=False)
     assert maps.shape == (1, 2, 5)

@@ -331,5 +331,5 @@ class Unrolled(nn.Module):
 
 def test_a_linear_layer_is_no_part():
     model, x = packed("tuple"), inputs()
-    with pytest.raises(CamError, match=r"fc='fc:0'.*names a layer, without a part or a call"):
+    with pytest.raises(CamError, match=r"fc='fc:0'.*must name a layer, without a part or a call"):
         camfn.cam(model, "pack:0", x, 0, fc="fc:0")

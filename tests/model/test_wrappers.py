@@ -369,7 +369,7 @@ def test_cam_of_a_quantised_model_weighs_by_its_rows():
 def test_a_quantised_model_has_maps_but_no_gradients(method):
     model, x = quantised(), inputs(dtype=torch.float32)
     if method in GRADIENT:
-        with pytest.raises(CamError, match=r"the model is quantised \('fc'.*no gradient .* a method without gradients"):
+        with pytest.raises(CamError, match=r"the model is quanti[sz]ed \('fc'.*no gradient .* a method without gradients"):
             raw(method, model, "features", x)
         return
     expected = raw(method, small_net(dtype=torch.float32), "features", x)

@@ -169,12 +169,12 @@ def test_the_name_of_a_segmentation():
 
 WRONG_MASKS = {
     "no numbers": ("a cat", 1, ("mask 'a cat' cannot be made a tensor",)),
-    "axes": (torch.ones(1, 1, 4, 4), 1, ("a mask of 2 axes", "grid (4, 4)", "n=2", "(1, 1, 4, 4)")),
+    "axes": (torch.ones(1, 1, 4, 4), 1, ("a mask with 2 axes", "grid (4, 4)", "n=2", "(1, 1, 4, 4)")),
     "images": (torch.ones(3, 4, 4), 1, ("n=2 of them", "(3, 4, 4)")),
     "a list of another length": ([torch.ones(4, 4)], 1, ("n=2 of them", "1 masks")),
     "shape": (torch.ones(8, 6), 1, ("mask's size (8, 6)", "grid (4, 4)", "as the input was")),
     "empty": (marked((0, 0, 0, 0), (0, 0, 1, 1)), 1, ("mask 0 is empty",)),
-    "classes": (torch.randint(0, 4, (4, 4)) * 7, 1, ("mask 0 has values from 0 to 21", "classes == c")),
+    "classes": (torch.randint(0, 4, (4, 4)) * 7, 1, ("mask 0 has values from 0 to 21", "labels == c")),
     "negative": (-torch.ones(4, 4), 1, ("values from -1 to -1",)),
     "NaN": (torch.full((4, 4), torch.nan), 1, ("mask 0 has values from nan",)),
     "class too high": (MASKS, 4, ("target 4 is not a class", "0 to 3")),
@@ -263,8 +263,8 @@ def test_the_likeness_of_an_image_to_itself_is_one():
 
 WRONG_EMBEDDINGS = {
     "size": (torch.ones(4), ("(4,)", "the model's have (2, 3)", "(3,) is one for all")),
-    "images": (torch.ones(3, 3), ("(3, 3)", "(2, 3) one for each", "expand")),
-    "several for other images": (torch.ones(4, 2, 3), ("(4, 2, 3)", "(2, t, 3) several for each")),
+    "images": (torch.ones(3, 3), ("(3, 3)", "(2, 3) one per image", "expand")),
+    "several for other images": (torch.ones(4, 2, 3), ("(4, 2, 3)", "(2, t, 3) several per image")),
     "zero": (torch.zeros(3), ("zero or not finite", "no direction")),
     "NaN": (torch.tensor([[1.0, 2.0, 3.0], [1.0, torch.nan, 0.0]]), ("zero or not finite",)),
     "axes": (torch.ones(1, 1, 1, 3), ("(d,), (n, d) or (n, t, d)", "(1, 1, 1, 3)")),
@@ -440,7 +440,7 @@ def test_the_names_of_boxes():
 WRONG_BOXES = {
     "no labels": (lambda: T.boxes(WIDE), ("boxes and labels, or neither",)),
     "shape": (lambda: T.boxes([[0, 0, 4]], [1]), ("(m, 4) boxes", "(1, 3)")),
-    "labels of no class": (lambda: T.boxes(WIDE, 1.0), ("whole labels", "torch.float32")),
+    "labels of no class": (lambda: T.boxes(WIDE, 1.0), ("integer labels", "torch.float32")),
     "labels of another number": (lambda: T.boxes(WIDE, [1, 2]), ("1 boxes and 2 labels",)),
     "images": (lambda: T.boxes([WIDE[None]] * 3, [[1]] * 3), ("boxes for 3 images", "a batch of 2")),
     "labels of other images": (lambda: T.boxes([WIDE[None]] * 2, [[1]] * 3), ("labels for 3",)),

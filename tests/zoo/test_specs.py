@@ -371,11 +371,11 @@ def other_tensors(change) -> None:
 
 
 FOLDERS = {
-    "code of its own": (own_code, r"'hf:saved': it brings code of its own, which is not run: write path/to/file\.py:function"),
+    "code of its own": (own_code, r"'hf:saved': it needs code from its repository, which is not run: write path/to/file\.py:"),
     "a pickle": (as_pickle, r"'hf:saved': its weights are not in safetensors: give their file as --weights FILE$"),
     "no preprocessing": (
         lambda: Path("saved/preprocessor_config.json").unlink(),
-        r"'hf:saved': it has no preprocessor_config\.json, or none that transformers can make use of$",
+        r"'hf:saved': it has no preprocessor_config\.json, or none that transformers can use$",
     ),
     "a model of text": (
         lambda: edited("saved/config.json", model_type="bert"),
@@ -803,7 +803,7 @@ def test_what_is_not_there_is_one_sentence(request, spec):
 
 
 def test_a_model_of_features_has_no_classes_to_explain(timm, monkeypatch):
-    with pytest.raises(CamError, match=r"^--model 'timm:vit_small_patch14_dinov2': the model ends before the classes"):
+    with pytest.raises(CamError, match=r"^--model 'timm:vit_small_patch14_dinov2': the model has no classifier"):
         zoo.load("timm:vit_small_patch14_dinov2", pretrained=False)
 
 
