@@ -263,8 +263,8 @@ def deterministic(again: Callable[[], Any]) -> Iterator[list[Any]]:
     if _compat.compiling():
         yield []
         return
-    before, told = _generators(), []
-    yield told
+    before, outputs = _generators(), []
+    yield outputs
     moved = [name for name, state in _generators().items() if state != before[name]]
     if "torch" in moved:  # another thread drew, or a draw that a torch-function mode does not see
         with refusing_draws():
@@ -272,7 +272,7 @@ def deterministic(again: Callable[[], Any]) -> Iterator[list[Any]]:
         moved.remove("torch")
     if not moved:
         return
-    pairs = list(zip(*(_plain_tensors(output) for output in (told[0], again()))))
+    pairs = list(zip(*(_plain_tensors(output) for output in (outputs[0], again()))))
     if not all(is_close(a, b, 1000) for a, b in pairs):
         raise RefusedError(
             f"the model draws random numbers in eval mode (from the generator of {' and '.join(moved)}, which has moved): its "
@@ -297,9 +297,9 @@ def run_checked(tap: Callable[..., Captured], task: Task, given: tuple[State, In
     (state, x), key = given, task.batch.key
     wrong = _wrong_rank(x, key, task.shell)
     try:
-        with deterministic(lambda: pure_from(task.model.shell())(state, x)) as told:
+        with deterministic(lambda: pure_from(task.model.shell())(state, x)) as outputs:
             captured = tap(state, x, nudge)
-            told.append(captured.output)
+            outputs.append(captured.output)
     except (AttributeError, TypeError) as error:
         if isinstance(x, list):
             raise CamError(_NO_LIST) from error

@@ -82,9 +82,9 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
             total = of(output)
             slopes = _gradients(total, zeros, lambda: run(state, x, None), graph=True)
             refuse_once(total)
-            leans = {name: (slope * values[name]).sum() for name, slope in slopes.items()}
-            bends = {name: _gradients(lean, {name: zeros[name]}, None)[name] for name, lean in leans.items()}
-        return {name: (slope.detach(), bends[name]) for name, slope in slopes.items()}
+            products = {name: (slope * values[name]).sum() for name, slope in slopes.items()}
+            hvps = {name: _gradients(product, {name: zeros[name]}, None)[name] for name, product in products.items()}
+        return {name: (slope.detach(), hvps[name]) for name, slope in slopes.items()}
 
     detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
     values = dict(zip(zeros if names is None else names, (value.detach() for value in seen)))
@@ -138,8 +138,8 @@ def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> t
         return back(of)[-1]
 
     def curvatures(of: Of) -> dict[Any, tuple[Tensor, Tensor]]:
-        bends = (grad(functools.partial(along, of, i))(zero) for i, zero in enumerate(zeros))
-        return dict(zip(named, zip(back(of), bends)))
+        hvps = (grad(functools.partial(along, of, i))(zero) for i, zero in enumerate(zeros))
+        return dict(zip(named, zip(back(of), hvps)))
 
     return captured, Pullback(gradients, last, curvatures)
 

@@ -81,8 +81,8 @@ def matern(squared: Tensor) -> Tensor:
 
 def standard(values: Tensor) -> Tensor:
     """Standardize columns to mean 0 and standard deviation 1."""
-    centred = values - values.mean(0)
-    return centred / centred.square().mean(0).sqrt().clamp(min=1e-12)
+    centered = values - values.mean(0)
+    return centered / centered.square().mean(0).sqrt().clamp(min=1e-12)
 
 
 class Posterior(NamedTuple):
@@ -95,11 +95,11 @@ class Posterior(NamedTuple):
 
 def conditioned(rows: Tensor, noise: float, seen: Tensor, values: Tensor) -> Posterior:
     """Condition a process on the `values (d,)` of the channels `seen`. `rows (d, c)` are their rows of the covariance."""
-    centre = values.mean() if len(values) else values.sum()
+    center = values.mean() if len(values) else values.sum()
     factor = torch.linalg.cholesky(rows[:, seen] + noise * torch.eye(len(values), dtype=rows.dtype))
     gain = torch.linalg.solve_triangular(factor, rows, upper=False)
-    white = torch.linalg.solve_triangular(factor, (values - centre)[:, None], upper=False)[:, 0]
-    return Posterior(centre + gain.T @ white, gain, white)
+    white = torch.linalg.solve_triangular(factor, (values - center)[:, None], upper=False)[:, 0]
+    return Posterior(center + gain.T @ white, gain, white)
 
 
 # --------------------------------------------------------------------------------------------------- scores not swept
@@ -235,13 +235,13 @@ def shrunk(drawn: Tensor, swept: Tensor, values: Activations, total: int, seed: 
     def average(of: Tensor) -> Tensor:
         return torch.where(swept[..., None], of, 0).sum(1, keepdim=True) / count
 
-    centre = average(mean)
-    between = average((mean - centre).square())
+    center = average(mean)
+    between = average((mean - center).square())
     noise = average(drawn.var(0)) if done > 1 else between  # with a single draw, all of the variance may be noise
     signal = (between - noise / done).clamp(min=0)
     wanted, seen = signal + noise / total, signal + noise / done
     factor = torch.where(seen > 0, wanted / seen, 1)
-    scores = (centre + factor * (mean - centre)) * size
+    scores = (center + factor * (mean - center)) * size
     left = (wanted * (1 - factor)).clamp(min=0).sqrt() * swept[..., None] * size
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(SAMPLES, mean.shape[1], generator=generator, dtype=torch.float64).to(mean)
@@ -252,9 +252,9 @@ def shrunk(drawn: Tensor, swept: Tensor, values: Activations, total: int, seed: 
 def _spread_of(scores: Tensor, deviation: Tensor, values: Tensor, normal: Tensor) -> Tensor:
     """The error `(t,)` of one image's maps, if the scores have this standard deviation `(c, t)`."""
 
-    def normalised(of: Tensor) -> Tensor:
+    def normalized(of: Tensor) -> Tensor:
         return maps.normalize(torch.relu(torch.softmax(of, -1) @ values))
 
     pairs = zip(scores.T, deviation.T)
-    found = [(normalised(s + d * normal) - normalised(s)).abs().amax(1).quantile(QUANTILE) for s, d in pairs]
+    found = [(normalized(s + d * normal) - normalized(s)).abs().amax(1).quantile(QUANTILE) for s, d in pairs]
     return torch.stack(found)

@@ -74,8 +74,8 @@ class _Rounding:
     def __init__(self, narrow: Tensor, values: Tensor, alive: Tensor, weighting: str) -> None:
         self.values, self.weighting, self.channels = values.double(), weighting, alive.nonzero()[:, 0]
         masks = maps.normalize(values[self.channels]).double()
-        centred = masks - masks.mean(0)
-        features = centred / centred.square().sum(1).mean().clamp(min=1e-12).sqrt()
+        centered = masks - masks.mean(0)
+        features = centered / centered.square().sum(1).mean().clamp(min=1e-12).sqrt()
         self.covariance = gp.covariance(gp.ROUNDING, features, masks)
         self.scores, self.narrow = narrow.double(), narrow.double()[self.channels]
         self.done = torch.zeros_like(alive)
