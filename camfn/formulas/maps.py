@@ -402,7 +402,7 @@ def fuse(maps: Sequence[Tensor], size: Sequence[int] | None = None) -> Tensor:
     """
     maps = list(maps) if isinstance(maps, (list, tuple)) else []
     if not maps or any(not isinstance(m, Tensor) for m in maps):
-        raise CamError("maps must be a list or tuple of map tensors, with at least one in it")
+        raise CamError("maps must be a list or tuple of at least one map tensor")
     if len({m.ndim for m in maps}) > 1 or len({m.shape[0] for m in maps}) > 1:
         raise CamError(f"maps to fuse differ in batch or axes: {[tuple(m.shape) for m in maps]}")
     if size is None:  # leading axes of equal length, such as targets, are not spatial and are left alone

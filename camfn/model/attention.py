@@ -73,7 +73,7 @@ def self_attention(attention: Attention, n: int) -> Attention:
     if not shapes:
         raise CamError(
             "the model has no attention that could be seen: neither scaled_dot_product_attention nor a softmax that weighs "
-            "values ran (a kernel of its own, such as flash or flex attention, is not seen: choose eager or sdpa attention)"
+            "values ran (custom kernels, such as flash or flex attention, are not seen: choose eager or sdpa attention)"
         )
     odd = next((shape for shape in shapes if len(shape) != 4 or shape[0] != n), None)
     if odd is not None:
@@ -113,8 +113,8 @@ def _find_blocks(model: nn.Module | Prepared | Call, state: State, x: Inputs) ->
     blocks = [name for names in around for name in [name for name in names if layers_in[name] == 1 and name in axes][-1:]]
     if len(blocks) < len(around) or len({(name.rpartition(".")[0], axes[name]) for name in blocks}) > 1:
         raise CamError(
-            f"the model's {len(around)} attention layers are not in one row of blocks, each of which returns all tokens as one "
-            f"tensor; found {', '.join(map(repr, blocks)) or 'none'}"
+            f"the model's {len(around)} attention layers are not in one row of blocks that return all tokens as one tensor; "
+            f"found {', '.join(map(repr, blocks)) or 'none'}"
         )
     return Blocks(blocks, axes[blocks[0]])
 
@@ -266,9 +266,8 @@ class _WrittenOut(TorchFunctionMode):
         seen = probabilities.unflatten(0, (-1, self.heads)) if probabilities.ndim == 3 else probabilities
         if seen.shape[-2] != seen.shape[-1]:
             raise CamError(
-                f"attention of {seen.shape[-2]} queries to {seen.shape[-1]} keys (shape {tuple(seen.shape)}): between two sets "
-                "of tokens, or pooled, it is no map of the image to itself; use a method that takes a layer, such as "
-                "camfn.grad_cam"
+                f"attention of {seen.shape[-2]} queries to {seen.shape[-1]} keys (shape {tuple(seen.shape)}): cross-attention "
+                "and pooled attention do not map the image to itself; use a method that takes a layer, such as camfn.grad_cam"
             )
         if self.held:
             seen, values = _compat.constant(seen), _compat.constant(values)
@@ -285,8 +284,8 @@ class _WrittenOut(TorchFunctionMode):
             shape = tuple(source.logits.shape)
             if not source.arrived and len(shape) > 3 and shape[-2] == shape[-1]:
                 raise CamError(
-                    f"a softmax of shape {shape} looks like attention, and what becomes of it cannot be followed to a product "
-                    "with values (talking heads, or a product written in another way?)"
+                    f"a softmax of shape {shape} looks like attention, but cannot be traced to a product with values (talking "
+                    "heads, or a product written in another way?)"
                 )
 
 

@@ -65,7 +65,7 @@ def resolve_state(shell: Shell, state: Mapping[str, Tensor] | None) -> State:
     for key, tensor in state.items():
         name = next((shell.aliases[known] for known in without_wrappers(key) if known in shell.aliases), None)
         if name is None:
-            raise CamError(f"state= has an entry {key!r} that the model does not; closest: {closest(key, shell.aliases)}")
+            raise CamError(f"state= has an entry {key!r} that the model does not have; closest: {closest(key, shell.aliases)}")
         if not isinstance(tensor, Tensor):
             raise CamError(f"state= holds for {key!r} a {type(tensor).__name__}, not a tensor")
         if tuple(tensor.shape) != tuple(shell.tensors[name].shape):
@@ -73,7 +73,7 @@ def resolve_state(shell: Shell, state: Mapping[str, Tensor] | None) -> State:
                 f"state= holds {key!r} of shape {tuple(tensor.shape)}, the model's is {tuple(shell.tensors[name].shape)}"
             )
         if name in found and not _is_one(found[name], tensor):
-            raise CamError(f"state= holds two different tensors for one: {name!r} and {key!r} are tied; give it once")
+            raise CamError(f"state= holds different tensors for {name!r} and {key!r}, which are tied; give the tensor once")
         found.setdefault(name, tensor)
     missing = [name for name in shell.tensors if name not in found and name not in shell.optional]
     if missing:

@@ -150,9 +150,9 @@ def _ruled(operation: Operation, known: list[Any], layer: str) -> Three:
     product = len(moving & _ONE_OF.get(name, set())) > 1 or moving & _STILL.get(name, set())
     if name not in _AFFINE or product or _is_rounded_or_trained(name, operation):
         raise CamError(
-            f"lift_cam has no rule for {target}{' of two that change' if product else ''}, after {layer_called(layer)}: it "
-            "follows what is affine in the activation, functions of single values and max-pooling; choose a later layer, or "
-            "another method"
+            f"lift_cam has no rule for {target}{' with these arguments' if product else ''}, after {layer_called(layer)}: its "
+            "rules are for operations that are affine in the activation, element-wise functions and max-pooling; choose a "
+            "later layer, or another method"
         )
     return Three(*(target(*args, **kwargs) for args, kwargs in (_given(operation, known, i) for i in range(3))))
 

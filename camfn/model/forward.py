@@ -171,7 +171,7 @@ def _look(model: Call, question: _Question) -> tuple[Forward, Pullback | None]:
 def _layers_of(task: Task, layer: Layers) -> tuple[tuple[str, ...], int]:
     """The names of the layers, and the number of forward passes, including the clean one that follows."""
     if is_several(layer) and not layer:
-        raise CamError("layer is an empty sequence: name one layer at least, or pass None to have one chosen")
+        raise CamError("layer is an empty sequence: name one layer or more, or pass None to have one chosen")
     if layer is not None:
         return tuple(resolve_layers(task.shell, layer)), task.batch.n
     name, why = choose(task.model, task.state, task.batch)
@@ -275,8 +275,8 @@ def deterministic(again: Callable[[], Any]) -> Iterator[list[Any]]:
     pairs = list(zip(*(_plain_tensors(output) for output in (outputs[0], again()))))
     if not all(is_close(a, b, 1000) for a, b in pairs):
         raise RefusedError(
-            f"the model draws random numbers in eval mode (from the generator of {' and '.join(moved)}, which has moved): its "
-            "scores would differ from forward to forward; make the code that draws obey self.training"
+            f"the model draws random numbers in eval mode (the generator of {' and '.join(moved)} has advanced): its scores "
+            "would differ between forward passes; make the code that draws obey self.training"
         )
 
 

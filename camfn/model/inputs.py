@@ -178,7 +178,7 @@ def check_inputs(x: Inputs, key: Key, state: State, masks: bool) -> int:
     if image.shape[0] == 0:
         raise CamError(f"{where} is an empty batch, {shape}: there is nothing to explain")
     if masks and image.ndim < 3:
-        raise CamError(f"{where} has shape {shape}: masking needs (n, channels, *size), with one spatial axis at least")
+        raise CamError(f"{where} has shape {shape}: masking needs (n, channels, *size), with at least one spatial axis")
     _check_devices(x, state)
     if not _compat.transformed():
         for i, part in enumerate(x if isinstance(x, list) else [image]):

@@ -197,7 +197,7 @@ def prepare(model: nn.Module | Prepared, *, limit: int = 64) -> Prepared:
     if isinstance(model, Prepared):
         return model
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise CamError(f"limit must be a positive int, the number of records and kernels that are kept; found {limit!r}")
+        raise CamError(f"limit must be a positive int, the largest number of records and kernels to keep; found {limit!r}")
     return Prepared(model, limit, snapshot=True)
 
 

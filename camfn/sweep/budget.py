@@ -39,7 +39,7 @@ def checked_limits(limits: Limits, weighting: str) -> Limits:
     """Return `limits`, or raise `CamError` if one is invalid."""
     budget, tolerance, order, seed = limits
     if isinstance(budget, bool) or not (isinstance(budget, (int, float)) and 0 < budget <= 1):
-        raise CamError(f"budget={budget!r} must be in (0, 1]: the share of the channels that is swept")
+        raise CamError(f"budget={budget!r} must be in (0, 1]: the share of the channels to sweep")
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < 1):
         raise CamError(f"tolerance={tolerance!r} must be None, or in (0, 1): the error of the normalized map at which to stop")
     if order not in ("predicted", "std", "max", "gradient"):
@@ -49,11 +49,11 @@ def checked_limits(limits: Limits, weighting: str) -> Limits:
     if not limits.any:
         return limits
     if _compat.transformed():
-        raise CamError("budget= and tolerance= read values, which a transform (vmap, grad, jvp, compile) does not let them")
+        raise CamError("budget= and tolerance= read values, which is impossible under a transform (vmap, grad, jvp, compile)")
     if weighting != "softmax":
         raise CamError("budget= and tolerance= need a recipe whose weights are a softmax of the scores")
     if tolerance is not None and order != "predicted":
-        raise CamError(f'tolerance= needs order="predicted": with {order!r} nothing is known of the channels left out')
+        raise CamError(f'tolerance= needs order="predicted": order={order!r} does not predict the scores of other channels')
     return limits
 
 

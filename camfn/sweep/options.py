@@ -73,7 +73,7 @@ def usable(options: Sweep, device: torch.device, own: torch.dtype) -> Sweep:
     if options.dtype in (None, own) or _compat.transformed():
         return options._replace(dtype=None)
     if not _compat.is_fast(options.dtype, device):
-        warn(f"Sweep(dtype={options.dtype}): this {device.type} has no instructions for it, and would be slower: left out")
+        warn(f"Sweep(dtype={options.dtype}): this {device.type} has no instructions for it and would be slower: it is left out")
         return options._replace(dtype=None)
     return options
 

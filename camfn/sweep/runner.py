@@ -94,7 +94,7 @@ def runner_of(forward: Forward, score: Score, options: Sweep, rows: int) -> Runn
     how = "maps through the model" if maps else "runs the model on one input at a time"
     warn(
         f"the model's output for an input depends on the others of its batch: the sweep {how} (slower); "
-        f"{'Sweep(fold=False)' if maps else 'Sweep(chunk=1)'} says that this is known"
+        f"{'Sweep(fold=False)' if maps else 'Sweep(chunk=1)'} skips the test and this warning"
     )
     return own._replace(folded=False) if maps else own._replace(room=Room(1))
 
@@ -226,7 +226,7 @@ def chunk_of(forward: Forward, options: Sweep, usual: int) -> int:
     if allowed is None:
         if memory is None:
             return most
-        raise CamError(f"Sweep(memory={memory}): how much is free on {device} is not known; give bytes")
+        raise CamError(f"Sweep(memory={memory}): the free memory of {device} is unknown; give bytes")
     pixels = forward.image[0].numel() * forward.image.element_size()
     return min(most, max(1, allowed // (second_of(forward).found.bytes + 4 * pixels)))
 

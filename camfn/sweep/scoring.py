@@ -111,8 +111,8 @@ def sweep_in_full(
     """Score all masks of each layer, for methods without a budget and without low precision."""
     if checked(options).dtype is not None:
         raise CamError(
-            f"Sweep(dtype={options.dtype}) is not for {method}: it needs channels that can be scored again, weighed as "
-            "score_cam and its kin weigh them; leave dtype= out"
+            f"Sweep(dtype={options.dtype}) is not for {method}: it needs one score for each channel, weighted as in score_cam; "
+            "leave dtype= out"
         )
     plans = [plan(part, variation) for part in reads]
     rows = sum(todo.rows_in_all for todo in plans)
