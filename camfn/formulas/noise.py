@@ -1,4 +1,4 @@
-"""Random numbers: noise, random masks, random weights. Each depends on the seed and on what it is for, and on nothing else.
+"""Random numbers: noise, random masks, random weights. Each depends only on the seed and on its place (draw and channel).
 
 A caller's `torch.Generator` is copied and does not advance.
 """
@@ -15,7 +15,7 @@ from camfn.formulas.masks import Variation
 
 
 def _generator_for(given: int | torch.Generator, device: torch.device) -> tuple[torch.Generator, int]:
-    """A generator of our own on `device`, and a seed; the caller's generator is copied and does not advance."""
+    """Make a new generator on `device`, and a seed. The caller's generator is copied and does not advance."""
     generator = torch.Generator(device)
     if isinstance(given, int):
         return generator.manual_seed(given), given
@@ -27,22 +27,22 @@ def _generator_for(given: int | torch.Generator, device: torch.device) -> tuple[
 
 @_compat.eager
 def uniform(seed: int | torch.Generator, count: int) -> Tensor:
-    """So many numbers in [0, 1), on the CPU: the same for every device, and for all that `vmap` maps over."""
+    """Draw `count` float64 numbers in [0, 1) on the CPU: the same for all devices, and for all that `vmap` maps over."""
     with _compat.outside_transforms():
         generator, _ = _generator_for(seed, torch.device("cpu"))
         return torch.rand(count, generator=generator, device="cpu", dtype=torch.float64)
 
 
-_EVERY = 256  # 5 kB each: who goes back draws up to so many pieces again
+_EVERY = 256  # draws between two saved generator states of 5 kB each; going back redraws at most this many
 
 
 def noise_stream(
     variation: Variation, channels: int, shape: Sequence[int], device: torch.device
 ) -> Callable[[Tensor], Tensor | None]:
-    """A function from `(b, 2)` pairs (draw, channel), at best in order, to their noise `(b, *shape)`, float32.
+    """Return a function from `(b, 2)` pairs (draw, channel) to their noise `(b, *shape)`, float32. Pairs in order are fastest.
 
-    A pair's noise depends on nothing but the seed and the pair. On the CPU that is one stream with the draws outermost, as
-    torchcam draws it, so channels that are left out are drawn and dropped; elsewhere each pair has its own generator.
+    The noise of a pair depends only on the seed and the pair. On the CPU it is one stream with the draws outermost, as in
+    torchcam; skipped channels are drawn and dropped. On other devices each pair has its own generator.
     """
     if (shifts := variation.shifts) is not None:
         return lambda pairs: shifts.index_select(0, pairs[:, 1]).to(device)
@@ -51,7 +51,7 @@ def noise_stream(
     on_cpu = device.type == "cpu"
     generator, seed = _generator_for(variation.seed, device)
     drawn, last = 0, torch.empty(0, device=device)
-    marks = [generator.get_state()] if on_cpu else []  # of every `_EVERY`th piece: the way back, for who asks out of order
+    marks = [generator.get_state()] if on_cpu else []  # the state at every `_EVERY`th piece, for requests out of order
 
     def fresh() -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32) * variation.std
@@ -74,7 +74,7 @@ def noise_stream(
 
     @_compat.eager
     def take(pairs: Tensor) -> Tensor:
-        with _compat.outside_transforms():  # vmap forbids drawing inside it; this noise is the same for all that it maps
+        with _compat.outside_transforms():  # vmap forbids random numbers; this noise is the same for all of its rows
             asked = [(draw, channel) for draw, channel in _compat.unwrapped(pairs).tolist()]
             made = {pair: piece(*pair) for pair in dict.fromkeys(asked)}
             return torch.stack([made[pair] for pair in asked])
@@ -83,16 +83,16 @@ def noise_stream(
 
 
 def noises(draws: int, std: float, seed: int | torch.Generator, like: Tensor) -> Iterator[Tensor]:
-    """Noise like one image `(k, *size)`, float32, one draw after the other."""
+    """Iterate over draws of noise in the shape of one image `(k, *size)`, float32."""
     take: Any = noise_stream(Variation((1.0,) * draws, "input", std, seed), 1, tuple(like.shape), like.device)
     return (take(torch.tensor([(draw, 0)], device="cpu"))[0] for draw in range(draws))
 
 
 @_compat.eager
 def rise(seed: int | torch.Generator, count: int, cells: int, size: Sequence[int], probability: float) -> tuple[Tensor, Tensor]:
-    """RISE's cells `(count, cells, ...)`, true with this probability, and the shifts `(count, axes)` of their windows.
+    """RISE's random cells `(count, cells, ...)`, true with `probability`, and the shifts `(count, axes)` of their windows.
 
-    However many there are, the first are the same, on every device: they are drawn on the CPU, and are small.
+    They are drawn on the CPU: equal for all devices, and the first masks do not depend on `count`.
     """
     with _compat.outside_transforms():
         generator, _ = _generator_for(seed, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Values on a grid at another size, or blurred. The last axes are spatial; all others are carried along."""
+"""Resizing and blurring. The last axes are spatial; the leading axes are batched."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,18 @@ _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def resize(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
-    """Multilinear interpolation of the last `len(size)` axes (one to three) to `size`, without antialiasing.
+    """Resize the last axes by multilinear interpolation, without antialiasing.
+
+    Args:
+        maps: `(..., *sides)`.
+        size: the new sides of the last one to three axes.
+        align_corners: as in `torch.nn.functional.interpolate`.
+
+    Returns:
+        A tensor `(..., *size)`.
+
+    Raises:
+        CamError: if `size` has none or more than three axes, or more than `maps`.
 
     >>> import torch
     >>> resize(torch.tensor([[0.0, 1.0]]), (4,)).tolist()
@@ -33,9 +44,16 @@ def resize(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) ->
 
 
 def blur(values: Tensor, kernel: int, sigma: float, axes: int) -> Tensor:
-    """Gaussian blur of the last `axes` axes, by a kernel of so many pixels (an odd number), mirrored at the border.
+    """Gaussian blur of the last axes, mirrored at the border. An axis may be shorter than the kernel.
 
-    An axis may be shorter than the kernel.
+    Args:
+        values: `(..., *sides)`.
+        kernel: the width of the kernel in pixels, an odd number.
+        sigma: the standard deviation in pixels.
+        axes: the number of axes to blur.
+
+    Returns:
+        A tensor of the same shape.
 
     >>> import torch
     >>> blur(torch.tensor([0.0, 0.0, 4.0, 0.0, 0.0]), 3, 1e9, 1)  # a box
@@ -54,7 +72,14 @@ def blur(values: Tensor, kernel: int, sigma: float, axes: int) -> Tensor:
 
 
 def cubic(image: Tensor, size: Sequence[int]) -> Tensor:
-    """An image `(n, k, *sides)` at another size, by cubic interpolation along one axis after the other.
+    """Resize an image by cubic interpolation, along one axis after the other.
+
+    Args:
+        image: `(n, k, *sides)`, with any number of spatial axes.
+        size: the new sides.
+
+    Returns:
+        The image `(n, k, *size)`, in the dtype of `image`.
 
     >>> import torch
     >>> cubic(torch.tensor([[[1.0, 1.0, 1.0]]]), (6,)).tolist()
@@ -63,7 +88,7 @@ def cubic(image: Tensor, size: Sequence[int]) -> Tensor:
     found = image.to(wide(image.dtype))
     for axis, side in enumerate(size, 2):
         last = found.movedim(axis, -1)
-        flat = last.reshape(1, -1, last.shape[-1], 1)  # torch has it for two axes; along one of length 1 it changes nothing
+        flat = last.reshape(1, -1, last.shape[-1], 1)  # torch's cubic takes two axes; one of length 1 is left unchanged
         longer = F.interpolate(flat, (side, 1), mode="bicubic", align_corners=False)
         found = longer.reshape(*last.shape[:-1], side).movedim(-1, axis)
     return found.to(image.dtype)

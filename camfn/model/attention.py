@@ -1,8 +1,8 @@
-"""Attention probabilities, which no layer returns: a forward runs with its attention written out, in this thread only.
+"""Attention probabilities, which no layer returns: a forward pass runs with its attention written out, in this thread only.
 
-`scaled_dot_product_attention` never makes them, and eager attention keeps them to itself. So a torch-function mode, for the
-one call, computes the first by hand and follows what becomes of a softmax in the second: attention is a softmax over the last
-axis whose result weighs values in a matrix product. A classifier's or a router's softmax weighs none.
+`scaled_dot_product_attention` never computes them, and eager attention does not return them. A torch-function mode, active for
+one call, computes the first explicitly and traces the softmax of the second. Attention is a softmax over the last axis whose
+result multiplies values in a matrix product; the softmax of a classifier or a router does not.
 """
 
 import functools
@@ -27,24 +27,25 @@ from camfn.model.prepare import Call, Prepared
 T = TypeVar("T")
 
 Nudge = Sequence[Tensor] | Callable[[Tensor], Tensor] | None
-"""What is added to the probabilities: a tensor for each layer, or a function that makes one from them."""
+"""The summand of the probabilities: a tensor for each layer, or a function from the probabilities to one."""
 
 
 class Attention(NamedTuple):
-    """What the self-attention of a forward was, layer by layer in the order of execution, each `(n, heads, q, k)`."""
+    """The self-attention of a forward pass, layer by layer in the order of execution, each `(n, heads, q, k)`."""
 
-    seen: tuple[Tensor, ...]  # probabilities: what the values were weighed by, before the nudge
-    logits: tuple[Tensor, ...]  # what they are the softmax of: scaled, with masks and position biases in
+    seen: tuple[Tensor, ...]  # the probabilities, before the nudge
+    logits: tuple[Tensor, ...]  # their logits: scaled, and with masks and position biases added
 
 
 @_compat.eager
 def attended(run: Callable[[], T], nudge: Nudge = None, *, held: bool = False) -> tuple[T, Attention]:
-    """What `run()` returns, and the attention in it.
+    """Call `run()`, and return its result and its attention.
 
-    The gradient with respect to a zero nudge *is* the gradient at the probabilities. `held`: queries, keys and values are
-    constants to that gradient, which then reaches a layer by the residual stream alone.
+    The gradient with respect to a zero nudge is the gradient at the probabilities. If `held`, queries, keys and values are
+    constants for that gradient, which then reaches a layer only through the residual stream.
 
-    Raises `CamError` where queries and keys differ in number, dropout draws, or a softmax cannot be followed.
+    Raises `CamError` if the numbers of queries and keys differ, if dropout is active, or if a softmax cannot be traced to its
+    values.
 
     >>> import torch, torch.nn.functional as F
     >>> q = k = v = torch.eye(2)[None, None]
@@ -61,19 +62,18 @@ def attended(run: Callable[[], T], nudge: Nudge = None, *, held: bool = False) -
 
 @_compat.eager
 def unfused(run: Callable[[], T]) -> T:
-    """What `run()` returns, with attention of every kind written out: fused kernels have no second derivative, and no rule for
-    being mapped over."""
+    """Call `run()` with all attention written out: fused kernels have no second derivative and no batching rule for `vmap`."""
     with _Unfused(None, False):
         return run()
 
 
 def self_attention(attention: Attention, n: int) -> Attention:
-    """The attention, where it is of all tokens of an image to all of them, the same ones in every layer; else an error."""
+    """Check that every layer attends from all tokens of an image to all of them, with the same tokens in all layers."""
     shapes = [tuple(seen.shape) for seen in attention.seen]
     if not shapes:
         raise CamError(
             "the model has no attention that could be seen: neither scaled_dot_product_attention nor a softmax that weighs "
-            "values ran (a kernel of its own, such as flash or flex attention, is not seen: choose eager or sdpa attention)"
+            "values ran (custom kernels, such as flash or flex attention, are not seen: choose eager or sdpa attention)"
         )
     odd = next((shape for shape in shapes if len(shape) != 4 or shape[0] != n), None)
     if odd is not None:
@@ -91,15 +91,15 @@ def self_attention(attention: Attention, n: int) -> Attention:
 
 
 class Blocks(NamedTuple):
-    """The block around every attention layer: the outermost module that has no other layer in it and returns all tokens."""
+    """The block of each attention layer: the outermost module that returns all tokens and contains no other attention layer."""
 
     names: list[str]
-    axis: int  # of the tokens: `(n, tokens, c)`, or `(tokens, n, c)` as torch's own transformers have them
+    axis: int  # the axis of the tokens: 1 for `(n, tokens, c)`, 0 for `(tokens, n, c)` as in torch's own transformers
 
 
 @_compat.eager
 def blocks_of(model: nn.Module | Prepared | Call, state: State, x: Inputs) -> Blocks:
-    """Found in a forward of the first image."""
+    """Find the blocks, by a forward pass of the first image."""
     batch: Any = [image[None] for image in x[:1]] if isinstance(x, list) else x
     first = tree_map(lambda leaf: leaf[:1].clone() if isinstance(leaf, Tensor) else leaf, batch)
     first = [image[0] for image in first] if isinstance(x, list) else first
@@ -113,15 +113,15 @@ def _find_blocks(model: nn.Module | Prepared | Call, state: State, x: Inputs) ->
     blocks = [name for names in around for name in [name for name in names if layers_in[name] == 1 and name in axes][-1:]]
     if len(blocks) < len(around) or len({(name.rpartition(".")[0], axes[name]) for name in blocks}) > 1:
         raise CamError(
-            f"the model's {len(around)} attention layers are not in one row of blocks, each of which returns all tokens as one "
-            f"tensor; found {', '.join(map(repr, blocks)) or 'none'}"
+            f"the model's {len(around)} attention layers are not in one row of blocks that return all tokens as one tensor; "
+            f"found {', '.join(map(repr, blocks)) or 'none'}"
         )
     return Blocks(blocks, axes[blocks[0]])
 
 
 def _watched(model: nn.Module | Prepared | Call, state: State, x: Inputs) -> tuple[list[list[str]], dict[str, int], Attention]:
-    """In a forward of one image: for each attention layer the modules around it, innermost first; the axis of the tokens of
-    every module that returns them; and the attention."""
+    """Run one image, and return the modules around each attention layer, innermost first; the axis of the tokens, for each
+    module that returns them; and the attention."""
     around: list[list[str]] = []
     axes: dict[str, int] = {}
     passed: list[Tensor] = []
@@ -131,7 +131,7 @@ def _watched(model: nn.Module | Prepared | Call, state: State, x: Inputs) -> tup
         return torch.zeros_like(probabilities)
 
     def see(name: str, args: tuple[Any, ...], out: Any) -> None:
-        # The first to return after the attention is what called it, or ran after it in there.
+        # The first module to return after the attention is its caller, or a module that its caller ran afterwards.
         around.extend([_containers(name)] * (len(passed) - len(around)))
         out = out[0] if isinstance(out, (tuple, list)) and len(out) == 1 else out
         if passed and isinstance(out, Tensor) and out.ndim == 3 and {1, passed[0].shape[-1]} == set(out.shape[:2]):
@@ -143,12 +143,12 @@ def _watched(model: nn.Module | Prepared | Call, state: State, x: Inputs) -> tup
 
 
 def _containers(name: str) -> list[str]:
-    """`a.b.c`, `a.b`, `a`."""
+    """The module and its ancestors, innermost first: `a.b.c`, `a.b`, `a`."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
 
 
-# ---------------------------------------------------------------------------------------------------- the written-out
+# ------------------------------------------------------------------------------------------- written-out attention
 
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
@@ -159,11 +159,11 @@ _SAME = frozenset(
         *("mul", "div", "masked_fill", "view", "reshape", "flatten", "unflatten"),
     )
 )
-"""Functions after which probabilities are still looked for, where queries and keys keep their places."""
+"""Functions whose results still count as probabilities, if the axes of queries and keys stay the last two."""
 
 
 class _Softmax:
-    """One softmax, and whether its result came to weigh values."""
+    """A softmax, and whether its result has reached a product with values."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
@@ -171,16 +171,16 @@ class _Softmax:
 
 
 class _WrittenOut(TorchFunctionMode):
-    """Inside, in this thread only, attention is computed with its probabilities in the open."""
+    """A mode in which attention is computed with explicit probabilities, in this thread only."""
 
     def __init__(self, nudge: Nudge, held: bool) -> None:
         super().__init__()
         self.nudge = nudge
         self.held = held
-        self.heads = 1  # of a product of three axes: the heads in its first
+        self.heads = 1  # number of heads in the first axis of three-dimensional probabilities
         self.seen: list[Tensor] = []
         self.logits: list[Tensor] = []
-        self.followed: dict[int, tuple[Tensor, _Softmax]] = {}  # by id, of tensors that are kept alive here
+        self.followed: dict[int, tuple[Tensor, _Softmax]] = {}  # by id; the tensor is kept alive, so that ids stay unique
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -205,7 +205,7 @@ class _WrittenOut(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """As torch documents it. In float32 or wider, as the fused kernels add up."""
+        """torch's documented formula, in float32 or wider, as the fused kernels accumulate."""
         if dropout_p > 0:
             raise CamError(f"attention draws random numbers in eval mode (dropout_p={dropout_p}): obey self.training")
         if enable_gqa:
@@ -219,7 +219,7 @@ class _WrittenOut(TorchFunctionMode):
             return self._weigh(probabilities, logits, value.to(logits.dtype), torch.matmul).to(value.dtype)
 
     def _multi_head(self, *args: Any, **kwargs: Any) -> Any:
-        """torch's own function, inside which the mode is on again: torch turns it off in what a mode runs."""
+        """torch's own function, with the mode active again: torch disables a mode inside its own handler."""
         outer, self.heads = self.heads, kwargs["num_heads"] if "num_heads" in kwargs else args[4]
         with self:
             out = _MULTI_HEAD(*args, **kwargs)
@@ -262,13 +262,12 @@ class _WrittenOut(TorchFunctionMode):
         return self._weigh(probabilities, source.logits, values, product)
 
     def _weigh(self, probabilities: Tensor, logits: Tensor, values: Tensor, product: Callable[..., Tensor]) -> Tensor:
-        """The values weighed by what is seen and nudged."""
+        """Record the probabilities, nudge them, and multiply them with the values."""
         seen = probabilities.unflatten(0, (-1, self.heads)) if probabilities.ndim == 3 else probabilities
         if seen.shape[-2] != seen.shape[-1]:
             raise CamError(
-                f"attention of {seen.shape[-2]} queries to {seen.shape[-1]} keys (shape {tuple(seen.shape)}): between two sets "
-                "of tokens, or pooled, it is no map of the image to itself; use a method that takes a layer, such as "
-                "camfn.grad_cam"
+                f"attention of {seen.shape[-2]} queries to {seen.shape[-1]} keys (shape {tuple(seen.shape)}): cross-attention "
+                "and pooled attention do not map the image to itself; use a method that takes a layer, such as camfn.grad_cam"
             )
         if self.held:
             seen, values = _compat.constant(seen), _compat.constant(values)
@@ -280,18 +279,18 @@ class _WrittenOut(TorchFunctionMode):
         return product(onward.reshape(probabilities.shape), values)
 
     def finish(self) -> None:
-        """A softmax of queries by keys that came to no values was attention all the same, and would be missing in silence."""
+        """Raise if a softmax over queries and keys reached no values: its attention would be missing silently."""
         for _, source in self.followed.values():
             shape = tuple(source.logits.shape)
             if not source.arrived and len(shape) > 3 and shape[-2] == shape[-1]:
                 raise CamError(
-                    f"a softmax of shape {shape} looks like attention, and what becomes of it cannot be followed to a product "
-                    "with values (talking heads, or a product written in another way?)"
+                    f"a softmax of shape {shape} looks like attention, but cannot be traced to a product with values (talking "
+                    "heads, or a product written in another way?)"
                 )
 
 
 class _Unfused(_WrittenOut):
-    """Nothing of it is followed, and nothing is wrong with it."""
+    """Written-out attention without tracing, checks and nudges."""
 
     def _softmax(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         return func(*args, **kwargs)
@@ -305,11 +304,11 @@ _MULTI_HEAD = types.FunctionType(
     {**vars(F), "has_torch_function": lambda _: False},
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
-"""torch's function with globals of its own, in which it does not hand itself to the mode again."""
+"""torch's function with modified globals, so that it does not dispatch to the mode again."""
 
 
 def _masked_softmax(logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A row with every key masked is zeros, as in torch's own kernels."""
+    """The softmax of masked logits, and these logits. A row with all keys masked is zeros, as in torch's kernels."""
     if mask is None:
         return torch.softmax(logits, -1), logits
     logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
@@ -322,7 +321,7 @@ def _einsum(equation: str, turned: bool, probabilities: Tensor, values: Tensor) 
 
 
 def _weighs(equation: str, place: int) -> bool:
-    """Is one operand's last axis summed over with the other's, which has no axis of queries?"""
+    """Whether the operand at `place` multiplies values: its last axis is summed, and the other operand has no query axis."""
     operands, _, out = equation.replace(" ", "").partition("->")
     names = operands.split(",")
     (batch, *_, query, key), other = names[place], names[1 - place]

@@ -1,7 +1,7 @@
-"""From a module to a pure function.
+"""Pure functions from modules.
 
-A layer of the shell gets three *ports* (seen, nudge, swap), and `functional_call` feeds the shell its state: nothing of the
-caller's is hooked, switched or written to.
+A layer of the private copy (the shell) gets three *ports*: seen, nudge and swap. The state is put into the shell for a run. The
+caller's model is not hooked, switched or written to.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +24,10 @@ from camfn.model.torch_errors import Given, about_forward
 
 
 class Captured(NamedTuple):
-    """What one run of a tapped model gives."""
+    """The output of a tapped model, and what its ports saw."""
 
     output: Any
-    seen: Tensor | tuple[Tensor, ...]
+    seen: Tensor | tuple[Tensor, ...]  # the layer's output; a tuple for a sequence of layers
 
 
 # ------------------------------------------------------------------------------------------------------- the state
@@ -35,9 +35,16 @@ class Captured(NamedTuple):
 
 @prepares
 def state_of(model: nn.Module | Prepared) -> State:
-    """The model as a value: every parameter and buffer by name, detached, sharing memory with the model.
+    """The model's state as a value: every parameter and buffer by name.
 
-    A tensor that has several names (tied weights, a module registered twice) stands under its first.
+    The tensors are detached and share memory with the model. A tensor with several names (tied weights, a module registered
+    twice) is listed under the first.
+
+    Args:
+        model: a module, or a model prepared by `camfn.prepare`.
+
+    Returns:
+        A new dict from names to tensors, to be passed as `state=`.
 
     >>> import camfn, torch
     >>> {name: tuple(t.shape) for name, t in camfn.state_of(torch.nn.Linear(3, 2)).items()}
@@ -47,7 +54,7 @@ def state_of(model: nn.Module | Prepared) -> State:
 
 
 def resolve_state(shell: Shell, state: Mapping[str, Tensor] | None) -> State:
-    """`state` with one entry for each tensor of the model, under its first name; the model's own where it is `None`."""
+    """Complete `state`: one entry for each tensor of the model, under its first name. `None` is the model's own state."""
     if state is None:
         return dict(shell.tensors)
     if not isinstance(state, Mapping):
@@ -58,7 +65,7 @@ def resolve_state(shell: Shell, state: Mapping[str, Tensor] | None) -> State:
     for key, tensor in state.items():
         name = next((shell.aliases[known] for known in without_wrappers(key) if known in shell.aliases), None)
         if name is None:
-            raise CamError(f"state= has an entry {key!r} that the model does not; closest: {closest(key, shell.aliases)}")
+            raise CamError(f"state= has an entry {key!r} that the model does not have; closest: {closest(key, shell.aliases)}")
         if not isinstance(tensor, Tensor):
             raise CamError(f"state= holds for {key!r} a {type(tensor).__name__}, not a tensor")
         if tuple(tensor.shape) != tuple(shell.tensors[name].shape):
@@ -66,7 +73,7 @@ def resolve_state(shell: Shell, state: Mapping[str, Tensor] | None) -> State:
                 f"state= holds {key!r} of shape {tuple(tensor.shape)}, the model's is {tuple(shell.tensors[name].shape)}"
             )
         if name in found and not _is_one(found[name], tensor):
-            raise CamError(f"state= holds two different tensors for one: {name!r} and {key!r} are tied; give it once")
+            raise CamError(f"state= holds different tensors for {name!r} and {key!r}, which are tied; give the tensor once")
         found.setdefault(name, tensor)
     missing = [name for name in shell.tensors if name not in found and name not in shell.optional]
     if missing:
@@ -76,15 +83,15 @@ def resolve_state(shell: Shell, state: Mapping[str, Tensor] | None) -> State:
 
 
 def _is_one(a: Tensor, b: Tensor) -> bool:
-    """Are they one tensor, or views of one? While compiling nobody can tell."""
+    """Whether the tensors share memory. Assumed while compiling, when it cannot be tested."""
     return a is b or _compat.compiling() or _compat.storage_of(a) == _compat.storage_of(b)
 
 
-# ---------------------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------------------------------- one forward pass
 
 
 class _Run(nn.Module):
-    """One forward of the shell with its ports set; what they saw leaves with the output, while the state is still in."""
+    """One forward pass of the shell with its ports set. It returns the output and what the ports saw."""
 
     def __init__(self, model: nn.Module, ports: Ports) -> None:
         super().__init__()
@@ -115,9 +122,9 @@ def _run(
     guarded: bool = True,
     fresh: bool = False,
 ) -> tuple[Any, Any]:
-    # Copies are made here, since what is written under a transform has to be as new as that. A forward may write to buffers
-    # even in eval mode. What else it writes to the guard tells; without one, inputs are copied unless they are `fresh`, made
-    # for this run alone.
+    # Copies are made here, since tensors that are written under a transform must be created inside it. Buffers are copied,
+    # since a forward may write to them even in eval mode. The guard detects all other writes. Without a guard, inputs are
+    # copied too, unless they are `fresh`: made for this run alone.
     if _compat.compiling():
         return _compiled_run(run, shell, state, x, (nudges, swaps), fresh)
     refuse_cached(shell)
@@ -129,18 +136,18 @@ def _run(
     guard = Guard(Allowed(own, copies, given, shell.twins, shell.foreign)) if guarded else nullcontext()
     if torch.is_grad_enabled() and any(map(_is_graphed, (*own.values(), *given, *nudges, *swaps))):
         shell.twins.in_graph = True
-    shell.put(own)  # it stays in until the shell is put back: a checkpointed block runs again when gradients are taken
+    shell.put(own)  # the state stays in after the run: a checkpointed block runs again in the backward pass
     with about_forward(Given(x, state, shell.tensors, {"nudge": nudges, "swap": swaps}, shell.modules)), guard:
         return run.forward(tree_unflatten(given, tree), nudges, swaps)
 
 
 def _compiled_run(run: _Run, shell: Shell, state: State, x: Inputs, ports: tuple[Any, Any], fresh: bool) -> tuple[Any, Any]:
-    """The same where a compiler traces it: without a guard, which it cannot trace, and by `functional_call`, which it can."""
+    """`_run` under a compiler: without the guard, which it cannot trace, and by `functional_call`, which it can."""
     copies = shell.buffers | shell.written
     own = {name: t.clone() if name in copies else t for name, t in state.items()}
     tensors = {f"model.{slot}": own[name] for slot, name in shell.slots.items()}
     given = x if fresh else tree_map(copied, x)
-    # Every place is named once: `tie_weights` would name a place that has two paths twice, and restore it wrongly.
+    # Every slot is named once: `tie_weights` would name a slot with two paths twice, and restore it wrongly.
     return functional_call(run, tensors, (given, *ports), tie_weights=False)
 
 
@@ -149,12 +156,12 @@ def _is_graphed(leaf: Any) -> bool:
 
 
 def copied(leaf: Any) -> Any:
-    """What the model writes to is not the caller's."""
+    """Copy a tensor, so that the model cannot write to the caller's; other leaves as they are."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def pure_from(shell: Shell, *, guarded: bool = True, fresh: bool = False) -> Callable[[State, Inputs], Any]:
-    """`pure` for a shell at hand and a state that is complete. `fresh`: the inputs are made for one run, and not copied."""
+    """`pure` for a given shell and complete states. `fresh` inputs are made for one run, and are not copied."""
     run = _Run(shell.module, Ports(shell, ()))
 
     def call(state: State, x: Inputs) -> Any:
@@ -164,10 +171,21 @@ def pure_from(shell: Shell, *, guarded: bool = True, fresh: bool = False) -> Cal
 
 
 def pure(model: nn.Module | Prepared) -> Callable[[State, Inputs], Any]:
-    """The model in eval mode as a function `(state, x) -> output` that reads nothing else and writes nothing.
+    """The model in eval mode as a pure function `(state, x) -> output`.
 
-    `x` is a tensor (`model(x)`), a tuple (`model(*x)`) or a mapping (`model(**x)`). The function holds a copy of the module
-    tree as it is now: make a new one after the model was changed.
+    The function reads nothing else and writes nothing. It holds a copy of the module tree as it is now: call `pure` again after
+    a change of the model's structure.
+
+    Args:
+        model: a module, or a model prepared by `camfn.prepare`.
+
+    Returns:
+        The function. `state` is a dict as from `camfn.state_of`. `x` is a tensor (`model(x)`), a tuple (`model(*x)`), a mapping
+        (`model(**x)`), or a list, which is one argument.
+
+    Raises:
+        CamError: by the function, if `state` does not fit the model, or if the model cannot be run as a pure function, as one
+            that draws random numbers in eval mode.
 
     >>> import camfn, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout(0.5))
@@ -191,7 +209,7 @@ def pure(model: nn.Module | Prepared) -> Callable[[State, Inputs], Any]:
 
 @_compat.eager
 def tap_from(shell: Shell, names: Sequence[str], *, guarded: bool = True) -> Callable[..., Captured]:
-    """`tap` for a shell at hand and a state that is complete. The shell's layers get ports: use it for this tap only."""
+    """`tap` for a given shell and complete states. The shell's layers get ports: do not use it for anything else."""
     ports = Ports(shell, names)
     run = _Run(shell.module, ports)
 
@@ -205,15 +223,24 @@ def tap_from(shell: Shell, names: Sequence[str], *, guarded: bool = True) -> Cal
 
 
 def tap(model: nn.Module | Prepared, layer: Layer | Sequence[Layer]) -> Callable[..., Captured]:
-    """The model as a function `(state, x, nudge=None, swap=None) -> (output, seen)`, with ports at a layer.
+    """The model as a pure function with ports at a layer: `(state, x, nudge=None, swap=None) -> (output, seen)`.
 
-    `seen` is the layer's output; `nudge` is added to it before it goes on (the gradient with respect to a zero nudge *is*
-    the gradient at the layer); `swap` goes on in its place. For a sequence of layers all three are tuples.
+    - `seen` is the layer's output.
+    - `nudge` is added to it. The gradient with respect to a zero nudge is the gradient at the layer.
+    - `swap` replaces it.
 
-    A layer that returns several tensors is named with one of its parts, `"layer:0"` or `"layer:key"`, and one that runs
-    several times with the call to take, counted from 1: `"layer@2"`.
+    Args:
+        model: a module, or a model prepared by `camfn.prepare`.
+        layer: a name, a module, or a sequence of these; for a sequence, `seen`, `nudge` and `swap` are tuples. A part of an
+            output with several tensors is named `"layer:0"` or `"layer:key"`. A call of a layer that runs several times is
+            named `"layer@2"`, counted from 1.
 
-    Raises `CamError` where the layer is unknown or never runs, or where its call or its part has to be chosen.
+    Returns:
+        The function, which returns a `Captured`. `state` and `x` are as for `camfn.pure`.
+
+    Raises:
+        CamError: if a layer is unknown or named twice; by the function, if a layer does not run, or if a call or a part of it
+            must be named.
 
     >>> import camfn, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
@@ -246,7 +273,7 @@ def tap(model: nn.Module | Prepared, layer: Layer | Sequence[Layer]) -> Callable
 
 
 def watch(model: nn.Module | Prepared | Call, state: State, x: Inputs, see: Callable[[str, tuple[Any, ...], Any], None]) -> Any:
-    """Run the model once and show every module to `see(name, arguments, output)`, innermost first. Returns the output."""
+    """Run the model once, and call `see(name, arguments, output)` for every module, innermost first. Returns the output."""
     shell = opened(model).shell()
 
     def passes(name: str) -> Callable[[tuple[Any, ...], Any], Any]:
@@ -264,9 +291,10 @@ def watch(model: nn.Module | Prepared | Call, state: State, x: Inputs, see: Call
 
 @_compat.eager
 def calls_from(shell: Shell, names: Sequence[str]) -> Callable[..., tuple[Captured, tuple[str, ...]]]:
-    """`tap_from` for every call of these layers, in the order of execution: a layer may run several times, or not at all.
+    """`tap_from` for every call of these layers, in the order of execution. A layer may run several times, or not at all.
 
-    A nudge is a tensor for each call, or a function from what the layer gave to one. With what was seen come the layers' names.
+    A nudge is a tensor for each call, or a function from a layer's output to one. The function also returns the name of the
+    layer of each call.
     """
     inner = pure_from(shell)
     seen: list[Tensor] = []
@@ -276,7 +304,7 @@ def calls_from(shell: Shell, names: Sequence[str]) -> Callable[..., tuple[Captur
 
     def passes(name: str) -> Callable[[tuple[Any, ...], Any], Any]:
         def nudged(args: tuple[Any, ...], out: Tensor) -> Tensor:
-            if over:  # a checkpointed block runs again in the backward
+            if over:  # a checkpointed block runs again in the backward pass
                 return out + torch.zeros_like(out, requires_grad=True) if callable(nudges) else out
             if callable(nudges):
                 check_recording(name)

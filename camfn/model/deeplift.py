@@ -1,8 +1,8 @@
-"""DeepLIFT's rescale rule, through what comes after a layer: how a score's difference from that of zeros is shared out.
+"""DeepLIFT's rescale rule through the head: attributions of the score's difference between the activation and zeros.
 
-Every operation that is not affine in the activation is replaced by the affine one that agrees with it at the activation and at
-zeros. What comes after the layer is affine then; its slopes are the multipliers, and slopes times activation add up to the
-difference of the scores.
+Every operation that is not affine in the activation is replaced by the affine function that agrees with it at the activation
+and at zeros. The head is then affine. Its gradient is the multipliers, and multipliers times activation sum to the difference
+of the scores (Shrikumar et al., 2017, arXiv 1704.02685).
 """
 
 import operator
@@ -24,21 +24,21 @@ from camfn.model.head import Head, agree, head_of
 from camfn.model.tape import Operation, Value, leaves, mapped
 from camfn.targets import Score, score_rows
 
-_POINTS = 32  # of the quadrature between two outputs; of what is linear in the logits one is enough
+_POINTS = 32  # quadrature points between two outputs; one is enough for a score that is linear in the logits
 
 
 class Three(NamedTuple):
-    """A tensor for the activation, for zeros, and as the affine function that goes through both."""
+    """An intermediate value: as the affine function of the activation, at the activation, and at zeros."""
 
-    line: Any
-    there: Any
-    base: Any
+    line: Any  # the affine function, which is differentiated
+    there: Any  # at the activation
+    base: Any  # at zeros
 
 
 @_compat.eager
 def multipliers(forward: Forward, layer: str, activation: Tensor, score: Score) -> list[Tensor]:
-    """For each target, the slopes `m` of the affine function, in the layer's own shape."""
-    # Recorded at zeros, and looked at there: these are the two that the rule goes through.
+    """The multipliers `m` of each target: the gradient of the affine function, in the layer's own shape."""
+    # The head is recorded at zeros and tested at the activation, the two values of the rule.
     zeros = torch.zeros_like(activation)
     head = head_of(forward.task, layer, forward.batch.x, zeros, lambda head: _gives_clean(head, forward, activation))
     given = activation, head.handed(forward.task.state, forward.batch.x), score.rows
@@ -69,13 +69,13 @@ def _multipliers(head: Head, layer: str, activation: Tensor, handed: Sequence[Te
 
 
 def _quadrature(count: int) -> tuple[list[float], list[float]]:
-    """Points in [0, 1] and their shares (Gauss and Legendre's)."""
+    """The points in [0, 1] and the weights of Gauss-Legendre quadrature."""
     points, shares = np.polynomial.legendre.leggauss(count)
     return ((points + 1) / 2).tolist(), (shares / 2).tolist()
 
 
 def _between(leaf: Any, share: float) -> Any:
-    """An output on the way from zeros' to the activation's, moving with the line: so the score's slopes are taken there."""
+    """An output at `share` of the way from zeros to the activation, with the line's gradient: the score is linearized there."""
     if not isinstance(leaf, Three):
         return leaf
     if not leaf.there.is_floating_point():
@@ -84,7 +84,7 @@ def _between(leaf: Any, share: float) -> Any:
 
 
 def _followed(head: Head, layer: str, value: Three, handed: Sequence[Tensor]) -> list[Any]:
-    """The outputs, operation by operation."""
+    """Run the head operation by operation, and return its outputs."""
     rest = head.record.rest
     known: list[Any] = [value, *handed]
     for operation in rest.operations:
@@ -96,7 +96,7 @@ def _followed(head: Head, layer: str, value: Three, handed: Sequence[Tensor]) ->
 
 
 def _named(names: str) -> frozenset[str]:
-    """Operations, as aten calls them."""
+    """A set of aten operations."""
     return frozenset(names.split())
 
 
@@ -113,13 +113,13 @@ _AFFINE = _NORMS | _named(
     new_ones new_full
     """
 )
-"""Affine in their tensors, where `_ONE_OF` and `_STILL` hold."""
+"""Operations that are affine in their tensors, under the conditions of `_ONE_OF` and `_STILL`."""
 
 _ONE_OF = {name: {0, 1} for name in _named("mul mm bmm mv dot")} | {name: {1, 2} for name in _named("addmm addmv baddbmm")}
-"""Products: of these arguments one at most hangs on the activation."""
+"""Products: at most one of these arguments may depend on the activation."""
 
 _STILL = {name: {1, 2, 3, 4} for name in _named("div index index_select gather linear convolution") | _NORMS} | {"where": {0}}
-"""And of these none."""
+"""None of these arguments may depend on the activation."""
 
 _CURVES = _named(
     """
@@ -127,22 +127,22 @@ _CURVES = _named(
     hardshrink threshold clamp clamp_min clamp_max maximum minimum abs exp log log1p sqrt rsqrt reciprocal pow sin cos erf
     """
 )
-"""Functions of each value of the first argument by itself."""
+"""Element-wise functions of the first argument."""
 
 _POOLS = {"max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "adaptive_max_pool2d": 2, "adaptive_max_pool3d": 3}
-"""Max-pooling over so many axes, the last; it tells where the maxima are."""
+"""Max-pooling operations that return indices, and the number of their spatial axes."""
 
 
 def _ruled(operation: Operation, known: list[Any], layer: str) -> Three:
-    """What an operation gives, by the rule of its kind."""
+    """Apply the rule for an operation."""
     target: Any = operation.target
-    if target is torch.ops.aten.as_strided_.default:  # adaptive pooling does so to its own result, where channels are last
+    if target is torch.ops.aten.as_strided_.default:  # adaptive pooling applies it to its own result with channels last
         target = torch.ops.aten.as_strided.default
     name = "getitem" if target is operator.getitem else target.overloadpacket.__name__
     moving = {i for i, argument in enumerate(operation.args) if _moves(argument, known)}
     dtype: Any = operation.kwargs.get("dtype", torch.float32)
     if name == "_to_copy" and dtype.is_floating_point:
-        return known[operation.args[0]]  # all is computed in one dtype
+        return known[operation.args[0]]  # casts are dropped: the whole head runs in one dtype
     if name in _CURVES and moving == {0}:
         return _curve(target, *(_given(operation, known, i) for i in range(3)))
     if name in _POOLS or (name in ("amax", "max") and moving == {0}):
@@ -150,9 +150,9 @@ def _ruled(operation: Operation, known: list[Any], layer: str) -> Three:
     product = len(moving & _ONE_OF.get(name, set())) > 1 or moving & _STILL.get(name, set())
     if name not in _AFFINE or product or _is_rounded_or_trained(name, operation):
         raise CamError(
-            f"lift_cam has no rule for {target}{' of two that change' if product else ''}, after {layer_called(layer)}: it "
-            "follows what is affine in the activation, functions of single values and max-pooling; choose a later layer, or "
-            "another method"
+            f"lift_cam has no rule for {target}{' with these arguments' if product else ''}, after {layer_called(layer)}: its "
+            "rules are for operations that are affine in the activation, element-wise functions and max-pooling; choose a "
+            "later layer, or another method"
         )
     return Three(*(target(*args, **kwargs) for args, kwargs in (_given(operation, known, i) for i in range(3))))
 
@@ -162,7 +162,7 @@ def _moves(argument: Any, known: list[Any]) -> bool:
 
 
 def _given(operation: Operation, known: list[Any], i: int) -> Any:
-    """The arguments of one of the three."""
+    """The arguments of an operation for field `i` of `Three`."""
 
     def one(leaf: Any) -> Any:
         found = known[leaf] if isinstance(leaf, Value) else leaf
@@ -172,12 +172,12 @@ def _given(operation: Operation, known: list[Any], i: int) -> Any:
 
 
 def _is_rounded_or_trained(name: str, operation: Operation) -> bool:
-    """A division with a rounding mode; a batch norm by the batch's own statistics."""
+    """Whether the operation is a division with rounding, or a batch norm with the statistics of the batch."""
     return bool(operation.kwargs.get("rounding_mode")) or (name.endswith("batch_norm") and operation.args[5] is True)
 
 
 def _curve(target: Any, line: Any, there: Any, base: Any) -> Three:
-    """The line through both values; where they are as good as one, by the slope between them."""
+    """The line through both values; if they nearly coincide, with the slope at their mean."""
     ((z, *_), _), ((a, *rest), kwargs), ((b, *_), _) = line, there, base
 
     def curve(value: Tensor) -> Tensor:
@@ -188,16 +188,20 @@ def _curve(target: Any, line: Any, there: Any, base: Any) -> Three:
     near = step.abs() <= torch.finfo(a.dtype).eps ** 0.5 * torch.maximum(a.abs(), b.abs())
     middle = (a + b) / 2
     between = (at - zero) / torch.where(near, 1, step)
-    # Not by `jvp`, whose levels belong to the process: another thread's may end in between.
+    # `jvp` is not used: its levels are shared by all threads of the process.
     slope = torch.where(near, grad(lambda value: curve(value).sum())(middle), between)
     return Three(zero + slope * (z - b), at, zero)
 
 
 def _maximum(name: str, target: Any, line: Any, there: Any, base: Any) -> Three:
-    """What the maximum has above zeros' goes to its place, what it has below to the place of zeros' (as DeepSHAP has it)."""
+    """The rule for maxima, as in DeepSHAP.
+
+    With `top` the larger of both maxima, the rise from the maximum of zeros to `top` goes to the position of the activation's
+    maximum. The fall from `top` to the activation's maximum goes to the position of the maximum of zeros.
+    """
     z, a, b = (args[0] for args, _ in (line, there, base))
     ends = [target(*args, **kwargs) for args, kwargs in (there, base)]
-    tells = isinstance(ends[0], tuple)  # where the maxima are, too
+    tells = isinstance(ends[0], tuple)  # whether the operation also returns the indices
     axes = tuple(range(-_POOLS[name], 0)) if name in _POOLS else _reduced(there)
 
     def lay(value: Tensor) -> Tensor:
@@ -209,7 +213,7 @@ def _maximum(name: str, target: Any, line: Any, there: Any, base: Any) -> Three:
         i, j = (lay(value).argmax(-1, keepdim=True) for value in (a, b))
     high, low = lay(a).gather(-1, i), lay(b).gather(-1, j)
     top = torch.maximum(high, low)
-    # Where a value does not differ, its slope has no part in the difference: the derivative's at the activation.
+    # At positions whose values are equal, the slope does not affect the difference: take the derivative at the activation.
     rise, fall = high - lay(b).gather(-1, i), lay(a).gather(-1, j) - low
     up = torch.where(rise == 0, 1, (top - low) / torch.where(rise == 0, 1, rise))
     down = torch.where(fall == 0, 0, (high - top) / torch.where(fall == 0, 1, fall))
@@ -219,7 +223,7 @@ def _maximum(name: str, target: Any, line: Any, there: Any, base: Any) -> Three:
 
 
 def _reduced(there: Any) -> tuple[int, ...]:
-    """The axes that `amax` or `max` is over."""
+    """The axes that `amax` or `max` reduces."""
     (value, *rest), kwargs = there
     dim = rest[0] if rest else kwargs.get("dim", ())
     return tuple(dim if isinstance(dim, (list, tuple)) else (dim,)) or tuple(range(value.ndim))

@@ -1,4 +1,4 @@
-"""The clean forward pass: validated arguments, the model's output, the layers' outputs, and the way back to them."""
+"""The clean forward pass: validated arguments, the model's output, the layers' activations, and their gradients on demand."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -31,27 +31,27 @@ from camfn.targets import logits_of
 
 
 class Task(NamedTuple):
-    """A model and its validated inputs: what one call works on. Nothing has run yet."""
+    """A model and its validated inputs, before any forward pass."""
 
     model: Call
-    shell: Shell  # a private copy, for its names: ports are put into it
+    shell: Shell  # a private copy, which gets the ports
     state: State
     batch: Batch
-    facts: dict[Any, Any]  # what this call found out about the model
+    facts: dict[Any, Any]  # facts about the model that this call has found; see `once`
 
     def with_image(self, image: Tensor) -> "Task":
-        """The same model on another image, about which nothing is known."""
+        """The task with another image, and without facts."""
         return self._replace(batch=self.batch.with_image(image), facts={})
 
 
 class Forward(NamedTuple):
-    """The clean forward pass: the model's output, and the outputs of the layers."""
+    """The clean forward pass: the output of the model, and the activations of the layers."""
 
     task: Task
     layers: tuple[str, ...]
-    several: bool  # the caller gave a sequence of layers and gets a tuple of maps
+    several: bool  # whether the caller named a sequence of layers, and gets a tuple of maps
     output: Any
-    activations: tuple[Tensor, ...]  # as the layers gave them
+    activations: tuple[Tensor, ...]  # in the layers' own shapes
     companions: Companions
     forwards: int  # forward passes so far, counted in images
 
@@ -77,12 +77,12 @@ class Forward(NamedTuple):
 
 
 def without_graph() -> AbstractContextManager[Any]:
-    """In a plain call no graph is recorded. A transform needs all of it."""
+    """Disable the autograd graph in a plain call. A transform needs it."""
     return nullcontext() if _compat.transformed() else torch.no_grad()
 
 
 class Shared(Call):
-    """A call in which several methods share the clean forward pass of these inputs, and the gradients there."""
+    """A call in which several methods share the clean forward pass of one input, and its gradients."""
 
     def __init__(self, prepared: Prepared, x: Inputs, graph: bool) -> None:
         super().__init__(prepared)
@@ -91,16 +91,16 @@ class Shared(Call):
         self.last: Forward | None = None
 
     def inner(self) -> AbstractContextManager["Shared"]:
-        """A method's call: the copies that it is lent stay lent until all methods are done."""
+        """The call of one method. Private copies stay lent until all methods are done."""
         return nullcontext(self)
 
     def look(self, question: "_Question") -> tuple[Forward, Pullback | None]:
-        """Share the forward pass, unless a method asks about other inputs, as a smoothing one does, or about no layer."""
+        """Answer from the shared forward pass, unless the question has another input (as in smoothing) or no layer."""
         if question.x is not self.x or not question.taps:
             return _look(Call(self.prepared), question)
-        given = plain(self.x)  # another method may have asked for less than this one needs
+        given = plain(self.x)  # validate again: this method may need more than the one that ran the forward pass
         check_inputs(given, key_of(given, question.masked, question.masks), {}, question.masks)
-        question = question._replace(graph=question.graph or self.graph)  # a sweep with a budget takes gradients too
+        question = question._replace(graph=question.graph or self.graph)  # a sweep with a budget needs gradients too
         key = question.layers, question.masked, question.graph, question.masks and not question.graph
         if key not in self.seen:
             self.seen[key] = _look(self, question)
@@ -115,27 +115,30 @@ class _Question(NamedTuple):
     x: Inputs
     state: State | None
     masked: Key
-    masks: bool  # the method masks an input, and its maps have no graph
-    graph: bool = False  # gradients are asked for
-    taps: bool = True  # there are layers
+    masks: bool  # whether the method masks an input; its maps then have no graph
+    graph: bool = False  # whether gradients are needed
+    taps: bool = True  # whether a layer is explained
 
     @property
     def layers(self) -> Any:
-        """The layers, hashable."""
+        """The layers as a hashable value."""
         return tuple(self.layer) if is_several(self.layer) else self.layer  # pyright: ignore[reportArgumentType]: a sequence
 
 
 def look(
     model: Model, layer: Layers, x: Inputs, state: State | None, masked: Key = None, *, masks: bool = False, taps: bool = True
 ) -> Forward:
-    """Validate the arguments and run the clean forward pass. `masks`: the method masks an input. `taps=False`: no layer."""
+    """Validate the arguments and run the clean forward pass.
+
+    `masks` says that the method masks an input; `taps=False` that it has no layer.
+    """
     return _answered(model, _Question(layer, x, state, masked, masks, taps=taps))[0]
 
 
 def look_with_gradients(
     model: Model, layer: Layers, x: Inputs, state: State | None, masked: Key = None, *, masks: bool = False
 ) -> tuple[Forward, Pullback]:
-    """The same, and the way back from the output to the layers."""
+    """Like `look`, and return the pullback from the output to the layers."""
     forward, pullback = _answered(model, _Question(layer, x, state, masked, masks, graph=True))
     assert pullback is not None
     return forward, pullback
@@ -150,7 +153,7 @@ def _look(model: Call, question: _Question) -> tuple[Forward, Pullback | None]:
     task = begin(model, x, state, masked, masks=masks, named=taps and layer is not None)
     names, forwards = _layers_of(task, layer) if taps else ((), task.batch.n)
     distinct = list(dict.fromkeys(names))
-    # Under a transform, what a model writes to has to be made inside it.
+    # Under a transform, tensors that the model writes to must be created inside it: each run then makes its own copy.
     run = tapped(task, distinct, None if _compat.transformed() else task.shell)
     if graph or (masks and _compat.is_differentiated(task.batch.image)):
         check_differentiable(task.shell)
@@ -166,9 +169,9 @@ def _look(model: Call, question: _Question) -> tuple[Forward, Pullback | None]:
 
 
 def _layers_of(task: Task, layer: Layers) -> tuple[tuple[str, ...], int]:
-    """The names of the layers, and the forward passes so far, with the one that follows."""
+    """The names of the layers, and the number of forward passes, including the clean one that follows."""
     if is_several(layer) and not layer:
-        raise CamError("layer is an empty sequence: name one layer at least, or pass None to have one chosen")
+        raise CamError("layer is an empty sequence: name one layer or more, or pass None to have one chosen")
     if layer is not None:
         return tuple(resolve_layers(task.shell, layer)), task.batch.n
     name, why = choose(task.model, task.state, task.batch)
@@ -178,9 +181,10 @@ def _layers_of(task: Task, layer: Layers) -> tuple[tuple[str, ...], int]:
 
 
 def _companions(task: Task, output: Any) -> Companions:
-    """Tell whether a companion input of n rows has one for each image, or is shared, as two texts are by two images.
+    """Find out whether companion inputs with n rows belong to the images one by one, or are shared, as two texts by two images.
 
-    A batch of the first image twice tells, where the logits can be read: both rows have the logits of the first.
+    The test runs a batch of the first image twice, with the companion inputs repeated and then shared. The right choice gives
+    both rows the logits of the first image. Without logits, they are assumed to belong to the images.
     """
     x, key, n = task.batch
     if _compat.transformed() or not beside(x, key, n):
@@ -204,16 +208,16 @@ def _companions(task: Task, output: Any) -> Companions:
 
 
 def once(task: Task, what: Any, find: Callable[[], Any]) -> Any:
-    """A fact that depends on the values of this call: found once in it, and not kept for another."""
+    """Find a fact that depends on the values of this call, once for the call. It is not kept for another call."""
     if what not in task.facts:
-        # Not in inference mode: a model may not write to its tensors outside of it.
+        # Without inference mode: its tensors could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             task.facts[what] = find()
     return task.facts[what]
 
 
 def tapped(task: Task, names: Sequence[str], shell: Shell | None = None) -> Run:
-    """The model with ports at these layers. With a shell, this is for one run; without, each run gets a shell of its own."""
+    """The model with ports at these layers. A given shell serves one run only; without one, each run gets a new shell."""
 
     def run(state: State, x: Inputs, nudge: Any = None) -> Captured:
         return run_checked(tap_from(shell or task.model.shell(), names), task, (state, x), nudge)
@@ -222,7 +226,7 @@ def tapped(task: Task, names: Sequence[str], shell: Shell | None = None) -> Run:
 
 
 def again(forward: Forward, image: Tensor, *, unfused: bool = False) -> tuple[Forward, Pullback]:
-    """The forward pass of another image, with the way back. `unfused`: attention is written out."""
+    """Run the forward pass of another image, with its pullback. `unfused` avoids fused attention kernels."""
     task = forward.task.with_image(image)
     names = list(dict.fromkeys(forward.layers))
     check_differentiable(task.shell)
@@ -239,7 +243,7 @@ def again(forward: Forward, image: Tensor, *, unfused: bool = False) -> tuple[Fo
 def begin(
     model: Model, x: Inputs, state: State | None, masked: Key = None, *, masks: bool = False, named: bool = False
 ) -> Task:
-    """Validate the model and its inputs. `named`: there is a layer, and a layout if one is needed."""
+    """Validate the model and its inputs. `named` says that the caller named a layer."""
     call = opened(model)
     shell = call.shell()
     full = resolve_state(shell, state)
@@ -251,25 +255,28 @@ def begin(
 
 @contextmanager
 def deterministic(again: Callable[[], Any]) -> Iterator[list[Any]]:
-    """Around a forward, whose output is put into the list: where Python's or NumPy's generator has moved, `again` has to give
-    the same."""
+    """Check that a forward pass is deterministic. The caller appends its output to the list that the context gives.
+
+    If the state of Python's or NumPy's generator has changed, `again()` must give the same output. Otherwise `RefusedError` is
+    raised.
+    """
     if _compat.compiling():
         yield []
         return
-    before, told = _generators(), []
-    yield told
+    before, outputs = _generators(), []
+    yield outputs
     moved = [name for name, state in _generators().items() if state != before[name]]
-    if "torch" in moved:  # by another thread, or by what a torch-function mode does not see
+    if "torch" in moved:  # another thread drew, or a draw that a torch-function mode does not see
         with refusing_draws():
             again()
         moved.remove("torch")
     if not moved:
         return
-    pairs = list(zip(*(_plain_tensors(output) for output in (told[0], again()))))
+    pairs = list(zip(*(_plain_tensors(output) for output in (outputs[0], again()))))
     if not all(is_close(a, b, 1000) for a, b in pairs):
         raise RefusedError(
-            f"the model draws random numbers in eval mode (from the generator of {' and '.join(moved)}, which has moved): its "
-            "scores would differ from forward to forward; make the code that draws obey self.training"
+            f"the model draws random numbers in eval mode (the generator of {' and '.join(moved)} has advanced): its scores "
+            "would differ between forward passes; make the code that draws obey self.training"
         )
 
 
@@ -290,9 +297,9 @@ def run_checked(tap: Callable[..., Captured], task: Task, given: tuple[State, In
     (state, x), key = given, task.batch.key
     wrong = _wrong_rank(x, key, task.shell)
     try:
-        with deterministic(lambda: pure_from(task.model.shell())(state, x)) as told:
+        with deterministic(lambda: pure_from(task.model.shell())(state, x)) as outputs:
             captured = tap(state, x, nudge)
-            told.append(captured.output)
+            outputs.append(captured.output)
     except (AttributeError, TypeError) as error:
         if isinstance(x, list):
             raise CamError(_NO_LIST) from error
@@ -301,13 +308,13 @@ def run_checked(tap: Callable[..., Captured], task: Task, given: tuple[State, In
         if wrong and not isinstance(error, CamError):
             raise CamError(wrong) from error
         raise
-    if wrong and any(value.ndim < pick(x, key).ndim + 1 for value in captured.seen):  # torch took it for one sample
+    if wrong and any(value.ndim < pick(x, key).ndim + 1 for value in captured.seen):  # torch took x for a single sample
         raise CamError(wrong)
     return captured
 
 
 def _check_frames(shell: Shell, image: Tensor) -> None:
-    """Frames before channels look like channels and three spatial axes, and masks would go over the wrong ones."""
+    """Refuse frames before channels: they look like channels and three spatial axes, and masks would cover the wrong ones."""
     first = _first_convolution(shell)
     if image.ndim == 5 and first is not None and image.shape[1] != first.in_channels == image.shape[2]:
         raise CamError(
@@ -328,7 +335,7 @@ _NO_LIST = (
 
 
 def _wrong_rank(x: Inputs, key: Key, shell: Shell) -> str:
-    """A sentence, where x has not as many axes as a batch for the first convolution. A model may mend that itself."""
+    """A message if x has the wrong number of axes for the first convolution, else "". The model may still accept x."""
     first = _first_convolution(shell)
     if key is not None or first is None or pick(x, key).ndim == len(first.kernel_size) + 2:
         return ""
@@ -339,7 +346,7 @@ def _wrong_rank(x: Inputs, key: Key, shell: Shell) -> str:
 
 
 def check_differentiable(shell: Shell) -> None:
-    """Raise where a gradient could not come through the model."""
+    """Raise `CamError` if the model is quantized: it has no gradient."""
     quantised = quantised_in(shell.distinct())
     if quantised:
         raise CamError(
@@ -349,7 +356,7 @@ def check_differentiable(shell: Shell) -> None:
 
 
 def first_nonfinite(task: Task, x: Inputs) -> str:
-    """The layer, in the order of execution, whose output is the first that is not finite, for the end of a sentence."""
+    """Describe, for an error message, the first layer in the order of execution whose output is not finite."""
     found: list[str] = []
 
     def see(name: str, args: tuple[Any, ...], out: Any) -> None:

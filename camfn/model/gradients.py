@@ -1,4 +1,4 @@
-"""The gradient of a score at the layers: by a graph that begins there, or, under a transform, by `torch.func.vjp`."""
+"""Gradients of a score at the layers: by an autograd graph that begins there, or, under a transform, by `torch.func.vjp`."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,48 +16,48 @@ from camfn.model.torch_errors import about_gradient, is_reentrant, refuse_once, 
 from camfn.targets import Score, score_rows
 
 Of = Callable[[Any], Tensor]
-"""A function of the model's output to one number."""
+"""A function from the model's output to a scalar."""
 
 
 class Pullback(NamedTuple):
-    """The way back from the output to the layers. Each function takes an `Of`; tensors are shaped as the layers' outputs."""
+    """Functions from an `Of` to its derivatives at the layers, in the shapes of the layers' outputs."""
 
     gradients: Callable[[Of], dict[Any, Tensor]]
     """The gradient G at each layer."""
     last: Callable[[Of], Tensor]
-    """The gradient at the last layer alone."""
+    """The gradient at the last layer only."""
     curvatures: Callable[[Of], dict[Any, tuple[Tensor, Tensor]]]
-    """G, and the product H A of the Hessian with the layer's own output A: the gradient of `<G, A>` at this layer. It is not
-    found by `jvp`: torch's forward mode has one level for all threads of a process, so two threads at once fail, or get wrong
-    values without an error."""
+    """G, and the Hessian-vector product H A with the layer's own output A: the gradient of `<G, A>` at this layer. `jvp` is not
+    used: torch's forward mode has one level for all threads of a process, so two threads at once fail, or silently get wrong
+    values."""
 
     def through(self, wrap: Callable[[Any], Any]) -> "Pullback":
-        """The same, each function wrapped."""
+        """The pullback with each function wrapped."""
         return Pullback(wrap(self.gradients), wrap(self.last), wrap(self.curvatures))
 
 
 Run = Callable[..., Captured]
-"""`(state, x, nudge)`: the tapped model; a nudge is a tensor for each layer, or a function of the layer's output to one."""
+"""The tapped model, `(state, x, nudge)`. A nudge is a tensor for each layer, or a function from the layer's output to one."""
 
 
 @_compat.eager
 def with_pullback(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pullback]:
-    """Run the clean forward pass, and return the way back from its output to the layers. The output has no graph.
+    """Run the clean forward pass, and return its pullback to the layers. The returned output has no graph.
 
-    Where `names` is `None`, the forward pass tells how many layers there are: they are named 0, 1, ... in order, and one nudge
-    is given for all of them.
+    If `names` is `None`, the forward pass determines the number of layers. They are named 0, 1, ... in order, and `run` gets
+    one nudge for all of them.
     """
     captured, pullback = (_by_vjp if _compat.transformed() else _by_graph)(run, state, x, names)
     return captured, pullback.through(about_gradient())
 
 
 def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pullback]:
-    """The state and the inputs have no graph, and the layers before the nudges record none."""
+    """By an autograd graph from zero nudges to the output. State and inputs are detached, so earlier layers record no graph."""
     zeros: dict[Any, Tensor] = {}
 
     def zero(name: Any, value: Tensor) -> Tensor:
         made = torch.zeros_like(value, requires_grad=True)
-        zeros.setdefault(name, made)  # a checkpointed block runs again in the backward pass, with others
+        zeros.setdefault(name, made)  # a checkpointed block runs again in the backward pass, with new nudges
         return made
 
     def next_zero(value: Tensor) -> Tensor:
@@ -82,9 +82,9 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
             total = of(output)
             slopes = _gradients(total, zeros, lambda: run(state, x, None), graph=True)
             refuse_once(total)
-            leans = {name: (slope * values[name]).sum() for name, slope in slopes.items()}
-            bends = {name: _gradients(lean, {name: zeros[name]}, None)[name] for name, lean in leans.items()}
-        return {name: (slope.detach(), bends[name]) for name, slope in slopes.items()}
+            products = {name: (slope * values[name]).sum() for name, slope in slopes.items()}
+            hvps = {name: _gradients(product, {name: zeros[name]}, None)[name] for name, product in products.items()}
+        return {name: (slope.detach(), hvps[name]) for name, slope in slopes.items()}
 
     detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
     values = dict(zip(zeros if names is None else names, (value.detach() for value in seen)))
@@ -94,7 +94,10 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
 def _gradients(
     total: Tensor, zeros: dict[Any, Tensor], again: Callable[[], Any] | None, graph: bool = False
 ) -> dict[Any, Tensor]:
-    """Zeros where the score has no slope at all, as a count has none; `again` runs the model, to tell whether it quantises."""
+    """Gradients of `total`; zeros if it does not depend on a leaf differentiably, as a count does not.
+
+    `again` runs the model to find out whether a missing gradient is due to quantization, which is an error.
+    """
     found: Any = (None,) * len(zeros)
     if total.requires_grad:
         leaves = tuple(zeros.values())
@@ -110,7 +113,7 @@ def _gradients(
 
 
 def _by_backward(total: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The same by `backward`: a checkpoint with `use_reentrant=True` takes no other. Nothing but the leaves has a gradient."""
+    """Gradients by `backward`: checkpoints with `use_reentrant=True` support no other way. Only the leaves get a `.grad`."""
     total.backward(retain_graph=True)
     found = tuple(leaf.grad for leaf in leaves)
     for leaf in leaves:
@@ -119,7 +122,7 @@ def _by_backward(total: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor | No
 
 
 def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pullback]:
-    """The gradient can be differentiated, and mapped over. This takes one forward pass more, for the layers' shapes."""
+    """By `vjp`: the gradient can be differentiated and mapped over. One more forward pass finds the layers' shapes."""
     zeros = tuple(map(torch.zeros_like, run(state, x, None).seen))
     captured, back = _pulled(run, state, x, zeros)
     named = range(len(zeros)) if names is None else names
@@ -135,8 +138,8 @@ def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> t
         return back(of)[-1]
 
     def curvatures(of: Of) -> dict[Any, tuple[Tensor, Tensor]]:
-        bends = (grad(functools.partial(along, of, i))(zero) for i, zero in enumerate(zeros))
-        return dict(zip(named, zip(back(of), bends)))
+        hvps = (grad(functools.partial(along, of, i))(zero) for i, zero in enumerate(zeros))
+        return dict(zip(named, zip(back(of), hvps)))
 
     return captured, Pullback(gradients, last, curvatures)
 
@@ -144,8 +147,8 @@ def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> t
 def _pulled(
     run: Run, state: State, x: Inputs, nudges: tuple[Tensor, ...]
 ) -> tuple[Captured, Callable[..., tuple[Tensor, ...]]]:
-    """The forward with these nudges, and the way back from its output to them."""
-    fixed: list[Any] = []  # the leaves of the output that are no tensors, and whether a leaf is one, and has a slope
+    """Run the forward pass with these nudges, and return the function from an `Of` to its gradients at the nudges."""
+    fixed: list[Any] = []  # for each leaf of the output: its value if not a tensor, is it one, does it have a gradient
     spec: Any = None
 
     def forward(*nudges: Tensor) -> tuple[list[Tensor], tuple[Any, Any]]:
@@ -176,7 +179,7 @@ def _has_slope(leaf: Any) -> bool:
 
 @_compat.eager
 def each_target(way: Callable[[Of], Any], output: Any, score: Score) -> list[Any]:
-    """What a way back gives for each target's score, one target after the other."""
+    """Apply a function of a pullback to each target's score, one target after the other."""
     return [way(of) for of in _sums(output, score)]
 
 
@@ -187,7 +190,7 @@ def last_gradient(pullback: Pullback, output: Any, score: Score) -> Tensor:
 
 
 def gradient_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The gradient of a function to one number: by a graph that begins at its argument, or, under a transform, by `grad`."""
+    """The gradient of a scalar function: by a graph that begins at its argument, or, under a transform, by `grad`."""
     if _compat.transformed():
         return about_gradient()(grad(function))
 
@@ -200,15 +203,15 @@ def gradient_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tens
 
 
 def _sums(output: Any, score: Score) -> list[Of]:
-    """For each target, the function of an output that sums its score over images."""
+    """For each target, the function from an output to the target's score, summed over images."""
     with torch.inference_mode(False):
-        rows = tree_map(torch.clone, score.rows)  # no inference tensors, whatever mode they were made in
+        rows = tree_map(torch.clone, score.rows)  # inference tensors cannot enter a graph
     targets = score_rows(score.of, output, rows).shape[1]
     return [lambda output, t=t: score_rows(score.of, output, rows)[:, t].sum() for t in range(targets)]
 
 
 def ungraphed(leaf: Any) -> Any:
-    """A tensor that a graph may be made with, and that has none."""
+    """A tensor without a graph that may enter a new one; other leaves as they are."""
     if not isinstance(leaf, Tensor):
         return leaf
     if leaf.is_inference():

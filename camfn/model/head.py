@@ -1,4 +1,4 @@
-"""What comes after a layer, as a function of its own: recorded with the layer's output swapped in, all that is dead dropped."""
+"""The head: the part of the model after a layer as a function, recorded with the layer's output swapped in."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from camfn.targets.scores import fields_of, is_record
 
 
 class Head(NamedTuple):
-    """What comes after a layer, as a function `(state, x, value) -> output`."""
+    """The part of the model after a layer, as a function `(state, x, value) -> output`."""
 
     record: Record
     unflatten: Callable[[Any], Any]
@@ -37,28 +37,39 @@ class Head(NamedTuple):
             return self.at(full, x)(value)
 
     def at(self, state: State, x: Inputs) -> Callable[[Tensor], Any]:
-        """The head as a function of the value alone, for a state that is complete: the front has run, once."""
+        """The head as a function of the value alone, for a complete state. The front runs once, here."""
         handed = self.handed(state, x)
         return lambda value: self.unflatten(self.record.rest(value, *handed))
 
     def handed(self, state: State, x: Inputs) -> list[Tensor]:
-        """What the front hands on to the rest."""
+        """Run the front: the part of the record that does not depend on the value. Returns its inputs to the rest."""
         return self.record.front(*_tensors((state, x)))
 
 
 Made = tuple[Record, Callable[[Any], Any]]
-"""What is recorded of a head: all but the shell."""
+"""A head without its shell: the record, and the function that rebuilds the output."""
 
 
 @prepares
 def head(model: nn.Module | Prepared, layer: Layer, x: Inputs, value: Tensor) -> Head:
-    """The model with `value` in the place of the layer's output, and all that came before the layer gone.
+    """The part of the model after a layer, as a pure function `(state, x, value) -> output`.
 
-    It is recorded for the shapes of `x` and `value` (its batch included: pad). `x` still counts where it reaches the output by
-    a way around the layer.
+    `value` replaces the layer's output; the part before the layer is dropped. The head is recorded for the shapes of `x` and
+    `value`, including the batch: pad smaller batches. `x` still matters if it reaches the output around the layer, as by a skip
+    connection.
 
-    Raises `CamError` where the forward reads values in Python, or takes tensors that are not the model's: a record would hold
-    for these alone.
+    Args:
+        model: a module, or a model prepared by `camfn.prepare`.
+        layer: a name or a module.
+        x: the inputs of the model.
+        value: a tensor in the shape of the layer's output.
+
+    Returns:
+        The head.
+
+    Raises:
+        CamError: if the forward reads values in Python, or uses tensors whose origin is unknown: a record would hold for these
+            values only.
 
     >>> import camfn, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
@@ -76,8 +87,10 @@ def head(model: nn.Module | Prepared, layer: Layer, x: Inputs, value: Tensor) ->
 
 
 def head_of(task: Task, name: str, x: Inputs, value: Tensor, fits: Callable[[Head], bool]) -> Head:
-    """`head` for a task, recorded at `value`; `fits` looks at it at another, as `Record` says. It may hold for these inputs
-    alone."""
+    """`head` for a task, recorded at `value`. `fits` tests it at another value, as `Record` requires.
+
+    The head may hold for these inputs only.
+    """
     call = task.model
     if not _compat.transformed():
 
@@ -91,7 +104,7 @@ def head_of(task: Task, name: str, x: Inputs, value: Tensor, fits: Callable[[Hea
 
 
 def _on_blanks(call: Call, name: str, state: State, x: Inputs, value: Tensor) -> Made:
-    """`_general` under a transform: what that hands us cannot be recorded, but blanks of its shapes can."""
+    """`_general` under a transform: its tensors cannot be recorded, so record blank tensors of the same shapes."""
     leaves, tree = tree_flatten((x, value))
     forms = [(tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
@@ -105,7 +118,7 @@ def _on_blanks(call: Call, name: str, state: State, x: Inputs, value: Tensor) ->
 
 
 def _general(call: Call, name: str, state: State, x: Inputs, value: Tensor) -> Made:
-    """A record that holds for any state, inputs and value of these shapes."""
+    """Make a record that holds for any state, inputs and value of these shapes."""
     called = layer_called(name)
 
     def fits(made: Made) -> bool:
@@ -122,7 +135,7 @@ def _general(call: Call, name: str, state: State, x: Inputs, value: Tensor) -> M
             )
         if made[0].unseen:
             raise CamError(
-                f"what comes after {called} hangs on a tensor that was not seen being made (by another thread, NumPy or a "
+                f"what comes after {called} depends on a tensor that was not seen being made (by another thread, NumPy or a "
                 "cache?): a record of it might hold for this call alone"
             )
         return made
@@ -139,8 +152,7 @@ def _key(name: str, state: State, x: Inputs, value: Tensor) -> tuple[str, str, H
 
 
 def _form(state: State, x: Inputs, value: Tensor) -> Hashable:
-    """What a record holds for, beside the model; `None` where an input is neither a tensor nor a plain value: what an object
-    holds may change."""
+    """What a record depends on, beside the model. `None` if an input is an object, whose contents may change."""
     leaves = tree_flatten(x)[0]
     if not all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves):
         return None
@@ -151,16 +163,16 @@ def _form(state: State, x: Inputs, value: Tensor) -> Hashable:
 def _lasting(
     prepared: Prepared, key: tuple[str, str, Hashable], make: Callable[[], Made], fits: Callable[[Made], bool], called: str
 ) -> Made:
-    """A record that is kept and fits, or a new one, which is kept if it holds for other inputs."""
+    """Take a record from the cache if it fits. Otherwise make one, and cache it if it holds for other inputs."""
     slot = None if key[-1] is None else prepared.slot(key)
     if slot is not None and slot.made is not None and fits(slot.made):
         return slot.made
     made = make()
     if not fits(made):
         raise CamError(
-            f"what comes after {called} cannot be recorded: the record does not give what the model gives, which may hang on "
-            "values that another thread reads, or that an earlier forward left; use a method that runs the whole model, such "
-            "as camfn.grad_cam"
+            f"what comes after {called} cannot be recorded: the record does not reproduce the model's output, which may depend "
+            "on values that another thread reads or that an earlier forward pass left; use a method that runs the whole model, "
+            "such as camfn.grad_cam"
         )
     if slot is not None and not made[0].reads and not made[0].unseen:
         slot.made = made
@@ -170,7 +182,7 @@ def _lasting(
 
 
 def agree(found: Any, expected: Any) -> bool:
-    """Are two outputs equal, to rounding?"""
+    """Whether two outputs are equal up to rounding."""
     pairs = zip(_tensors(found), _tensors(expected))
     return all(is_close(a, b, 1000) if b.is_floating_point() else torch.equal(a, b) for a, b in pairs)
 
@@ -180,7 +192,7 @@ def _record(shell: Shell, state: State, name: str, x: Inputs, value: Tensor) -> 
     leaves, tree = tree_flatten((state, x, value))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     spec: Any = None
-    whole: Any = None  # where the output is a dataclass: that, empty
+    whole: Any = None  # for a dataclass output: an instance with empty fields
 
     def flat(*tensors: Tensor) -> list[Any]:
         nonlocal spec, whole

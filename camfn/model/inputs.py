@@ -1,4 +1,4 @@
-"""The inputs of a model: what `x` may be, which of it has the pixels, and what is wrong with it."""
+"""The inputs of a model: their kinds, the one with the pixels, and their validation."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,11 +12,11 @@ from camfn._errors import CamError
 from camfn._types import Inputs, State
 
 Key = str | int | None
-"""Which input has the pixels; `None` where x is the only one."""
+"""The key of the input with the pixels; `None` if x is the only input."""
 
 
 class Companions(NamedTuple):
-    """Which input has the pixels, and how the inputs beside it belong to images."""
+    """The key of the input with the pixels, and how the companion inputs belong to the images."""
 
     key: Key
     rows: int  # batch size of the companion inputs; 0 if all images share them
@@ -26,12 +26,12 @@ class Batch(NamedTuple):
     """The validated inputs of one call."""
 
     x: Inputs
-    key: Key  # which input has the pixels; None: x is the only one
-    n: int  # images
+    key: Key  # of the input with the pixels; None if x is the only input
+    n: int  # number of images
 
     @property
     def image(self) -> Tensor:
-        """The input that has the pixels, `(n, k, *size)`."""
+        """The input with the pixels, `(n, k, *size)`."""
         return pick(self.x, self.key)
 
     @property
@@ -40,31 +40,31 @@ class Batch(NamedTuple):
         return size_of(self.x, self.key)
 
     def with_image(self, image: Tensor) -> "Batch":
-        """Another image in the place of the pixels."""
+        """The batch with its pixels replaced by `image`."""
         return self._replace(x=with_input(self.x, self.key, image))
 
 
 def batch_of(x: Any, masked: Key) -> Batch:
-    """The batch of inputs that a method has validated."""
+    """The batch of inputs that are already validated."""
     x = plain(x)
     key = key_of(x, masked, False)
     return Batch(x, key, len(pick(x, key)))
 
 
 def check(x: Any, masked: Key, state: State, masks: bool) -> Batch:
-    """Validate the inputs. `masks`: the method masks the pixels."""
+    """Validate the inputs. `masks` says that the method masks the pixels."""
     x = plain(x)
     key = key_of(x, masked, masks)
     return Batch(x, key, check_inputs(x, key, state, masks))
 
 
 def plain(x: Any) -> Any:
-    """Pytrees know dicts, not every mapping."""
+    """Convert a mapping to a dict: pytrees do not know every mapping."""
     return dict(x) if isinstance(x, Mapping) else x
 
 
 def pick(x: Inputs, key: Key) -> Tensor:
-    """One input of several; of a list of images all of them, or the first where they have several sizes."""
+    """The input at `key`. For a list, its images stacked, or the first one if they differ in size."""
     if isinstance(x, list):
         return torch.stack(x) if _one_size(x) else x[0][None]
     several: Any = x
@@ -83,14 +83,14 @@ def with_input(x: Inputs, key: Key, value: Tensor) -> Inputs:
 
 
 def beside(x: Inputs, key: Key, rows: int) -> list[Tensor]:
-    """The inputs beside the one with the pixels that have so many rows."""
+    """The companion inputs with this many rows."""
     if key is None:
         return []
     return [leaf for leaf in tree_flatten(_without(x, key))[0] if _has_rows(leaf, rows)]
 
 
 def rows_of(x: Inputs, companions: Companions, image: Tensor, masked: Tensor) -> Inputs:
-    """The inputs of a chunk: the masked one, and copies of those beside it, or of their rows of the same images."""
+    """The inputs of a chunk: the masked images, and copies of the companion inputs, or of their rows for the same images."""
     if companions.key is None:
         return with_input(x, None, masked)
 
@@ -103,7 +103,7 @@ def rows_of(x: Inputs, companions: Companions, image: Tensor, masked: Tensor) ->
 
 
 def _without(x: Inputs, key: Key) -> Inputs:
-    """Something small in the place of the pixels: what is done to the others would copy them for nothing."""
+    """Replace the pixels by an empty tensor, so that functions of the companion inputs do not copy them."""
     return with_input(x, key, torch.empty(()))
 
 
@@ -112,7 +112,7 @@ def _has_rows(leaf: Any, rows: int) -> bool:
 
 
 def size_of(x: Inputs, key: Key) -> tuple[int, ...] | None:
-    """The spatial size of the input that has the pixels, if it has one, and one only."""
+    """The spatial size of the input with the pixels; `None` without one, and for images of several sizes."""
     if isinstance(x, list) and not _one_size(x):
         return None
     image = pick(x, key)
@@ -127,7 +127,10 @@ def _one_size(images: list[Tensor]) -> bool:
 
 
 def key_of(x: Inputs, masked: Key, masks: bool) -> Key:
-    """The key of the input that has the pixels: `masked`, or the only one that can be it."""
+    """The key of the input with the pixels: `masked`, or the only floating-point input with spatial axes.
+
+    Methods that do not mask the pixels fall back to the first such input, or else to the first tensor.
+    """
     if isinstance(x, (Tensor, list)):
         if masked is not None:
             kind = "a single tensor" if isinstance(x, Tensor) else "a list of images"
@@ -159,7 +162,7 @@ def key_of(x: Inputs, masked: Key, masks: bool) -> Key:
 
 
 def check_inputs(x: Inputs, key: Key, state: State, masks: bool) -> int:
-    """How many samples there are; what is wrong with them is an error."""
+    """Validate the inputs, and return the number of samples."""
     if isinstance(x, list):
         _check_list(x, masks)
     image = pick(x, key)
@@ -175,7 +178,7 @@ def check_inputs(x: Inputs, key: Key, state: State, masks: bool) -> int:
     if image.shape[0] == 0:
         raise CamError(f"{where} is an empty batch, {shape}: there is nothing to explain")
     if masks and image.ndim < 3:
-        raise CamError(f"{where} has shape {shape}: masking needs (n, channels, *size), with one spatial axis at least")
+        raise CamError(f"{where} has shape {shape}: masking needs (n, channels, *size), with at least one spatial axis")
     _check_devices(x, state)
     if not _compat.transformed():
         for i, part in enumerate(x if isinstance(x, list) else [image]):
@@ -205,7 +208,7 @@ def _check_devices(x: Inputs, state: State) -> None:
     if any(device.type == "meta" for device in here) and (not away or len(here) > 1):
         raise CamError("x is on the meta device, which holds shapes and no values: there is nothing to explain")
     if not away or len(here) > 1:
-        return  # a model may well be spread over devices, with inputs for each
+        return  # a model may be spread over devices, with inputs on each
     there = ", ".join(sorted({str(state[name].device) for name in away}))
     who = "the model is" if len(away) == len(state) else f"{', '.join(map(repr, away[:3]))} of the model's state is"
     raise CamError(f"{who} on {there} and x is on {', '.join(map(str, here))}; move one to the other")

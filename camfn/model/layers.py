@@ -1,4 +1,4 @@
-"""Which layers can be explained, and which one is where none is named."""
+"""The layers that can be explained, and the choice of one for `layer=None`."""
 
 import math
 from collections import Counter
@@ -21,30 +21,43 @@ from camfn.targets import logits_of
 
 
 class Candidate(NamedTuple):
-    """A layer that can be explained: its output lies on a grid of more than one position."""
+    """A layer that can be explained: its output has a grid of more than one position."""
 
     name: str
-    """As `layer=` takes it: `"layer4"`, `"fpn:0"` for a part of what it returns, `"block@2"` for one of its calls."""
+    """The name, as `layer=` takes it: `"layer4"`, `"fpn:0"` for a part of the output, `"block@2"` for one of its calls."""
     kind: str
-    """Its class."""
+    """The class of the layer."""
     shape: tuple[int, ...]
-    """Of its output, with the batch."""
+    """The shape of its output, including the batch."""
     grid: tuple[int, ...]
+    """The spatial size of its output."""
     chosen: bool
-    """Is it the one that is taken where no layer is named?"""
+    """Whether `layer=None` chooses this layer."""
 
 
 @prepares
 def candidate_layers(model: Model, x: Inputs, *, masked: Key = None, state: State | None = None) -> tuple[Candidate, ...]:
-    """The layers that can be explained, in the order of execution, and which of them `layer=None` takes; one forward.
+    """List the layers that can be explained, and mark the one that `layer=None` chooses. Takes one forward pass.
 
-    That is the last one with a grid, but: where a class token leads the others, the last block but one, since after the
-    last block only the class token counts; before the first layer that returns a pyramid of grids, as detectors have it, unless
-    a linear head takes what comes after; and no layer that ends in a channel for each class, which is an output and not a
-    feature.
+    The chosen layer is the last one with a grid, with three exceptions:
 
-    `x`, `masked` and `state` are those of `camfn.score_cam`. Layers that do not run, and those whose layout cannot be told
-    from their shape, are not among them.
+    - If a class token precedes the others, it is the block before the last: after the last block, only the class token matters.
+    - If a layer returns a pyramid of grids, as in detectors, it is before that layer, unless a linear head takes what follows.
+    - A layer with one channel for each class is an output, not a feature, and is not chosen.
+
+    Layers that do not run, and layers whose shape fits several layouts or none, are not listed.
+
+    Args:
+        model: a module, or a model prepared by `camfn.prepare`.
+        x: the inputs, as in `camfn.score_cam`.
+        masked: the key of the input with the pixels, if there are several.
+        state: parameters and buffers by name; the model's own by default.
+
+    Returns:
+        The candidates, in the order of execution.
+
+    Raises:
+        CamError: if `x`, `masked` or `state` does not fit the model.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -61,14 +74,14 @@ def candidate_layers(model: Model, x: Inputs, *, masked: Key = None, state: Stat
 
 
 class Choice(NamedTuple):
-    """The layer that is taken where none is named."""
+    """The layer that `layer=None` chooses."""
 
     name: str
-    why: str  # what it is, after "the"
+    why: str  # the reason, for the end of a message: "the ..."
 
 
 def choose(model: Model, state: State, batch: Batch) -> Choice:
-    """Choose a layer; one forward."""
+    """Choose a layer, by one forward pass."""
     found = _outputs(model, state, batch)
     if not found.all:
         raise CamError(none_on_a_grid(model, batch.size))
@@ -78,9 +91,10 @@ def choose(model: Model, state: State, batch: Batch) -> Choice:
 
 
 def stages(model: Model, state: State, batch: Batch) -> tuple[str, ...]:
-    """The chosen layer, and before it, of each size that is larger along every axis, the last layer; one forward.
+    """The chosen layer, and before it the last layer of each larger grid, by one forward pass.
 
-    Of one size, layers that stand in no other come first: the next stage's first convolutions can be of this one's size.
+    A grid is larger if all of its sides are. Among layers of one grid, those nested least deeply are preferred: the first
+    convolutions of the next stage can have the grid of this one.
     """
     found = _outputs(model, state, batch)
     if not found.all:
@@ -95,7 +109,7 @@ def stages(model: Model, state: State, batch: Batch) -> tuple[str, ...]:
 
 
 def none_on_a_grid(model: Model, spatial: Sides | None) -> str:
-    """A sentence for where there is no candidate."""
+    """The error message if there is no candidate."""
     axes = "spatial axes" if spatial is None else f"{len(spatial)} spatial axes"
     kind = type(opened(model).prepared.model).__name__
     return (
@@ -104,33 +118,33 @@ def none_on_a_grid(model: Model, spatial: Sides | None) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------ what the layers give
+# ---------------------------------------------------------------------------------------------- the layers' outputs
 
 
 class _Output(NamedTuple):
-    """A tensor on a grid that a layer gave."""
+    """An output tensor of a layer that has a grid."""
 
     name: str
     kind: str
     shape: Sides
     form: Form
-    lone: bool  # the layer ran once and gave nothing else
-    pyramid: bool  # this layer, or one before it, gave grids of several sizes
+    lone: bool  # whether the layer ran once and returned only this tensor
+    pyramid: bool  # whether this layer, or one before it, returned a pyramid of grids
 
 
 class _Outputs(NamedTuple):
-    """All of them, in the order of execution; the model itself is none of its layers."""
+    """The outputs of all layers, in the order of execution; the model itself is not a layer."""
 
     all: list[_Output]
-    classes: set[int]  # how many channels an output has, which is no feature
-    heads: set[int]  # how many channels the linear layers take that give the classes, once
-    linear: set[int]  # and how many any linear layer takes
+    classes: set[int]  # channel counts of outputs: a layer with as many is not a feature
+    heads: set[int]  # input widths of the linear layers that run once and return the classes
+    linear: set[int]  # input widths of all linear layers
     clues: Clues
     modules: dict[str, nn.Module]
 
 
 _LEVELS = 3
-"""From so many grids of one layer on, they are a pyramid. Two are an output and what it was before it was made smaller."""
+"""The least number of grids of one layer that are a pyramid. Two are often an output before and after downsampling."""
 
 
 def _outputs(model: Model, state: State, batch: Batch) -> _Outputs:
@@ -152,7 +166,7 @@ def _outputs(model: Model, state: State, batch: Batch) -> _Outputs:
         forms = {part: form for part, shape in shapes.items() if (form := _on_grid(shape, spatial, n, clues)) is not None}
         pyramid = pyramid or len({form.grid for form in forms.values()}) >= _LEVELS
         for part, form in forms.items() if name else ():
-            # A tensor that is alone is found by itself, but not in a tuple in a tuple.
+            # A single tensor needs no part in its name, unless it is nested more than one level deep.
             place = Place(name, call if runs[name] > 1 else None, part if len(shapes) > 1 or len(part) > 1 else ())
             lone = runs[name] == len(shapes) == 1
             found.append(_Output(str(place), type(modules[name]).__name__, shapes[part], form, lone, pyramid))
@@ -163,7 +177,7 @@ def _outputs(model: Model, state: State, batch: Batch) -> _Outputs:
 
 
 def _on_grid(shape: Sides, spatial: Sides | None, n: int, clues: Clues) -> Form | None:
-    """How an output is read, if that can be told from its shape, and it has as many axes as the input, and positions."""
+    """The form of an output, if its shape fits only one, with as many spatial axes as the input and more than one position."""
     forms = forms_of(shape, "auto", spatial, n, lambda: clues) if n in shape[:2] else []
     if len(forms) != 1 or (spatial is not None and len(forms[0].grid) != len(spatial)):
         return None
@@ -173,7 +187,7 @@ def _on_grid(shape: Sides, spatial: Sides | None, n: int, clues: Clues) -> Form 
 def _classes_of(output: Any, n: int) -> set[int]:
     try:
         return {1, logits_of(output).shape[1]}
-    except (CamError, IndexError):  # no logits: an optical flow, say
+    except (CamError, IndexError):  # no logits, as in an optical-flow model
         return {1, *(part.shape[1] for _, part in tensors_of(output) if part.ndim > 2 and part.shape[0] == n)}
 
 
@@ -181,15 +195,15 @@ def _classes_of(output: Any, n: int) -> set[int]:
 
 
 def _chosen(outputs: _Outputs) -> _Output:
-    """As torchcam's rule, the last layer, but for the model itself, class maps, pyramids and class tokens."""
+    """The last layer, as in torchcam; but not the model itself, class maps, pyramids, or the last block with a class token."""
     found, classes, heads, linear, clues, modules = outputs
     known = clues.first | clues.last
     for usable in (
         lambda out: out.lone and not is_auxiliary(out.name),
         lambda out: out.form.channels in heads or not out.pyramid,
         lambda out: out.form.channels not in classes,
-        # Attention weights have the axes of a picture, and as many channels as it has heads. What branches are joined to may
-        # have a width that only the linear layer behind it has.
+        # Attention weights have the axes of an image, with the heads as channels; no layer has that width. The concatenation
+        # of branches may have a width that only the following linear layer has.
         lambda out: (
             len(out.shape) == 3
             or out.form.channels in (clues.last if out.form.last else clues.first)
@@ -198,12 +212,12 @@ def _chosen(outputs: _Outputs) -> _Output:
     ):
         found = [out for out in found if usable(out)] or found
     if any(out.form.prefix and out.form.grid in clues.grids for out in found):
-        found = [out for out in found if out.form.grid in clues.grids]  # an image's tokens, which those of a text are not
+        found = [out for out in found if out.form.grid in clues.grids]  # drops the tokens of a text
     return _before_the_last_block(found, modules) if found[-1].form.prefix else found[-1]
 
 
 def _before_the_last_block(found: list[_Output], modules: dict[str, nn.Module]) -> _Output:
-    """Blocks are members of a list, with parts of their own. Those of the class of the last, as deep in the model, count."""
+    """The block before the last. Blocks are members of a list with submodules, of one class and one depth of nesting."""
 
     def is_block(out: _Output) -> bool:
         parent, own = modules[out.name.rpartition(".")[0]], modules[out.name]
@@ -211,7 +225,7 @@ def _before_the_last_block(found: list[_Output], modules: dict[str, nn.Module]) 
 
     blocks = [out for out in found if out.form.prefix and out.name in modules and is_block(out)]
     same = [out for out in blocks if (out.kind, out.name.count(".")) == (blocks[-1].kind, blocks[-1].name.count("."))]
-    without = [out for out in found if not out.form.prefix]  # the class token may come after all blocks of the others
+    without = [out for out in found if not out.form.prefix]  # the class token may be added after the other blocks
     return (same[:-1] or without or found)[-1]
 
 
@@ -219,10 +233,10 @@ def _before_the_last_block(found: list[_Output], modules: dict[str, nn.Module]) 
 
 
 def clues_of(model: nn.Module, spatial: Sides | None) -> Clues:
-    """What the layers of a model tell about the layout of its activations, for an input of this size."""
+    """Clues from the layers of a model about the layout of its activations, for an input of this size."""
     first: set[int] = set()
     last: set[int] = set()
-    tokens: set[int] = set()  # widths of batch norms that are of lines, or else of tokens
+    tokens: set[int] = set()  # widths of 1-d batch norms: of sequences if the model has 1-d convolutions, else of tokens
     axes: set[int] = set()
     grids = {spatial} if spatial else set()
     for module in model.modules():
@@ -243,7 +257,7 @@ def clues_of(model: nn.Module, spatial: Sides | None) -> Clues:
 
 
 def _strided(conv: _ConvNd, grid: Sides) -> Sides:
-    """What a convolution makes of a grid."""
+    """The output grid of a convolution."""
     padding = (0,) * len(grid) if isinstance(conv.padding, str) else conv.padding
     knobs = zip(grid, conv.kernel_size, conv.stride, padding, conv.dilation)
     return tuple((side + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for side, kernel, stride, pad, dilation in knobs)

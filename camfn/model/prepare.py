@@ -1,4 +1,4 @@
-"""What is worth keeping of a model is kept by the caller, as a value."""
+"""Prepared models: private copies, recorded heads and compiled kernels, kept by the caller as a value."""
 
 import functools
 import threading
@@ -23,47 +23,51 @@ T = TypeVar("T")
 C = TypeVar("C", bound="Call")
 
 _SPARE = 4
-"""Copies that are kept for calls to come."""
+"""The largest number of idle private copies kept for later calls."""
 
 
 class Slot:
-    """A kept thing and the lock under which it is made."""
+    """A cache entry, and the lock for making it."""
 
     __slots__ = ("lock", "made", "size")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.made: Any = None
-        self.size = 0  # bytes of the tensors that it holds and the model does not
+        self.size = 0  # bytes of the tensors in the entry that are not the model's
 
 
 class Prepared:
-    """A snapshot of a model's structure, and what calls keep for other calls. Made by `camfn.prepare`.
+    """A snapshot of a model's structure, with a cache that calls share. Made by `camfn.prepare`.
 
     Replaced submodules, changed attributes and re-assigned parameters are not seen: prepare the model again after such a
-    change.
-    Tensors are the model's own: in-place updates, `.data =` and `.to()` are seen.
+    change. Tensors are the model's own: in-place updates, `.data =` and `.to()` are seen.
 
-    `len(prepared)` is the number of kept records and compiled kernels.
+    `len(prepared)` is the number of recorded heads and compiled kernels in the cache. `repr(prepared)` also gives their size.
+
+    >>> import camfn, torch
+    >>> prepared = camfn.prepare(torch.nn.Linear(3, 2))
+    >>> len(prepared), camfn.prepare(prepared) is prepared
+    (0, True)
     """
 
     def __init__(self, model: nn.Module, limit: int, snapshot: bool) -> None:
         self.model = model
         self.limit = limit
-        self.lasting = snapshot  # it outlives a call
-        self.written: set[str] = set()
+        self.lasting = snapshot  # whether it outlives a call
+        self.written: set[str] = set()  # names of parameters that a forward writes to, which are copied for each run
         self._lock = threading.Lock()
         self._slots: OrderedDict[tuple[Hashable, ...], Slot] = OrderedDict()
         self._source = _Source(model) if snapshot else None
         self._spare: list[Copy] = []
-        self._armed: dict[int, nn.Module] = {}  # copies of modules that have a destructor
+        self._armed: dict[int, nn.Module] = {}  # copies of modules with a destructor, to be disarmed before they are freed
         weakref.finalize(self, disarm, self._armed).atexit = False
         if self._source is not None:
             self._arm(self._source.shell)
 
     @_compat.eager
     def copy(self) -> "Copy":
-        """A private copy that nobody else has."""
+        """Lend a private copy: an idle one, or a new one."""
         with self._lock:
             if self._spare:
                 return self._spare.pop()
@@ -76,10 +80,10 @@ class Prepared:
         self._armed.update((id(twin), twin) for _, twin in shell.twins.modules if hasattr(type(twin), "__del__"))
 
     def _can_restore(self, shell: Shell) -> bool:
-        return self.lasting and not shell.twins.own_tensors  # what a forward wrote to these cannot be told
+        return self.lasting and not shell.twins.own_tensors  # writes to a copy's own tensors cannot be detected
 
     def put_back(self, copy: "Copy") -> None:
-        """Take back a copy, as it was."""
+        """Take back a private copy: restore and keep it, or drop it."""
         if copy.snapshot is not None and not copy.shell.twins.in_graph:
             copy.snapshot.restore()
             with self._lock:
@@ -91,11 +95,11 @@ class Prepared:
             disarm({key: self._armed.pop(key) for key in [*self._armed] if key in twins})
 
     def tensors(self, shell: Shell) -> tuple[State, dict[int, str]]:
-        """The model's tensors as they are now, by name, and the names of all that its modules hold, by id."""
+        """The model's current tensors by name, and the names of all tensors that its modules hold, by id."""
         return (shell.tensors, shell.foreign) if self._source is None else self._source.tensors()
 
     def slot(self, key: tuple[Hashable, ...]) -> Slot:
-        """The slot for `key`, empty if it is new; the oldest goes where there are too many."""
+        """The slot for `key`, empty if it is new. Above the limit, the least recently used slot is dropped."""
         with self._lock:
             slot = self._slots.setdefault(key, Slot())
             self._slots.move_to_end(key)
@@ -104,7 +108,7 @@ class Prepared:
             return slot
 
     def has(self, key: tuple[Hashable, ...]) -> bool:
-        """Is there something for `key`?"""
+        """Whether the cache has an entry for `key`."""
         with self._lock:
             return key in self._slots and self._slots[key].made is not None
 
@@ -127,17 +131,17 @@ class Copy(NamedTuple):
     """A private copy of a prepared model."""
 
     shell: Shell
-    snapshot: Snapshot | None  # of one that can be put back as it was
+    snapshot: Snapshot | None  # restores the copy for the next call; None if the copy cannot be restored
 
 
 class _Source:
-    """A copy of a model that is never run, from which others are made. It holds the model's own tensors."""
+    """A copy of a model that never runs, and of which private copies are made. It holds the model's own tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         shell = copy_of(model, live=True)
         self.names = [*shell.tensors]
         self.shell = shell._replace(tensors={}, foreign={})
-        # `.to()` puts new buffers in the place of the old.
+        # `.to()` replaces buffers by new tensors, so they are looked up again for each copy.
         self.buffers = [
             (vars(own)["_buffers"], vars(twin)["_buffers"])
             for own, twin in self.shell.twins.modules
@@ -148,8 +152,8 @@ class _Source:
 
     def copied(self) -> Shell:
         self._refresh()
-        told = {"named": self.shell.named, "original": self.shell.original}
-        return copy_of(self.shell.module)._replace(**told, tensors={}, foreign={})  # these are each call's own
+        names = {"named": self.shell.named, "original": self.shell.original}
+        return copy_of(self.shell.module)._replace(**names, tensors={}, foreign={})  # each call fills in its own tensors
 
     def tensors(self) -> tuple[State, dict[int, str]]:
         self._refresh()
@@ -163,13 +167,24 @@ class _Source:
 
 
 def prepare(model: nn.Module | Prepared, *, limit: int = 64) -> Prepared:
-    """A snapshot of a model's structure, to be passed to any function of camfn in the model's place.
+    """Prepare a model for many calls. Pass the result to any function of camfn in place of the model.
 
-    Replaced submodules, changed attributes and re-assigned parameters are not seen. In-place updates of tensors, `.data =` and
-    `.to()` are seen, and `state=` is used as ever. A plain call prepares the model for that call alone; calls on a prepared
-    model share what they record of it and the kernels that they compile. At most `limit` of these are kept, the oldest goes.
+    A prepared model is a snapshot of the model's structure, and a cache of private copies, recorded heads and compiled kernels.
+    Calls on it share the cache; a plain call prepares the model for that call only. Nothing outlives the prepared model.
 
-    It may be shared by threads, and dies like any object. A prepared model is returned as it is.
+    Replaced submodules, changed attributes and re-assigned parameters are not seen: prepare the model again after such a
+    change. In-place updates of tensors, `.data =` and `.to()` are seen, and `state=` works as usual. A prepared model can be
+    shared by threads.
+
+    Args:
+        model: a module. A prepared model is returned as it is.
+        limit: the largest number of recorded heads and compiled kernels in the cache; the least recently used is dropped.
+
+    Returns:
+        The prepared model.
+
+    Raises:
+        CamError: if `model` is not a module, or `limit` is not a positive int.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -182,12 +197,12 @@ def prepare(model: nn.Module | Prepared, *, limit: int = 64) -> Prepared:
     if isinstance(model, Prepared):
         return model
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise CamError(f"limit must be a positive int, the number of records and kernels that are kept; found {limit!r}")
+        raise CamError(f"limit must be a positive int, the largest number of records and kernels to keep; found {limit!r}")
     return Prepared(model, limit, snapshot=True)
 
 
 class Call:
-    """One call on a prepared model: the private copies that it is lent go back when it ends."""
+    """One call on a prepared model. It borrows private copies, and returns them when it ends."""
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
@@ -196,7 +211,7 @@ class Call:
 
     @_compat.eager
     def shell(self) -> Shell:
-        """A private copy, until the call ends."""
+        """Borrow a private copy until the call ends."""
         copy = self.prepared.copy()
         self._lent.append(copy)
         self._now = self._now or self.prepared.tensors(copy.shell)
@@ -207,12 +222,12 @@ class Call:
 
     @_compat.eager
     def close(self) -> None:
-        """The end of the call."""
+        """End the call, and return its private copies."""
         while self._lent:
             self.prepared.put_back(self._lent.pop())
 
     def inner(self) -> "AbstractContextManager[Call]":
-        """A call within this one."""
+        """A nested call, with separate private copies."""
         return Call(self.prepared)
 
     def __enter__(self: C) -> C:
@@ -223,20 +238,20 @@ class Call:
 
 
 Model: TypeAlias = nn.Module | Prepared | Call
-"""The model that a function takes: from the user, or from another function of the same call."""
+"""A model as functions take it: from the user, or from another function of the same call."""
 
 
 @_compat.eager
 def opened(model: Model) -> Call:
-    """A call on a prepared model, or on a plain one, which is prepared for one call."""
+    """Begin a call on a prepared model. A plain model is prepared for this call only."""
     if isinstance(model, Call):
         return model
     return Call(model if isinstance(model, Prepared) else Prepared(model, 64, snapshot=False))
 
 
 def restarted(prepared: Prepared, call: Callable[[], T]) -> T:
-    """What `call` gives. It starts again where a forward was about to write to a parameter, which is copied from then on."""
-    met: set[str] = set()  # by this call: another thread's may have met it just now
+    """Return `call()`, restarted if a forward is about to write to a parameter, which is copied for each run from then on."""
+    met: set[str] = set()  # the parameters that this call met; another thread may have added the same ones to `written`
     while not _compat.compiling():
         try:
             return call()
@@ -249,7 +264,7 @@ def restarted(prepared: Prepared, call: Callable[[], T]) -> T:
 
 
 def prepares(function: F) -> F:
-    """A public function whose first argument is a model: it gets a call on it, and starts again where it has to."""
+    """Decorate a public function whose first argument is a model: it receives a `Call`, and is restarted if necessary."""
 
     @functools.wraps(function)
     def call(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -260,14 +275,14 @@ def prepares(function: F) -> F:
 
 
 def shapes(x: Any) -> Hashable:
-    """What of the inputs compiled code may depend on, but for the tensors' values."""
+    """All that compiled code may depend on in the inputs, except the values of tensors."""
     leaves, tree = tree_flatten(x)
     signed = ((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     return tuple(signed), str(tree)
 
 
 class _Same:
-    """Equal for one and the same object, which it does not keep alive; the object may be without hash or weak references."""
+    """A key that is equal for the same object, and holds it weakly if it allows weak references."""
 
     def __init__(self, value: Any) -> None:
         self.id = id(value)
@@ -284,7 +299,7 @@ class _Same:
 
 
 def weakly(value: Any) -> Any:
-    """A caller's callable may lead to the model, which what is kept must not hold on to."""
+    """Replace callables by weak keys: a callable may reference the model, which the cache must not keep alive."""
     if isinstance(value, tuple):
         return tuple(map(weakly, value))
     return _Same(value) if callable(value) else value

@@ -1,1 +1,1 @@
-"""Many perturbed inputs, scored: masked images, or changed activations at a layer."""
+"""Scoring of many perturbed inputs: masked images, or changed activations at a layer."""

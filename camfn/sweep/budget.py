@@ -1,4 +1,4 @@
-"""Score-CAM for less: sweep the channels that matter, guess the others from their likes, say how far off the map may be."""
+"""Score-CAM on a budget: sweep the channels that matter most, predict the others' scores, and state the error of the map."""
 
 import math
 from collections.abc import Callable
@@ -22,26 +22,26 @@ Order = Literal["predicted", "std", "max", "gradient"]
 
 
 class Limits(NamedTuple):
-    """What may be spent, and how exact the map has to be."""
+    """The budget, and the accuracy that ends a sweep early."""
 
-    budget: float = 1.0
-    tolerance: float | None = None
+    budget: float = 1.0  # share of the channels to sweep, in (0, 1]; with noise, share of the draws
+    tolerance: float | None = None  # error of the min-max normalized map at which to stop, in (0, 1)
     order: Order = "predicted"
     seed: int = 0
 
     @property
     def any(self) -> bool:
-        """Is anything left out?"""
+        """Whether anything may be left out."""
         return self.budget < 1 or self.tolerance is not None
 
 
 def checked_limits(limits: Limits, weighting: str) -> Limits:
-    """`limits`, or a sentence about what is wrong with them."""
+    """Return `limits`, or raise `CamError` if one is invalid."""
     budget, tolerance, order, seed = limits
     if isinstance(budget, bool) or not (isinstance(budget, (int, float)) and 0 < budget <= 1):
-        raise CamError(f"budget={budget!r} must be in (0, 1]: the share of the channels that is swept")
+        raise CamError(f"budget={budget!r} must be in (0, 1]: the share of the channels to sweep")
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < 1):
-        raise CamError(f"tolerance={tolerance!r} must be None, or in (0, 1): the error of the normalised map that will do")
+        raise CamError(f"tolerance={tolerance!r} must be None, or in (0, 1): the error of the normalized map at which to stop")
     if order not in ("predicted", "std", "max", "gradient"):
         raise CamError(f'order={order!r} must be "predicted", "std", "max" or "gradient"')
     if not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
@@ -49,16 +49,16 @@ def checked_limits(limits: Limits, weighting: str) -> Limits:
     if not limits.any:
         return limits
     if _compat.transformed():
-        raise CamError("budget= and tolerance= read values, which a transform (vmap, grad, jvp, compile) does not let them")
+        raise CamError("budget= and tolerance= read values, which is impossible under a transform (vmap, grad, jvp, compile)")
     if weighting != "softmax":
         raise CamError("budget= and tolerance= need a recipe whose weights are a softmax of the scores")
     if tolerance is not None and order != "predicted":
-        raise CamError(f'tolerance= needs order="predicted": with {order!r} nothing is known of the channels left out')
+        raise CamError(f'tolerance= needs order="predicted": order={order!r} does not predict the scores of other channels')
     return limits
 
 
 def rows_within(todo: Plan, variation: Variation, limits: Limits) -> int:
-    """How many masked inputs are swept at most."""
+    """The maximum number of masked inputs to sweep."""
     if not limits.any:
         return todo.rows_in_all
     draws = len(variation.scales)
@@ -70,12 +70,12 @@ def rows_within(todo: Plan, variation: Variation, limits: Limits) -> int:
 
 
 def _stops_draws(variation: Variation, limits: Limits) -> bool:
-    """With noise the draws are what is saved on: it is larger than what a channel's likes tell of it."""
+    """Whether the budget saves draws instead of channels: the noise exceeds what similar channels tell about a score."""
     return variation.noise is not None and limits.order == "predicted"
 
 
 def _most(todo: Plan, limits: Limits) -> list[int]:
-    """Channels of each image that may be swept; the row that all flat ones share is paid for too."""
+    """The number of channels to sweep, for each image. The row that all flat channels share counts towards the budget."""
     live, shared = (~todo.flat).sum(1).tolist(), todo.flat.any(1).tolist()
     if limits.budget == 1:
         return live
@@ -83,7 +83,7 @@ def _most(todo: Plan, limits: Limits) -> list[int]:
 
 
 def _draws_within(todo: Plan, total: int, limits: Limits) -> list[int]:
-    """Draws of each image's channels that may be swept; what the dead ones share, with all its draws, is paid for too."""
+    """The number of draws to sweep, for each image. The rows that its dead channels share count towards the budget."""
     shared = total * _stand_ins(todo).sum(1) + torch.bincount(todo.zeros[:, 2], minlength=len(todo.flat)).to(todo.flat.device)
     paid = (shared / _apart(todo).sum(1).clamp(min=1)).tolist()
     if limits.budget == 1:
@@ -92,23 +92,23 @@ def _draws_within(todo: Plan, total: int, limits: Limits) -> list[int]:
 
 
 def _apart(todo: Plan) -> Tensor:
-    """The channels that are swept each for itself."""
+    """The channels `(n, c)` that are swept individually."""
     return todo.swept() & ~_dead(todo)
 
 
 def _dead(todo: Plan) -> Tensor:
-    """Channels that are zero throughout, which no weight brings into the map."""
+    """The channels `(n, c)` that are zero at all positions: no weight brings them into the map."""
     return (todo.read.values == 0).all(-1)
 
 
 def _stand_ins(todo: Plan) -> Tensor:
-    """Where noise makes every mask its own: the first dead channel of each image, which stands for its others."""
+    """The first dead channel of each image, which stands for all its dead channels if noise makes their masks differ."""
     dead = _dead(todo)
     return torch.zeros_like(dead).scatter(1, dead.int().argmax(1, keepdim=True), True) & dead & todo.swept()
 
 
 def sweep_some(scoring: Scoring, slopes: Tensor, limits: Limits) -> Swept:
-    """A sweep of the channels that count most; `slopes (n, t, c, p)` are the scores' gradients at the activation."""
+    """Sweep the channels that matter most. `slopes (n, t, c, p)` are the scores' gradients at the activation."""
     todo, variation = scoring.plan, scoring.variation
     if _stops_draws(variation, limits):
         return _by_draws(scoring, limits)
@@ -126,7 +126,7 @@ def sweep_some(scoring: Scoring, slopes: Tensor, limits: Limits) -> Swept:
 
 
 def _shared_scores(todo: Plan, full: Callable[[Tensor], Tensor], variation: Variation) -> tuple[Tensor, int]:
-    """The score of each image's flat channels, `(n, t)`, and the masked inputs that it took."""
+    """Score the flat channels of each image. Returns the scores `(n, t)`, and the number of masked inputs."""
     n = len(todo.flat)
     if len(todo.zeros):
         found = full(todo.zeros)
@@ -136,10 +136,10 @@ def _shared_scores(todo: Plan, full: Callable[[Tensor], Tensor], variation: Vari
 
 
 def _by_draws(scoring: Scoring, limits: Limits) -> Swept:
-    """All channels, and fewer draws of the noise.
+    """Sweep all channels with fewer draws of the noise.
 
-    The mean over the draws so far, shrunk towards that over channels, is the best guess of the mean over all draws. In full
-    precision: rounding would be one more unknown.
+    The mean over the draws so far, shrunk towards the mean over channels, estimates the mean over all draws. The sweep is in
+    full precision, since rounding would be one more unknown.
     """
     todo, total, score = scoring.plan, len(scoring.variation.scales), scorer(scoring)
     shared, at_zero = _shared_scores(todo, score, scoring.variation)
@@ -166,7 +166,7 @@ def _by_draws(scoring: Scoring, limits: Limits) -> Swept:
 
 
 def _each_draw(found: Tensor, rows: Tensor, channels: Tensor, first: int, end: int) -> Tensor:
-    """Scores of rows as `(draws, n, c, t)`."""
+    """Scatter the scores of rows into `(draws, n, c, t)`."""
     (n, c), (draw, channel, image) = channels.shape, rows.T.to(found.device)
     place = ((draw - first) * n + image) * c + channel
     return found.new_zeros((end - first) * n * c, found.shape[1]).index_copy(0, place, found).reshape(end - first, n, c, -1)
@@ -175,7 +175,7 @@ def _each_draw(found: Tensor, rows: Tensor, channels: Tensor, first: int, end: i
 def _ranked(
     todo: Plan, slopes: Tensor, shared: Tensor, limits: Limits, score: Callable[[Tensor], Scores]
 ) -> tuple[Tensor, Scores, None]:
-    """The first channels in a published order; the others have no weight, as published."""
+    """Sweep the first channels in a published order. As published, the others get no weight."""
     values = todo.read.values
     rank = {
         "std": (values / magnitude(values, (1, 2))).std(-1, unbiased=False),
@@ -192,7 +192,7 @@ def _ranked(
 def _believed(
     todo: Plan, slopes: Tensor, shared: Tensor, limits: Limits, score: Callable[[Tensor], Scores]
 ) -> tuple[Tensor, Scores, Tensor]:
-    """In rounds, all images at once: the channels most at stake, until the budget is spent or the error is small enough."""
+    """Sweep the channels that can move the map most, in rounds, until the budget is spent or the error is small enough."""
     images = [_Search(todo, slopes, shared, image, most, limits) for image, most in enumerate(_most(todo, limits))]
     chosen = search(images, lambda channels: score(channels).double().cpu())
     ends = [image.end() for image in images]
@@ -201,7 +201,7 @@ def _believed(
 
 
 class _Search:
-    """The sweep of one image, for all its targets."""
+    """The search on one image, for all its targets."""
 
     def __init__(self, todo: Plan, slopes: Tensor, shared: Tensor, image: int, most: int, limits: Limits) -> None:
         values, flat = todo.read.values[image].double().cpu(), todo.flat[image].cpu()
@@ -213,7 +213,7 @@ class _Search:
         if most:
             own = values[self.live]
             masks = torch.stack([min_max(channel, 0.0, todo.read.values.dtype) for channel in own])
-            # The whole activation seen through a channel's mask, and the head linear: `<G, A * m_k>`.
+            # The predicted score: the activation masked by each channel, through a linearized head, `<G, A * m_k>`.
             predictions = (slopes[image].double().cpu() * values).sum(1) @ masks.T
             pairs = zip(predictions, zeros)
             self.priors = [gp.prior_of(own, masks, predicted, values[flat], zero) for predicted, zero in pairs]
@@ -226,10 +226,10 @@ class _Search:
         self.beliefs = [gp.believe(prior, self.swept, known) for prior, known in zip(self.priors, self.known.T)]
 
     def choose(self) -> Tensor:
-        """The channels of the next round, as a mask; none when it is enough.
+        """The channels of the next round, as a mask. No channel ends the search.
 
-        With a tolerance every channel is drawn at random, in proportion to its stake (Gumbel, without replacement): how far
-        the belief was off on them is then a fair sample of how far it is off elsewhere, and widens the stated error.
+        With a tolerance, channels are drawn at random in proportion to their stake (Gumbel, without replacement). The errors
+        of the posterior on them are then a fair sample of its errors on the others, and widen the stated error.
         """
         chosen = torch.zeros(self.channels, dtype=torch.bool)
         size = min(max(1, int(len(self.live) * gp.ROUND), len(self.swept) // 4), self.most - len(self.swept))
@@ -245,7 +245,7 @@ class _Search:
         return chosen
 
     def learn(self, scores: Tensor, mask: Tensor) -> None:
-        """Take the scores `(c, t)` of a round in."""
+        """Update the posterior with the scores `(c, t)` of a round."""
         new = mask[self.live].nonzero()[:, 0]
         if not len(new):
             return
@@ -258,7 +258,7 @@ class _Search:
             self.below = self.below + 1 if float(self.end()[1].amax()) <= self.limits.tolerance else 0
 
     def end(self) -> tuple[Tensor, Tensor]:
-        """The scores swept, and for the others what makes the best map, `(c, t)`; the stated error `(t,)`."""
+        """Return the swept and the estimated scores `(c, t)`, and the stated error of the map `(t,)`."""
         found, error = torch.zeros(self.channels, self.known.shape[1], dtype=torch.float64), torch.zeros(self.known.shape[1])
         widen, fair = gp.widening(self.surprises), self.limits.tolerance is not None
         for t, (prior, now) in enumerate(zip(self.priors, self.beliefs)):

@@ -1,6 +1,7 @@
-"""Sweeps at a layer: the scores of activations that are changed there, by what comes after the layer and nothing else.
+"""Sweeps at a layer: the scores of changed activations, computed by the head (the part of the model after the layer) alone.
 
-One image at a time: what comes before the layer, where a part of it is needed again, then runs once for many changes.
+Images are swept one at a time. If the head needs a part of the model before the layer, that part then runs once for many
+changes.
 """
 
 import functools
@@ -32,24 +33,26 @@ from camfn.targets import Score, rows_at, score_rows
 from camfn.targets.scores import fields_of, is_record
 
 CHUNK = 64
-"""Changed activations that go on at once: what comes after a layer is small, and reads its weights once for all of them."""
-_TIMES = 64  # a head holds less than so many times the input, or the activation, at once: else it is measured
+"""Changed activations per forward pass of the head: it is small, and reads its weights once for all of them."""
+# For each row, a head is assumed to need at most this many times the memory of the larger of input and activation. If that
+# does not fit, its memory is measured.
+_TIMES = 64
 
 
 class Change(NamedTuple):
-    """What is done to an activation, in so many ways."""
+    """A numbered family of changes of an activation."""
 
-    make: Callable[[Tensor, Tensor], Tensor]  # of an activation (c, p) and the numbers (b,) of ways, (b, c, p)
-    ways: int
-    said: Callable[[int], str]  # what a way does, for the end of a sentence
+    make: Callable[[Tensor, Tensor], Tensor]  # from an activation (c, p) and the numbers (b,) of changes to (b, c, p)
+    ways: int  # the number of changes
+    said: Callable[[int], str]  # the description of a change, for error messages
 
 
 class Scored(NamedTuple):
-    """The scores of changed activations, and what they took."""
+    """The scores of changed activations, and their cost."""
 
-    scores: list[Tensor]  # of each image, (r, t)
-    forwards: int  # inputs that went through what comes before the layer, again
-    heads: int  # activations that went through what comes after it
+    scores: list[Tensor]  # (r, t) for each image
+    forwards: int  # inputs that ran again through the part before the layer
+    heads: int  # activations that ran through the head
 
 
 def sweep_at(
@@ -63,7 +66,7 @@ def sweep_at(
     room: Room,
     tick: Callable[[int | None], None],
 ) -> Scored:
-    """The scores of each image's activation, changed in the ways `wanted` of it."""
+    """Score the changed activations of each image. `wanted` holds the numbers of its changes, for each image."""
     sweeper = _Sweeper(forward, layer, score)
     found = []
     for image, numbers in enumerate(wanted):
@@ -79,7 +82,7 @@ def sweep_at(
 
 
 def room_for(forward: Forward, options: Sweep, ways: int) -> Room:
-    """For how many changed activations there is room: as many in each chunk, so that the last is not short of others."""
+    """The chunk size for `ways` changed activations: what fits in memory, divided evenly over the chunks."""
     most = _most(forward, options)
     return Room(-(-ways // -(-ways // most)), "changed activations")
 
@@ -100,16 +103,16 @@ def _raise_nonfinite(found: list[Tensor], wanted: Sequence[Tensor], layer: str, 
             raise CamError(f"the score of image {image} with {change.said(int(bad[0]))} at layer {layer!r} is not finite")
 
 
-# ----------------------------------------------------------------------------------------------------- how it is run
+# ------------------------------------------------------------------------------------------------------- execution
 
 
 class _Sweeper:
-    """How the changed activations of a layer are scored, as it is found out, and what it took."""
+    """The state of a sweep at a layer: recorded heads, whether the model can be mapped over, and the cost."""
 
     def __init__(self, forward: Forward, layer: str, score: Score) -> None:
         self.forward, self.layer, self.score = forward, layer, score
-        self.heads: dict[Any, Head | None] = {}  # by how many activations they take, and the form of an input
-        self.maps = True  # does the model take `vmap` over what is swapped in?
+        self.heads: dict[Any, Head | None] = {}  # by the number of activations, and the shapes of the input
+        self.maps = True  # whether `vmap` over the swapped activation works
         self.forwards = 0
 
     @functools.cached_property
@@ -124,39 +127,39 @@ class _Site(NamedTuple):
     sweeper: _Sweeper
     read: Read
     image: int
-    number: Tensor  # (1,): of the image
+    number: Tensor  # (1,): the index of the image
 
     @property
     def activation(self) -> Tensor:
-        """`(c, p)`"""
+        """The clean activation of the image, `(c, p)`."""
         return self.read.values[self.image]
 
     def inputs(self, count: int) -> Inputs:
-        """The image `count` times, with what belongs to it."""
+        """The image `count` times, with its companion inputs."""
         forward, numbers = self.sweeper.forward, self.number.expand(count)
-        if isinstance(forward.batch.x, list):  # of several sizes, maybe
+        if isinstance(forward.batch.x, list):  # the images may differ in size
             return [forward.batch.x[self.image].clone() for _ in range(count)]
         return rows_of(forward.batch.x, forward.companions, numbers, forward.image.index_select(0, numbers))
 
     def restored(self, values: Tensor) -> Tensor:
-        """Activations `(b, c, p)` as the layer returns them."""
+        """Activations `(b, c, p)` in the layer's own shape."""
         return self.read.restore(values, self.number.expand(len(values)))
 
     def scores(self, output: Any, count: int) -> Tensor:
-        """Of an output for `count` activations."""
+        """The scores `(count, t)` of an output for `count` activations."""
         score = self.sweeper.score
         return score_rows(score.of, output, rows_at(score.rows, self.number.expand(count)))
 
 
 def _kernel(site: _Site, chunk: int) -> Kernel:
-    """The scores of one image's changed activations."""
+    """The kernel that scores one image's changed activations."""
     after = {chunk: _by_head(site, chunk)}
     pads = after[chunk] is not None
 
     def call(rows: Rows) -> Tensor:
         values = rows["values"]
         count = len(values)
-        if pads and count not in after:  # memory ran out, and chunks are smaller now
+        if pads and count not in after:  # memory ran out, and the chunk was halved
             after[count] = _by_head(site, count)
         return (after.get(count) or functools.partial(_by_swap, site))(values)
 
@@ -164,7 +167,7 @@ def _kernel(site: _Site, chunk: int) -> Kernel:
 
 
 def _by_head(site: _Site, count: int) -> Callable[[Tensor], Tensor] | None:
-    """By what was recorded of the model after the layer, for so many activations at once; where there is that."""
+    """Score by the recorded head, `count` activations at a time; `None` if there is no head that holds."""
     sweeper = site.sweeper
     if _compat.transformed():
         return None
@@ -172,7 +175,7 @@ def _by_head(site: _Site, count: int) -> Callable[[Tensor], Tensor] | None:
     key = count, shapes(x)
     head = sweeper.heads.get(key)
     if key not in sweeper.heads or (head is not None and (head.record.reads or not _holds(head, site, x, count))):
-        head = sweeper.heads[key] = _recorded(site, x, count)  # another image's does not hold for this one
+        head = sweeper.heads[key] = _recorded(site, x, count)  # the head of another image does not hold for this one
     if head is None:
         return None
     sweeper.forwards += head.record.around
@@ -181,27 +184,28 @@ def _by_head(site: _Site, count: int) -> Callable[[Tensor], Tensor] | None:
 
 
 def _recorded(site: _Site, x: Inputs, count: int) -> Head | None:
-    """What comes after the layer; `None` where it cannot be recorded, or may not hold for other activations."""
+    """Record the head; `None` if it cannot be recorded, or may not hold for other activations."""
     forward, layer = site.sweeper.forward, site.sweeper.layer
     halves = site.restored(_halved(site, count))
     try:
         head = head_of(forward.task, layer, x, halves, lambda head: _holds(head, site, x, count))
         return None if head.record.unseen else head
-    except Exception as error:  # a model that makes sure of its shapes, say
+    except Exception as error:  # for example a model that asserts its shapes
         if is_exhausted(error) or isinstance(error, RefusedError):
             raise
         return None
 
 
 def _halved(site: _Site, count: int) -> Tensor:
-    """Halves of the activation."""
+    """The halved activation, `count` times."""
     return (site.activation / 2).expand(count, -1, -1)
 
 
 def _checking(site: _Site, count: int) -> Tensor:
-    """The activation itself, and beside it more and less of it, which must not change what comes of it.
+    """The activation, followed by multiples of it that must not change its output.
 
-    Their largest value, their smallest and their mean are not its own: a model may take any of them over its batch.
+    With them, the maximum, the minimum and the mean over the batch differ from the activation's own. A model that uses one of
+    these over its batch then gives another output.
     """
     share = torch.full((count, 1, 1), 1.5, dtype=site.activation.dtype, device=site.activation.device)
     share[2:][-1:] = 0.25
@@ -209,7 +213,7 @@ def _checking(site: _Site, count: int) -> Tensor:
 
 
 def _holds(head: Head, site: _Site, x: Inputs, count: int) -> bool:
-    """Does the activation itself give what the clean forward gave?"""
+    """Whether the head gives the clean output for the clean activation."""
     forward = site.sweeper.forward
     found = _sample(head.at(forward.task.state, x)(site.restored(_checking(site, count))), 0, count)
     clean = _sample(forward.output, site.image, forward.n)
@@ -217,7 +221,7 @@ def _holds(head: Head, site: _Site, x: Inputs, count: int) -> bool:
 
 
 def _sample(output: Any, i: int, count: int) -> list[Tensor]:
-    """The floating-point tensors in an output that belong to sample `i` of `count`."""
+    """The floating-point tensors of sample `i` in an output for `count` samples."""
 
     def row(leaf: Any) -> Any:
         return leaf[i] if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == count else leaf
@@ -228,7 +232,10 @@ def _sample(output: Any, i: int, count: int) -> list[Tensor]:
 
 
 def _by_swap(site: _Site, values: Tensor) -> Tensor:
-    """By the model with the layer's output swapped: mapped over, so that what comes before runs once; else as a batch."""
+    """Score by the whole model with the layer's output swapped: under `vmap`, so that the part before the layer runs once.
+
+    If `vmap` fails, the activations run one at a time, under a transform as one batch.
+    """
     sweeper = site.sweeper
     if sweeper.maps:
         mapped = vmap(lambda value: _swapped(site, value[None])[0])
@@ -236,18 +243,18 @@ def _by_swap(site: _Site, values: Tensor) -> Tensor:
             scores = mapped(values) if _compat.transformed() else unfused(lambda: mapped(values))
             sweeper.forwards += 1
             return scores
-        except RuntimeError as error:  # a model that adds in place what is mapped to what is not cannot be mapped
+        except RuntimeError as error:  # for example a model that adds a mapped tensor in place to one that is not mapped
             if is_exhausted(error):
                 raise
             sweeper.maps = False
     sweeper.forwards += len(values)
-    # Nor could it be recorded: its samples may not be independent. Under a transform nothing can be told.
+    # The head could not be recorded either, so samples may depend on their batch. Under a transform that cannot be tested.
     parts = values.split(len(values) if _compat.transformed() else 1)
     return torch.cat([_swapped(site, part) for part in parts])
 
 
 def _swapped(site: _Site, values: Tensor) -> Tensor:
-    """The scores of a model that gets the activations `(b, c, p)` in the place of the layer's own, and the image for each."""
+    """Score the model with the activations `(b, c, p)` swapped in, and the image repeated for each of them."""
     count = len(values)
     output = site.sweeper.run(site.sweeper.forward.task.state, site.inputs(count), None, (site.restored(values),)).output
     return site.scores(output, count)

@@ -1,6 +1,6 @@
-"""State in, state out: batch norms merged into the convolutions before them, weights laid out with the channels last.
+"""Batch-norm folding, and weights with the channels last. Both map a state to a new state.
 
-Both leave the model's function as it is, to rounding, and make it faster. The shell is our own copy; the caller's model and
+They make the model faster and leave its function unchanged up to rounding. The shell is a private copy; the caller's model and
 state are only read.
 """
 
@@ -23,32 +23,32 @@ from camfn.model.randomness import TURNS
 
 
 class Fold(NamedTuple):
-    """A convolution and the batch norm that takes its output, by name."""
+    """The names of a convolution and of the batch norm that takes its output."""
 
     conv: str
     norm: str
 
 
 class Found(NamedTuple):
-    """What one forward tells."""
+    """What one forward pass shows about a model."""
 
-    folds: tuple[Fold, ...]
-    reuse: float  # for how many positions a convolution's weight is used, on average over weights: what a copy is good for
+    folds: tuple[Fold, ...]  # the pairs that can be folded
+    reuse: float  # output positions per convolution weight, averaged over the weights: how much a copy of the weights pays
     output: Any
-    bytes: int  # what the forward held at its peak
+    bytes: int  # peak memory of the forward pass
 
 
 def _passed(x: Tensor) -> Tensor:
-    """What a merged batch norm computes: nothing."""
+    """The forward of a folded batch norm: the identity."""
     return x
 
 
 def find_folds(model: nn.Module | Prepared | Call, state: State, x: Inputs) -> Found:
-    """The pairs that can be merged, seen in one forward: plain layers, each run once, where the convolution's output goes to
-    the norm and nowhere else.
+    """Find the pairs that can be folded, by one forward pass.
 
-    A forward that reads a value in Python may take another way for a masked input, and what another thread or NumPy computes is
-    not seen: then none can.
+    Both layers are plain and run once, and the convolution's output goes to the norm and nowhere else. If the forward reads a
+    value in Python, it may branch differently for a masked input, and what another thread or NumPy computes is not seen: in
+    these cases no pair is returned.
     """
     shell = opened(model).shell()
     modules, uses = shell.distinct(), Counter(shell.slots.values())
@@ -83,7 +83,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _is_plain(module: Any, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Does it compute what torch's class does, by its own parameters, with no hook that sees or changes what passes?"""
+    """Whether the module computes what torch's class does, with its own parameters and without forward hooks."""
     cls = type(module)
     kind = next((kind for kind in kinds if isinstance(module, kind)), None)
     names = ("forward", "_conv_forward")
@@ -112,7 +112,7 @@ def _merged_tensors(shell: Shell, state: State, conv: str, norm: str) -> tuple[T
 
 
 def merge_norms(shell: Shell, state: State, folds: tuple[Fold, ...]) -> tuple[Shell, State]:
-    """The shell without the batch norms of `folds`, and its state. The shell given is ours alone, and is used up."""
+    """Fold the batch norms of `folds`. Returns a shell and its state; the shell that is passed is consumed."""
     state, slots = dict(state), dict(shell.slots)
     for fold in folds:
         weight, bias = _merged_tensors(shell, state, *fold)
@@ -125,12 +125,12 @@ def merge_norms(shell: Shell, state: State, folds: tuple[Fold, ...]) -> tuple[Sh
         norm = shell.module.get_submodule(fold.norm)
         for part in (*norm._parameters, *norm._buffers):
             slots.pop(f"{fold.norm}.{part}", None)
-        norm.__dict__["forward"] = _passed  # its class and tensors stay, for a forward that asks for them
+        norm.__dict__["forward"] = _passed  # its class and tensors stay, for a model whose forward reads them
     used = set(slots.values())
     return with_slots(shell, slots), {name: tensor for name, tensor in state.items() if name in used}
 
 
 def channels_last(state: State) -> State:
-    """Weights of two-dimensional convolutions with the channels innermost; values and shapes stay."""
+    """Store four-dimensional weights with the channels innermost; values and shapes do not change."""
     last = torch.channels_last
     return {name: t.contiguous(memory_format=last) if t.ndim == 4 else t for name, t in state.items()}

@@ -1,7 +1,7 @@
 """The kernel: the scores of a chunk of masked inputs, eager or compiled.
 
-By definition it is a function of one row, `(state, x, mask, target) -> score`, mapped over the rows of a chunk. Folded, masking
-and targets are mapped and the model, which takes batches by nature, gets the chunk as its batch.
+By definition it is a function of one row, `(state, x, mask, target) -> score`, mapped over the rows of a chunk. The folded
+kernel maps only the masking and the targets, and runs the model on the chunk as one batch.
 """
 
 import functools
@@ -30,16 +30,16 @@ Rows = dict[str, Tensor]
 
 
 class Kernel(NamedTuple):
-    """The kernel with all but the rows filled in."""
+    """The kernel with all arguments bound except the rows."""
 
     call: Callable[[Rows], Tensor]
-    pads: bool  # it wants all chunks in one shape
-    compiled: Callable[[], "Kernel"] | None = None  # the same compiled, where that may come to pay
-    guarded: Callable[[Rows], Tensor] | None = None  # the same in plain Python, with every forward under the guard
+    pads: bool  # whether all chunks must have one shape
+    compiled: Callable[[], "Kernel"] | None = None  # makes the compiled kernel, if compiling may pay
+    guarded: Callable[[Rows], Tensor] | None = None  # the eager kernel with every forward under the guard
 
 
 class Scorer(NamedTuple):
-    """How a batch of masked inputs is scored."""
+    """What scores a batch of masked inputs."""
 
     call: Callable[[State, Inputs], Any]  # the model
     of: Any  # the targets
@@ -49,7 +49,7 @@ class Scorer(NamedTuple):
 def mask_row(rule: Rule, images: Tensor, row: Rows) -> Tensor:
     """The masked input of one row."""
 
-    def of_row(given: Tensor) -> Tensor:  # of a single image no row needs a copy
+    def of_row(given: Tensor) -> Tensor:  # a single image is shared by all rows, without copies
         return given[0] if given.shape[0] == 1 else given.index_select(0, row["image"].reshape(1))[0]
 
     under = None if rule.under is None else of_row(rule.under)
@@ -57,7 +57,7 @@ def mask_row(rule: Rule, images: Tensor, row: Rows) -> Tensor:
 
 
 def folded(scorer: Scorer, rule: Rule, state: State, x: Inputs, targets: Any, rows: Rows) -> Tensor:
-    """The scores `(b, t)` of a chunk of rows: masking and targets mapped, the chunk a batch of the model."""
+    """The scores `(b, t)` of a chunk of rows, with the chunk as one batch of the model."""
     images = pick(x, scorer.companions.key)
     masked = vmap(functools.partial(mask_row, rule, images))(rows)
     output = scorer.call(state, rows_of(x, scorer.companions, rows["image"], masked))
@@ -65,7 +65,7 @@ def folded(scorer: Scorer, rule: Rule, state: State, x: Inputs, targets: Any, ro
 
 
 def mapped(scorer: Scorer, rule: Rule, state: State, x: Inputs, targets: Any, rows: Rows) -> Tensor:
-    """The same by the definition: one row, model and all, mapped over the chunk."""
+    """The scores `(b, t)` by definition: one row, including the model, mapped over the chunk."""
 
     def one(row: Rows) -> Tensor:
         return folded(scorer, rule, state, x, targets, {name: value[None] for name, value in row.items()})[0]
@@ -74,9 +74,9 @@ def mapped(scorer: Scorer, rule: Rule, state: State, x: Inputs, targets: Any, ro
 
 
 def kernel_of(forward: Forward, runner: Runner, score: Score, rule: Rule, grid: tuple[int, ...], options: Sweep) -> Kernel:
-    """The kernel for a layer of this grid: compiled if asked for, or if it is there already."""
+    """The kernel for a layer with this grid: compiled if the options ask for it, or if a compiled one is in the cache."""
     body = folded if runner.folded else mapped
-    # Images with the channels last give masked inputs that have them last: nothing is left to be moved.
+    # Images with the channels last give masked inputs with the channels last, which need no conversion.
     image = forward.image.contiguous(memory_format=torch.channels_last) if runner.channels_last else forward.image
     x = forward.batch.with_image(image).x
     scorer = Scorer(runner.call(), score.of, forward.companions)
@@ -95,7 +95,7 @@ def kernel_of(forward: Forward, runner: Runner, score: Score, rule: Rule, grid: 
             return eager
         if not forward.task.model.prepared.lasting:
             warn("the kernel is compiled for this call alone; camfn.prepare(model), passed in the model's place, keeps it")
-        # A graph holds for what its arguments have in common: a call's state and what is in the copy may be one, or two.
+        # A graph holds only if the same tensors are one object. Here those in the copy are never the objects in the state.
         with torch.inference_mode(False):
             runner.shell.put({name: _plain(tensor).detach() for name, tensor in runner.state.items()})
         return Kernel(functools.partial(_call_compiled, slot, body, arguments), True, guarded=guarded)
@@ -113,7 +113,7 @@ def _key(forward: Forward, runner: Runner, score: Score, rule: Rule, grid: tuple
 
 
 class _Refused(NamedTuple):
-    """Why the compiler does not take a kernel, in the place of the compiled one."""
+    """The reason why a kernel cannot be compiled, cached in its place."""
 
     reason: str
 
@@ -127,7 +127,10 @@ def _plain(leaf: Any) -> Any:
 
 
 def _call_compiled(slot: Slot, body: Any, arguments: tuple[Any, ...], rows: Rows) -> Tensor:
-    """Outside grad and inference mode, which would each be one more graph; the first call alone, since it compiles."""
+    """Run the compiled kernel, without grad and inference mode: each mode would compile one more graph.
+
+    The first call compiles, and holds the lock.
+    """
 
     with torch.inference_mode(False), torch.no_grad():
         scorer, *tensors = arguments
@@ -141,7 +144,7 @@ def _call_compiled(slot: Slot, body: Any, arguments: tuple[Any, ...], rows: Rows
                     return scores
                 except Exception as error:
                     if is_exhausted(error):
-                        slot.made = kernel  # it was compiled, and did not fit
+                        slot.made = kernel  # the kernel compiled, but the chunk did not fit
                     if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                         raise
                     found = str(error).strip().splitlines()[0]

@@ -1,8 +1,8 @@
-"""A sweep in a narrow dtype, and the channels that carry the map scored again in full.
+"""A sweep in low precision, with the channels that carry the map scored again in full precision.
 
-A logit of 16 has a step of 0.125 in bfloat16, whatever is added up in float32 afterwards, and the softmax over channels
-multiplies that. But the map hangs on few channels. Those are scored again, and tell how far off the others are: the rounded
-weights are a function of the input, too, so channels that look at the same place are off alike.
+In bfloat16 a logit of 16 has a step of 0.125, even if sums are in float32, and the softmax over channels amplifies it. But the
+map depends on few channels. Those are scored again, and their rounding predicts that of the others: the model with rounded
+weights is a function of the input too, so channels with similar masks have similar errors.
 """
 
 import math
@@ -21,22 +21,22 @@ from camfn.sweep.search import search
 
 
 def sweep_narrow(scoring: Scoring) -> Swept:
-    """A sweep in `options.dtype`, refined in full precision."""
+    """Sweep in `options.dtype`, and refine the scores in full precision."""
     todo, variation = scoring.plan, scoring.variation
     exact = partial(scores_of, scorer(quietly(scoring)), todo, variation)
-    zeros = scorer(scoring)(todo.zeros)  # one row for each image, which stands for many channels
+    zeros = scorer(scoring)(todo.zeros)  # in full precision: each of these rows stands for many channels
     scores = gather(torch.cat([in_dtype(scoring)(todo.rows), zeros]), todo, variation)
     scores, again, error = refine(scores, todo.read.values, todo.swept(), exact, variation.recipe.weights)
     return Swept(scores, todo.rows_in_all + again * len(variation.scales), error)
 
 
 def quietly(scoring: Scoring) -> Scoring:
-    """What is scored again is no progress."""
+    """Scoring without progress: rows that are scored again do not count."""
     return scoring._replace(tick=lambda used: None)
 
 
 def in_dtype(scoring: Scoring) -> Callable[[Tensor], Tensor]:
-    """The scorer in the narrow dtype that is asked for."""
+    """The scorer in the narrow dtype of the options."""
     assert scoring.options.dtype is not None
     return scorer(scoring._replace(runner=narrowed(scoring.forward, scoring.runner, scoring.options.dtype)))
 
@@ -44,13 +44,19 @@ def in_dtype(scoring: Scoring) -> Callable[[Tensor], Tensor]:
 def refine(
     scores: Scores, values: Activations, alive: Tensor, exact: Callable[[Tensor], Scores], weighting: str
 ) -> tuple[Scores, int, Tensor]:
-    """Score the channels with the most influence again, until the others' rounding moves the map by less than `GOAL`.
+    """Score the most influential channels again in full precision, until the others' rounding moves the map less than `GOAL`.
 
-    `alive (n, c)` are the channels that were swept, one by one; `exact(chosen)` scores those of a mask `(n, c)` in full. At
-    most `MOST` of the channels are scored again, and what is then left of the error is stated.
+    Args:
+        scores: `(n, c, t)`, in low precision.
+        values: the activation `(n, c, p)`.
+        alive: `(n, c)`, the channels that were swept individually.
+        exact: maps a mask `(n, c)` to the scores of its channels in full precision.
+        weighting: how the scores become weights, as in `camfn.weights.score_cam`.
 
-    Returns the scores, how many channels were scored again, and three standard errors `(n, t)` of the normalised map, at the
-    position where they are largest.
+    Returns:
+        The scores `(n, c, t)`, the number of channels scored again, and the error of the normalized map `(n, t)`: three
+        standard errors, at the position where they are largest. At most `MOST` of the channels (or 8) are scored again; the
+        error is stated even if it is above `GOAL`.
     """
     parts = zip(scores.cpu(), values.cpu(), alive.cpu())
     images = [_Rounding(narrow, activation, live, weighting) for narrow, activation, live in parts]
@@ -62,21 +68,21 @@ def refine(
 class _Rounding:
     """The rounding of one image's scores: a Gaussian process over its channels, for each target.
 
-    Its features are the masks and, for each target, the narrow scores.
+    Its features are the masks and, for each target, the scores in low precision.
     """
 
     def __init__(self, narrow: Tensor, values: Tensor, alive: Tensor, weighting: str) -> None:
         self.values, self.weighting, self.channels = values.double(), weighting, alive.nonzero()[:, 0]
         masks = maps.normalize(values[self.channels]).double()
-        centred = masks - masks.mean(0)
-        features = centred / centred.square().sum(1).mean().clamp(min=1e-12).sqrt()
+        centered = masks - masks.mean(0)
+        features = centered / centered.square().sum(1).mean().clamp(min=1e-12).sqrt()
         self.covariance = gp.covariance(gp.ROUNDING, features, masks)
         self.scores, self.narrow = narrow.double(), narrow.double()[self.channels]
         self.done = torch.zeros_like(alive)
         self._believe()
 
     def choose(self) -> Tensor:
-        """The channels to score again next, as a mask; none when the error is small enough."""
+        """The channels to score again in the next round, as a mask. No channel ends the search."""
         again, chosen = int(self.done.sum()), torch.zeros_like(self.done)
         left = min(len(self.channels), max(8, math.ceil(gp.MOST * len(self.channels)))) - again
         if left > 0 and bool((self.error > gp.GOAL).any()):
@@ -85,7 +91,7 @@ class _Rounding:
         return chosen
 
     def learn(self, scores: Tensor, mask: Tensor) -> None:
-        """Take in the full scores `(c, t)` of the channels of a mask."""
+        """Update the posterior with the full-precision scores `(c, t)` of the channels in `mask`."""
         self.done = self.done | mask
         self.scores = torch.where(mask[:, None], scores.double(), self.scores)
         self._believe()
@@ -110,13 +116,16 @@ class _Rounding:
 
 
 def _three(white: Tensor) -> Tensor:
-    """Three standard errors, in units of the process: more where few channels were seen (Student's t), infinite for one."""
+    """The half-width of three standard errors, in units of the process.
+
+    It is larger for few observed channels (Student's t), and infinite for one.
+    """
     free = len(white) - 1
     return (3 + 7.5 / free) * (white @ white / free).sqrt() if free > 0 else white.new_full((), torch.inf)
 
 
 def _moves(scores: Tensor, values: Tensor, weighting: str) -> tuple[Tensor, Tensor]:
-    """The map `(p,)` before its ReLU, and how it moves with each score, `(c, p)`."""
+    """The map `(p,)` before its ReLU, and its derivative with respect to each score, `(c, p)`."""
     soft = weighting == "softmax"
     weight = torch.softmax(scores, 0) if soft else scores
     level = weight @ values
@@ -125,7 +134,9 @@ def _moves(scores: Tensor, values: Tensor, weighting: str) -> tuple[Tensor, Tens
 
 
 def _error(level: Tensor, off: Tensor) -> Tensor:
-    """Of the normalised map, where the map is `off` by so much at each position: at most 1, and 1 where nothing of it is
-    positive and something may be."""
+    """The error of the normalized map, in [0, 1], if the map `level` has the error `off` at each position.
+
+    It is 1 if no value of the map is positive, but one may be.
+    """
     span = level.relu().amax() - level.relu().amin()
     return torch.where(span > 0, off.amax() / span, ((off > 0) & (level + off > 0)).any()).clamp(max=1)

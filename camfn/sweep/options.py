@@ -1,4 +1,4 @@
-"""How a sweep is carried out: the options, checked, and the progress that is shown."""
+"""The options of a sweep, their validation, and the progress bar."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -9,26 +9,38 @@ from camfn import _compat
 from camfn._errors import CamError, warn
 
 CHUNK = 32
-"""Masked inputs per forward, at most, where nothing else is asked for."""
+"""The default of `Sweep.chunk`: masked inputs per forward pass, at most."""
 
 
 class Sweep(NamedTuple):
-    """How a sweep is carried out. Nothing here changes the result beyond rounding, that of `dtype` if one is given.
+    """Execution options of a sweep: chunk size, memory, compilation, precision, progress.
 
-    - `chunk`: masked inputs per forward; 32 by default, on a CPU fewer where so many would hold more than it is quick with, or
-      than half of what is free.
-    - `memory`: how much the sweep may take, in bytes (an int) or as a share of what is free (a float in (0, 1]): the chunk is
-      what fits, `chunk` being then the most. Where an allocator has no memory left, the chunk is halved, which a warning says.
-    - `compile`: `True` compiles the kernel with `torch.compile(fullgraph=True)`; `"auto"` uses a compiled kernel where this
-      model and these shapes have one, and makes one where the work at hand pays for it (`camfn.sweep.options.pays`).
-    - `fold`: `True` gives the model the chunk as a batch; `False` maps through the model, which then sees one row at a time:
-      for models whose samples are not independent. `"auto"` finds out, in each call, by three forwards;
-      under a transform it is `True`.
-    - `dtype`: `torch.bfloat16` or `torch.float16` runs the sweep in it, faster where the processor has instructions for it
-      and few channels carry the map; without instructions a warning says so, and it is left out, as it is under a transform.
-      The channels that carry the map are scored again in full precision, until three standard errors of what the others'
-      rounding can move are below 0.02 of the normalised map, and a quarter of them at most; `camfn.explain` tells the error.
-    - `progress`: `True` shows a bar (tqdm), a callable gets `(done, total)` forwards.
+    No option changes the result beyond rounding, which is that of `dtype` if one is given.
+
+    Args:
+        chunk: masked inputs per forward pass. The default is 32; on a CPU it is the chunk size that is fastest there, at most
+            32, in at most half of the free memory.
+        memory: a limit in bytes (an int) or as a share of the free memory (a float in (0, 1]). The chunk is then the largest
+            that fits, at most `chunk`, or 1024 without one. When memory runs out, with or without a limit, the chunk is
+            halved, and a warning says so.
+        compile: `True` compiles the kernel with `torch.compile(fullgraph=True)`; `False` never does. `"auto"` uses a kernel
+            that is already compiled for this model and these shapes, and compiles one if the work left pays for it
+            (`camfn.sweep.options.pays`).
+        fold: `True` runs the model on the chunk as one batch. `False` maps over the chunk with `vmap`, so that the model sees
+            one row at a time: for models whose samples are not independent. `"auto"` finds out in each call, by two forward
+            passes on three images in all (more if their outputs disagree); under a transform it is `True`.
+        dtype: `torch.bfloat16` or `torch.float16` runs the sweep in this dtype. It is faster if the processor has instructions
+            for it and few channels carry the map. Those channels are scored again in full precision, until three standard
+            errors of the others' rounding are below 0.02 of the min-max normalized map: at most a quarter of the channels,
+            or 8. `camfn.explain` reports the error. Without such instructions `dtype` is ignored with a warning; under a
+            transform it is ignored.
+        progress: `True` shows a tqdm bar; a callable receives `(done, total)` forward passes.
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    >>> camfn.score_cam(model, "1", torch.randn(2, 3, 8, 8), sweep=camfn.Sweep(chunk=4)).shape
+    torch.Size([2, 6, 6])
     """
 
     chunk: int | None = None
@@ -40,7 +52,7 @@ class Sweep(NamedTuple):
 
 
 def checked(options: Sweep) -> Sweep:
-    """`options`, or a sentence about what is wrong with them."""
+    """Return `options`, or raise `CamError` if one is invalid."""
     chunk, memory = options.chunk, options.memory
     if chunk is not None and not (_is_whole(chunk) and chunk > 0):
         raise CamError(f"Sweep(chunk={chunk!r}): chunk must be None or a positive int, masked inputs per forward")
@@ -57,11 +69,11 @@ def checked(options: Sweep) -> Sweep:
 
 
 def usable(options: Sweep, device: torch.device, own: torch.dtype) -> Sweep:
-    """Without a dtype that would be no faster here, which a warning says."""
+    """Drop a dtype that would not be faster on this device, with a warning."""
     if options.dtype in (None, own) or _compat.transformed():
         return options._replace(dtype=None)
     if not _compat.is_fast(options.dtype, device):
-        warn(f"Sweep(dtype={options.dtype}): this {device.type} has no instructions for it, and would be slower: left out")
+        warn(f"Sweep(dtype={options.dtype}): this {device.type} has no instructions for it and would be slower: it is left out")
         return options._replace(dtype=None)
     return options
 
@@ -71,19 +83,19 @@ def _is_whole(value: object) -> bool:
 
 
 def pays(seconds: float) -> bool:
-    """Is compiling worth it for a sweep that would take so many more seconds without?
+    """Whether compiling pays off for a sweep with this many seconds left to run without it.
 
-    A compiled kernel saves 6 % at best of the time of one that has its batch norms merged and its channels last already
-    (`benchmarks/results/score_cam.json`), and compiling is taken to cost `COSTS` seconds (`benchmarks/compile.py` measures it).
+    A compiled kernel saves at most 6 % of the time of one with folded batch norms and channels last
+    (`benchmarks/results/score_cam.json`). Compiling is assumed to cost `COSTS` seconds (`benchmarks/compile.py` measures it).
     """
     return SAVES * seconds > COSTS
 
 
-SAVES, COSTS = 0.05, 40.0  # a share, seconds
+SAVES, COSTS = 0.05, 40.0  # share of the time saved; seconds to compile
 
 
 def counter(progress: bool | Callable[[int, int], None], total: int) -> Callable[[int | None], None]:
-    """A function that is told of every chunk how many forwards it was, and shows it; told `None`, it is at its end."""
+    """Return `tick`: `tick(n)` advances the progress by n forward passes, and `tick(None)` completes it."""
     if progress is False:
         return lambda used: None
     report, done = _bar(total) if progress is True else progress, 0

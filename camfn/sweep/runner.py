@@ -1,4 +1,4 @@
-"""How the model runs in a sweep: what a few forwards tell about it, and the copy that is made for it."""
+"""The model as a sweep runs it: a rewritten copy if that is faster, and the tests that choose it."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -21,25 +21,25 @@ from camfn.sweep.folding import Found, channels_last, find_folds, merge_norms
 from camfn.sweep.options import CHUNK, Sweep
 from camfn.targets import Score, distinct, logits_of, reads_logits, score_rows
 
-_WORTH = 24  # rows from which the forward that checks a rewritten model pays
-_REUSED = 1500  # how often a weight has to be used in a sweep for a copy of it to pay
-_SHARE = 0.5  # of the CPU's free memory, that a chunk of the default size may take
-_HELD = 48 << 20  # bytes that a forward may hold for each of a CPU's threads: with more, memory is slower than arithmetic
+_WORTH = 24  # number of rows from which the test of a rewritten model pays
+_REUSED = 1500  # number of uses of a weight in a sweep from which copying it pays
+_SHARE = 0.5  # share of the CPU's free memory that a chunk of the default size may take
+_HELD = 48 << 20  # bytes that a forward pass may hold for each CPU thread: with more, memory is the bottleneck
 
 
 class Room:
-    """How many rows per forward memory has room for: fewer, once it ran out. Shared by all that one call sweeps."""
+    """The chunk size, which shrinks when memory runs out. All sweeps of a call share it."""
 
     def __init__(self, chunk: int, rows: str = "masked inputs") -> None:
         self.asked = self.chunk = chunk
         self.rows = rows
 
     def halve(self, used: int) -> None:
-        """`used` were too many."""
+        """Halve the chunk, after `used` rows did not fit."""
         self.chunk = max(1, min(self.chunk, used) // 2)
 
     def tell(self) -> None:
-        """Warn if memory ran out."""
+        """Warn if memory ran out during the sweep."""
         if self.chunk < self.asked:
             warn(
                 f"memory ran out at {self.asked} {self.rows} per forward; {self.chunk} fitted "
@@ -52,14 +52,14 @@ class Runner(NamedTuple):
 
     shell: Shell
     state: State
-    merged: bool  # are batch norms merged into convolutions?
+    merged: bool  # whether batch norms are folded into convolutions
     channels_last: bool
-    folded: bool
+    folded: bool  # whether the model runs on a chunk as one batch
     room: Room
-    dtype: torch.dtype | None = None  # what it runs in, where that is not its own
+    dtype: torch.dtype | None = None  # the dtype that it runs in; None for its own
 
     def call(self, guarded: bool = False) -> Callable[[State, Inputs], Any]:
-        """A function `(state, x) -> output`."""
+        """The model as a function `(state, x) -> output`."""
         inner, last, dtype = pure_from(self.shell, guarded=guarded, fresh=True), self.channels_last, self.dtype
 
         def prepared(leaf: Any) -> Any:
@@ -75,12 +75,12 @@ class Runner(NamedTuple):
 
 
 def runner_of(forward: Forward, score: Score, options: Sweep, rows: int) -> Runner:
-    """The model as it is best run for so many rows: as it is, or as a copy whose function is the same to rounding.
+    """Choose how to run the model on `rows` rows: as it is, or as a copy with the same function up to rounding.
 
-    Two forwards tell: a second image alone, and the two images together, by the copy; that one alone again, where it is known
-    how a batch is taken.
+    Two forward passes test the copy: a second image alone, by the model, and both images together, by the copy. If `fold` is
+    given, the copy runs on the second image alone.
     """
-    shell = forward.task.model.shell()  # the forward's own has ports
+    shell = forward.task.model.shell()  # a fresh copy: that of the forward pass has ports
     own = Runner(shell, forward.task.state, False, False, options.fold is not False, Room(chunk_of(forward, options, CHUNK)))
     if _compat.transformed():
         return own
@@ -94,13 +94,13 @@ def runner_of(forward: Forward, score: Score, options: Sweep, rows: int) -> Runn
     how = "maps through the model" if maps else "runs the model on one input at a time"
     warn(
         f"the model's output for an input depends on the others of its batch: the sweep {how} (slower); "
-        f"{'Sweep(fold=False)' if maps else 'Sweep(chunk=1)'} says that this is known"
+        f"{'Sweep(fold=False)' if maps else 'Sweep(chunk=1)'} skips the test and this warning"
     )
     return own._replace(folded=False) if maps else own._replace(room=Room(1))
 
 
 def _rewritten(forward: Forward, own: Runner, rows: int) -> Iterator[Runner]:
-    """Copies, the fastest first: batch norms merged and channels last; less of it, for models that do not take that."""
+    """Yield rewritten copies, fastest first: with folded batch norms and channels last, then with only one of them."""
     if not own.folded or rows < _WORTH or rows * second_of(forward).found.reuse < _REUSED:
         return
     folds, images = second_of(forward).found.folds, any(tensor.ndim == 4 for tensor in own.state.values())
@@ -112,7 +112,7 @@ def _rewritten(forward: Forward, own: Runner, rows: int) -> Iterator[Runner]:
 
 
 def narrowed(forward: Forward, runner: Runner, dtype: torch.dtype) -> Runner:
-    """The same in a narrow dtype."""
+    """The runner in a narrow dtype. Raises `CamError` if the model does not run in it."""
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in runner.state.items()}
     narrow = runner._replace(state=state, dtype=dtype)
     try:
@@ -126,20 +126,21 @@ def narrowed(forward: Forward, runner: Runner, dtype: torch.dtype) -> Runner:
 
 
 def _image(forward: Forward) -> Tensor:
-    """The first image, to be written to by a model that does."""
+    """A copy of the first image, since a model may write to its input."""
     return forward.image[:1].clone()
 
 
 def _first(forward: Forward, images: Tensor) -> Inputs:
-    """Inputs with these images, and with what belongs to the first image beside each."""
+    """Inputs with these images, each with the companion inputs of the first image."""
     first = torch.zeros(len(images), dtype=torch.long, device=images.device)
     return rows_of(forward.batch.x, forward.companions, first, images)
 
 
 def _compared(score: Score, output: Any, count: int) -> list[Tensor]:
-    """What counts of an output for `count` inputs: it, or its logits, or what the targets make of it. Other parts do not.
+    """The part of an output for `count` inputs that must agree: the tensor itself, its logits, or the targets' scores.
 
-    One tensor counts as it is: rounding is of its size, and a difference of two of its values may be far smaller.
+    A single tensor is compared as a whole: its rounding scales with its largest values, and a score may be a small difference
+    of two of them.
     """
     if isinstance(output, Tensor) and output.is_floating_point():
         return [output]
@@ -152,18 +153,18 @@ def _compared(score: Score, output: Any, count: int) -> list[Tensor]:
     return [score_rows(score.of, output, of(image)) for image in distinct(score.rows)]
 
 
-# ---------------------------------------------------------------------------------------------------------- facts
+# ------------------------------------------------------------------------------------------- facts about the model
 
 
 class Second(NamedTuple):
-    """What a forward of a second image alone tells."""
+    """A second image, and what the forward pass on it alone shows."""
 
     image: Tensor
     found: Found
 
 
 def second_of(forward: Forward) -> Second:
-    """The first image turned over and half as bright: not made up, since a model may have its range of values."""
+    """Run the second image: the first, flipped and halved. Random values could be outside the range that a model accepts."""
 
     def find() -> Second:
         image = 0.5 * _image(forward).flip(tuple(range(2, forward.image.ndim)))
@@ -173,11 +174,15 @@ def second_of(forward: Forward) -> Second:
 
 
 _TIGHT, _LOOSE = 100, 1000
-"""Roundings by which the outputs of one function may differ, and of two that are equal but for rounding."""
+"""Tolerances, in multiples of the rounding: for two runs of one function, and for two functions equal up to rounding."""
 
 
 def _first_alone(forward: Forward, score: Score, runner: Runner) -> list[Tensor]:
-    """What the first image gives. In a batch of several it is what it gives alone only where the batch makes no difference."""
+    """The compared output of the first image alone.
+
+    The row of the clean batch is that output only if samples do not depend on their batch. If the runner is not folded, they
+    may, and the image runs alone.
+    """
     if runner.folded or forward.n == 1:
         return [part[:1] for part in _compared(score, forward.output, forward.n)]
     call = pure_from(forward.task.model.shell())
@@ -185,7 +190,7 @@ def _first_alone(forward: Forward, score: Score, runner: Runner) -> list[Tensor]
 
 
 def _agrees(runner: Runner, forward: Forward, score: Score, times: int, pair: bool = True) -> bool:
-    """Does it give, of both images together, or of the second, what each gave alone? Mapped, where it maps."""
+    """Whether the runner gives, for both images together (`pair`) or for the second, what each image gave alone."""
 
     def find() -> list[Tensor]:
         images, call = second_of(forward).image.clone(), runner.call(guarded=True)
@@ -203,16 +208,16 @@ def _agrees(runner: Runner, forward: Forward, score: Score, times: int, pair: bo
             return all(is_close(a, b, times) for a, b in zip(find(), expected))
     except RefusedError:
         raise
-    except Exception as error:  # a view of what was contiguous, say
+    except Exception as error:  # for example `view` on a tensor that is no longer contiguous
         if not is_exhausted(error):
             return False
         if runner.merged or runner.channels_last or not runner.folded:
             raise
-        return True  # which says nothing about the model; the sweep will see
+        return True  # running out of memory says nothing about the function; the sweep halves its chunk
 
 
 def chunk_of(forward: Forward, options: Sweep, usual: int) -> int:
-    """Rows per forward: what was asked for, or what fits."""
+    """The chunk size: as the options ask, or as fits in memory. `usual` is the default."""
     device, memory = forward.image.device, options.memory
     if _compat.transformed() or (memory is None and (options.chunk is not None or device.type != "cpu")):
         return options.chunk or usual
@@ -221,20 +226,23 @@ def chunk_of(forward: Forward, options: Sweep, usual: int) -> int:
     if allowed is None:
         if memory is None:
             return most
-        raise CamError(f"Sweep(memory={memory}): how much is free on {device} is not known; give bytes")
+        raise CamError(f"Sweep(memory={memory}): the free memory of {device} is unknown; give bytes")
     pixels = forward.image[0].numel() * forward.image.element_size()
     return min(most, max(1, allowed // (second_of(forward).found.bytes + 4 * pixels)))
 
 
 def _best_on_cpu(forward: Forward) -> int:
-    """A power of two, so that threads have equal parts: few rows hold little, but each chunk reads all weights again, for
-    which it has to hold half as much as they do (`benchmarks/chunk.py` measures the rows, and by how much they matter)."""
+    """The chunk size that is fastest on this CPU: a power of two, so that threads get equal parts.
+
+    Small chunks hold little memory, but each chunk reads all weights again: it should hold at least half as many bytes as
+    they do. `benchmarks/chunk.py` measures the best size and its effect.
+    """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in forward.task.state.values())
     rows = max(_HELD * max(2, torch.get_num_threads()), weights // 2) // max(1, second_of(forward).found.bytes)
     return 1 << max(1, rows).bit_length() - 1
 
 
 def free_share(device: torch.device, share: float = _SHARE) -> int | None:
-    """A share of the memory that is free, in bytes; `None` where that is not known."""
+    """A share of the free memory, in bytes; `None` if the free memory is unknown."""
     free = free_bytes(device)
     return None if free is None else int(share * free)

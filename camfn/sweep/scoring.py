@@ -1,4 +1,4 @@
-"""The sweep: which masked inputs are scored, in chunks, and what their scores say of the channels."""
+"""The sweep: the plan of masked inputs, their scores in chunks, and the scores of the channels."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,39 +25,39 @@ from camfn.targets import Score, score_rows
 
 
 class Swept(NamedTuple):
-    """The scores of a sweep, and what they cost."""
+    """The scores of a sweep, and their cost."""
 
     scores: Scores
-    forwards: int  # masked inputs that went through the model
-    error: Tensor | None = None  # (n, t): how far the normalised map may be off, where something was left out
+    forwards: int  # forward passes, counted in masked inputs
+    error: Tensor | None = None  # (n, t): the stated error of the normalized map; None for a full sweep
 
 
 class Plan(NamedTuple):
-    """Which rows of an activation are swept: `(draw, channel, image)` of each, draws outermost, on the CPU."""
+    """The rows to sweep: `(draw, channel, image)` of each masked input, draws outermost, on the CPU."""
 
     read: Read
     rows: Tensor  # (r, 3)
-    zeros: Tensor  # (m, 3): one row for each image with flat channels, where these share one
-    flat: Tensor  # (n, c): which channels have masks of zeros: those that are flat
+    zeros: Tensor  # (m, 3): for each image with flat channels, the one row that they share; empty if they do not share
+    flat: Tensor  # (n, c): the channels with a mask of zeros
 
     @property
     def rows_in_all(self) -> int:
-        """Masked inputs."""
+        """The number of masked inputs."""
         return len(self.rows) + len(self.zeros)
 
     def swept(self) -> Tensor:
-        """The channels that have rows of their own, `(n, c)`."""
+        """The channels `(n, c)` that are swept individually."""
         _, channel, image = self.rows.T
         return torch.zeros_like(self.flat, device="cpu").index_put((image, channel), torch.tensor(True)).to(self.flat.device)
 
     def of(self, channels: Tensor) -> "Plan":
-        """The rows of some channels `(n, c)` alone."""
+        """The plan for the rows of some channels `(n, c)` only, without shared rows."""
         _, channel, image = self.rows.T
         return self._replace(rows=self.rows[channels.cpu()[image, channel]], zeros=self.zeros[:0])
 
 
 def plan(read: Read, variation: Variation) -> Plan:
-    """The rows to sweep. Reads which channels have no mask, except under a transform, where all are swept."""
+    """Plan the rows to sweep. Flat channels are left out or share a row; under a transform all channels are swept."""
     n, c, _ = read.values.shape
     recipe = variation.recipe
     draws, flat = len(variation.scales), variation.blank(read.values)
@@ -69,14 +69,14 @@ def plan(read: Read, variation: Variation) -> Plan:
         if not len(rows):
             raise CamError("every channel of the layer is flat, and the recipe leaves flat channels out: nothing to sweep")
         return Plan(read, rows, rows[:0], flat)
-    first = (~alive).int().argmax(1)  # any flat channel of the image will do: its mask is zero
+    first = (~alive).int().argmax(1)  # any flat channel of the image can stand for all: their masks are zero
     image = torch.arange(n, device="cpu")
     zeros = torch.stack([torch.zeros_like(image), first, image], 1)[~alive.all(1)]
     return Plan(read, rows, zeros, flat)
 
 
 class Scoring(NamedTuple):
-    """Everything that a sweep is made of."""
+    """The arguments of a sweep."""
 
     forward: Forward
     runner: Runner
@@ -97,7 +97,7 @@ def sweep_layers(
     *,
     rows: int,
 ) -> list[Swept]:
-    """Sweep each layer's plan in its way, `rows` masked inputs in all. All layers share one runner."""
+    """Sweep each layer's plan by the function in `ways`; `rows` masked inputs in all. All layers share one runner."""
     runner, tick = runner_of(forward, score, options, rows), counter(options.progress, rows)
     found = [way(Scoring(forward, runner, score, todo, variation, options, tick)) for todo, way in zip(plans, ways)]
     tick(None)
@@ -108,11 +108,11 @@ def sweep_layers(
 def sweep_in_full(
     method: str, forward: Forward, score: Score, reads: Sequence[Read], variation: Variation, options: Sweep
 ) -> list[Swept]:
-    """Score all masks of each layer, for methods that have no budget and no low precision."""
+    """Score all masks of each layer, for methods without a budget and without low precision."""
     if checked(options).dtype is not None:
         raise CamError(
-            f"Sweep(dtype={options.dtype}) is not for {method}: it needs channels that can be scored again, weighed as "
-            "score_cam and its kin weigh them; leave dtype= out"
+            f"Sweep(dtype={options.dtype}) is not for {method}: it needs one score for each channel, weighted as in score_cam; "
+            "leave dtype= out"
         )
     plans = [plan(part, variation) for part in reads]
     rows = sum(todo.rows_in_all for todo in plans)
@@ -120,14 +120,14 @@ def sweep_in_full(
 
 
 def sweep_all(scoring: Scoring) -> Swept:
-    """`S_k`: for every channel of every image, the mean score of its masked inputs."""
+    """Sweep all rows: `S_k` is the mean score of the masked inputs of channel k."""
     todo = scoring.plan
     index = torch.cat([todo.rows, todo.zeros])
     return Swept(gather(scorer(scoring)(index), todo, scoring.variation), len(index))
 
 
 def scorer(scoring: Scoring) -> Callable[[Tensor], Tensor]:
-    """A function of `(r, 3)` masked inputs `(draw, channel, image)`, draws in order: their scores `(r, t)`."""
+    """Return a function from rows `(r, 3)` (draw, channel, image), draws in order, to their scores `(r, t)`."""
     forward, runner, score, (read, *_), variation, options, tick = scoring
     size = tuple(forward.image.shape[2:])
     rule = Rule(size, read.values.dtype, variation.recipe, variation.noise, variation.form, variation.under)
@@ -147,7 +147,7 @@ def scorer(scoring: Scoring) -> Callable[[Tensor], Tensor]:
 
 
 def scores_of(score: Callable[[Tensor], Tensor], todo: Plan, variation: Variation, channels: Tensor) -> Scores:
-    """The scores of some channels `(n, c)` of a plan alone, by a scorer; zeros for the others."""
+    """Score some channels `(n, c)` of a plan by `score`; zeros for the others."""
     part = todo.of(channels)
     return gather(score(part.rows), part, variation)
 
@@ -166,7 +166,7 @@ def _raise_nonfinite(forward: Forward, runner: Runner, rule: Rule, index: Tensor
 
 
 def _rows_from(forward: Forward, read: Read, variation: Variation, size: tuple[int, ...]) -> Callable[[Tensor], Rows]:
-    """From `(draw, channel, image)` to what the kernel needs to make the masked input."""
+    """Return a function from rows `(r, 3)` (draw, channel, image) to the kernel's inputs."""
     n, c, _ = read.values.shape
     device = read.values.device
     channels = read.values.to(wide(read.values.dtype)).reshape(n * c, *read.grid)
@@ -189,10 +189,10 @@ def _rows_from(forward: Forward, read: Read, variation: Variation, size: tuple[i
 def in_chunks(
     kernel: Kernel, rows_from: Callable[[Tensor], Rows], index: Tensor, room: Room, tick: Callable[[int | None], None]
 ) -> Tensor:
-    """The kernel's scores of the rows that are made from an index.
+    """Run the kernel in chunks on the rows made from an index.
 
-    The first chunk runs under the guard. Of the others only torch's generator tells, afterwards, whether a forward drew random
-    numbers: where its state has moved, which another thread may have done, all run again under the guard.
+    Only the first chunk runs under the guard. If the state of torch's generator has changed after the sweep, another chunk (or
+    another thread) drew random numbers, and all chunks run again under the guard.
     """
     if _compat.transformed() or kernel.guarded is None:
         return _in_chunks(kernel, rows_from, index, room, tick)
@@ -205,7 +205,7 @@ def in_chunks(
 
 
 def _generators(device: torch.device) -> list[Tensor]:
-    """The states of torch's default generators that a forward there may draw from."""
+    """The states of torch's default generators for this device and the CPU."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
@@ -227,12 +227,12 @@ def _in_chunks(
 
 def _seconds_since(begun: float, scores: Tensor) -> float:
     if scores.device.type == "cuda":
-        torch.cuda.synchronize(scores.device)  # once in a sweep
+        torch.cuda.synchronize(scores.device)  # only once in a sweep, so it costs little
     return time.perf_counter() - begun
 
 
 def _scores(kernel: Kernel, rows: Rows, room: Room) -> Tensor:
-    """The scores of rows that were made for one chunk, in halves where memory runs out."""
+    """The scores of the rows of one chunk. When memory runs out, the chunk is halved and the rows run again."""
     while True:
         chunk = room.chunk
         try:
@@ -255,7 +255,7 @@ def _split(rows: Rows, chunk: int) -> Iterator[Rows]:
 
 
 def _padded(kernel: Kernel, rows: Rows, chunk: int) -> Rows:
-    """One shape, one graph."""
+    """Pad the rows to the chunk size, so that all chunks use one compiled graph."""
     missing = chunk - _count(rows)
     if not kernel.pads or not missing:
         return rows
@@ -263,13 +263,13 @@ def _padded(kernel: Kernel, rows: Rows, chunk: int) -> Rows:
 
 
 def gather(found: Tensor, todo: Plan, variation: Variation) -> Scores:
-    """Scores of rows to scores of channels: the mean over draws; flat channels have the score of their image's zeros."""
+    """Gather the rows' scores by channel: the mean over draws. Flat channels get the score of the row that they share."""
     (n, c), t = todo.flat.shape, found.shape[1]
     swept, zeros = found.split([len(todo.rows), len(todo.zeros)])
     _, channel, image = todo.rows.to(found.device).unbind(1)
     scores = found.new_zeros(n * c, t).index_add(0, image * c + channel, swept / len(variation.scales)).reshape(n, c, t)
     if variation.recipe.flat == "skip":
-        return torch.where(todo.flat[..., None], 0, scores)  # under a transform they were swept
+        return torch.where(todo.flat[..., None], 0, scores)  # under a transform flat channels were swept too
     if len(todo.zeros):
         shared = found.new_zeros(n, t).index_add(0, todo.zeros[:, 2].to(found.device), zeros)
         scores = torch.where(todo.flat[..., None], shared[:, None], scores)

@@ -1,4 +1,4 @@
-"""The loop of a search: score the channels that matter most, learn, and go on until it is enough."""
+"""Search in rounds: score the channels that matter most, update the posterior, repeat until it suffices."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -10,19 +10,19 @@ from camfn._types import Scores
 
 
 class Searched(Protocol):
-    """One image's state of knowledge."""
+    """The search on one image."""
 
     def choose(self) -> Tensor:
-        """The channels of the next round, as a mask `(c,)` on the CPU; none when it is enough."""
+        """The channels of the next round, as a mask `(c,)` on the CPU. No channel ends the search."""
         ...
 
     def learn(self, scores: Tensor, mask: Tensor) -> None:
-        """Take in the scores `(c, t)` of the channels of a mask."""
+        """Update the posterior with the scores `(c, t)` of the channels in `mask`."""
         ...
 
 
 def search(images: Sequence[Searched], score: Callable[[Tensor], Scores]) -> Tensor:
-    """Run the rounds of all images at once, and return all channels that were scored, `(n, c)`."""
+    """Run the rounds of all images together, and return the mask `(n, c)` of all channels that were scored."""
     every = chosen = torch.stack([image.choose() for image in images])
     while bool(chosen.any()):
         found = score(chosen)
