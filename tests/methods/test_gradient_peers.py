@@ -261,7 +261,7 @@ def test_full_grad_equals_pytorch_grad_cams_by_its_name(kind):
     assert differ(camfn.full_grad(model, None, x, targets), expected) > 1e-2
 
 
-@pytest.mark.parametrize(("name", "layer"), [("resnet18", "layer3"), ("vgg16", "features.22")])
+@pytest.mark.parametrize(("name", "layer"), [("resnet18", "layer3"), ("squeezenet1_1", "features.10")])
 @pytest.mark.parametrize("method", ["grad_cam", "hires_cam", "layer_cam", "grad_cam_elementwise", "xgrad_cam"])
 def test_networks_of_torchvision_equal_pytorch_grad_cam_and_torchcam(networks, method, name, layer):
     model = networks(name)
