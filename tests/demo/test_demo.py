@@ -200,7 +200,7 @@ def test_the_network_knows_unseen_scenes(network):
 
 
 def test_score_cams_maximum_is_on_the_object(network, unseen):
-    count, cell = 60, 8  # pixels
+    count, cell = 30, 8  # pixels
     x, classes, masks = stacked(unseen[:count])
 
     def hits(maps: torch.Tensor) -> float:

@@ -33,7 +33,7 @@ ROWS = (
         "it divides a slope by its size, and that of a flat channel is rounding",
         False,
     ),
-    Row("no gradient of a flat map", "rise", "its map is not of a layer, and is not flat"),
+    Row("no gradient of a flat map", "rise", "its map is not of the layer, and is not flat"),
     *(
         Row("a network of convolutions", method, _NO_ATTENTION)
         for method in camfn.METHODS
@@ -46,7 +46,6 @@ ROWS = (
     Row("gradients of 1e60 in float32", "full_grad", "the model's gradient at the input has no number"),
     Row("gradients of 1e-60 in float32", "full_grad", "the model's gradient at the input has no number"),
     Row("gradients of 1e60 in float32", "opti_cam", "the gradient through all steps has no number"),
-    Row("NaN that the model goes on from", "cam", "its linear layer has no other layer behind it"),
     Row("NaN that the model goes on from", "lift_cam", "it has no rule for `nan_to_num`"),
     Row("a channel that the model goes on without", "cam", "its linear layer would want all channels"),
     Row("a list of images and no classes", "cam", "its target is of classes"),
