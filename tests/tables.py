@@ -166,6 +166,40 @@ OF_TRANSFORMERS: dict[str, Callable[[str], None]] = {
 """The same, of those that follow attention."""
 
 
+ASKED = {
+    "`vmap` over inputs": (contract.test_mapping_over_inputs_is_the_batch, transformers.test_under_vmap),
+    "`grad`, `jvp`": (
+        contract.test_gradients_and_directional_derivatives_agree_with_finite_differences,
+        transformers.test_maps_are_differentiable,
+    ),
+    COMPILED: (contract.test_the_whole_method_can_be_compiled, transformers.test_the_whole_method_can_be_compiled),
+    "8 threads": (
+        test_threads.test_eight_threads_with_different_inputs_states_and_seeds_at_one_layer,
+        transformers.test_threads,
+    ),
+    "float16": (
+        contract.test_narrow_dtypes_with_a_flat_channel_give_nearly_the_wide_map,
+        transformers.test_narrow_dtypes,
+    ),
+    "bfloat16": (
+        contract.test_narrow_dtypes_with_a_flat_channel_give_nearly_the_wide_map,
+        transformers.test_narrow_dtypes,
+    ),
+    "inference mode": (contract.test_the_callers_grad_mode_does_not_matter, transformers.test_it_is_pure),
+    "train mode": (contract.test_a_model_in_train_mode_is_explained_in_eval_mode, transformers.test_it_is_pure),
+}
+"""By column: the tests, of methods at a layer and of those that follow attention, that check every method for it anyway."""
+
+
+def asked_anyway(method: str, column: str) -> bool:
+    """Is the check of the column a test that has the method among its parameters?"""
+    if column not in ASKED:
+        return False
+    test = ASKED[column]["attention" in camfn.METHODS[method].needs]
+    marks = [mark for mark in vars(test)["pytestmark"] if mark.name == "parametrize"]
+    return any(mark.args[0] == "method" and method in mark.args[1] for mark in marks)
+
+
 def check_of(method: str, column: str) -> Callable[[str], None]:
     return (OF_TRANSFORMERS if "attention" in camfn.METHODS[method].needs else COLUMNS)[column]
 

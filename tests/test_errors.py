@@ -9,10 +9,11 @@ import re
 import threading
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import camfn
 from tests.oracles.closeness import close
@@ -41,44 +42,11 @@ def test_the_exception_is_a_value_error():
 # ------------------------------------------------------------------------------------------------------------ layers
 
 
-def test_an_unknown_layer_is_told_the_closest_names():
-    with says("no layer named 'feature'", "SmallNet", "closest", "'features'", "named_modules()"):
-        explain(layer="feature")
-    with says("no layer named 'stem.9'", "'stem.", "named_modules()"):
-        explain(layer=["features", "stem.9"])
-    with says("no layer named 'qqqq'", "none is close"):
-        explain(layer="qqqq")
-
-
-def test_a_layer_without_spatial_axes_says_its_shape():
-    with says("layer 'fc'", "(2, 5)", "no spatial axes", "before pooling", "layout="):
-        explain(layer="fc")
-    with says("layer 'fc'", "(2, 5)", "no spatial axes"):
-        explain(layer=("features", "fc"))
-
-
 def test_the_model_itself_is_not_a_layer_without_a_name():
     net = small_net()
     for layer in (net, ""):
         with pytest.raises(camfn.CamError, match=r"(?s)(the model itself|SmallNet).*\(2, 5\)"):
             explain(net, layer=layer)
-
-
-def test_no_layer_with_spatial_axes_can_be_chosen():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).double()
-    with says("no layer of Sequential", "2 spatial axes", "name one", "named_modules()"):
-        explain(net, layer=None)
-
-
-@pytest.mark.parametrize("layer", [5, ["features", 5], ["features", None]])
-def test_a_layer_of_a_wrong_type_says_what_was_found(layer):
-    with says("layer must be a name or a module", "found", "int" if layer != ["features", None] else "NoneType"):
-        explain(layer=layer)
-
-
-def test_no_layers_at_all():
-    with says("layer is an empty sequence", "name one", "None"):
-        explain(layer=[])
 
 
 class Parts(nn.Module):
@@ -106,16 +74,8 @@ class Named(tuple):
     hidden = property(lambda self: self[0])
 
 
-def test_a_layer_that_returns_several_tensors_names_its_parts():
-    with says(
-        "layer 'layer'", "tuple", "0: Tensor(2, 3, 6, 6)", "1: Tensor(2,)", "choose one of its parts: 'layer:0', 'layer:1'"
-    ):
-        explain(OfParts(lambda h: (h, h.sum((1, 2, 3)))).double(), layer="layer")
-    with says("layer 'layer'", "dict of hidden: str, note: str", "choose a layer inside it"):
-        explain(OfParts(lambda h: {"hidden": "x", "note": "x"}, lambda out: None).double(), layer="layer")
-    with says("layer 'layer'", "Named", "hidden: Tensor(2, 3, 6, 6)", "mask: Tensor(2,)", "'layer:hidden', 'layer:mask'"):
-        explain(OfParts(lambda h: Named((h, h.sum((1, 2, 3))))).double(), layer="layer")
-    for one in (lambda h: (h,), lambda h: (h, 1), lambda h: Named((h, None))):  # one tensor is no choice
+def test_a_layer_of_which_one_part_is_a_tensor_needs_no_choice():
+    for one in (lambda h: (h,), lambda h: (h, 1), lambda h: Named((h, None))):
         assert explain(OfParts(one).double(), layer="layer").shape == (2, 6, 6)
     assert explain(OfParts(lambda h: (h, 1)).double(), layer="layer.conv").shape == (2, 6, 6)
 
@@ -138,77 +98,14 @@ def wiring():
     return net
 
 
-def test_a_layer_that_runs_twice():
-    with says("layer 'twice'", "more than once", "choose one of its calls", "'twice@1', 'twice@2'"):
-        explain(wiring(), layer="twice")
-    with says("layer 'twice@3'", "ran 2 times in this forward"):
-        explain(wiring(), layer="twice@3")
+def test_a_module_around_a_call_of_a_layer_that_runs_twice():
     assert explain(wiring(), layer="once", relu=False).shape == (2, 8, 8)
-
-
-def test_a_layer_that_never_runs():
-    with says("layer 'never'", "did not run", "choose one that does"):
-        explain(wiring(), layer="never")
-
-
-def test_a_layer_that_is_not_registered():
-    net = wiring()
-    with says("a Conv2d", "not a registered submodule of Wiring", "nn.ModuleList"):
-        explain(net, layer=net.hidden[0])
-    with says("a Conv2d", "not a registered submodule of Wiring"):
-        explain(net, layer=wiring().never)
 
 
 # ------------------------------------------------------------------------------------------------ arguments swapped
 
 
-def test_model_and_layer_swapped():
-    net, x = small_net(), inputs()
-    with says("model must be", "found str", "after the model"):
-        camfn.score_cam("features", net, x)
-    with says("model and layer are swapped"):
-        camfn.score_cam(net.features, net, x)
-    with says("model and layer are swapped"):
-        camfn.score_cam(net.fc, net, x)
-    with says("model and layer are swapped"):
-        camfn.tap(net.features, net)
-    with says("model must be", "found str", "after the model"):
-        camfn.tap("features", net)
-    with says("model must be", "found str"):
-        camfn.pure("features")
-
-
-def test_layer_and_input_swapped():
-    net, x = small_net(), inputs()
-    with says("x must be a tensor", "found str", "layer"):
-        camfn.score_cam(net, x, "features")
-    with says("model must be", "found Tensor"):
-        camfn.score_cam(x, net, "features")
-
-
 # ------------------------------------------------------------------------------------------------------------ inputs
-
-
-@pytest.mark.parametrize("method", ["score_cam", "cam"])
-def test_an_input_of_the_wrong_rank(method):
-    options = {"fc": "fc"} if method == "cam" else {}
-    with says("x has shape (3, 8, 8)", "Conv2d wants 4", "(n, channels, *size)", "batch", "x[None]"):
-        explain(x=inputs()[0], method=method, **options)
-    with says("x has shape (1, 2, 3, 8, 8)", "4 axes"):
-        explain(x=inputs()[None], method=method, **options)
-    with says("x has shape (3, 8)", "(n, channels, *size)"):
-        explain(small_net(dims=1), x=inputs(dims=1)[0], method=method, **options)
-
-
-def test_an_input_without_axes_for_masks():
-    with says("x has shape (2, 3)", "one spatial axis"):
-        explain(nn.Linear(3, 3).double(), layer="", x=inputs()[:, :, 0, 0])
-
-
-@pytest.mark.parametrize("method", ["score_cam", "cam"])
-def test_an_input_without_any_axis(method):
-    with says("x has shape ()"):
-        explain(nn.Sequential(nn.Linear(1, 3)), layer="0", x=torch.tensor(1.0), method=method)
 
 
 class AddsTheChannel(nn.Module):
@@ -228,19 +125,6 @@ def test_a_model_that_brings_its_input_to_rank_itself_is_not_refused():
     close(camfn.cam(net, "conv", x, 1, fc="fc", normalize=False), expected)
 
 
-def test_an_empty_batch():
-    with says("x is an empty batch", "(0, 3, 8, 8)"):
-        explain(x=inputs()[:0])
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])
-def test_an_input_that_is_not_of_floating_point(dtype):
-    with says("x is", str(dtype), "floating-point", "preprocess"):
-        explain(x=inputs().abs().to(dtype))
-    with says("x[0] is", str(dtype), "floating-point"):
-        explain(x=(inputs().abs().to(dtype),), masked=0)
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_an_input_that_is_not_finite(value):
     x = inputs()
@@ -249,12 +133,6 @@ def test_an_input_that_is_not_finite(value):
         explain(x=x)
     with says("x['image'] is not finite", "3"):
         explain(x={"image": x})
-
-
-@pytest.mark.parametrize("x", [inputs().numpy(), None, "picture.png"])
-def test_an_input_of_another_type(x):
-    with says("x must be a tensor, a tuple", "mapping", "found", type(x).__name__):
-        camfn.score_cam(small_net(), "features", x)
 
 
 class Between(nn.Module):
@@ -272,13 +150,6 @@ def with_between(bad) -> nn.Sequential:
     torch.manual_seed(0)
     body = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Sequential(nn.Identity(), Between(bad)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return nn.Sequential(*body, nn.Linear(4, 5)).double()
-
-
-def test_a_score_that_is_not_finite_says_where_it_first_appears():
-    with says("the score is not finite", "first appears", "'2.1'"):
-        explain(with_between(torch.isfinite), layer="0")
-    with says("the score is not finite", "no layer's output shows it"):
-        explain(target=lambda y: y[0] / 0)
 
 
 def test_a_score_that_is_finite_on_the_clean_input_and_not_under_a_mask():
@@ -319,60 +190,13 @@ class Two(nn.Module):
         return self.fc((self.left(left) + self.right(right)).mean((2, 3)))
 
 
-def test_several_inputs_could_be_masked():
-    x = inputs()
-    with says("masked=", "which input", "0, 1", "floating-point", "spatial axes"):
-        explain(Two().double(), layer="left", x=(x, x))
-    with says("masked=", "which input", "'left', 'right'", "spatial axes"):
-        explain(Two().double(), layer="left", x={"left": x, "right": x, "note": None})
-
-
-def test_no_input_can_be_masked():
-    x = inputs()
-    with says("masked=", "which input", "none", "floating-point", "spatial axes"):
-        explain(Two().double(), layer="left", x=(x.long(), x[:, :, 0, 0]))
-
-
 def test_a_method_that_masks_nothing_does_not_speak_of_masked():
     with pytest.raises(camfn.CamError, match="floating-point") as caught:
         explain(Two().double(), layer="left", x=(inputs().long(), inputs().long()), method="cam")
     assert "masked=" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["nothing", 2, -1])
-def test_masked_names_nothing(key):
-    x = inputs()
-    with says(f"masked={key!r}", "0, 1"):
-        explain(Two().double(), layer="left", x=(x, x), masked=key)
-    with says(f"masked={key!r}", "'left', 'right'"):
-        explain(Two().double(), layer="left", x={"left": x, "right": x}, masked=key)
-
-
-def test_masked_names_what_cannot_be_masked():
-    x = inputs()
-    with says("masked=2", "not a tensor"):
-        explain(Two().double(), layer="left", x=(x, x, None), masked=2)
-    with says("masked=0", "x is a single tensor"):
-        explain(x=x, masked=0)
-
-
 # -------------------------------------------------------------------------------------------------- devices and kinds
-
-
-def test_model_and_input_on_different_devices():
-    net, x = small_net(), inputs()
-    with says("the model is on meta", "x is on cpu", "move one"):
-        explain(small_net().to("meta"), x=x)
-    with says("the model is on cpu", "x is on meta", "move one"):
-        explain(net, x=x.to("meta"))
-    with says("meta", "cpu", "move one"):
-        explain(net, x=x, state={name: t.to("meta") for name, t in camfn.state_of(net).items()})
-
-
-def test_one_tensor_of_the_state_on_another_device():
-    state = camfn.state_of(small_net())
-    with says("'fc.bias'", "meta"):
-        explain(state={**state, "fc.bias": state["fc.bias"].to("meta")})
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -516,8 +340,6 @@ def test_a_submodule_that_is_called_module_keeps_its_name():
     expected = explain(net.module, x=x)
     assert torch.equal(explain(net, layer="module.features", x=x), expected)
     assert torch.equal(explain(nn.DataParallel(net), layer="module.module.features", x=x), expected)
-    with says("no layer named 'features'", "'module.features'"):
-        explain(net, x=x)
 
 
 # ----------------------------------------------------------------------------------------------------------- targets
@@ -568,28 +390,6 @@ WRONG_TARGETS = {
 }
 
 
-@pytest.mark.parametrize("kind", WRONG_TARGETS)
-def test_a_wrong_target(kind):
-    target, words = WRONG_TARGETS[kind]
-    with says(*words):
-        explain(target=target)
-
-
-@pytest.mark.parametrize("k", [0, -1, True, 2.0, "3", None])
-def test_a_wrong_number_of_top_classes(k):
-    with says("targets.top", "positive number", repr(k)):
-        T.top(k)
-
-
-@pytest.mark.parametrize("method", sorted(LAYERED))
-def test_every_method_refuses_a_wrong_class(method):
-    for target in (5, -1):
-        with says(f"target {target}", "0 to 4"):
-            explain(target=target, method=method)
-    with says("3 entries", "batch of 2"):
-        explain(target=[1, 2, 3], method=method)
-
-
 class Segments(nn.Module):
     def __init__(self):
         super().__init__()
@@ -599,19 +399,13 @@ class Segments(nn.Module):
         return {"out": self.conv(x)}
 
 
-def test_a_class_of_a_model_whose_output_has_no_class_for_each_sample():
-    with says("(2, 5, 6, 6)", "(n=2, classes)", "callable"):
-        explain(Segments().double(), layer="conv")
+class Boxes(Segments):
+    def forward(self, x):
+        return {"boxes": super().forward(x)["out"]}
+
+
+def test_a_callable_of_a_model_whose_output_has_no_class_for_each_sample():
     assert explain(Segments().double(), layer="conv", target=lambda out: out["out"][1].mean(), relu=False).shape == (2, 6, 6)
-
-
-def test_an_output_without_logits():
-    class Says(Segments):
-        def forward(self, x):
-            return {"boxes": super().forward(x)["out"]}
-
-    with says("dict", "without logits", "callable"):
-        explain(Says().double(), layer="conv")
 
 
 # ------------------------------------------------------------------------------------------------------------- state
@@ -619,37 +413,6 @@ def test_an_output_without_logits():
 
 def states():
     return camfn.state_of(small_net())
-
-
-def test_a_state_with_missing_keys():
-    state = states()
-    with says("state= lacks 'fc.bias'", "camfn.state_of"):
-        explain(state={name: t for name, t in state.items() if name != "fc.bias"})
-    with says("state= lacks 'stem.0.weight'", "'stem.0.bias'", f"and {len(state) - 3} more"):
-        explain(state={})
-
-
-def test_a_state_with_an_unknown_key():
-    state = states()
-    with says("state=", "'fc.wieght'", "closest", "'fc.weight'"):
-        explain(state={**state, "fc.wieght": state["fc.weight"]})
-
-
-def test_a_state_with_a_misshapen_tensor():
-    state = states()
-    with says("state=", "'fc.weight'", "(6, 5)", "(5, 6)"):
-        explain(state={**state, "fc.weight": state["fc.weight"].T})
-
-
-@pytest.mark.parametrize("value", [1.0, None, [0.0] * 5])
-def test_a_state_with_what_is_not_a_tensor(value):
-    with says("state=", "'fc.bias'", type(value).__name__):
-        explain(state={**states(), "fc.bias": value})
-
-
-def test_a_state_that_is_no_mapping():
-    with says("state= must be a mapping", "SmallNet", "camfn.state_of"):
-        explain(state=small_net())
 
 
 class Tied(nn.Module):
@@ -882,7 +645,12 @@ def pooled(*tail: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *tail).double()
 
 
-cam = functools.partial(explain, method="cam")
+def of_vectors() -> nn.Sequential:
+    """Its input has no spatial axes."""
+    return nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 4, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 5))
+
+
+cam, FC = functools.partial(explain, method="cam"), {"cam": {"fc": "fc"}}
 
 
 def test_cam_has_one_layer():
@@ -890,16 +658,6 @@ def test_cam_has_one_layer():
         cam(layer=["features", "act"], fc="fc")
     (found,) = cam(layer=["features"], fc="fc")
     assert torch.equal(found, cam(layer="features", fc="fc"))
-
-
-def test_cam_without_a_linear_layer():
-    with says("linear layer", "4 channels", "4 classes", "no linear layer at all"):
-        cam(pooled(), layer="1")
-
-
-def test_cam_names_the_linear_layers_of_so_many_classes_alone():
-    with says("linear layer", "found '5' (3, 5); name another layer"):
-        cam(pooled(nn.Linear(4, 3), nn.Linear(3, 5)), layer="1")
 
 
 def test_a_head_for_training_alone_is_not_cams():
@@ -916,45 +674,10 @@ def test_a_head_for_training_alone_is_not_cams():
         cam(model, layer="body.1")
 
 
-def test_cam_with_an_input_count_other_than_the_channels():
-    with says("6 channels", "5 classes", "'fc' (96, 5)"):
-        cam(small_net(dense=True))
-    with says("fc='fc'", "96 inputs", "6 channels"):
-        cam(small_net(dense=True), fc="fc")
-
-
-def test_cam_with_a_linear_layer_of_other_classes():
-    with says("fc='4'", "4 outputs", "3 classes"):
-        cam(pooled(nn.Linear(4, 4), nn.Linear(4, 3)), layer="1", fc="4")
-
-
 def test_cam_with_several_linear_layers_equally_likely():
     with says("several", "fc=", "'4', '5'", "name"):
         cam(pooled(nn.Linear(4, 4), nn.Linear(4, 4)), layer="1")
     assert cam(pooled(nn.Linear(4, 4), nn.Linear(4, 4)), layer="1", fc="4").shape == (2, 6, 6)
-
-
-@pytest.mark.parametrize(("fc", "kind"), [("act", "ReLU"), ("features", "Conv2d"), ("stem", "Sequential")])
-def test_cam_with_an_fc_of_a_wrong_type(fc, kind):
-    with says(f"fc='{fc}'", kind, "Linear or a 1x1 convolution"):
-        cam(fc=fc)
-
-
-def test_cam_with_an_fc_that_is_not_there():
-    with says("fc", "'classifier'", "SmallNet", "closest"):
-        cam(fc="classifier")
-    with pytest.raises(camfn.CamError, match=r"fc.*name or a module.*found int"):
-        cam(fc=5)
-
-
-@pytest.mark.parametrize(
-    "target",
-    [lambda y: y[0], T.probability(1), T.logit(1) + T.rest(1), [lambda y: y[0]] * 2],
-    ids=["callable", "probability", "sum with what is not", "callables"],
-)
-def test_cam_with_a_target_that_is_not_of_classes(target):
-    with says("cam", "linear layer", "target", "classes"):
-        cam(target=target, fc="fc")
 
 
 def test_cam_says_which_layer_it_found():
@@ -963,15 +686,6 @@ def test_cam_says_which_layer_it_found():
 
 
 # ----------------------------------------------------------------------------------------------------------- options
-
-
-def test_an_unknown_recipe():
-    with says("recipe 'torch-cam'", "closest", "'torchcam'", "all", "authors"):
-        explain(recipe="torch-cam")
-    with says("recipe", "5"):
-        explain(recipe=5)
-    with says("recipe", "['torchcam']"):
-        explain(recipe=["torchcam"])
 
 
 @pytest.mark.parametrize(
@@ -998,71 +712,6 @@ def test_every_channel_is_flat_and_the_recipe_leaves_flat_channels_out():
         assert float(explain(net).abs().max()) == 0
 
 
-@pytest.mark.parametrize("path", ["cumulativ", None, 3])
-def test_an_unknown_path(path):
-    with says('path must be "cumulative" or "linear"', repr(path)):
-        explain(method="is_cam", path=path)
-
-
-@pytest.mark.parametrize("noise", ["maks", None, 3])
-def test_an_unknown_noise(noise):
-    with says('noise must be "mask", "activation" or "input"', repr(noise)):
-        explain(method="ss_cam", noise=noise)
-
-
-@pytest.mark.parametrize("method", ["ss_cam", "is_cam"])
-@pytest.mark.parametrize("count", [0, -3, 2.5])
-def test_a_wrong_number_of_samples(method, count):
-    with says(method, "num_samples", repr(count)):
-        explain(method=method, num_samples=count)
-
-
-@pytest.mark.parametrize("std", [-1.0, float("nan"), float("inf")])
-def test_a_wrong_standard_deviation(std):
-    with says("ss_cam", "std", repr(std)):
-        explain(method="ss_cam", num_samples=2, std=std)
-
-
-@pytest.mark.parametrize("seed", ["a", 1.5, None])
-def test_a_wrong_seed(seed):
-    with says("seed", repr(seed)):
-        explain(method="ss_cam", num_samples=2, seed=seed)
-
-
-@pytest.mark.parametrize("method", sorted(LAYERED))
-@pytest.mark.parametrize("size", ["output", (8, 8, 8), (8,), 8, (0, 8), (-1, 8), (8.5, 8)])
-def test_a_wrong_size(method, size):
-    with says("size", repr(size)):
-        explain(method=method, size=size, **({"fc": "fc"} if method == "cam" else {}))
-
-
-def test_the_inputs_size_where_the_input_has_none():
-    net = nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 4, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 5))
-    with pytest.raises(camfn.CamError, match=r"size.*spatial axes.*input"):
-        cam(net, layer="1", x=torch.rand(2, 8), fc="4", size="input")
-
-
-@pytest.mark.parametrize("method", sorted(name for name in LAYERED if camfn.METHODS[name].of_layer))
-@pytest.mark.parametrize("layout", ["nchw", 5, None])
-def test_a_wrong_layout(method, layout):
-    others = ', "channels_first", "channels_last", camfn.layouts.tokens() or a callable'
-    with says('layout must be "auto"' + others * camfn.METHODS[method].of_layer, repr(layout)):
-        explain(method=method, layout=layout, **({"fc": "fc"} if method == "cam" else {}))
-
-
-def test_a_layout_that_brings_the_activation_to_no_grid():
-    with says("layer 'features'", "(2, 6, 4, 4)", "no spatial axes"):
-        explain(layout=lambda a: a.flatten(1))
-    with says("layer 'features'", "batch of 12", "batch of 2"):
-        explain(layout=lambda a: a.flatten(0, 1)[:, None])
-
-
-@pytest.mark.parametrize("chunk", [-1, 0, 2.5, "8"])
-def test_a_wrong_chunk(chunk):
-    with says("chunk", repr(chunk)):
-        explain(sweep=camfn.Sweep(chunk=chunk))
-
-
 def test_a_wrong_answer_to_whether_to_compile(monkeypatch):
     monkeypatch.setattr(
         camfn._compat, "compiled", lambda function: function
@@ -1071,26 +720,235 @@ def test_a_wrong_answer_to_whether_to_compile(monkeypatch):
         explain(sweep=camfn.Sweep(compile="never"))
 
 
-def test_an_unknown_method():
-    with says("no method named 'scorecam'", "closest", "'score_cam'", "all", "is_cam"):
-        camfn.explain(small_net(), "features", inputs(), method="scorecam")
+# ------------------------------------------------------------------------------------- a call, and what it must say
 
 
-@pytest.mark.parametrize(
-    "maps", [[], (), torch.ones(2, 4, 4), [torch.ones(1, 4), None], None], ids=["list", "tuple", "tensor", "with None", "None"]
-)
-def test_nothing_to_fuse(maps):
-    with says("maps must be a list or tuple"):
-        camfn.maps.fuse(maps)
+def of_state(**changes):
+    """A call with the state of another network of the same kind, changed."""
+    return lambda: explain(state={**states(), **changes})
 
 
-def test_maps_that_do_not_fit_together():
-    for other in (torch.rand(3, 4, 4), torch.rand(2, 4), torch.rand(2, 5, 4, 4)):
-        with says("maps to fuse differ", "(2, 4, 4)", str(tuple(other.shape))):
-            camfn.maps.fuse([torch.rand(2, 4, 4), other])
+def flattened():
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).double()
 
 
-def test_maps_that_cannot_be_resized():
-    for size in ((2, 2, 2, 2), ()):
-        with says("size has", str(len(size)), "one to three"):
-            camfn.maps.resize(torch.rand(2, 4, 4), size)
+def two(x, **options):
+    return lambda: explain(Two().double(), layer="left", x=x, **options)
+
+
+def of_parts(*pack):
+    return lambda: explain(OfParts(*pack).double(), layer="layer")
+
+
+X, PICTURES = inputs(), {"left": inputs(), "right": inputs()}
+HIDDEN = wiring()
+ROWS = [
+    (lambda: explain(layer="feature"), "no layer named 'feature' … SmallNet … closest … 'features' … named_modules()"),
+    (lambda: explain(layer=["features", "stem.9"]), "no layer named 'stem.9' … 'stem. … named_modules()"),
+    (lambda: explain(layer="qqqq"), "no layer named 'qqqq' … none is close"),
+    (lambda: explain(layer="fc"), "layer 'fc' … (2, 5) … no spatial axes … before pooling … layout="),
+    (lambda: explain(layer=("features", "fc")), "layer 'fc' … (2, 5) … no spatial axes"),
+    (lambda: explain(flattened(), layer=None), "no layer of Sequential … 2 spatial axes … name one … named_modules()"),
+    (lambda: explain(layer=5), "layer must be a name or a module … found … int"),
+    (lambda: explain(layer=["features", 5]), "layer must be a name or a module … found … int"),
+    (lambda: explain(layer=["features", None]), "layer must be a name or a module … found … NoneType"),
+    (lambda: explain(layer=[]), "layer is an empty sequence … name one … None"),
+    (
+        of_parts(lambda h: (h, h.sum((1, 2, 3)))),
+        "layer 'layer' … tuple … 0: Tensor(2, 3, 6, 6) … 1: Tensor(2,) … choose one of its parts: 'layer:0', 'layer:1'",
+    ),
+    (
+        of_parts(lambda h: {"hidden": "x", "note": "x"}, lambda out: None),
+        "layer 'layer' … dict of hidden: str, note: str … choose a layer inside it",
+    ),
+    (
+        of_parts(lambda h: Named((h, h.sum((1, 2, 3))))),
+        "layer 'layer' … Named … hidden: Tensor(2, 3, 6, 6) … mask: Tensor(2,) … 'layer:hidden', 'layer:mask'",
+    ),
+    (
+        lambda: explain(wiring(), layer="twice"),
+        "layer 'twice' … more than once … say which of its calls … 'twice@1', 'twice@2'",
+    ),
+    (lambda: explain(wiring(), layer="twice@3"), "layer 'twice@3' … ran 2 times in this forward"),
+    (lambda: explain(wiring(), layer="never"), "layer 'never' … did not run … choose one that does"),
+    (lambda: explain(HIDDEN, layer=HIDDEN.hidden[0]), "a Conv2d … not a registered submodule of Wiring … nn.ModuleList"),
+    (lambda: explain(HIDDEN, layer=wiring().never), "a Conv2d … not a registered submodule of Wiring"),
+    (lambda: camfn.score_cam("features", small_net(), X), "model must be … found str … after the model"),
+    (lambda: camfn.score_cam(HIDDEN.twice, HIDDEN, X), "model and layer are swapped"),
+    (lambda: camfn.score_cam(HIDDEN.fc, HIDDEN, X), "model and layer are swapped"),
+    (lambda: camfn.tap(HIDDEN.twice, HIDDEN), "model and layer are swapped"),
+    (lambda: camfn.tap("features", small_net()), "model must be … found str … after the model"),
+    (lambda: camfn.pure("features"), "model must be … found str"),
+    (lambda: camfn.score_cam(small_net(), X, "features"), "x must be a tensor … found str … layer"),
+    (lambda: camfn.score_cam(X, small_net(), "features"), "model must be … found Tensor"),
+    (lambda: explain(nn.Linear(3, 3).double(), layer="", x=X[:, :, 0, 0]), "x has shape (2, 3) … one spatial axis"),
+    (lambda: explain(x=X[:0]), "x is an empty batch … (0, 3, 8, 8)"),
+    *(
+        (lambda dtype=dtype: explain(x=X.abs().to(dtype)), f"x is … {dtype} … floating-point … preprocess")
+        for dtype in (torch.uint8, torch.int64, torch.bool, torch.complex64)
+    ),
+    *(
+        (lambda dtype=dtype: explain(x=(X.abs().to(dtype),), masked=0), f"x[0] is … {dtype} … floating-point")
+        for dtype in (torch.uint8, torch.int64, torch.bool, torch.complex64)
+    ),
+    *(
+        (
+            lambda x=x: camfn.score_cam(small_net(), "features", x),
+            f"x must be a tensor, a tuple … mapping … found … {kind.__name__}",
+        )
+        for x, kind in ((X.numpy(), np.ndarray), (None, type(None)), ("picture.png", str))
+    ),
+    (lambda: explain(with_between(torch.isfinite), layer="0"), "the score is not finite … first appears … '2.1'"),
+    (lambda: explain(target=lambda y: y[0] / 0), "the score is not finite … no layer's output shows it"),
+    (two((X, X)), "masked= … which input … 0, 1 … floating-point … spatial axes"),
+    (two({**PICTURES, "note": None}), "masked= … which input … 'left', 'right' … spatial axes"),
+    (two((X.long(), X[:, :, 0, 0])), "masked= … which input … none … floating-point … spatial axes"),
+    *((two((X, X), masked=key), f"masked={key!r} … 0, 1") for key in ("nothing", 2, -1)),
+    *((two(PICTURES, masked=key), f"masked={key!r} … 'left', 'right'") for key in ("nothing", 2, -1)),
+    (two((X, X, None), masked=2), "masked=2 … not a tensor"),
+    (lambda: explain(x=X, masked=0), "masked=0 … x is a single tensor"),
+    (lambda: explain(small_net().to("meta"), x=X), "the model is on meta … x is on cpu … move one"),
+    (lambda: explain(x=X.to("meta")), "the model is on cpu … x is on meta … move one"),
+    (lambda: explain(state={name: t.to("meta") for name, t in states().items()}), "meta … cpu … move one"),
+    (of_state(**{"fc.bias": torch.zeros(5, device="meta")}), "'fc.bias' … meta"),
+    (lambda: explain(NamedModule()), "no layer named 'features' … 'module.features'"),
+    *((lambda given=given: explain(target=given), " … ".join(words)) for kind, (given, words) in WRONG_TARGETS.items()),
+    *((lambda k=k: T.top(k), f"targets.top … positive number … {k!r}") for k in (0, -1, True, 2.0, "3", None)),
+    *(
+        (lambda method=method, target=target: explain(target=target, method=method), f"target {target} … 0 to 4")
+        for method in sorted(LAYERED)
+        for target in (5, -1)
+    ),
+    *((lambda method=method: explain(target=[1, 2, 3], method=method), "3 entries … batch of 2") for method in sorted(LAYERED)),
+    (lambda: explain(Segments().double(), layer="conv"), "(2, 5, 6, 6) … (n=2, classes) … callable"),
+    (lambda: explain(Boxes().double(), layer="conv"), "dict … without logits … callable"),
+    (
+        lambda: explain(state={name: t for name, t in states().items() if name != "fc.bias"}),
+        "state= lacks 'fc.bias' … camfn.state_of",
+    ),
+    (lambda: explain(state={}), f"state= lacks 'stem.0.weight' … 'stem.0.bias' … and {len(states()) - 3} more"),
+    (of_state(**{"fc.wieght": states()["fc.weight"]}), "state= … 'fc.wieght' … closest … 'fc.weight'"),
+    (of_state(**{"fc.weight": states()["fc.weight"].T}), "state= … 'fc.weight' … (6, 5) … (5, 6)"),
+    *((of_state(**{"fc.bias": value}), f"state= … 'fc.bias' … {type(value).__name__}") for value in (1.0, None, [0.0] * 5)),
+    (lambda: explain(state=small_net()), "state= must be a mapping … SmallNet … camfn.state_of"),
+    (lambda: cam(pooled(), layer="1"), "linear layer … 4 channels … 4 classes … no linear layer at all"),
+    (lambda: cam(pooled(nn.Linear(4, 3), nn.Linear(3, 5)), layer="1"), "linear layer … found '5' (3, 5); name another layer"),
+    (lambda: cam(small_net(dense=True)), "6 channels … 5 classes … 'fc' (96, 5)"),
+    (lambda: cam(small_net(dense=True), fc="fc"), "fc='fc' … 96 inputs … 6 channels"),
+    (lambda: cam(pooled(nn.Linear(4, 4), nn.Linear(4, 3)), layer="1", fc="4"), "fc='4' … 4 values … 3 classes"),
+    *(
+        (lambda fc=fc: cam(fc=fc), f"fc='{fc}' … {kind} … Linear or a 1x1 convolution")
+        for fc, kind in (("act", "ReLU"), ("features", "Conv2d"), ("stem", "Sequential"))
+    ),
+    (lambda: cam(fc="classifier"), "fc … 'classifier' … SmallNet … closest"),
+    (lambda: cam(fc=5), "fc … name or a module … found int"),
+    *(
+        (lambda given=given: cam(target=given, fc="fc"), "cam … linear layer … target … classes")
+        for kind, given in {
+            "a callable": lambda y: y[0],
+            "a probability": T.probability(1),
+            "a sum with what is none": T.logit(1) + T.rest(1),
+            "callables": [lambda y: y[0]] * 2,
+        }.items()
+    ),
+    (lambda: explain(recipe="torch-cam"), "recipe 'torch-cam' … closest … 'torchcam' … all … authors"),
+    (lambda: explain(recipe=5), "recipe … 5"),
+    (lambda: explain(recipe=["torchcam"]), "recipe … ['torchcam']"),
+    *(
+        (lambda path=path: explain(method="is_cam", path=path), f'path must be "cumulative" or "linear" … {path!r}')
+        for path in ("cumulativ", None, 3)
+    ),
+    *(
+        (
+            lambda noise=noise: explain(method="ss_cam", noise=noise),
+            f'noise must be "mask", "activation" or "input" … {noise!r}',
+        )
+        for noise in ("maks", None, 3)
+    ),
+    *(
+        (lambda method=method, count=count: explain(method=method, num_samples=count), f"{method} … num_samples … {count!r}")
+        for method in ("ss_cam", "is_cam")
+        for count in (0, -3, 2.5)
+    ),
+    *(
+        (lambda std=std: explain(method="ss_cam", num_samples=2, std=std), f"ss_cam … std … {std!r}")
+        for std in (-1.0, float("nan"), float("inf"))
+    ),
+    *((lambda seed=seed: explain(method="ss_cam", num_samples=2, seed=seed), f"seed … {seed!r}") for seed in ("a", 1.5, None)),
+    *(
+        (lambda method=method, size=size: explain(method=method, size=size, **FC.get(method, {})), f"size … {size!r}")
+        for method in sorted(LAYERED)
+        for size in ("output", (8, 8, 8), (8,), 8, (0, 8), (-1, 8), (8.5, 8))
+    ),
+    (lambda: cam(of_vectors(), layer="1", x=torch.rand(2, 8), fc="4", size="input"), "size … spatial axes … input"),
+    *(
+        (
+            lambda method=method, layout=layout: explain(method=method, layout=layout, **FC.get(method, {})),
+            f'layout must be "auto", "channels_first", "channels_last", camfn.layouts.tokens() or a callable … {layout!r}',
+        )
+        for method in sorted(name for name in LAYERED if camfn.METHODS[name].of_layer)
+        for layout in ("nchw", 5, None)
+    ),
+    (lambda: explain(layout=lambda a: a.flatten(1)), "layer 'features' … (2, 6, 4, 4) … no spatial axes"),
+    (lambda: explain(layout=lambda a: a.flatten(0, 1)[:, None]), "layer 'features' … batch of 12 … batch of 2"),
+    *((lambda chunk=chunk: explain(sweep=camfn.Sweep(chunk=chunk)), f"chunk … {chunk!r}") for chunk in (-1, 0, 2.5, "8")),
+    (
+        lambda: camfn.explain(small_net(), "features", X, method="scorecam"),
+        "no method named 'scorecam' … closest … 'score_cam' … all … is_cam",
+    ),
+    *(
+        (lambda given=given: camfn.maps.fuse(given), "maps must be a list or tuple")
+        for kind, given in {
+            "an empty list": [],
+            "an empty tuple": (),
+            "a tensor": torch.ones(2, 4, 4),
+            "a list with None": [torch.ones(1, 4), None],
+            "None": None,
+        }.items()
+    ),
+    *(
+        (
+            lambda shape=shape: camfn.maps.fuse([torch.rand(2, 4, 4), torch.rand(*shape)]),
+            f"maps to fuse differ … (2, 4, 4) … {shape}",
+        )
+        for shape in ((3, 4, 4), (2, 4), (2, 5, 4, 4))
+    ),
+    *(
+        (lambda size=size: camfn.maps.resize(torch.rand(2, 4, 4), size), f"size has … {len(size)} … one to three")
+        for size in ((2, 2, 2, 2), ())
+    ),
+    *(
+        (
+            lambda method=method, dims=dims, given=given: explain(
+                small_net(dims=dims), x=given, method=method, **FC.get(method, {})
+            ),
+            " … ".join(words),
+        )
+        for method in ("score_cam", "cam")
+        for said, dims, given, words in (
+            ("three axes", 2, X[0], ("x has shape (3, 8, 8)", "Conv2d wants 4", "(n, channels, *size)", "batch", "x[None]")),
+            ("five axes", 2, X[None], ("x has shape (1, 2, 3, 8, 8)", "4 axes")),
+            ("two axes", 1, inputs(dims=1)[0], ("x has shape (3, 8)", "(n, channels, *size)")),
+        )
+    ),
+    *(
+        (
+            lambda method=method: explain(nn.Sequential(nn.Linear(1, 3)), layer="0", x=torch.tensor(1.0), method=method),
+            "x has shape ()",
+        )
+        for method in ("score_cam", "cam")
+    ),
+]
+"""A call, and what it must say: what stands between the parts is free."""
+
+
+def name_of(row) -> str:
+    """The message, and what a row of several rows puts into its call."""
+    call, message = row
+    return ", ".join([message, *(repr(value) for value in call.__defaults__ or () if not isinstance(value, Tensor))])
+
+
+@pytest.mark.parametrize(("call", "message"), ROWS, ids=map(name_of, ROWS))
+def test_the_message_says(call, message):
+    with says(*message.split(" … ")):
+        call()

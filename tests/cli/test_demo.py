@@ -55,12 +55,12 @@ def test_the_table_has_every_method_and_what_an_even_map_gets(ran):
     assert all(seed < 100_000 for seed, _ in command.SHOWN)  # the network was not trained on them
 
 
-@pytest.mark.parametrize("method", ["cam", "grad_cam", "rise"])
+@pytest.mark.parametrize("method", ["cam", "grad_cam", "full_grad"])
 def test_the_numbers_are_those_of_the_library(method, tmp_path, monkeypatch):
     """Energy and hits by loops over pixels, maps from one call for each class."""
     monkeypatch.setattr(command, "SHOWN", ((4, 2),))
     network, energies, hits, forwards = demo.network(), [], 0, 0
-    layer, given = None if method == "rise" else "features", {"fc": "classify"} if method == "cam" else {}
+    layer, given = None if method == "full_grad" else "features", {"fc": "classify"} if method == "cam" else {}
     for seed, objects in command.SHOWN:
         s = demo.scene(seed, objects)
         for index, mask in zip(s.classes, s.masks):

@@ -195,24 +195,24 @@ def test_the_network_is_small_and_has_batch_norms_and_a_pooled_linear_head(netwo
 
 def test_the_network_knows_unseen_scenes(network):
     assert train.FIRST > 100_000  # these seeds were not trained on
-    assert train.accuracy(network, range(1000)) >= 0.97
+    assert train.accuracy(network, range(500)) >= 0.97
     assert train.accuracy(demo.network(pretrained=False), range(COUNT)) < 0.3  # the check can fail
 
 
 def test_score_cams_maximum_is_on_the_object(network, unseen):
-    x, classes, masks = stacked(unseen)
-    cell = 8  # pixels
+    count, cell = 30, 8  # pixels
+    x, classes, masks = stacked(unseen[:count])
 
     def hits(maps: torch.Tensor) -> float:
         return float(metrics.pointing_game(maps, masks, tolerance=cell).mean())
 
     grid = (12, 12)
-    centre = torch.zeros(COUNT, 96, 96)
+    centre = torch.zeros(count, 96, 96)
     centre[:, 47:49, 47:49] = 1
     found = {
         "score_cam": hits(camfn.score_cam(network, "features", x, classes)),
         "untrained": hits(camfn.score_cam(demo.network(pretrained=False), "features", x, classes)),
-        "random": hits(torch.rand(COUNT, *grid, generator=torch.Generator().manual_seed(0))),
+        "random": hits(torch.rand(count, *grid, generator=torch.Generator().manual_seed(0))),
         "centre": hits(centre),
     }
     assert found["score_cam"] >= 0.9, found

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import camfn
-from tests.laws.laws import EXCEPT, LAWS, VARIANTS, fixed_cases
+from tests.laws.laws import LAWS, VARIANTS, fixed_cases
+from tests.oracles.exceptions import EXCEPT
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarning")
 

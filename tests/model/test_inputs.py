@@ -12,6 +12,7 @@ from torch.func import vmap
 import camfn
 from camfn import CamError
 from tests.oracles.closeness import assert_close, close
+from tests.oracles.exceptions import unless
 from tests.oracles.libraries import detectors, torchvision_models
 from tests.oracles.networks import CHEAP, inputs
 
@@ -20,8 +21,6 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps at layer '.*' a
 
 AT_A_LAYER = [name for name, row in camfn.METHODS.items() if row.needs <= {"activations", "gradients"}]
 SWEPT = [name for name, row in camfn.METHODS.items() if "masked inputs" in row.needs]
-DRAWS = ["smooth_grad_cam_pp"]
-"""It adds noise to all inputs at once."""
 
 
 # ------------------------------------------------------------------------------------- images of several sizes, in a list
@@ -77,10 +76,13 @@ def test_grad_cam_of_a_list_is_that_of_a_hook():
     assert ours.shape == (3, 5, 6)  # of the batch that the model made of them
 
 
-@pytest.mark.parametrize("method", [name for name in AT_A_LAYER if name not in DRAWS])
+@pytest.mark.parametrize("method", AT_A_LAYER)
 def test_methods_without_masks_take_a_list(method):
-    if method == "cam":
-        return  # it needs classes
+    with unless("a list of images and no classes", method):
+        takes_a_list(method)
+
+
+def takes_a_list(method):
     function, x = functools.partial(camfn.METHODS[method].function, relu=False, **CHEAP.get(method, {})), images()
     kept = [image.clone() for image in x]
     maps = function(detector(), "body", x, certain)
@@ -102,7 +104,7 @@ class Batched(nn.Module):
         return self.detector(list(x.unbind(0)))
 
 
-@pytest.mark.parametrize("method", [*DRAWS, *SWEPT])
+@pytest.mark.parametrize("method", ["smooth_grad_cam_pp", *SWEPT])
 def test_methods_with_masks_take_a_list_of_one_size(method):
     function, x, options = camfn.METHODS[method].function, [image[:, :4, :4] for image in images()], CHEAP.get(method, {})
     options = {**options, "relu": False}

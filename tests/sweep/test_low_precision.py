@@ -566,7 +566,7 @@ def photos(name: str, side: int, count: int) -> tuple[nn.Module, Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "layer", "side", "count"),
-    [("cifar10_resnet20", "layer3", 32, 6), ("darknet_tiny", "features", 96, 3), ("mobilenet_v2", "features.18", 96, 1)],
+    [("cifar10_resnet20", "layer3", 32, 6), ("darknet_tiny", "features", 96, 3), ("mobilenet_v2", "features.17", 96, 1)],
 )
 def test_on_trained_networks(fast, name, layer, side, count):
     model, x = photos(name, side, count)
