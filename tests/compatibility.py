@@ -180,8 +180,8 @@ PROSE = """# What works on which architecture
 
 This page shows which method works on which architecture: {count} networks, one of each kind, small and with random weights, and
 {methods} methods. Every method was called with nothing but the model and an input, `camfn.explain(model, None, x, method=...)`.
-camfn therefore chose the layer, and the target is the predicted class. Only detectors, segmentation models and image towers got a
-target, because they predict no class. `python tests/compatibility.py --write` generates this page. This version is from
+camfn therefore chose the layer, and the target is the predicted class. Only detectors, segmentation models and image towers got
+a target, because they predict no class. `python tests/compatibility.py --write` generates this page. This version is from
 {libraries}.
 
 Each column is a group of methods with the same result on every network:

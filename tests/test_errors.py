@@ -767,7 +767,7 @@ ROWS = [
     ),
     (
         lambda: explain(wiring(), layer="twice"),
-        "layer 'twice' … more than once … say which of its calls … 'twice@1', 'twice@2'",
+        "layer 'twice' … more than once … choose one of its calls … 'twice@1', 'twice@2'",
     ),
     (lambda: explain(wiring(), layer="twice@3"), "layer 'twice@3' … ran 2 times in this forward"),
     (lambda: explain(wiring(), layer="never"), "layer 'never' … did not run … choose one that does"),
@@ -835,7 +835,7 @@ ROWS = [
     (lambda: cam(pooled(nn.Linear(4, 3), nn.Linear(3, 5)), layer="1"), "linear layer … found '5' (3, 5); name another layer"),
     (lambda: cam(small_net(dense=True)), "6 channels … 5 classes … 'fc' (96, 5)"),
     (lambda: cam(small_net(dense=True), fc="fc"), "fc='fc' … 96 inputs … 6 channels"),
-    (lambda: cam(pooled(nn.Linear(4, 4), nn.Linear(4, 3)), layer="1", fc="4"), "fc='4' … 4 values … 3 classes"),
+    (lambda: cam(pooled(nn.Linear(4, 4), nn.Linear(4, 3)), layer="1", fc="4"), "fc='4' … 4 outputs … 3 classes"),
     *(
         (lambda fc=fc: cam(fc=fc), f"fc='{fc}' … {kind} … Linear or a 1x1 convolution")
         for fc, kind in (("act", "ReLU"), ("features", "Conv2d"), ("stem", "Sequential"))
