@@ -277,7 +277,7 @@ def _family_of(needs: frozenset[str]) -> str:
 
 def methods(of: str) -> str:
     """The table of a family, as markdown: names, first sentences, needs, costs and papers are those of the code."""
-    rows = [["method", "what it is", "needs", "forwards, and what else", "paper and formula"], ["---"] * 5]
+    rows = [["method", "what it does", "needs", "forwards, and what else", "paper and formula"], ["---"] * 5]
     for name in family(of):
         method, paper = camfn.METHODS[name], _paper(name)
         needs = ["a layer"] * method.of_layer + sorted(map(str, method.needs - {camfn.methods.Need.ACTIVATIONS}))
