@@ -6,6 +6,7 @@ function: `vmap` it, `grad` through it, compile it, or call it from several thre
 
 from camfn import figures, images, layouts, maps, metrics, targets, weights
 from camfn._errors import CamError, CamWarning
+from camfn._version import __version__ as __version__
 from camfn.compose import augment, ensemble, fuse_layers, integrate, multi_scale, smooth
 from camfn.concepts import Concepts, factorize
 from camfn.explanation import Explanation, explain
@@ -51,8 +52,6 @@ from camfn.model.head import Head, head
 from camfn.model.layers import Candidate, candidate_layers
 from camfn.model.prepare import Prepared, prepare
 from camfn.sweep.options import Sweep
-
-__version__ = "0.1.0"
 
 __all__ = [
     "METHODS",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from camfn import _compat
 from camfn._errors import CamError, closest
 from camfn._types import Inputs, Layers, Maps, Target, Weights
+from camfn._version import __version__
 from camfn.formulas import diagnostics
 from camfn.formulas.diagnostics import Finding
 from camfn.methods import METHODS, Method, Need, Outcome
@@ -161,6 +162,4 @@ def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], forward: 
 
 
 def _versions() -> dict[str, str]:
-    from camfn import __version__
-
     return {"python": platform.python_version(), "torch": torch.__version__, "camfn": __version__}

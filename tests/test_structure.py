@@ -15,7 +15,7 @@ PACKAGE = Path(camfn.__file__).parent
 METHODS_PAGE = PACKAGE.parent / "docs" / "methods.md"
 
 ROOMS = {
-    "": ("_errors", "_types", "_compat", "_paths"),
+    "": ("_version", "_errors", "_types", "_compat", "_paths"),
     "formulas": (
         *("scaling", "resampling", "components", "factorization", "masks", "noise", "maps", "weights", "attention"),
         "diagnostics",
