@@ -42,7 +42,7 @@ class Head(NamedTuple):
         return lambda value: self.unflatten(self.record.rest(value, *handed))
 
     def handed(self, state: State, x: Inputs) -> list[Tensor]:
-        """Run the front: the part of the record that does not depend on the value. Returns its inputs to the rest."""
+        """Run the front, the part of the record without the value. Returns the other arguments of the rest."""
         return self.record.front(*_tensors((state, x)))
 
 
