@@ -152,7 +152,7 @@ def _key(name: str, state: State, x: Inputs, value: Tensor) -> tuple[str, str, H
 
 
 def _form(state: State, x: Inputs, value: Tensor) -> Hashable:
-    """What a record depends on, beside the model. `None` if an input is an object, whose contents may change."""
+    """A cache key: all that a record depends on except the model. `None` if an input is an object, which may change."""
     leaves = tree_flatten(x)[0]
     if not all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves):
         return None
