@@ -62,7 +62,7 @@ MaskForm = Literal["recipe", "given", "tanh", "shifted"]
 
 
 class Variation(NamedTuple):
-    """How to make the masks, how many draws to score of each, and how the draws differ."""
+    """A recipe for masks, with the number of draws of each mask and the differences between the draws."""
 
     scales: tuple[float, ...] = (1.0,)  # one factor of the masked input for each draw
     noise: Noise | None = None  # where the noise of each draw is added
@@ -100,7 +100,7 @@ def is_cam(num_samples: int, path: str) -> tuple[float, ...]:
 
 
 class Rule(NamedTuple):
-    """How to make the masked input of a row; shared by all rows of a sweep."""
+    """The part of the masking that all rows of a sweep share."""
 
     size: tuple[int, ...]  # the spatial size of the input
     dtype: torch.dtype  # of the activation: "flat up to rounding" is relative to it

@@ -42,7 +42,7 @@ class Head(NamedTuple):
         return lambda value: self.unflatten(self.record.rest(value, *handed))
 
     def handed(self, state: State, x: Inputs) -> list[Tensor]:
-        """Run the front: the part of the record that does not depend on the value. Returns its inputs to the rest."""
+        """Run the front, the part of the record without the value. Returns the other arguments of the rest."""
         return self.record.front(*_tensors((state, x)))
 
 
@@ -152,7 +152,7 @@ def _key(name: str, state: State, x: Inputs, value: Tensor) -> tuple[str, str, H
 
 
 def _form(state: State, x: Inputs, value: Tensor) -> Hashable:
-    """What a record depends on, beside the model. `None` if an input is an object, whose contents may change."""
+    """A cache key: all that a record depends on except the model. `None` if an input is an object, which may change."""
     leaves = tree_flatten(x)[0]
     if not all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves):
         return None

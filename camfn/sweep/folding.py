@@ -30,7 +30,7 @@ class Fold(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What one forward pass shows about a model."""
+    """Facts about a model from one forward pass: foldable pairs, weight reuse, output, peak memory."""
 
     folds: tuple[Fold, ...]  # the pairs that can be folded
     reuse: float  # output positions per convolution weight, averaged over the weights: how much a copy of the weights pays

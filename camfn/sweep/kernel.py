@@ -39,7 +39,7 @@ class Kernel(NamedTuple):
 
 
 class Scorer(NamedTuple):
-    """What scores a batch of masked inputs."""
+    """The model, the targets and the companion inputs: all that scoring a batch of masked inputs needs."""
 
     call: Callable[[State, Inputs], Any]  # the model
     of: Any  # the targets
