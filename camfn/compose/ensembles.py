@@ -15,7 +15,7 @@ from camfn.methods.registry import Outcome
 from camfn.model.inputs import batch_of
 from camfn.model.ports import is_several
 
-How = Literal["max", "mean", "product", "winsorised"]
+How = Literal["max", "mean", "product", "winsorized"]
 
 
 def fuse_layers(
@@ -34,11 +34,11 @@ def fuse_layers(
     - `how="max"`: the maximum, as torchcam's `fuse_cams`.
     - `how="mean"`: the mean, as pytorch-grad-cam's maps of several layers.
     - `how="product"`: the product. This is Refine-CAM, which uses `camfn.grad_cam_pp` in its paper.
-    - `how="winsorised"`: `sum_l v_l L_l`. This is Winsor-CAM, for methods whose weights `camfn.explain` returns. The importance
+    - `how="winsorized"`: `sum_l v_l L_l`. This is Winsor-CAM, for methods whose weights `camfn.explain` returns. The importance
       of a layer is the mean of its channels' weights, or zero if that is negative. Importances above their `percentile`, taken
       over those that are not zero, are clipped to it. v are the clipped importances, min-max scaled to [0.1, 1]. A layer of
       importance zero has v = 0.
-    - `percentile`: the percentile of `how="winsorised"`.
+    - `percentile`: the percentile of `how="winsorized"`.
 
     **Returns** a method like any other (see `camfn.smooth`), which takes `None` for the layer, because the layers are set.
 
@@ -89,7 +89,7 @@ def _fused(found: Tensor, how: How, outcome: Outcome, percentile: float) -> Tens
     if how == "product":
         return found.prod(0)
     if not outcome.weights:
-        raise CamError('how="winsorised" needs weights of channels, and the method has none')
+        raise CamError('how="winsorized" needs weights of channels, and the method has none')
     shares = weights.winsor_cam(outcome.weights, percentile)
     shares = shares[..., 0] if outcome.single else shares
     return (found * shares.reshape(*shares.shape, *[1] * (found.ndim - shares.ndim))).sum(0)

@@ -216,11 +216,11 @@ def winsor(model, x, classes, percentile) -> Tensor:
     return shares
 
 
-@pytest.mark.parametrize("how", ["max", "mean", "product", "winsorised"])
+@pytest.mark.parametrize("how", ["max", "mean", "product", "winsorized"])
 def test_fused_layers_are_a_loop_over_layers(how):
     model, x, classes = small_net(4), inputs(2), [1, 4]
     found = of_layers(model, x, classes)
-    if how == "winsorised":
+    if how == "winsorized":
         shares = winsor(model, x, classes, 60.0)
         assert int((shares == 0).sum()) > 0  # a layer that does not count,
         assert int(((shares > 0.1) & (shares < 1)).sum() + (shares == 0.1).sum()) > 0  # and those that count otherwise
@@ -234,7 +234,7 @@ def test_fused_layers_are_a_loop_over_layers(how):
     close(several[:, 0], expected, "several targets")
 
 
-@pytest.mark.parametrize("how", ["max", "mean", "product", "winsorised"])
+@pytest.mark.parametrize("how", ["max", "mean", "product", "winsorized"])
 def test_of_one_layer_the_fused_map_is_the_layers(how):
     model, x, classes = small_net(), inputs(2), [1, 4]
     for i, c in enumerate(classes):  # or Winsor-CAM has nothing of it
@@ -267,11 +267,11 @@ def test_layers_that_count_the_same_or_not_at_all():
     model, x = small_net(), inputs(2)
     with torch.no_grad():
         model.fc.weight[2].zero_()
-    method = camfn.fuse_layers(camfn.grad_cam, ["stem", "features"], "winsorised")
+    method = camfn.fuse_layers(camfn.grad_cam, ["stem", "features"], "winsorized")
     with pytest.warns(camfn.CamWarning, match="flat"):
         assert not method(model, None, x, 2).any()
-    twice = camfn.fuse_layers(camfn.grad_cam, ["act", "act"], "winsorised")
-    once = camfn.fuse_layers(camfn.grad_cam, ["act"], "winsorised")
+    twice = camfn.fuse_layers(camfn.grad_cam, ["act", "act"], "winsorized")
+    once = camfn.fuse_layers(camfn.grad_cam, ["act"], "winsorized")
     close(twice(model, None, x, normalize=False), 2 * once(model, None, x, normalize=False))
 
 
@@ -477,7 +477,7 @@ def test_what_cannot_be_composed(make, words):
         (camfn.integrate(camfn.grad_cam, baseline=torch.zeros(5)), "features", {}, r"baseline has shape \(5,\)"),
         (camfn.fuse_layers(camfn.grad_cam, ["act"]), "act", {}, r"fuse_layers\(grad_cam\) is of no layer: pass None"),
         (camfn.fuse_layers(camfn.rise, ["act"]), None, {}, "rise is of no layer"),
-        (camfn.fuse_layers(OTHERS["smooth"], ["act"], "winsorised"), None, {}, "needs weights of channels"),
+        (camfn.fuse_layers(OTHERS["smooth"], ["act"], "winsorized"), None, {}, "needs weights of channels"),
         (camfn.ensemble([camfn.rise]), "act", {}, r"ensemble\(rise\) is of no layer"),
         (camfn.ensemble([camfn.ss_cam]), "act", {"std": 1.0}, "has no option std: functools.partial"),
     ],
