@@ -4,7 +4,7 @@
     python benchmarks/budget.py --networks cifar10_resnet20 --photos 2    # a quick look, in seconds
     python benchmarks/budget.py --plot benchmarks/results/budget.json     # draws the figure again; joins several records
 
-The networks and photos come from the folder in the environment variable CAMFN_REAL; `tests/support.py` describes its contents.
+The networks and photos come from the folder in the environment variable CAMFN_REAL; `tests/oracles/libraries.py` describes its contents.
 The target is the predicted class. Each photo gets one full map, and then one real call each with
 
 * a budget of .05 to .7 of the channels that are not flat, with `order="predicted"`; at .1 and .2 also the published orders
@@ -89,7 +89,7 @@ def trained(name: str, count: int) -> tuple[nn.Module, list[Tensor]]:
     from PIL import Image
 
     if not (support.REAL / "load.py").exists():
-        sys.exit("no trained networks: CAMFN_REAL must name a folder of them (tests/support.py says what it has)")
+        sys.exit("no trained networks: CAMFN_REAL must name a folder of them (tests/oracles/libraries.py says what it has)")
     model, preprocess, classes = support.real_networks()[name]()
     folder = support.REAL / "images" / ("cifar10_png" if len(classes) == 10 else "imagenet_foolbox")
     return model, [preprocess(Image.open(path))[None] for path in sorted(folder.iterdir())[:count]]

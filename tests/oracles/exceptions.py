@@ -43,9 +43,9 @@ ROWS = (
         Row("a narrow dtype before the ReLU", method, _POLE, False)
         for method in ("grad_cam_pp", "smooth_grad_cam_pp", "xgrad_cam")
     ),
-    Row("gradients of 1e60 in float32", "full_grad", "the model's gradient at the input has no number"),
+    Row("gradients of 1e+60 in float32", "full_grad", "the model's gradient at the input has no number"),
     Row("gradients of 1e-60 in float32", "full_grad", "the model's gradient at the input has no number"),
-    Row("gradients of 1e60 in float32", "opti_cam", "the gradient through all steps has no number"),
+    Row("gradients of 1e+60 in float32", "opti_cam", "the gradient through all steps has no number"),
     Row("NaN that the model goes on from", "lift_cam", "it has no rule for `nan_to_num`"),
     Row("a channel that the model goes on without", "cam", "its linear layer would want all channels"),
     Row("a list of images and no classes", "cam", "its target is of classes"),
