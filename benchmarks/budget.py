@@ -4,7 +4,8 @@
     python benchmarks/budget.py --networks cifar10_resnet20 --photos 2    # a quick look, in seconds
     python benchmarks/budget.py --plot benchmarks/results/budget.json     # draws the figure again; joins several records
 
-The networks and photos come from the folder in the environment variable CAMFN_REAL; `tests/oracles/libraries.py` describes its contents.
+The networks and photos come from the folder in the environment variable CAMFN_REAL; `tests/oracles/libraries.py` describes its
+contents.
 The target is the predicted class. Each photo gets one full map, and then one real call each with
 
 * a budget of .05 to .7 of the channels that are not flat, with `order="predicted"`; at .1 and .2 also the published orders

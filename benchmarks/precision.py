@@ -5,7 +5,8 @@
     python benchmarks/precision.py --networks darknet_tiny --photos 2 --rounds 1    # a quick look, in a minute
     python benchmarks/precision.py --plot benchmarks/results/precision.json         # draws it again; joins several records
 
-The networks and photos come from the folder in the environment variable CAMFN_REAL; `tests/oracles/libraries.py` describes its contents.
+The networks and photos come from the folder in the environment variable CAMFN_REAL; `tests/oracles/libraries.py` describes its
+contents.
 The target is the predicted class. Each photo gets three maps:
 
 * `float32`: the reference for the others;
