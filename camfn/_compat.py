@@ -124,7 +124,7 @@ _QUANTIZED = frozenset(
 )
 
 
-def is_quantised(tensor: torch.Tensor) -> bool:
+def is_quantized(tensor: torch.Tensor) -> bool:
     """Return True for quantized tensors, by the dtype: `is_quantized` is False inside transforms."""
     return tensor.dtype in _QUANTIZED
 

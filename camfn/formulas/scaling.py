@@ -31,7 +31,7 @@ def rescale(values: Tensor, dim: int | Sequence[int]) -> Tensor:
 
 
 def is_flat(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """Are values between `low` and `high`, computed in `dtype`, one value up to rounding?
+    """Whether values between `low` and `high`, computed in `dtype`, are equal up to rounding.
 
     The bound is relative to the size of the values and to the dtype; an absolute one is 0 in float16, or calls a small
     map flat.

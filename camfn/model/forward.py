@@ -26,7 +26,7 @@ from camfn.model.ports import is_several, resolve_layers
 from camfn.model.prepare import Call, Model, Prepared, opened
 from camfn.model.private_copy import Shell
 from camfn.model.randomness import refusing_draws
-from camfn.model.torch_errors import WITHOUT_GRADIENTS, quantised_in
+from camfn.model.torch_errors import WITHOUT_GRADIENTS, quantized_in
 from camfn.targets import logits_of
 
 
@@ -347,10 +347,10 @@ def _wrong_rank(x: Inputs, key: Key, shell: Shell) -> str:
 
 def check_differentiable(shell: Shell) -> None:
     """Raise `CamError` if the model is quantized: it has no gradient."""
-    quantised = quantised_in(shell.distinct())
-    if quantised:
+    quantized = quantized_in(shell.distinct())
+    if quantized:
         raise CamError(
-            f"the model is quantised ({quantised}), and no gradient comes through what computes in integers: "
+            f"the model is quantized ({quantized}), and no gradient comes through what computes in integers: "
             f"{WITHOUT_GRADIENTS}"
         )
 

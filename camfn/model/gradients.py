@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from camfn import _compat
 from camfn._types import Inputs, State
 from camfn.model.capture import Captured
-from camfn.model.torch_errors import about_gradient, is_reentrant, refuse_once, refuse_quantising
+from camfn.model.torch_errors import about_gradient, is_reentrant, refuse_once, refuse_quantizing
 from camfn.targets import Score, score_rows
 
 Of = Callable[[Any], Tensor]
@@ -108,7 +108,7 @@ def _gradients(
                 raise
             found = _by_backward(total, leaves)
     if again is not None and any(slope is None for slope in found):
-        refuse_quantising(again)
+        refuse_quantizing(again)
     return {name: torch.zeros_like(zeros[name]) if slope is None else slope for name, slope in zip(zeros, found)}
 
 

@@ -12,7 +12,7 @@ from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Layer, State
 from camfn.model.ports import resolve_layers
-from camfn.model.private_copy import Shell, is_quantised
+from camfn.model.private_copy import Shell, is_quantized
 from camfn.targets import logits_of
 
 
@@ -56,7 +56,7 @@ def matrix_of(shell: Shell, state: State, name: str) -> Tensor:
     if weight is not None:
         return state[weight].flatten(1)
     module = shell.modules[name]
-    if is_quantised(module):
+    if is_quantized(module):
         packed: Any = module
         return packed.weight().dequantize().flatten(1)
     # A parametrized weight is computed in each forward: run the layer on the unit vectors.
@@ -81,12 +81,12 @@ def _check_linear(name: str, module: nn.Module, channels: int, classes: int) -> 
 
 def is_convolution(module: nn.Module) -> TypeGuard[_ConvNd]:
     """Return True for torch's convolutions, quantized or not."""
-    return isinstance(module, _ConvNd) or (is_quantised(module) and {"kernel_size", "groups"} <= vars(module).keys())
+    return isinstance(module, _ConvNd) or (is_quantized(module) and {"kernel_size", "groups"} <= vars(module).keys())
 
 
 def sides(module: Any) -> tuple[int, int] | None:
     """Return the numbers of inputs and outputs of a layer that is linear in its channels, else `None`."""
-    if isinstance(module, nn.Linear) or (is_quantised(module) and hasattr(module, "in_features")):
+    if isinstance(module, nn.Linear) or (is_quantized(module) and hasattr(module, "in_features")):
         return module.in_features, module.out_features
     if is_convolution(module) and math.prod(module.kernel_size) == 1 and module.groups == 1 and not module.transposed:
         return module.in_channels, module.out_channels

@@ -227,7 +227,7 @@ def _apply(port: Port, out: Any) -> Any:
         )
     part = _part_of(port, out)
     value: Tensor = functools.reduce(_get, part, out)
-    if _compat.is_quantised(value):
+    if _compat.is_quantized(value):
         value = _dequantized(port, value)
     if port.swap is not None:
         value = port.swap

@@ -392,7 +392,7 @@ def _disable_fused_attention(twin: nn.Module) -> None:
         twin.enable_nested_tensor = twin.use_nested_tensor = False
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Return True for quantized modules, which have no gradient."""
     return "quantized" in type(module).__module__.split(".")
 

@@ -20,7 +20,7 @@ from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Inputs, State
 from camfn.model.memory import is_exhausted
-from camfn.model.private_copy import is_quantised
+from camfn.model.private_copy import is_quantized
 
 
 class ForwardError(CamError, RuntimeError):
@@ -70,7 +70,7 @@ def about_record(modules: Mapping[str, nn.Module], after: str) -> Iterator[None]
         if isinstance(error, CamError) or is_exhausted(error) or not _is_from_torch(error):
             raise
         said = f"what comes after {after} cannot be recorded ({_first_line(error)})"
-        if names := quantised_in(modules):
+        if names := quantized_in(modules):
             raise ForwardError(
                 f"{said}, since the model is quantized ({names}): use a method that only reads the layer or masks the input, "
                 "such as camfn.mean_cam or camfn.score_cam"
@@ -78,7 +78,7 @@ def about_record(modules: Mapping[str, nn.Module], after: str) -> Iterator[None]
         raise ForwardError(f"{said}: use a method that runs the whole model, such as camfn.grad_cam") from error
 
 
-def refuse_quantising(forward: Callable[[], Any]) -> None:
+def refuse_quantizing(forward: Callable[[], Any]) -> None:
     """Raise CamError if the forward quantizes a tensor. Called when the score has no gradient."""
     with torch.no_grad(), _Quantizing() as mode:
         forward()
@@ -126,9 +126,9 @@ class _Quantizing(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def quantised_in(modules: Mapping[str, nn.Module]) -> str:
+def quantized_in(modules: Mapping[str, nn.Module]) -> str:
     """Return the names of the first quantized layers for a message, or an empty string."""
-    found = [path for path, module in modules.items() if is_quantised(module)]
+    found = [path for path, module in modules.items() if is_quantized(module)]
     outer = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
     return ", ".join(map(repr, outer[:3]))
 
@@ -243,11 +243,11 @@ def _frames(error: Exception) -> list[Any]:
     return frames
 
 
-# -------------------------------------------------------------------------------------------- quantised, devices, dtypes
+# -------------------------------------------------------------------------------------------- quantized, devices, dtypes
 
 
 def _quantized_error(error: Exception, given: Given) -> str:
-    names = quantised_in(given.modules)
+    names = quantized_in(given.modules)
     if not names or not re.search(r"Quantized(CPU|CUDA)|Could not run 'quantized::|with quantized numbers", str(error)):
         return ""
     return (

@@ -71,7 +71,7 @@ def found_in(output: Any, keys: tuple[str, ...]) -> Tensor | None:
     Quantized tensors are dequantized.
     """
     if isinstance(output, Tensor):
-        return output.dequantize() if _compat.is_quantised(output) else output
+        return output.dequantize() if _compat.is_quantized(output) else output
     for key in keys:
         value = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
         if isinstance(value, Tensor):
