@@ -54,7 +54,7 @@ REASONS = {
     ),
     "z": (r"cameras shows the model its input at other sizes", "the network accepts images of one size only"),
     "n": (
-        r"lift_cam has no rule for|(hangs|depends) on values that are read in Python",
+        r"lift_cam has no rule for|depends? on values that are read in Python",
         "DeepLIFT's rule covers affine operations, element-wise functions and max-pooling, and the head has a layer norm, "
         "attention, a product of two varying values, or a branch in Python",
     ),

@@ -25,7 +25,7 @@ SHOWN = ((0, 1), (1, 1), (2, 1), (3, 2), (4, 2))
 """Seed and number of objects of each scene: the first seeds, not selected by their maps, and not in the training data."""
 _METHOD = f"A method listed by `camfn methods`, or {options.ALL}; repeatable.  [default: {', '.join(METHODS)}]"
 _TITLE = "Where does the network see each shape?"
-NOTE = "white line: the object that the map is of     +: the map's highest point     %: how much of the map is inside the line"
+NOTE = "white outline: the explained object     +: maximum of the map     %: share of the map inside the outline"
 
 
 class Shown(NamedTuple):

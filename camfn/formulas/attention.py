@@ -72,6 +72,11 @@ def gradient_attention(
     return row if unit else row * total
 
 
+def mean_token(tokens: Tensor, axis: int) -> Tensor:
+    """LeGrad's `mean over tokens of Z`, in the place of every token (Bousselham et al., 2024)."""
+    return tokens.mean(axis, keepdim=True).expand_as(tokens)
+
+
 def legrad(gradients: Sequence[Attentions]) -> Relevances:
     """LeGrad (Bousselham et al., 2024).
 

@@ -331,7 +331,7 @@ def _cut(value: Tensor) -> Tensor:
 def _block_outputs(model: Model, blocks: Blocks, given: Any, state: State, x: Inputs) -> tuple[Any, ...]:
     """The model's outputs with the mean token of each block in place of all tokens of the last block."""
     tap = tap_from(opened(model).shell(), blocks.names[-1:])
-    means = torch.stack([tokens.mean(blocks.axis, keepdim=True).expand_as(tokens) for tokens in given])
+    means = torch.stack([attention.mean_token(tokens, blocks.axis) for tokens in given])
     leaves: list[Any] = []
     spec: Any = None
 

@@ -136,7 +136,7 @@ def test_the_cost_that_is_told_is_what_really_goes_through_the_network(method, m
     layer = "0" if camfn.METHODS[method].of_layer else None
     PASSED.clear()
     card = camfn.explain(model, layer, x, method=method, **given)
-    forwards, *others = camfn.METHODS[method].cost.split(", ")
+    forwards, *others = str(camfn.METHODS[method].cost).split(", ")
     of = {kind: amount for amount, _, kind in (part.rpartition(" ") for part in others)}
     assert set(of) <= {"backward", "head"}
     assert counted(forwards) == card.forwards
@@ -157,7 +157,7 @@ def test_methods_lists_every_method_with_needs_cost_and_first_line():
         swept = "masked inputs" in row["needs"] or any(word in row["cost"] for word in ("channels", "positions"))
         assert swept == options.takes(name, "sweep")
         assert ("linear head" in row["needs"]) == options.takes(name, "fc")
-        assert row["cost"] == method.cost
+        assert row["cost"] == str(method.cost)
         assert getattr(camfn, name).__doc__.startswith(row["summary"] + "\n\n")
 
 
@@ -168,7 +168,7 @@ def test_methods_in_columns_for_a_reader():
         assert row.startswith(name + " ")
         needs, cost = row[head.index("needs") : head.index("forwards")], row[head.index("forwards") : head.index("summary")]
         assert needs.strip().split(", ") == sorted(camfn.METHODS[name].needs)
-        assert cost.strip() == camfn.METHODS[name].cost
+        assert cost.strip() == str(camfn.METHODS[name].cost)
 
 
 # ------------------------------------------------------------------------------------------------------------ help

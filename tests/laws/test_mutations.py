@@ -113,7 +113,7 @@ def grid_transposed(read):
 # --------------------------------------------------------------------------------------------------------- the masks
 
 
-@mutation("formulas.masks:unit", activation_scaled="score_cam", activation_moved="is_cam")
+@mutation("formulas.masks:min_max", activation_scaled="score_cam", activation_moved="is_cam")
 def mask_not_normalised(unit):
     return lambda values, eps, dtype: values
 
@@ -289,8 +289,8 @@ def path_that_starts_at_zero(path_scales):
 
 @mutation("sweep.kernel:mapped", folded="score_cam")
 def mapped_form_with_the_target_of_the_neighbour(mapped):
-    def neighbour(call, of, rule, key, state, x, targets, rows):
-        return mapped(call, of, rule, key, state, x, targets.roll(1, 0), rows)
+    def neighbour(scorer, rule, state, x, targets, rows):
+        return mapped(scorer, rule, state, x, targets.roll(1, 0), rows)
 
     return neighbour
 
@@ -298,7 +298,7 @@ def mapped_form_with_the_target_of_the_neighbour(mapped):
 @mutation("methods.score_cam:sweep_all", stacked_states="score_cam")
 def swept_with_the_tensors_of_the_model_whatever_the_state(sweep_all):
     def swept(scoring):
-        return sweep_all(scoring._replace(runner=scoring.runner._replace(state=scoring.subject.shell.tensors)))
+        return sweep_all(scoring._replace(runner=scoring.runner._replace(state=scoring.forward.task.shell.tensors)))
 
     return swept
 
@@ -331,8 +331,8 @@ def score_of_the_next_class(of_classes):
 
 @mutation("methods._common:read_layer", several_layers="score_cam")
 def layers_the_other_way_round(read):
-    def other(subject, name, activation, layout):
-        return read(subject, name, subject.seen[::-1][subject.layers.index(name)], layout)
+    def other(forward, name, activation, layout):
+        return read(forward, name, forward.activations[::-1][forward.layers.index(name)], layout)
 
     return other
 
@@ -340,7 +340,7 @@ def layers_the_other_way_round(read):
 # -------------------------------------------------------------------------------------------------------- the capture
 
 
-@mutation("model.ports:_through", activation_moved="score_cam")
+@mutation("model.ports:_apply", activation_moved="score_cam")
 def the_tensor_that_was_seen_is_handed_on(through):
     def spoiled(port, out):
         port.seen = through(port, out)

@@ -139,7 +139,7 @@ def test_random_weights_are_of_the_seed_and_the_number_of_the_channel():
     assert_close(card.weights[0], drawn.expand(3, 1, 6), 0)
     assert_close(card.weights[1], drawn[:4].expand(3, 1, 4), 0)  # every layer starts anew
     close(card.maps[0], torch.einsum("c,nchw->nhw", drawn, activation(net, x)))
-    many = camfn.weights.random_cam(camfn.formulas.masks.uniform(0, 10_000), torch.zeros(1, 10_000, 1))[0]
+    many = camfn.weights.random_cam(camfn.formulas.noise.uniform(0, 10_000), torch.zeros(1, 10_000, 1))[0]
     assert -1 <= many.min() < -0.999
     assert 0.999 < many.max() < 1
     assert abs(float(many.mean())) < 0.02

@@ -452,7 +452,7 @@ def cameras_by_hand(net: nn.Module, layer: str, x: Tensor, kept=None) -> Tensor:
 @pytest.mark.parametrize("at_once", [1, 1 << 22])
 @pytest.mark.parametrize("layer", ["features", "act", "stem"])
 def test_cameras_is_the_authors_steps(layer, at_once, monkeypatch):
-    monkeypatch.setattr(camfn.methods.averaged, "_AT_ONCE", at_once)
+    monkeypatch.setattr(camfn.formulas.maps, "_VALUES_AT_ONCE", at_once)
     net, x = headed(), inputs(3)
     expected = cameras_by_hand(net, layer, x)
     outcome = camfn.METHODS["cameras"].run(net, layer, x, CLASSES, factors=FACTORS, relu=False, normalize=False)
