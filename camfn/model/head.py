@@ -130,8 +130,8 @@ def _general(call: Call, name: str, state: State, x: Inputs, value: Tensor) -> M
         made = _record(call.shell(), state, name, tree_map(_halved, x), value / 2)
         if made[0].reads:
             raise CamError(
-                f"what comes after {called} may depend on values that are read in Python ({made[0].reads}): a record of it would "
-                "hold for these values only"
+                f"what comes after {called} may depend on values that are read in Python ({made[0].reads}): a record of it "
+                "would hold for these values only"
             )
         if made[0].unseen:
             raise CamError(
