@@ -625,7 +625,7 @@ def test_what_reads_values_is_not_recorded_but_run(read):
         scaled = seeded(Branches(lambda h, x: h.tanh() * x.sum()))
         close(raw("lift_cam", net, "conv", x), raw("lift_cam", scaled, "conv", x))
     else:
-        with pytest.raises(camfn.CamError, match="layer 'conv' (may depend|depends) on values that are read in Python"):
+        with pytest.raises(camfn.CamError, match=r"layer 'conv' (may depend|depends) on values that are read in Python"):
             camfn.lift_cam(net, "conv", x, 1)
     close(raw("recipro_cam", net, "conv", x), recipro_loop(net, "conv", x)[:, 1])
 
