@@ -85,14 +85,13 @@ PLOT = "measure nothing: show these records again, those of several runs joined"
 
 def trained(name: str, count: int) -> tuple[nn.Module, list[Tensor]]:
     """A trained network, and photos `(1, 3, h, w)` for it."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    import support
     from PIL import Image
 
-    if not (support.REAL / "load.py").exists():
+    libraries = common.libraries_of_the_tests()
+    if not (libraries.REAL / "load.py").exists():
         sys.exit("no trained networks: CAMFN_REAL must name a folder of them (tests/oracles/libraries.py says what it has)")
-    model, preprocess, classes = support.real_networks()[name]()
-    folder = support.REAL / "images" / ("cifar10_png" if len(classes) == 10 else "imagenet_foolbox")
+    model, preprocess, classes = libraries.real_networks()[name]()
+    folder = libraries.REAL / "images" / ("cifar10_png" if len(classes) == 10 else "imagenet_foolbox")
     return model, [preprocess(Image.open(path))[None] for path in sorted(folder.iterdir())[:count]]
 
 

@@ -67,16 +67,21 @@ def require(modules: Mapping[str, str]) -> None:
         sys.exit(f"{' and '.join(missing)} missing: pip install 'camfn[bench]', or leave it out of this run (see --help)")
 
 
+def libraries_of_the_tests() -> Any:
+    """The module of the tests that loads other libraries and trained networks."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from tests.oracles import libraries
+
+    return libraries
+
+
 def torchvision_models() -> Any:
     """`torchvision.models`, even if torchvision was built for another torch version; the tests have the workaround."""
     require({"torchvision": "torchvision"})
     try:
         import torchvision
     except RuntimeError:
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-        import support
-
-        return support.torchvision_models()
+        return libraries_of_the_tests().torchvision_models()
     return torchvision.models
 
 
