@@ -495,7 +495,7 @@ REFUSALS = {
     "a seed where nothing is drawn": (
         ["a.png", "--model", "net.py:pair", "--seed", "0"],
         r"--seed 0: score_cam draws no random numbers; omit it, or use another method, such as "
-        r"random_cam, smooth_grad_cam_pp or rise$",
+        r"random_cam, smooth_grad_cam_pp or ss_cam$",
     ),
     "a seed below 0": (
         ["a.png", "--model", "net.py:pair", "--method", "ss_cam", "--seed", "-1"],
@@ -508,7 +508,7 @@ REFUSALS = {
     "a chunk where nothing is swept": (
         ["a.png", "--model", "net.py:pair", "--method", "cam", "--chunk", "8"],
         r"--chunk 8: cam has no sweep to split; omit it, or use another method, such as "
-        r"ablation_cam, recipro_cam or group_cam$",
+        r"ablation_cam, recipro_cam or score_cam$",
     ),
     "an unknown device": (
         ["a.png", "--model", "net.py:pair", "--device", "gpu"],
