@@ -22,6 +22,7 @@ from camfn.model.gradients import Pullback, each_target
 from camfn.model.inputs import Batch
 from camfn.model.layers import clues_of
 from camfn.model.prepare import Model, weakly
+from camfn.sweep.scoring import Swept
 from camfn.targets import Scale, Score, resolve, score_rows
 
 # ------------------------------------------------------------------------------------------------------- the beginning
@@ -52,7 +53,7 @@ def explained(forward: Forward, target: Target, drawing: Drawing, kind: Scale = 
 
     `kind`: the meaning of an integer target, the class's `"logit"` or its `"probability"`.
     """
-    checked_combine(drawing.combine)
+    check_combine(drawing.combine)
     score = resolve(target, forward.output, forward.n, forward.image.device, kind)
     clean = clean_scores(forward, score)
     reads = tuple(read_layer(forward, *each, drawing.layout) for each in zip(forward.layers, forward.activations))
@@ -176,6 +177,11 @@ def drawn(found: Explained, signed: Sequence[FlatMaps], grids: Sequence[tuple[in
     return Outcome(result, *at, (), forward.forwards, 0, findings)
 
 
+def with_sweep(outcome: Outcome, swept: Sequence[Swept]) -> Outcome:
+    """The outcome with the masked inputs of a sweep added to its cost."""
+    return outcome._replace(forwards=outcome.forwards + sum(part.forwards for part in swept))
+
+
 def _on_grid(found: Tensor, batch: Batch, axes: int, drawing: Drawing) -> Tensor:
     size = checked_size(drawing.size, batch, axes)
     found = found if size is None else maps.resize(found, size)
@@ -185,11 +191,10 @@ def _on_grid(found: Tensor, batch: Batch, axes: int, drawing: Drawing) -> Tensor
 # ----------------------------------------------------------------------------------------------------------- arguments
 
 
-def checked_combine(combine: Combine) -> Combine:
+def check_combine(combine: Combine) -> None:
     """Raise an error unless `combine` is valid."""
     if combine not in ("sum", "eigen"):
         raise CamError(f'combine must be "sum" or "eigen" (the first component of the weighed channels), found {combine!r}')
-    return combine
 
 
 def without_layer(method: str, layer: Layers) -> None:

@@ -17,9 +17,8 @@ from camfn.methods._common import Drawing, Explained, drawn, explained, read_lay
 from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.attention import Attention, Blocks, Nudge, attended, blocks_of, self_attention
 from camfn.model.capture import Captured, tap_from
-from camfn.model.forward import Forward, Task, begin, check_differentiable, run_checked
+from camfn.model.forward import Task, begin, check_differentiable, from_output, run_checked
 from camfn.model.gradients import Of, Pullback, each_target, last_gradient, with_pullback
-from camfn.model.inputs import Companions
 from camfn.model.prepare import Model, opened
 from camfn.model.torch_errors import ForwardError
 
@@ -284,8 +283,7 @@ def _explain_attention(
     captured, back = with_pullback(functools.partial(_run, task, blocks, held), task.state, task.batch.x, None)
     output, also = captured.output
     count = len(captured.seen)
-    forward = Forward(task, (), False, output, (), Companions(task.batch.key, task.batch.n), task.batch.n)
-    found = explained(forward, target, drawing)
+    found = explained(from_output(task, output), target, drawing)
     if not isinstance(start, int) or not -count <= start < count:
         raise CamError(f"start={start!r} must be one of the model's {count} attention layers, or a negative int from the end")
     seen: Any = captured.seen

@@ -16,9 +16,9 @@ from camfn.formulas.diagnostics import Finding
 from camfn.methods._common import Drawing, checked_size, drawn, explained, without_layer
 from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.capture import Captured, calls_from
-from camfn.model.forward import Forward, Task, begin, check_differentiable, without_graph
+from camfn.model.forward import Forward, Task, begin, check_differentiable, from_output, without_graph
 from camfn.model.gradients import Of, Pullback, each_target, with_pullback
-from camfn.model.inputs import Companions, pick, with_input
+from camfn.model.inputs import pick, with_input
 
 FullGradForm = Literal["authors", "pytorch-grad-cam"]
 
@@ -134,9 +134,7 @@ def _decompose(model: nn.Module, x: Inputs, state: State | None) -> FullGradPart
         return Captured(output, (image, *seen))
 
     (output, _), pullback = with_pullback(run, task.state, task.batch.x, None)
-    companions = Companions(task.batch.key, task.batch.n)
-    forward = Forward(task, (), False, output, (), companions, task.batch.n)
-    return FullGradParts(forward, pullback, [biases[name] for name in called])
+    return FullGradParts(from_output(task, output), pullback, [biases[name] for name in called])
 
 
 def _bias_of(task: Task, name: str, module: nn.Module) -> Bias | None:

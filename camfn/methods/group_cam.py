@@ -9,7 +9,17 @@ from camfn._errors import CamError
 from camfn._types import Inputs, Layers, Layout, Size, State, Target, wide
 from camfn.formulas import maps, masks, weights
 from camfn.formulas.masks import Variation
-from camfn.methods._common import Drawing, Explained, checked_blur, checked_size, drawn, explained, gradients_of, within
+from camfn.methods._common import (
+    Drawing,
+    Explained,
+    checked_blur,
+    checked_size,
+    drawn,
+    explained,
+    gradients_of,
+    with_sweep,
+    within,
+)
 from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.forward import look, look_with_gradients, without_graph
 from camfn.model.inputs import Key
@@ -111,8 +121,7 @@ def _sizes(found: Explained) -> list[tuple[int, ...]]:
 
 def _counted(outcome: Outcome, found: Explained, swept: Sequence[Swept]) -> Outcome:
     """The outcome with the layers' own grids and the cost of the sweep."""
-    forwards = outcome.forwards + sum(part.forwards for part in swept)
-    return outcome._replace(grids=tuple(part.grid for part in found.reads), forwards=forwards)
+    return with_sweep(outcome, swept)._replace(grids=tuple(part.grid for part in found.reads))
 
 
 def _blurred(image: Tensor, kernel: int, sigma: float) -> Tensor:

@@ -11,7 +11,7 @@ from camfn._types import Inputs, Layers, Layout, Size, State, Target
 from camfn.formulas import maps, masks, weights
 from camfn.formulas.masks import Variation, flat_channels
 from camfn.formulas.weights import Variant
-from camfn.methods._common import Drawing, combined, drawn, explained
+from camfn.methods._common import Drawing, combined, drawn, explained, with_sweep
 from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.forward import begin, look, without_graph
 from camfn.model.inputs import Key
@@ -92,8 +92,7 @@ def poly_cam(
         swept = sweep_in_full("poly_cam", forward, found.score, rows, Variation(form="given"), sweep)
         scored = [weights.poly_cam(part.scores, found.clean, dead, variant) for part, dead in zip(swept, flat)]
         outcome = drawn(found, maps.poly_cam(combined(found, scored), grids))
-        forwards = outcome.forwards + sum(part.forwards for part in swept)
-        return outcome._replace(weights=tuple(scored), forwards=forwards)
+        return with_sweep(outcome, swept)._replace(weights=tuple(scored))
 
 
 def _check(variant: Variant, percentile: float) -> None:

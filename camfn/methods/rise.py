@@ -8,7 +8,7 @@ from camfn._errors import CamError
 from camfn._types import Inputs, Layers, Layout, Size, State, Target, wide
 from camfn.formulas import maps, noise
 from camfn.formulas.masks import Variation
-from camfn.methods._common import Drawing, check_noise, checked_size, drawn, explained, without_layer
+from camfn.methods._common import Drawing, check_noise, checked_size, drawn, explained, with_sweep, without_layer
 from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.forward import look, without_graph
 from camfn.model.inputs import Key
@@ -85,5 +85,4 @@ def rise(
         rows = layouts.read(some.expand(forward.n, *some.shape), "channels_first", spatial, "", forward.n)
         (swept,) = sweep_in_full("rise", forward, found.score, [rows], Variation(form="shifted", shifts=shifts), sweep)
         summed = maps.rise(swept.scores, some, shifts.to(image.device), spatial, probability)
-        outcome = drawn(found, [summed], [spatial])
-        return outcome._replace(forwards=outcome.forwards + swept.forwards)
+        return with_sweep(drawn(found, [summed], [spatial]), [swept])

@@ -10,7 +10,7 @@ from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target
 from camfn.formulas import masks, weights
 from camfn.formulas.masks import Noise, Recipe, Variation, recipe_of
-from camfn.methods._common import Drawing, check_noise, check_samples, explained, gradients_of, weighed
+from camfn.methods._common import Drawing, check_noise, check_samples, explained, gradients_of, weighed, with_sweep
 from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.forward import Forward, look, look_with_gradients, without_graph
 from camfn.model.gradients import Pullback
@@ -264,9 +264,8 @@ def _swept(looked: tuple[Forward, Pullback | None], target: Target, how: _How) -
         ways = [partial(_sweep, gradients=each, limits=limits) for each in gradients]
         swept = sweep_layers(forward, found.score, plans, ways, variation, sweep, rows=rows)
         outcome = weighed(found, [weights.score_cam(part.scores, variation.recipe.weights) for part in swept])
-        forwards = outcome.forwards + sum(part.forwards for part in swept)
         backwards = found.clean.numel() if limits.any else 0
-        return outcome._replace(errors=tuple(part.error for part in swept), forwards=forwards, backwards=backwards)
+        return with_sweep(outcome, swept)._replace(errors=tuple(part.error for part in swept), backwards=backwards)
 
 
 def _sweep(scoring: Scoring, gradients: Tensor | None, limits: Limits) -> Swept:

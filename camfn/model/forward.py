@@ -76,6 +76,11 @@ class Forward(NamedTuple):
         return self.task.batch.size
 
 
+def from_output(task: Task, output: Any) -> Forward:
+    """The forward pass of a method that explains no layer, and has run the model itself."""
+    return Forward(task, (), False, output, (), Companions(task.batch.key, task.batch.n), task.batch.n)
+
+
 def without_graph() -> AbstractContextManager[Any]:
     """Disable the autograd graph in a plain call. A transform needs it."""
     return nullcontext() if _compat.transformed() else torch.no_grad()

@@ -48,7 +48,7 @@ def batch_of(x: Any, masked: Key) -> Batch:
     """The batch of inputs that are already validated."""
     x = plain(x)
     key = key_of(x, masked, False)
-    return Batch(x, key, len(pick(x, key)))
+    return Batch(x, key, _count(x, key))
 
 
 def check(x: Any, masked: Key, state: State, masks: bool) -> Batch:
@@ -69,6 +69,11 @@ def pick(x: Inputs, key: Key) -> Tensor:
         return torch.stack(x) if _one_size(x) else x[0][None]
     several: Any = x
     return several if key is None else several[key]
+
+
+def _count(x: Inputs, key: Key) -> int:
+    """Number of images."""
+    return len(x) if isinstance(x, list) else pick(x, key).shape[0]
 
 
 def with_input(x: Inputs, key: Key, value: Tensor) -> Inputs:
@@ -185,7 +190,7 @@ def check_inputs(x: Inputs, key: Key, state: State, masks: bool) -> int:
             if not bool(torch.isfinite(part).all()):
                 name = f"x[{i}]" if isinstance(x, list) else where
                 raise CamError(f"{name} is not finite: it has {int((~torch.isfinite(part)).sum())} NaN or infinite values")
-    return len(x) if isinstance(x, list) else image.shape[0]
+    return _count(x, key)
 
 
 def _check_list(x: list[Any], masks: bool) -> None:
