@@ -52,7 +52,7 @@ REASONS = {
         r"cam needs a linear layer|several layers could be fc=|its target must be classes",
         "no linear layer, or more than one, maps the layer's channels to the classes, or the target is not a class",
     ),
-    "z": (r"cameras shows the model its input at other sizes", "the network accepts images of one size only"),
+    "z": (r"cameras runs the model on its input at other sizes", "the network accepts images of one size only"),
     "n": (
         r"lift_cam has no rule for|depends? on values that are read in Python",
         "DeepLIFT's rule covers affine operations, element-wise functions and max-pooling, and the head has a layer norm, "

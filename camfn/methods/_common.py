@@ -200,7 +200,7 @@ def check_combine(combine: Combine) -> None:
 def without_layer(method: str, layer: Layers) -> None:
     """Raise an error if a layer is given to a method that takes none."""
     if layer is not None:
-        raise CamError(f"{method} is of no layer: pass None in its place, found {layer!r}")
+        raise CamError(f"{method} takes no layer: pass layer=None, found {layer!r}")
 
 
 def checked_size(size: Size, batch: Batch, axes: int) -> tuple[int, ...] | None:

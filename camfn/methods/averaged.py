@@ -179,8 +179,8 @@ def _at(own: Graded, factor: float) -> Graded:
             raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CamError(
-            f"cameras shows the model its input at other sizes, and it does not take {tuple(size)} ({first}); "
-            "factors= says which, factors=() none"
+            f"cameras runs the model on its input at other sizes, and the model does not accept {tuple(size)} ({first}); "
+            "choose the sizes by factors=, or pass factors=() for none"
         ) from error
     likes = [part.like for part in found.reads]
     reads = tuple(read_layer(other, *each) for each in zip(other.layers, other.activations, likes))

@@ -238,7 +238,7 @@ class _How(NamedTuple):
 def _checked(sweep: Sweep, limits: Limits, combine: Combine) -> Sweep:
     """Validate the sweep, and allow `combine="eigen"` only where no error is estimated."""
     if combine != "sum" and (limits.any or checked(sweep).dtype is not None):
-        raise CamError('budget=, tolerance= and Sweep(dtype=...) know the error of a sum: they need combine="sum"')
+        raise CamError('budget=, tolerance= and Sweep(dtype=...) estimate the error of a sum: pass combine="sum"')
     return checked(sweep)
 
 

@@ -475,10 +475,10 @@ def test_what_cannot_be_composed(make, words):
         (camfn.multi_scale(camfn.grad_cam, [(9, 9, 9)]), "features", {}, r"sizes has \(9, 9, 9\).*or 2 whole numbers"),
         (camfn.augment(camfn.grad_cam, flips=(-3,)), "features", {}, r"flips=\(-3,\) of an input with 2 spatial axes"),
         (camfn.integrate(camfn.grad_cam, baseline=torch.zeros(5)), "features", {}, r"baseline has shape \(5,\)"),
-        (camfn.fuse_layers(camfn.grad_cam, ["act"]), "act", {}, r"fuse_layers\(grad_cam\) is of no layer: pass None"),
-        (camfn.fuse_layers(camfn.rise, ["act"]), None, {}, "rise is of no layer"),
+        (camfn.fuse_layers(camfn.grad_cam, ["act"]), "act", {}, r"fuse_layers\(grad_cam\) takes no layer: pass layer=None"),
+        (camfn.fuse_layers(camfn.rise, ["act"]), None, {}, "rise takes no layer"),
         (camfn.fuse_layers(OTHERS["smooth"], ["act"], "winsorized"), None, {}, "needs weights of channels"),
-        (camfn.ensemble([camfn.rise]), "act", {}, r"ensemble\(rise\) is of no layer"),
+        (camfn.ensemble([camfn.rise]), "act", {}, r"ensemble\(rise\) takes no layer"),
         (camfn.ensemble([camfn.ss_cam]), "act", {"std": 1.0}, "has no option std: functools.partial"),
     ],
 )

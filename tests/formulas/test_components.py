@@ -269,7 +269,7 @@ def test_another_way_to_combine_is_an_error(method):
 
 @pytest.mark.parametrize("options", [{"budget": 0.5}, {"tolerance": 0.1}, {"sweep": camfn.Sweep(dtype=torch.bfloat16)}])
 def test_what_knows_the_error_of_a_sum_is_refused_with_another_way_to_combine(options):
-    with pytest.raises(CamError, match='know the error of a sum: they need combine="sum"'):
+    with pytest.raises(CamError, match='estimate the error of a sum: pass combine="sum"'):
         camfn.score_cam(small_net(), "features", inputs(), combine="eigen", **options)
 
 

@@ -654,7 +654,7 @@ def test_wrong_options_are_refused():
     refused("from shallow to deep; found grids", "layer_cam", net, ("act", "stem"), x, fuse="torchcam")
     refused(r"size=\(1, 2, 3\)", "layer_cam", net, ("stem", "act"), x, fuse="torchcam", size=(1, 2, 3))
     refused('form must be "authors" or "pytorch-grad-cam"', "full_grad", net, None, x, form="idiap")
-    refused("full_grad is of no layer: pass None in its place, found 'act'", "full_grad", net, "act", x)
+    refused("full_grad takes no layer: pass layer=None, found 'act'", "full_grad", net, "act", x)
     refused('layout must be "auto" in full_grad', "full_grad", net, None, x, layout="channels_last")
     for factors in ((0.0,), (math.inf,), "12", 2.0, (1.5, None)):
         refused("factors must be positive numbers", "cameras", net, "act", x, factors=factors)
@@ -667,7 +667,7 @@ def test_wrong_options_are_refused():
 
 def test_a_model_of_one_size_is_refused_by_cameras_in_a_sentence():
     net, x = small_net(dense=True), inputs()
-    refused(r"does not take \(12, 12\).*factors=\(\) none", "cameras", net, "act", x, factors=(1.5,))
+    refused(r"does not accept \(12, 12\).*factors=\(\) for none", "cameras", net, "act", x, factors=(1.5,))
     assert camfn.cameras(net, "act", x, 1, factors=(), relu=False).shape == (2, 8, 8)
 
 

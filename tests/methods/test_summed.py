@@ -310,7 +310,7 @@ def test_what_group_cam_cannot_do(options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"layer": "features"}, "rise is of no layer: pass None in its place, found 'features'"),
+        ({"layer": "features"}, "rise takes no layer: pass layer=None, found 'features'"),
         ({"num_samples": 0}, "num_samples >= 1, found 0"),
         ({"cells": 0}, "cells >= 1.*found 0"),
         ({"probability": 0.0}, r"probability in \(0, 1\]; found 7, 0.0"),

@@ -485,7 +485,7 @@ def test_the_whole_method_can_be_compiled(method):
 
 @every_method
 def test_a_layer_is_refused(method):
-    with pytest.raises(camfn.CamError, match=rf"{method} is of no layer: pass None in its place, found 'blocks.1'"):
+    with pytest.raises(camfn.CamError, match=rf"{method} takes no layer: pass layer=None, found 'blocks.1'"):
         getattr(camfn, method)(vit("timm"), "blocks.1", inputs(1, side=32))
 
 
