@@ -35,7 +35,7 @@ def measure(name: str, layer: str, rounds: int) -> dict[str, float]:
     model = getattr(common.torchvision_models(), name)().eval()
     x, state = torch.randn(1, 3, 224, 224), camfn.state_of(model)
     calls = {
-        "shell": lambda: opened(model).shell(),
+        "private_copy": lambda: opened(model).borrow(),
         "tap": lambda: camfn.tap(model, layer),
         "deepcopy": lambda: copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}),
         "forward": lambda: model(x),

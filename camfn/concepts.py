@@ -137,6 +137,6 @@ def _scores(seen: Explained, vectors: Tensor, image: int) -> Tensor:
     numbers = torch.full((len(vectors),), image, device=vectors.device)
     values = vectors[..., None].expand(-1, -1, part.values.shape[-1]).to(part.values.dtype)
     inputs = rows_of(forward.batch.x, forward.companions, numbers, forward.image.index_select(0, numbers))
-    run = tap_from(forward.task.model.shell(), forward.layers)
+    run = tap_from(forward.task.model.borrow(), forward.layers)
     output = run(forward.task.state, inputs, None, (part.restore(values, numbers),)).output
     return score_rows(seen.score.of, output, rows_at(seen.score.rows, numbers))

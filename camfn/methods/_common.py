@@ -89,7 +89,7 @@ def grade_layer(model: Model, layer: Layers, x: Inputs, target: Target, state: S
 def read_layer(forward: Forward, name: str, activation: Tensor, layout: Layout) -> Read:
     """A layer's activation, or its gradient, as `(n, c, p)`."""
     size = forward.size
-    clues = functools.partial(clues_of, forward.task.shell.module, size)
+    clues = functools.partial(clues_of, forward.task.private.module, size)
     return layouts.read(activation, layout, size, name, forward.n, clues)
 
 

@@ -171,7 +171,7 @@ def lift_cam(
     with without_graph():
         found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
         forward, drawing = found.forward, found.drawing
-        check_differentiable(forward.task.shell)
+        check_differentiable(forward.task.private)
         each, shown = [], []
         for name, part, activation in zip(forward.layers, found.reads, forward.activations):
             m = torch.stack([part.view(multiplier) for multiplier in multipliers(forward, name, activation, found.score)], 1)

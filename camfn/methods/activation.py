@@ -76,8 +76,8 @@ def cam(
             "cam weighs channels by a class's row of the linear layer: its target must be classes, or a sum or contrast of them"
         )
     task = found.forward.task
-    name = find_linear(task.shell, fc, found.reads[0].values.shape[1], found.forward.output)
-    matrix = matrix_of(task.shell, task.state, name)
+    name = find_linear(task.private, fc, found.reads[0].values.shape[1], found.forward.output)
+    matrix = matrix_of(task.private, task.state, name)
     return weighed(found, [weights.cam(partial(at_columns, found.score), matrix)])
 
 

@@ -278,7 +278,7 @@ def _explain_attention(
     """
     without_layer(name, layer)
     if gradients:
-        check_differentiable(task.shell)
+        check_differentiable(task.private)
     blocks = _blocks(task) if per_block else Blocks([], 1)
     captured, back = with_pullback(functools.partial(_run, task, blocks, held), task.state, task.batch.x, None)
     output, also = captured.output
@@ -313,7 +313,7 @@ def _blocks(task: Task) -> Blocks:
 
 def _run(task: Task, blocks: Blocks, held: bool, state: State, x: Inputs, nudge: Nudge = None) -> Captured:
     """The attention probabilities, with the model's output, and the blocks' outputs or the attention logits."""
-    tap = tap_from(task.model.shell(), blocks.names)
+    tap = tap_from(task.model.borrow(), blocks.names)
     cuts = (_cut,) * len(blocks.names)
     (output, given), seen = attended(lambda: run_checked(tap, task, (state, x), cuts), nudge, held=held)
     self_attention(seen, task.batch.n)
@@ -328,7 +328,7 @@ def _cut(value: Tensor) -> Tensor:
 
 def _block_outputs(model: Model, blocks: Blocks, given: Any, state: State, x: Inputs) -> tuple[Any, ...]:
     """The model's outputs with the mean token of each block in place of all tokens of the last block."""
-    tap = tap_from(opened(model).shell(), blocks.names[-1:])
+    tap = tap_from(opened(model).borrow(), blocks.names[-1:])
     means = torch.stack([attention.mean_token(tokens, blocks.axis) for tokens in given])
     leaves: list[Any] = []
     spec: Any = None

@@ -119,8 +119,8 @@ def full_grad(
 def _decompose(model: nn.Module, x: Inputs, state: State | None) -> FullGradParts:
     """Run the clean forward pass, and collect the biases in the order of execution."""
     task = begin(model, x, state)
-    check_differentiable(task.shell)
-    every = {name: _bias_of(task, name, module) for name, module in task.shell.distinct().items()}
+    check_differentiable(task.private)
+    every = {name: _bias_of(task, name, module) for name, module in task.private.distinct().items()}
     biases = {name: bias for name, bias in every.items() if bias is not None}
     called: tuple[str, ...] = ()
 
@@ -130,7 +130,7 @@ def _decompose(model: nn.Module, x: Inputs, state: State | None) -> FullGradPart
         own: Any = nudge(image) if callable(nudge) else nudge and nudge[0]
         moved = x if own is None else with_input(x, task.batch.key, image + own)
         rest = nudge if callable(nudge) else nudge and nudge[1:]
-        (output, seen), called = calls_from(task.model.shell(), [*biases])(state, moved, rest)
+        (output, seen), called = calls_from(task.model.borrow(), [*biases])(state, moved, rest)
         return Captured(output, (image, *seen))
 
     (output, _), pullback = with_pullback(run, task.state, task.batch.x, None)
@@ -143,7 +143,7 @@ def _bias_of(task: Task, name: str, module: nn.Module) -> Bias | None:
         return None
 
     def own(leaf: str) -> Tensor | None:
-        tensor = task.state.get(task.shell.aliases.get(f"{name}.{leaf}", ""))
+        tensor = task.state.get(task.private.aliases.get(f"{name}.{leaf}", ""))
         return None if tensor is None else tensor.to(wide(tensor.dtype))
 
     bias, mean, variance = own("bias"), own("running_mean"), own("running_var")

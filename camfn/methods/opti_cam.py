@@ -85,7 +85,7 @@ def opti_cam(
     options = checked(sweep)._replace(compile=False, dtype=None)
     with torch.inference_mode(False), without_graph():
         forward = _bare(look(model, layer, x, state, masked, masks=True))
-        check_differentiable(forward.task.shell)
+        check_differentiable(forward.task.private)
         found = explained(forward, target, Drawing(relu, size, normalize, layout, combine))
         forwards = found.clean.numel() * steps * len(found.reads)
         runner, tick = runner_of(forward, found.score, options, forwards), counter(options.progress, forwards)
@@ -160,6 +160,6 @@ def _scores(found: Explained, runner: Runner, image: Tensor, masked: Tensor) -> 
     forward, score = found.forward, found.score
     with forward.task.model.inner() as own:
         if _compat.transformed():  # the model may write to its tensors only if they are made inside the innermost transform
-            runner = runner._replace(shell=own.shell())
+            runner = runner._replace(private=own.borrow())
         output = runner.call(guarded=True)(runner.state, rows_of(forward.batch.x, forward.companions, image, masked))
         return score_rows(score.of, output, rows_at(score.rows, image))

@@ -1,6 +1,6 @@
 """Pure functions from modules.
 
-A layer of the private copy (the shell) gets three *ports*: seen, nudge and swap. The state is put into the shell for a run. The
+A layer of the private copy gets three *ports*: seen, nudge and swap. The state is put into the copy for a run. The
 caller's model is not hooked, switched or written to.
 """
 
@@ -19,7 +19,7 @@ from camfn._types import Inputs, Layer, State
 from camfn.model.guard import Allowed, Guard, input_called
 from camfn.model.ports import Ports, check_recording, is_several, resolve_layers, watched
 from camfn.model.prepare import Call, Prepared, opened, prepare, prepares, restarted
-from camfn.model.private_copy import Shell, refuse_cached, without_wrappers
+from camfn.model.private_copy import PrivateCopy, refuse_cached, without_wrappers
 from camfn.model.torch_errors import Given, about_forward
 
 
@@ -50,36 +50,38 @@ def state_of(model: nn.Module | Prepared) -> State:
     >>> {name: tuple(t.shape) for name, t in camfn.state_of(torch.nn.Linear(3, 2)).items()}
     {'weight': (2, 3), 'bias': (2,)}
     """
-    return dict(opened(model).shell().tensors)
+    return dict(opened(model).borrow().tensors)
 
 
-def resolve_state(shell: Shell, state: Mapping[str, Tensor] | None) -> State:
+def resolve_state(private: PrivateCopy, state: Mapping[str, Tensor] | None) -> State:
     """Complete `state`: one entry for each tensor of the model, under its first name. `None` is the model's own state."""
     if state is None:
-        return dict(shell.tensors)
+        return dict(private.tensors)
     if not isinstance(state, Mapping):
         raise CamError(
             f"state= must be a mapping from names to tensors, found {type(state).__name__}; see camfn.state_of(model)"
         )
     found: State = {}
     for key, tensor in state.items():
-        name = next((shell.aliases[known] for known in without_wrappers(key) if known in shell.aliases), None)
+        name = next((private.aliases[known] for known in without_wrappers(key) if known in private.aliases), None)
         if name is None:
-            raise CamError(f"state= has an entry {key!r} that the model does not have; closest: {closest(key, shell.aliases)}")
+            raise CamError(
+                f"state= has an entry {key!r} that the model does not have; closest: {closest(key, private.aliases)}"
+            )
         if not isinstance(tensor, Tensor):
             raise CamError(f"state= holds for {key!r} a {type(tensor).__name__}, not a tensor")
-        if tuple(tensor.shape) != tuple(shell.tensors[name].shape):
+        if tuple(tensor.shape) != tuple(private.tensors[name].shape):
             raise CamError(
-                f"state= holds {key!r} of shape {tuple(tensor.shape)}, the model's is {tuple(shell.tensors[name].shape)}"
+                f"state= holds {key!r} of shape {tuple(tensor.shape)}, the model's is {tuple(private.tensors[name].shape)}"
             )
         if name in found and not _is_one(found[name], tensor):
             raise CamError(f"state= holds different tensors for {name!r} and {key!r}, which are tied; give the tensor once")
         found.setdefault(name, tensor)
-    missing = [name for name in shell.tensors if name not in found and name not in shell.optional]
+    missing = [name for name in private.tensors if name not in found and name not in private.optional]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CamError(f"state= lacks {', '.join(map(repr, missing[:3]))}{more}; start from camfn.state_of(model)")
-    return {name: found.get(name, own) for name, own in shell.tensors.items()}
+    return {name: found.get(name, own) for name, own in private.tensors.items()}
 
 
 def _is_one(a: Tensor, b: Tensor) -> bool:
@@ -91,7 +93,7 @@ def _is_one(a: Tensor, b: Tensor) -> bool:
 
 
 class _Run(nn.Module):
-    """One forward pass of the shell with its ports set. It returns the output and what the ports saw."""
+    """One forward pass of the private copy with its ports set. It returns the output and what the ports saw."""
 
     def __init__(self, model: nn.Module, ports: Ports) -> None:
         super().__init__()
@@ -113,7 +115,7 @@ class _Run(nn.Module):
 
 def _run(
     run: _Run,
-    shell: Shell,
+    private: PrivateCopy,
     state: State,
     x: Inputs,
     nudges: Any = (),
@@ -126,26 +128,28 @@ def _run(
     # since a forward may write to them even in eval mode. The guard detects all other writes. Without a guard, inputs are
     # copied too, unless they are `fresh`: made for this run alone.
     if _compat.compiling():
-        return _compiled_run(run, shell, state, x, (nudges, swaps), fresh)
-    refuse_cached(shell)
-    copies = frozenset(shell.buffers | shell.written)
+        return _compiled_run(run, private, state, x, (nudges, swaps), fresh)
+    refuse_cached(private)
+    copies = frozenset(private.buffers | private.written)
     own = {name: t.clone() if name in copies else t for name, t in state.items()}
     leaves, tree = tree_flatten(x)
     careful = not guarded and not fresh
     given = [copied(leaf) if careful or input_called(i) in copies else leaf for i, leaf in enumerate(leaves)]
-    guard = Guard(Allowed(own, copies, given, shell.twins, shell.foreign)) if guarded else nullcontext()
+    guard = Guard(Allowed(own, copies, given, private.twins, private.foreign)) if guarded else nullcontext()
     if torch.is_grad_enabled() and any(map(_is_graphed, (*own.values(), *given, *nudges, *swaps))):
-        shell.twins.in_graph = True
-    shell.put(own)  # the state stays in after the run: a checkpointed block runs again in the backward pass
-    with about_forward(Given(x, state, shell.tensors, {"nudge": nudges, "swap": swaps}, shell.modules)), guard:
+        private.twins.in_graph = True
+    private.put(own)  # the state stays in after the run: a checkpointed block runs again in the backward pass
+    with about_forward(Given(x, state, private.tensors, {"nudge": nudges, "swap": swaps}, private.modules)), guard:
         return run.forward(tree_unflatten(given, tree), nudges, swaps)
 
 
-def _compiled_run(run: _Run, shell: Shell, state: State, x: Inputs, ports: tuple[Any, Any], fresh: bool) -> tuple[Any, Any]:
+def _compiled_run(
+    run: _Run, private: PrivateCopy, state: State, x: Inputs, ports: tuple[Any, Any], fresh: bool
+) -> tuple[Any, Any]:
     """`_run` under a compiler: without the guard, which it cannot trace, and by `functional_call`, which it can."""
-    copies = shell.buffers | shell.written
+    copies = private.buffers | private.written
     own = {name: t.clone() if name in copies else t for name, t in state.items()}
-    tensors = {f"model.{slot}": own[name] for slot, name in shell.slots.items()}
+    tensors = {f"model.{slot}": own[name] for slot, name in private.slots.items()}
     given = x if fresh else tree_map(copied, x)
     # Every slot is named once: `tie_weights` would name a slot with two paths twice, and restore it wrongly.
     return functional_call(run, tensors, (given, *ports), tie_weights=False)
@@ -160,12 +164,12 @@ def copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def pure_from(shell: Shell, *, guarded: bool = True, fresh: bool = False) -> Callable[[State, Inputs], Any]:
-    """`pure` for a given shell and complete states. `fresh` inputs are made for one run, and are not copied."""
-    run = _Run(shell.module, Ports(shell, ()))
+def pure_from(private: PrivateCopy, *, guarded: bool = True, fresh: bool = False) -> Callable[[State, Inputs], Any]:
+    """`pure` for a given private copy and complete states. `fresh` inputs are made for one run, and are not copied."""
+    run = _Run(private.module, Ports(private, ()))
 
     def call(state: State, x: Inputs) -> Any:
-        return _run(run, shell, state, x, guarded=guarded, fresh=fresh)[0]
+        return _run(run, private, state, x, guarded=guarded, fresh=fresh)[0]
 
     return call
 
@@ -194,28 +198,28 @@ def pure(model: nn.Module | Prepared) -> Callable[[State, Inputs], Any]:
     (True, True)
     """
     prepared = prepare(model)
-    shell = Call(prepared).shell()
-    compiled = pure_from(shell)
+    private = Call(prepared).borrow()
+    compiled = pure_from(private)
 
     def call(state: State, x: Inputs) -> Any:
-        full = resolve_state(shell, state)
+        full = resolve_state(private, state)
         if _compat.compiling():
             return compiled(full, x)
         with Call(prepared) as own:
-            return restarted(prepared, lambda: pure_from(own.shell())(full, x))
+            return restarted(prepared, lambda: pure_from(own.borrow())(full, x))
 
     return call
 
 
 @_compat.eager
-def tap_from(shell: Shell, names: Sequence[str], *, guarded: bool = True) -> Callable[..., Captured]:
-    """`tap` for a given shell and complete states. The shell's layers get ports: do not use it for anything else."""
-    ports = Ports(shell, names)
-    run = _Run(shell.module, ports)
+def tap_from(private: PrivateCopy, names: Sequence[str], *, guarded: bool = True) -> Callable[..., Captured]:
+    """`tap` for a given private copy and complete states. Its layers get ports: do not use it for anything else."""
+    ports = Ports(private, names)
+    run = _Run(private.module, ports)
 
     def call(state: State, x: Inputs, nudge: Any = None, swap: Any = None) -> Captured:
         nothing = (None,) * len(names)
-        output, seen = _run(run, shell, state, x, nudge or nothing, swap or nothing, guarded=guarded)
+        output, seen = _run(run, private, state, x, nudge or nothing, swap or nothing, guarded=guarded)
         ports.check(seen)
         return Captured(output, seen)
 
@@ -252,21 +256,21 @@ def tap(model: nn.Module | Prepared, layer: Layer | Sequence[Layer]) -> Callable
     True
     """
     prepared = prepare(model)
-    shell = Call(prepared).shell()
-    several, names = is_several(layer), resolve_layers(shell, layer)
+    private = Call(prepared).borrow()
+    several, names = is_several(layer), resolve_layers(private, layer)
     if len(set(names)) < len(names):
         raise CamError(f"a layer is named twice: {', '.join(map(repr, names))}; a tap has one port at a layer")
-    compiled = tap_from(shell, names)
+    compiled = tap_from(private, names)
 
     def call(state: State, x: Inputs, nudge: Any = None, swap: Any = None) -> Captured:
         if not several:
             nudge, swap = (None if port is None else (port,) for port in (nudge, swap))
-        full = resolve_state(shell, state)
+        full = resolve_state(private, state)
         if _compat.compiling():
             output, seen = compiled(full, x, nudge, swap)
         else:
             with Call(prepared) as own:
-                output, seen = restarted(prepared, lambda: tap_from(own.shell(), names)(full, x, nudge, swap))
+                output, seen = restarted(prepared, lambda: tap_from(own.borrow(), names)(full, x, nudge, swap))
         return Captured(output, seen if several else seen[0])
 
     return call
@@ -274,7 +278,7 @@ def tap(model: nn.Module | Prepared, layer: Layer | Sequence[Layer]) -> Callable
 
 def watch(model: nn.Module | Prepared | Call, state: State, x: Inputs, see: Callable[[str, tuple[Any, ...], Any], None]) -> Any:
     """Run the model once, and call `see(name, arguments, output)` for every module, innermost first. Returns the output."""
-    shell = opened(model).shell()
+    private = opened(model).borrow()
 
     def passes(name: str) -> Callable[[tuple[Any, ...], Any], Any]:
         def show(args: tuple[Any, ...], out: Any) -> Any:
@@ -283,20 +287,20 @@ def watch(model: nn.Module | Prepared | Call, state: State, x: Inputs, see: Call
 
         return show
 
-    for path, module in shell.distinct().items():
+    for path, module in private.distinct().items():
         if not isinstance(getattr(type(module), "forward", None), property):
             watched(module, passes(path))
-    return pure_from(shell)(state, x)
+    return pure_from(private)(state, x)
 
 
 @_compat.eager
-def calls_from(shell: Shell, names: Sequence[str]) -> Callable[..., tuple[Captured, tuple[str, ...]]]:
+def calls_from(private: PrivateCopy, names: Sequence[str]) -> Callable[..., tuple[Captured, tuple[str, ...]]]:
     """`tap_from` for every call of these layers, in the order of execution. A layer may run several times, or not at all.
 
     A nudge is a tensor for each call, or a function from a layer's output to one. The function also returns the name of the
     layer of each call.
     """
-    inner = pure_from(shell)
+    inner = pure_from(private)
     seen: list[Tensor] = []
     called: list[str] = []
     nudges: Any = None
@@ -316,7 +320,7 @@ def calls_from(shell: Shell, names: Sequence[str]) -> Callable[..., tuple[Captur
         return nudged
 
     for name in names:
-        watched(shell.modules[name], passes(name))
+        watched(private.modules[name], passes(name))
 
     def call(state: State, x: Inputs, nudge: Any = None) -> tuple[Captured, tuple[str, ...]]:
         nonlocal nudges, over

@@ -24,7 +24,7 @@ from camfn.model.linear_head import is_convolution
 from camfn.model.memory import is_exhausted
 from camfn.model.ports import is_several, resolve_layers
 from camfn.model.prepare import Call, Model, Prepared, opened
-from camfn.model.private_copy import Shell
+from camfn.model.private_copy import PrivateCopy
 from camfn.model.randomness import refusing_draws
 from camfn.model.torch_errors import WITHOUT_GRADIENTS, quantized_in
 from camfn.targets import logits_of
@@ -34,7 +34,7 @@ class Task(NamedTuple):
     """A model and its validated inputs, before any forward pass."""
 
     model: Call
-    shell: Shell  # a private copy, which gets the ports
+    private: PrivateCopy  # a private copy, which gets the ports
     state: State
     batch: Batch
     facts: dict[Any, Any]  # facts about the model that this call has found; see `once`
@@ -159,9 +159,9 @@ def _look(model: Call, question: _Question) -> tuple[Forward, Pullback | None]:
     names, forwards = _layers_of(task, layer) if taps else ((), task.batch.n)
     distinct = list(dict.fromkeys(names))
     # Under a transform, tensors that the model writes to must be created inside it: each run then makes its own copy.
-    run = tapped(task, distinct, None if _compat.transformed() else task.shell)
+    run = tapped(task, distinct, None if _compat.transformed() else task.private)
     if graph or (masks and _compat.is_differentiated(task.batch.image)):
-        check_differentiable(task.shell)
+        check_differentiable(task.private)
     pullback = None
     if graph:
         captured, pullback = with_pullback(run, task.state, task.batch.x, distinct)
@@ -178,7 +178,7 @@ def _layers_of(task: Task, layer: Layers) -> tuple[tuple[str, ...], int]:
     if is_several(layer) and not layer:
         raise CamError("layer is an empty sequence: name one layer or more, or pass None to have one chosen")
     if layer is not None:
-        return tuple(resolve_layers(task.shell, layer)), task.batch.n
+        return tuple(resolve_layers(task.private, layer)), task.batch.n
     name, why = choose(task.model, task.state, task.batch)
     if not _compat.transformed():
         warn(f"layer=None: {name!r} was chosen, the {why}; name it to be sure")
@@ -197,7 +197,7 @@ def _companions(task: Task, output: Any) -> Companions:
 
     def find() -> int:
         image = task.batch.image
-        call, twice = pure_from(task.model.shell()), torch.zeros(2, dtype=torch.long, device=image.device)
+        call, twice = pure_from(task.model.borrow()), torch.zeros(2, dtype=torch.long, device=image.device)
         for rows in (n, 0):
             try:
                 expected = logits_of(output)[twice]
@@ -221,11 +221,11 @@ def once(task: Task, what: Any, find: Callable[[], Any]) -> Any:
     return task.facts[what]
 
 
-def tapped(task: Task, names: Sequence[str], shell: Shell | None = None) -> Run:
-    """The model with ports at these layers. A given shell serves one run only; without one, each run gets a new shell."""
+def tapped(task: Task, names: Sequence[str], private: PrivateCopy | None = None) -> Run:
+    """The model with ports at these layers. A given private copy serves one run only; without one, each run gets a new one."""
 
     def run(state: State, x: Inputs, nudge: Any = None) -> Captured:
-        return run_checked(tap_from(shell or task.model.shell(), names), task, (state, x), nudge)
+        return run_checked(tap_from(private or task.model.borrow(), names), task, (state, x), nudge)
 
     return run
 
@@ -234,7 +234,7 @@ def again(forward: Forward, image: Tensor, *, unfused: bool = False) -> tuple[Fo
     """Run the forward pass of another image, with its pullback. `unfused` avoids fused attention kernels."""
     task = forward.task.with_image(image)
     names = list(dict.fromkeys(forward.layers))
-    check_differentiable(task.shell)
+    check_differentiable(task.private)
     run = tapped(task, names)
 
     def openly(state: State, x: Inputs, nudge: Any = None) -> Captured:
@@ -250,12 +250,12 @@ def begin(
 ) -> Task:
     """Validate the model and its inputs. `named` says that the caller named a layer."""
     call = opened(model)
-    shell = call.shell()
-    full = resolve_state(shell, state)
+    private = call.borrow()
+    full = resolve_state(private, state)
     batch = check(x, masked, full, masks)
     if masks or not named:
-        _check_frames(shell, batch.image)
-    return Task(call, shell, full, batch, {})
+        _check_frames(private, batch.image)
+    return Task(call, private, full, batch, {})
 
 
 @contextmanager
@@ -300,9 +300,9 @@ def _plain_tensors(output: Any) -> list[Tensor]:
 def run_checked(tap: Callable[..., Captured], task: Task, given: tuple[State, Inputs], nudge: Any = None) -> Captured:
     """Run the clean forward pass. Turn a convolution's rank error into a message about the missing batch axis."""
     (state, x), key = given, task.batch.key
-    wrong = _wrong_rank(x, key, task.shell)
+    wrong = _wrong_rank(x, key, task.private)
     try:
-        with deterministic(lambda: pure_from(task.model.shell())(state, x)) as outputs:
+        with deterministic(lambda: pure_from(task.model.borrow())(state, x)) as outputs:
             captured = tap(state, x, nudge)
             outputs.append(captured.output)
     except (AttributeError, TypeError) as error:
@@ -318,9 +318,9 @@ def run_checked(tap: Callable[..., Captured], task: Task, given: tuple[State, In
     return captured
 
 
-def _check_frames(shell: Shell, image: Tensor) -> None:
+def _check_frames(private: PrivateCopy, image: Tensor) -> None:
     """Refuse frames before channels: they look like channels and three spatial axes, and masks would cover the wrong ones."""
-    first = _first_convolution(shell)
+    first = _first_convolution(private)
     if image.ndim == 5 and first is not None and image.shape[1] != first.in_channels == image.shape[2]:
         raise CamError(
             f"x has shape {tuple(image.shape)}, and {type(first).__name__} wants {len(first.kernel_size) + 2} axes, the second "
@@ -329,8 +329,8 @@ def _check_frames(shell: Shell, image: Tensor) -> None:
         )
 
 
-def _first_convolution(shell: Shell) -> _ConvNd | None:
-    return next(filter(is_convolution, shell.module.modules()), None)
+def _first_convolution(private: PrivateCopy) -> _ConvNd | None:
+    return next(filter(is_convolution, private.module.modules()), None)
 
 
 _NO_LIST = (
@@ -339,9 +339,9 @@ _NO_LIST = (
 )
 
 
-def _wrong_rank(x: Inputs, key: Key, shell: Shell) -> str:
+def _wrong_rank(x: Inputs, key: Key, private: PrivateCopy) -> str:
     """A message if x has the wrong number of axes for the first convolution, else "". The model may still accept x."""
-    first = _first_convolution(shell)
+    first = _first_convolution(private)
     if key is not None or first is None or pick(x, key).ndim == len(first.kernel_size) + 2:
         return ""
     return (
@@ -350,9 +350,9 @@ def _wrong_rank(x: Inputs, key: Key, shell: Shell) -> str:
     )
 
 
-def check_differentiable(shell: Shell) -> None:
+def check_differentiable(private: PrivateCopy) -> None:
     """Raise `CamError` if the model is quantized: it has no gradient."""
-    quantized = quantized_in(shell.distinct())
+    quantized = quantized_in(private.distinct())
     if quantized:
         raise CamError(
             f"the model is quantized ({quantized}), and no gradient comes through what computes in integers: "

@@ -17,7 +17,7 @@ from camfn.model.capture import resolve_state, tap_from
 from camfn.model.forward import Task
 from camfn.model.ports import resolve_layers
 from camfn.model.prepare import Call, Prepared, opened, prepares, shapes
-from camfn.model.private_copy import Shell
+from camfn.model.private_copy import PrivateCopy
 from camfn.model.recording import Record, record
 from camfn.model.tape import leaves
 from camfn.model.torch_errors import Given, about_forward, about_record
@@ -29,11 +29,11 @@ class Head(NamedTuple):
 
     record: Record
     unflatten: Callable[[Any], Any]
-    shell: Shell
+    private: PrivateCopy
 
     def __call__(self, state: State, x: Inputs, value: Tensor) -> Any:
-        full = resolve_state(self.shell, state)
-        with about_forward(Given(x, full, self.shell.tensors, {"value": (value,)}, self.shell.modules)):
+        full = resolve_state(self.private, state)
+        with about_forward(Given(x, full, self.private.tensors, {"value": (value,)}, self.private.modules)):
             return self.at(full, x)(value)
 
     def at(self, state: State, x: Inputs) -> Callable[[Tensor], Any]:
@@ -47,7 +47,7 @@ class Head(NamedTuple):
 
 
 Made = tuple[Record, Callable[[Any], Any]]
-"""A head without its shell: the record, and the function that rebuilds the output."""
+"""A head without its private copy: the record, and the function that rebuilds the output."""
 
 
 @prepares
@@ -80,10 +80,10 @@ def head(model: nn.Module | Prepared, layer: Layer, x: Inputs, value: Tensor) ->
     True
     """
     call = opened(model)
-    shell = call.shell()
-    (name,) = resolve_layers(shell, layer)
+    private = call.borrow()
+    (name,) = resolve_layers(private, layer)
     made = _on_blanks if _compat.transformed() else _general
-    return Head(*made(call, name, shell.tensors, x, value), shell)
+    return Head(*made(call, name, private.tensors, x, value), private)
 
 
 def head_of(task: Task, name: str, x: Inputs, value: Tensor, fits: Callable[[Head], bool]) -> Head:
@@ -95,12 +95,12 @@ def head_of(task: Task, name: str, x: Inputs, value: Tensor, fits: Callable[[Hea
     if not _compat.transformed():
 
         def make() -> Made:
-            return _record(call.shell(), task.state, name, x, value)
+            return _record(call.borrow(), task.state, name, x, value)
 
         key = _key(name, task.state, x, value)
-        made = _lasting(call.prepared, key, make, lambda made: fits(Head(*made, task.shell)), layer_called(name))
-        return Head(*made, task.shell)
-    return Head(*_on_blanks(call, name, task.shell.tensors, x, value), task.shell)
+        made = _lasting(call.prepared, key, make, lambda made: fits(Head(*made, task.private)), layer_called(name))
+        return Head(*made, task.private)
+    return Head(*_on_blanks(call, name, task.private.tensors, x, value), task.private)
 
 
 def _on_blanks(call: Call, name: str, state: State, x: Inputs, value: Tensor) -> Made:
@@ -124,10 +124,10 @@ def _general(call: Call, name: str, state: State, x: Inputs, value: Tensor) -> M
     def fits(made: Made) -> bool:
         with torch.no_grad():
             found = made[1](made[0].rest(value, *made[0].front(*_tensors((state, x)))))
-            return agree(found, tap_from(call.shell(), [name])(state, x, None, (value,)).output)
+            return agree(found, tap_from(call.borrow(), [name])(state, x, None, (value,)).output)
 
     def make() -> Made:
-        made = _record(call.shell(), state, name, tree_map(_halved, x), value / 2)
+        made = _record(call.borrow(), state, name, tree_map(_halved, x), value / 2)
         if made[0].reads:
             raise CamError(
                 f"what comes after {called} may depend on values that are read in Python ({made[0].reads}): a record of it "
@@ -187,8 +187,8 @@ def agree(found: Any, expected: Any) -> bool:
     return all(is_close(a, b, 1000) if b.is_floating_point() else torch.equal(a, b) for a, b in pairs)
 
 
-def _record(shell: Shell, state: State, name: str, x: Inputs, value: Tensor) -> Made:
-    run = tap_from(shell, [name])
+def _record(private: PrivateCopy, state: State, name: str, x: Inputs, value: Tensor) -> Made:
+    run = tap_from(private, [name])
     leaves, tree = tree_flatten((state, x, value))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     spec: Any = None
@@ -206,8 +206,8 @@ def _record(shell: Shell, state: State, name: str, x: Inputs, value: Tensor) -> 
         out, spec = tree_flatten(output)
         return out
 
-    with about_record(shell.modules, layer_called(name)):
-        made = record(flat, _tensors(state), _tensors(x), value, layer_called(name), shell.own_tensors())
+    with about_record(private.modules, layer_called(name)):
+        made = record(flat, _tensors(state), _tensors(x), value, layer_called(name), private.own_tensors())
     return made, functools.partial(_unflatten, spec, whole)
 
 

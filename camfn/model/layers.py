@@ -67,7 +67,7 @@ def candidate_layers(model: Model, x: Inputs, *, masked: Key = None, state: Stat
     0 Conv2d (6, 6) False
     1 ReLU (6, 6) True
     """
-    full = resolve_state(opened(model).shell(), state)
+    full = resolve_state(opened(model).borrow(), state)
     found = _outputs(model, full, check(x, masked, full, False))
     chosen = _chosen(found) if found.all else None
     return tuple(Candidate(out.name, out.kind, out.shape, out.form.grid, out is chosen) for out in found.all)
@@ -149,7 +149,7 @@ _LEVELS = 3
 
 def _outputs(model: Model, state: State, batch: Batch) -> _Outputs:
     spatial, n = batch.size, batch.n
-    modules = dict(opened(model).shell().module.named_modules())
+    modules = dict(opened(model).borrow().module.named_modules())
     clues = clues_of(modules[""], spatial)
     runs: Counter[str] = Counter()
     given: list[tuple[str, int, dict[tuple[str, ...], Sides]]] = []

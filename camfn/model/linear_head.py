@@ -12,17 +12,17 @@ from camfn import _compat
 from camfn._errors import CamError, warn
 from camfn._types import Layer, State
 from camfn.model.ports import resolve_layers
-from camfn.model.private_copy import Shell, is_quantized
+from camfn.model.private_copy import PrivateCopy, is_quantized
 from camfn.targets import logits_of
 
 
-def find_linear(shell: Shell, fc: Layer | None, channels: int, output: Any) -> str:
+def find_linear(private: PrivateCopy, fc: Layer | None, channels: int, output: Any) -> str:
     """Return the name of the linear layer (or 1x1 convolution) from `channels` inputs to the model's classes."""
     classes = logits_of(output).shape[-1]
-    modules = shell.distinct()
+    modules = private.distinct()
     if fc is not None:
         try:
-            (name,) = resolve_layers(shell, fc)
+            (name,) = resolve_layers(private, fc)
         except CamError as error:
             raise CamError(f"fc={fc!r}: {error}") from None
         if name not in modules:
@@ -50,18 +50,18 @@ def is_auxiliary(name: str) -> bool:
     return any(part.startswith("aux") for part in name.lower().split("."))
 
 
-def matrix_of(shell: Shell, state: State, name: str) -> Tensor:
+def matrix_of(private: PrivateCopy, state: State, name: str) -> Tensor:
     """Return the matrix `(classes, channels)` of a linear layer."""
-    weight = shell.aliases.get(f"{name}.weight")
+    weight = private.aliases.get(f"{name}.weight")
     if weight is not None:
         return state[weight].flatten(1)
-    module = shell.modules[name]
+    module = private.modules[name]
     if is_quantized(module):
         packed: Any = module
         return packed.weight().dequantize().flatten(1)
     # A parametrized weight is computed in each forward: run the layer on the unit vectors.
     channels, _ = sides(module) or (0, 0)
-    own = {slot.removeprefix(f"{name}."): state[of] for slot, of in shell.slots.items() if slot.startswith(f"{name}.")}
+    own = {slot.removeprefix(f"{name}."): state[of] for slot, of in private.slots.items() if slot.startswith(f"{name}.")}
     like = next((tensor for tensor in own.values() if tensor.is_floating_point()), torch.zeros(()))
     inputs = torch.eye(channels + 1, channels, dtype=like.dtype, device=like.device)  # the last row gives the bias
     inputs = inputs.reshape(*inputs.shape, *(1,) * (len(module.kernel_size) if isinstance(module, _ConvNd) else 0))

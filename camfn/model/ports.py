@@ -1,4 +1,4 @@
-"""Ports: read (seen), add to (nudge) or replace (swap) the output of a layer of the shell.
+"""Ports: read (seen), add to (nudge) or replace (swap) the output of a layer of the private copy.
 
 A layer has the name that it has in the model. `"layer:key"` is one part of its output, `"layer@2"` its second call in a
 forward pass.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from camfn import _compat
 from camfn._errors import CamError, closest, layer_called
 from camfn._types import Layer
-from camfn.model.private_copy import Shell, without_wrappers
+from camfn.model.private_copy import PrivateCopy, without_wrappers
 
 # ------------------------------------------------------------------------------------------------------- the names
 
@@ -50,33 +50,33 @@ def is_several(layer: Any) -> bool:
     return isinstance(layer, Sequence) and not isinstance(layer, str)
 
 
-def resolve_layers(shell: Shell, layer: Layer | Sequence[Layer]) -> list[str]:
-    """Return the names in the shell of layers that are given by name or as modules of the caller's model."""
+def resolve_layers(private: PrivateCopy, layer: Layer | Sequence[Layer]) -> list[str]:
+    """Return the names in the private copy of layers that are given by name or as modules of the caller's model."""
     layers: Any = layer if is_several(layer) else [layer]
-    paths = shell.paths()
-    return [_resolve_layer(shell, layer, paths) for layer in layers]
+    paths = private.paths()
+    return [_resolve_layer(private, layer, paths) for layer in layers]
 
 
-def _resolve_layer(shell: Shell, layer: Layer, paths: dict[int, str]) -> str:
-    model = shell.original
+def _resolve_layer(private: PrivateCopy, layer: Layer, paths: dict[int, str]) -> str:
+    model = private.original
     if isinstance(layer, str):
-        place = place_of(layer, shell.modules)
+        place = place_of(layer, private.modules)
         if place is not None:
-            return str(place._replace(module=paths[id(shell.modules[place.module])]))
+            return str(place._replace(module=paths[id(private.modules[place.module])]))
         raise CamError(
-            f"no layer named {layer!r} in {type(model).__name__}; closest: {closest(layer, shell.modules)} "
+            f"no layer named {layer!r} in {type(model).__name__}; closest: {closest(layer, private.modules)} "
             "(all of them: [name for name, _ in model.named_modules()])"
         )
     if not isinstance(layer, nn.Module):
         raise CamError(f"layer must be a name or a module, or a sequence of them; found {type(layer).__name__}")
     if any(layer is not model and module is model for module in layer.modules()):
         raise CamError("model and layer are swapped: the model given is a part of the layer given")
-    if id(layer) not in shell.named:
+    if id(layer) not in private.named:
         raise CamError(
             f"layer, a {type(layer).__name__}, is not a registered submodule of {type(model).__name__} "
             "(a module held by a plain list or another object is not; nn.ModuleList registers)"
         )
-    return shell.named[id(layer)]
+    return private.named[id(layer)]
 
 
 # ------------------------------------------------------------------------------------------------------- the ports
@@ -131,19 +131,19 @@ class _Gate:
 
 
 class Ports:
-    """Ports at the named layers of a shell, in the order of the names."""
+    """Ports at the named layers of a private copy, in the order of the names."""
 
-    def __init__(self, shell: Shell, names: Sequence[str]) -> None:
+    def __init__(self, private: PrivateCopy, names: Sequence[str]) -> None:
         self.ports: list[Port] = []
         self.gates: dict[str, _Gate] = {}
-        self.modules = shell.modules
+        self.modules = private.modules
         for name in names:
-            place = place_of(name, shell.modules)
+            place = place_of(name, private.modules)
             assert place is not None
             if place.module not in self.gates:
                 self.gates[place.module] = _Gate()
-                check_port(place.module, shell.modules[place.module])
-                watched(shell.modules[place.module], self.gates[place.module])
+                check_port(place.module, private.modules[place.module])
+                watched(private.modules[place.module], self.gates[place.module])
             self.ports.append(Port(place))
             self.gates[place.module].ports.append(self.ports[-1])
 

@@ -15,7 +15,7 @@ from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import State
 from camfn.model.guard import WriteError
-from camfn.model.private_copy import Shell, copy_of, tensors_in
+from camfn.model.private_copy import PrivateCopy, copy_of, tensors_in
 from camfn.model.restore import Snapshot, disarm
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -63,7 +63,7 @@ class Prepared:
         self._armed: dict[int, nn.Module] = {}  # copies of modules with a destructor, to be disarmed before they are freed
         weakref.finalize(self, disarm, self._armed).atexit = False
         if self._source is not None:
-            self._arm(self._source.shell)
+            self._arm(self._source.private)
 
     @_compat.eager
     def copy(self) -> "Copy":
@@ -71,32 +71,32 @@ class Prepared:
         with self._lock:
             if self._spare:
                 return self._spare.pop()
-        shell = copy_of(self.model) if self._source is None else self._source.copied()
-        shell = shell._replace(written=self.written)
-        self._arm(shell)
-        return Copy(shell, Snapshot(shell) if self._can_restore(shell) else None)
+        private = copy_of(self.model) if self._source is None else self._source.copied()
+        private = private._replace(written=self.written)
+        self._arm(private)
+        return Copy(private, Snapshot(private) if self._can_restore(private) else None)
 
-    def _arm(self, shell: Shell) -> None:
-        self._armed.update((id(twin), twin) for _, twin in shell.twins.modules if hasattr(type(twin), "__del__"))
+    def _arm(self, private: PrivateCopy) -> None:
+        self._armed.update((id(twin), twin) for _, twin in private.twins.modules if hasattr(type(twin), "__del__"))
 
-    def _can_restore(self, shell: Shell) -> bool:
-        return self.lasting and not shell.twins.own_tensors  # writes to a copy's own tensors cannot be detected
+    def _can_restore(self, private: PrivateCopy) -> bool:
+        return self.lasting and not private.twins.own_tensors  # writes to a copy's own tensors cannot be detected
 
     def put_back(self, copy: "Copy") -> None:
         """Take back a private copy: restore and keep it, or drop it."""
-        if copy.snapshot is not None and not copy.shell.twins.in_graph:
+        if copy.snapshot is not None and not copy.private.twins.in_graph:
             copy.snapshot.restore()
             with self._lock:
                 if len(self._spare) < _SPARE:
                     self._spare.append(copy)
                     return
         if self._armed:
-            twins = {id(twin): twin for _, twin in copy.shell.twins.modules}
+            twins = {id(twin): twin for _, twin in copy.private.twins.modules}
             disarm({key: self._armed.pop(key) for key in [*self._armed] if key in twins})
 
-    def tensors(self, shell: Shell) -> tuple[State, dict[int, str]]:
+    def tensors(self, private: PrivateCopy) -> tuple[State, dict[int, str]]:
         """The model's current tensors by name, and the names of all tensors that its modules hold, by id."""
-        return (shell.tensors, shell.foreign) if self._source is None else self._source.tensors()
+        return (private.tensors, private.foreign) if self._source is None else self._source.tensors()
 
     def slot(self, key: tuple[Hashable, ...]) -> Slot:
         """The slot for `key`, empty if it is new. Above the limit, the least recently used slot is dropped."""
@@ -130,7 +130,7 @@ class Prepared:
 class Copy(NamedTuple):
     """A private copy of a prepared model."""
 
-    shell: Shell
+    private: PrivateCopy
     snapshot: Snapshot | None  # restores the copy for the next call; None if the copy cannot be restored
 
 
@@ -138,22 +138,22 @@ class _Source:
     """A copy of a model that never runs, and of which private copies are made. It holds the model's own tensors."""
 
     def __init__(self, model: nn.Module) -> None:
-        shell = copy_of(model, live=True)
-        self.names = [*shell.tensors]
-        self.shell = shell._replace(tensors={}, foreign={})
+        private = copy_of(model, live=True)
+        self.names = [*private.tensors]
+        self.private = private._replace(tensors={}, foreign={})
         # `.to()` replaces buffers by new tensors, so they are looked up again for each copy.
         self.buffers = [
             (vars(own)["_buffers"], vars(twin)["_buffers"])
-            for own, twin in self.shell.twins.modules
+            for own, twin in self.private.twins.modules
             if vars(own).get("_buffers") and vars(twin).get("_buffers")
         ]
-        self.holders = {name: (holder, key) for holder, key, name in reversed(self.shell.places)}
-        self.inside = [(holder, key, name) for holder, key, name in tensors_in(self.shell) if holder[key] is not None]
+        self.holders = {name: (holder, key) for holder, key, name in reversed(self.private.places)}
+        self.inside = [(holder, key, name) for holder, key, name in tensors_in(self.private) if holder[key] is not None]
 
-    def copied(self) -> Shell:
+    def copied(self) -> PrivateCopy:
         self._refresh()
-        names = {"named": self.shell.named, "original": self.shell.original}
-        return copy_of(self.shell.module)._replace(**names, tensors={}, foreign={})  # each call fills in its own tensors
+        names = {"named": self.private.named, "original": self.private.original}
+        return copy_of(self.private.module)._replace(**names, tensors={}, foreign={})  # each call fills in its own tensors
 
     def tensors(self) -> tuple[State, dict[int, str]]:
         self._refresh()
@@ -210,15 +210,15 @@ class Call:
         self._now: tuple[State, dict[int, str]] | None = None
 
     @_compat.eager
-    def shell(self) -> Shell:
+    def borrow(self) -> PrivateCopy:
         """Borrow a private copy until the call ends."""
         copy = self.prepared.copy()
         self._lent.append(copy)
-        self._now = self._now or self.prepared.tensors(copy.shell)
+        self._now = self._now or self.prepared.tensors(copy.private)
         tensors, foreign = self._now
-        shell = copy.shell._replace(tensors=tensors, foreign=foreign)
-        shell.put(tensors)
-        return shell
+        private = copy.private._replace(tensors=tensors, foreign=foreign)
+        private.put(tensors)
+        return private
 
     @_compat.eager
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Private copies of module trees.
 
 `torch.func.functional_call` swaps tensors into its module and back. On the caller's own module that is neither pure nor
-thread-safe. A *shell* is a copy in eval mode that shares all parameters. It takes a few milliseconds to make, and only one
-call uses it.
+thread-safe. A *private copy* is a copy in eval mode that shares all parameters. It takes a few milliseconds to make, and only
+one call uses it.
 """
 
 import enum
@@ -29,7 +29,7 @@ Place = tuple[dict[str, Any], str, str]
 """The parameters or buffers of a module, a key of them, and the name of that tensor in the state."""
 
 
-class Shell(NamedTuple):
+class PrivateCopy(NamedTuple):
     """A private copy of a model, with the names of its modules and tensors."""
 
     module: nn.Module
@@ -397,15 +397,15 @@ def is_quantized(module: nn.Module) -> bool:
     return "quantized" in type(module).__module__.split(".")
 
 
-def refuse_cached(shell: Shell) -> None:
+def refuse_cached(private: PrivateCopy) -> None:
     """Raise RefusedError inside `parametrize.cached()`.
 
     torch keys its cache by the caller's module, for copies too. A copy would get what another computed from other tensors.
     """
     if _compat.parametrizations_are_cached():
-        paths = shell.paths()
+        paths = private.paths()
         names = [
-            paths.get(id(twin), type(twin).__name__) for _, twin in shell.twins.modules if parametrize.is_parametrized(twin)
+            paths.get(id(twin), type(twin).__name__) for _, twin in private.twins.modules if parametrize.is_parametrized(twin)
         ]
         if names:
             raise RefusedError(
@@ -426,7 +426,7 @@ def without_wrappers(name: str) -> Iterator[str]:
 
 
 @_compat.eager
-def copy_of(model: nn.Module, *, live: bool = False) -> Shell:
+def copy_of(model: nn.Module, *, live: bool = False) -> PrivateCopy:
     """Make a private copy of the model. It takes about 2 ms for a ResNet-50.
 
     - `live`: keep the caller's own tensors in the copy. Such a copy is not run; other copies are made from it.
@@ -441,19 +441,19 @@ def copy_of(model: nn.Module, *, live: bool = False) -> Shell:
     if not live:
         _detach_unregistered(module, twins)
     modules = dict(module.named_modules(remove_duplicate=False))
-    shell = _filled_in(Shell(module, modules, twins, {}, {}, [], {}, set(), set(), set(), model, {}, {}))
-    paths = shell.paths()
-    shell.named.update((id(own), paths[id(twin)]) for own, twin in twins.modules if id(twin) in paths)
-    shell.foreign.update((id(holder[key]), name) for holder, key, name in tensors_in(shell) if holder[key] is not None)
+    private = _filled_in(PrivateCopy(module, modules, twins, {}, {}, [], {}, set(), set(), set(), model, {}, {}))
+    paths = private.paths()
+    private.named.update((id(own), paths[id(twin)]) for own, twin in twins.modules if id(twin) in paths)
+    private.foreign.update((id(holder[key]), name) for holder, key, name in tensors_in(private) if holder[key] is not None)
     if not live:
-        shell.put(shell.tensors)
-    return shell
+        private.put(private.tensors)
+    return private
 
 
-def tensors_in(shell: Shell) -> list[Place]:
+def tensors_in(private: PrivateCopy) -> list[Place]:
     """Return the places of all tensors in the caller's own modules, unregistered ones included, with names for errors."""
-    paths, found = shell.paths(), []
-    for own, twin in shell.twins.modules:
+    paths, found = private.paths(), []
+    for own, twin in private.twins.modules:
         path = paths.get(id(twin), type(own).__name__)
         holders = [vars(own)[kind] for kind in ("_parameters", "_buffers") if kind in vars(own)]  # a wrapper may lack them
         found.extend((holder, key, f"{path}.{key}" if path else key) for holder in holders for key in holder)
@@ -472,35 +472,35 @@ def _detach_unregistered(module: nn.Module, twins: Twins) -> None:
                     own[key] = tensor.detach().clone() if kind == "_buffers" else tensor.detach()
 
 
-def _filled_in(shell: Shell) -> Shell:
+def _filled_in(private: PrivateCopy) -> PrivateCopy:
     """Fill in the names of the tensors, parameters before buffers. A tensor with several names gets the first."""
     names: dict[int, str] = {}  # id of a tensor -> its first name
     seen: set[tuple[int, str]] = set()  # places; a module with several names is visited several times
     for kind in ("_parameters", "_buffers"):
-        for path, owner in shell.modules.items():
+        for path, owner in private.modules.items():
             for key, tensor in owner.__dict__[kind].items():
                 if tensor is None:
                     continue
                 full = f"{path}.{key}" if path else key
-                name = shell.aliases[full] = names.setdefault(id(tensor), full)
-                if name not in shell.tensors:
-                    shell.tensors[name] = tensor.detach()
+                name = private.aliases[full] = names.setdefault(id(tensor), full)
+                if name not in private.tensors:
+                    private.tensors[name] = tensor.detach()
                     if kind == "_buffers":
-                        shell.buffers.add(name)
-                        shell.optional.update(
+                        private.buffers.add(name)
+                        private.optional.update(
                             {name} & {f"{path}.{k}" if path else k for k in owner._non_persistent_buffers_set}
                         )
                 if (id(owner), key) not in seen:
                     seen.add((id(owner), key))
-                    shell.slots[full] = name
-    return with_slots(shell, shell.slots)
+                    private.slots[full] = name
+    return with_slots(private, private.slots)
 
 
-def with_slots(shell: Shell, slots: dict[str, str]) -> Shell:
-    """Return the shell with these slots, and the places of them that a state fills."""
+def with_slots(private: PrivateCopy, slots: dict[str, str]) -> PrivateCopy:
+    """Return the private copy with these slots, and the places of them that a state fills."""
     places: list[Place] = []
     for full, name in slots.items():
         path, _, key = full.rpartition(".")
-        tensors = vars(shell.modules[path])
+        tensors = vars(private.modules[path])
         places.append((tensors["_parameters" if key in tensors["_parameters"] else "_buffers"], key, name))
-    return shell._replace(slots=slots, places=places)
+    return private._replace(slots=slots, places=places)

@@ -8,23 +8,23 @@ from typing import Any
 
 from torch import nn
 
-from camfn.model.private_copy import Shell, filled, slots_of
+from camfn.model.private_copy import PrivateCopy, filled, slots_of
 
 
 class Snapshot:
     """The contents of all parts of a copy. `restore` puts them back. Items are compared by identity, so no value is read."""
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, private: PrivateCopy) -> None:
         self._empty: list[Any] = []  # empty containers, which most containers of a module are
         self._full: list[tuple[Any, list[Any]]] = []  # containers with their items
         self._maps: list[tuple[dict[Any, Any], list[Any], list[Any]]] = []  # dicts with their keys and values
         self._slots: list[tuple[Any, str, Any]] = []
         self._cells: list[tuple[Any, Any]] = []
-        for holder, key, _ in shell.places:  # a copy that is not running holds no tensors
+        for holder, key, _ in private.places:  # a copy that is not running holds no tensors
             holder[key] = None
-        holders = {id(holder): holder for holder, *_ in shell.places}
+        holders = {id(holder): holder for holder, *_ in private.places}
         self._tensors = {key: (holder, dict(holder)) for key, holder in holders.items()}
-        for part in shell.twins.values():
+        for part in private.twins.values():
             self._add(part)
 
     def _add(self, part: Any) -> None:

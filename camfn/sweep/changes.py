@@ -118,7 +118,7 @@ class _Sweeper:
     @functools.cached_property
     def run(self) -> Callable[..., Captured]:
         """The model with ports at the layer."""
-        return tap_from(self.forward.task.model.shell(), [self.layer])
+        return tap_from(self.forward.task.model.borrow(), [self.layer])
 
 
 class _Site(NamedTuple):

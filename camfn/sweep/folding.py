@@ -1,6 +1,6 @@
 """Batch-norm folding, and weights with the channels last. Both map a state to a new state.
 
-They make the model faster and leave its function unchanged up to rounding. The shell is a private copy; the caller's model and
+They make the model faster and leave its function unchanged up to rounding. They change a private copy; the caller's model and
 state are only read.
 """
 
@@ -18,7 +18,7 @@ from camfn._types import Inputs, State, wide
 from camfn.model.capture import watch
 from camfn.model.guard import Origins, Watcher
 from camfn.model.prepare import Call, Prepared, opened
-from camfn.model.private_copy import Shell, with_slots
+from camfn.model.private_copy import PrivateCopy, with_slots
 from camfn.model.randomness import TURNS
 
 
@@ -50,13 +50,13 @@ def find_folds(model: nn.Module | Prepared | Call, state: State, x: Inputs) -> F
     value in Python, it may branch differently for a masked input, and what another thread or NumPy computes is not seen: in
     these cases no pair is returned.
     """
-    shell = opened(model).shell()
-    modules, uses = shell.distinct(), Counter(shell.slots.values())
+    private = opened(model).borrow()
+    modules, uses = private.distinct(), Counter(private.slots.values())
     pairs: list[Fold] = []
     runs: Counter[str] = Counter()
     weights, used = 0, 0
     watcher = Watcher()
-    origins = Origins((*state.values(), *tree_flatten(x)[0], *shell.own_tensors()))
+    origins = Origins((*state.values(), *tree_flatten(x)[0], *private.own_tensors()))
 
     def see(name: str, args: tuple[Any, ...], out: Any) -> None:
         runs[name] += 1
@@ -65,7 +65,7 @@ def find_folds(model: nn.Module | Prepared | Call, state: State, x: Inputs) -> F
         if isinstance(module, _CONVOLUTIONS) and isinstance(out, Tensor):
             weights += module.weight.numel()
             used += module.weight.numel() * math.prod(out.shape[2:])
-        if _is_plain(module, _CONVOLUTIONS) and all(uses[t] == 1 for t in _tensors_of(shell, name)):
+        if _is_plain(module, _CONVOLUTIONS) and all(uses[t] == 1 for t in _tensors_of(private, name)):
             watcher.follow(out, name)
         elif _is_plain(module, (_BatchNorm,)) and module.running_var is not None and args and watcher.name_of(args[0]):
             pairs.append(Fold(str(watcher.name_of(args[0])), name))
@@ -91,43 +91,43 @@ def _is_plain(module: Any, kinds: tuple[type[nn.Module], ...]) -> bool:
     return own and {"weight", "bias"} == set(module._parameters) and not (module._forward_hooks or module._forward_pre_hooks)
 
 
-def _tensors_of(shell: Shell, name: str) -> list[str]:
-    return [shell.aliases[full] for full in (f"{name}.weight", f"{name}.bias") if full in shell.aliases]
+def _tensors_of(private: PrivateCopy, name: str) -> list[str]:
+    return [private.aliases[full] for full in (f"{name}.weight", f"{name}.bias") if full in private.aliases]
 
 
-def _merged_tensors(shell: Shell, state: State, conv: str, norm: str) -> tuple[Tensor, Tensor]:
+def _merged_tensors(private: PrivateCopy, state: State, conv: str, norm: str) -> tuple[Tensor, Tensor]:
     """`W' = W g / sqrt(v + eps)` and `b' = (b - m) g / sqrt(v + eps) + beta`, computed in float32 or wider."""
 
     def of(name: str, part: str) -> Any:
-        tensor = state.get(shell.aliases.get(f"{name}.{part}", ""))
+        tensor = state.get(private.aliases.get(f"{name}.{part}", ""))
         return None if tensor is None else tensor.to(wide(tensor.dtype))
 
     weight, mean, var = of(conv, "weight"), of(norm, "running_mean"), of(norm, "running_var")
-    module: Any = shell.module.get_submodule(norm)
+    module: Any = private.module.get_submodule(norm)
     gain, shift, bias = of(norm, "weight"), of(norm, "bias"), of(conv, "bias")
     scale = torch.rsqrt(var + module.eps) * (1 if gain is None else gain)
     merged = (-mean if bias is None else bias - mean) * scale + (0 if shift is None else shift)
-    dtype = state[shell.aliases[f"{conv}.weight"]].dtype
+    dtype = state[private.aliases[f"{conv}.weight"]].dtype
     return (weight * scale.reshape(-1, *(1,) * (weight.ndim - 1))).to(dtype), merged.to(dtype)
 
 
-def merge_norms(shell: Shell, state: State, folds: tuple[Fold, ...]) -> tuple[Shell, State]:
-    """Fold the batch norms of `folds`. Returns a shell and its state; the shell that is passed is consumed."""
-    state, slots = dict(state), dict(shell.slots)
+def merge_norms(private: PrivateCopy, state: State, folds: tuple[Fold, ...]) -> tuple[PrivateCopy, State]:
+    """Fold the batch norms of `folds`. Returns a private copy and its state; the copy that is passed is consumed."""
+    state, slots = dict(state), dict(private.slots)
     for fold in folds:
-        weight, bias = _merged_tensors(shell, state, *fold)
-        conv: Any = shell.module.get_submodule(fold.conv)
-        name = shell.aliases.get(f"{fold.conv}.bias", f"{fold.conv}.bias")
-        state[shell.aliases[f"{fold.conv}.weight"]], state[name] = weight, bias
+        weight, bias = _merged_tensors(private, state, *fold)
+        conv: Any = private.module.get_submodule(fold.conv)
+        name = private.aliases.get(f"{fold.conv}.bias", f"{fold.conv}.bias")
+        state[private.aliases[f"{fold.conv}.weight"]], state[name] = weight, bias
         if conv.bias is None:
             conv.bias = nn.Parameter(torch.empty_like(bias), requires_grad=False)
         slots[f"{fold.conv}.bias"] = name
-        norm = shell.module.get_submodule(fold.norm)
+        norm = private.module.get_submodule(fold.norm)
         for part in (*norm._parameters, *norm._buffers):
             slots.pop(f"{fold.norm}.{part}", None)
         norm.__dict__["forward"] = _passed  # its class and tensors stay, for a model whose forward reads them
     used = set(slots.values())
-    return with_slots(shell, slots), {name: tensor for name, tensor in state.items() if name in used}
+    return with_slots(private, slots), {name: tensor for name, tensor in state.items() if name in used}
 
 
 def channels_last(state: State) -> State:

@@ -97,7 +97,7 @@ def kernel_of(forward: Forward, runner: Runner, score: Score, rule: Rule, grid: 
             warn("the kernel is compiled for this call alone; camfn.prepare(model), passed in the model's place, keeps it")
         # A graph holds only if the same tensors are one object. Here those in the copy are never the objects in the state.
         with torch.inference_mode(False):
-            runner.shell.put({name: _plain(tensor).detach() for name, tensor in runner.state.items()})
+            runner.private.put({name: _plain(tensor).detach() for name, tensor in runner.state.items()})
         return Kernel(functools.partial(_call_compiled, slot, body, arguments), True, guarded=guarded)
 
     if options.compile is True or forward.task.model.prepared.has(key):

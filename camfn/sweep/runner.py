@@ -16,7 +16,7 @@ from camfn.model.capture import pure_from
 from camfn.model.forward import Forward, once
 from camfn.model.inputs import rows_of
 from camfn.model.memory import free_bytes, is_exhausted
-from camfn.model.private_copy import Shell
+from camfn.model.private_copy import PrivateCopy
 from camfn.sweep.folding import Found, channels_last, find_folds, merge_norms
 from camfn.sweep.options import CHUNK, Sweep
 from camfn.targets import Score, distinct, logits_of, reads_logits, score_rows
@@ -50,7 +50,7 @@ class Room:
 class Runner(NamedTuple):
     """The model as a sweep runs it."""
 
-    shell: Shell
+    private: PrivateCopy
     state: State
     merged: bool  # whether batch norms are folded into convolutions
     channels_last: bool
@@ -60,7 +60,7 @@ class Runner(NamedTuple):
 
     def call(self, guarded: bool = False) -> Callable[[State, Inputs], Any]:
         """The model as a function `(state, x) -> output`."""
-        inner, last, dtype = pure_from(self.shell, guarded=guarded, fresh=True), self.channels_last, self.dtype
+        inner, last, dtype = pure_from(self.private, guarded=guarded, fresh=True), self.channels_last, self.dtype
 
         def prepared(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -80,8 +80,8 @@ def runner_of(forward: Forward, score: Score, options: Sweep, rows: int) -> Runn
     Two forward passes test the copy: a second image alone, by the model, and both images together, by the copy. If `fold` is
     given, the copy runs on the second image alone.
     """
-    shell = forward.task.model.shell()  # a fresh copy: that of the forward pass has ports
-    own = Runner(shell, forward.task.state, False, False, options.fold is not False, Room(chunk_of(forward, options, CHUNK)))
+    private = forward.task.model.borrow()  # a fresh copy: that of the forward pass has ports
+    own = Runner(private, forward.task.state, False, False, options.fold is not False, Room(chunk_of(forward, options, CHUNK)))
     if _compat.transformed():
         return own
     asks = options.fold == "auto" and min(rows, own.room.chunk) > 1
@@ -106,9 +106,9 @@ def _rewritten(forward: Forward, own: Runner, rows: int) -> Iterator[Runner]:
     folds, images = second_of(forward).found.folds, any(tensor.ndim == 4 for tensor in own.state.values())
     for merged, spread in dict.fromkeys(((bool(folds), images), (bool(folds), False), (False, images))):
         if merged or spread:
-            shell, state = merge_norms(forward.task.model.shell(), own.state, folds if merged else ())
+            private, state = merge_norms(forward.task.model.borrow(), own.state, folds if merged else ())
             state = channels_last(state) if spread else state
-            yield own._replace(shell=shell, state=state, merged=merged, channels_last=spread)
+            yield own._replace(private=private, state=state, merged=merged, channels_last=spread)
 
 
 def narrowed(forward: Forward, runner: Runner, dtype: torch.dtype) -> Runner:
@@ -185,7 +185,7 @@ def _first_alone(forward: Forward, score: Score, runner: Runner) -> list[Tensor]
     """
     if runner.folded or forward.n == 1:
         return [part[:1] for part in _compared(score, forward.output, forward.n)]
-    call = pure_from(forward.task.model.shell())
+    call = pure_from(forward.task.model.borrow())
     return _compared(score, once(forward.task, "first", lambda: call(forward.task.state, _first(forward, _image(forward)))), 1)
 
 

@@ -298,7 +298,7 @@ def mapped_form_with_the_target_of_the_neighbour(mapped):
 @mutation("methods.score_cam:sweep_all", stacked_states="score_cam")
 def swept_with_the_tensors_of_the_model_whatever_the_state(sweep_all):
     def swept(scoring):
-        return sweep_all(scoring._replace(runner=scoring.runner._replace(state=scoring.forward.task.shell.tensors)))
+        return sweep_all(scoring._replace(runner=scoring.runner._replace(state=scoring.forward.task.private.tensors)))
 
     return swept
 
@@ -352,7 +352,7 @@ def the_tensor_that_was_seen_is_handed_on(through):
 @mutation("sweep.scoring:kernel_of", neighbours="score_cam", chunk_size="is_cam")
 def batch_norm_in_train_mode(kernel_of):
     def training(subject, runner, *args):
-        for module in runner.shell.module.modules():
+        for module in runner.private.module.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train()
         return kernel_of(subject, runner, *args)

@@ -87,12 +87,12 @@ def test_the_transformer_layers_of_torch():
     with torch.no_grad():
         (a, b), plain = told(encoder, x), encoder(x)
         output, attention = written_out(encoder, x)
-        by_shell, of_shell = attended(lambda: pure_from(opened(encoder).shell())(camfn.state_of(encoder), x))
-    for seen in (attention.seen, of_shell.seen):
+        by_private, of_private = attended(lambda: pure_from(opened(encoder).borrow())(camfn.state_of(encoder), x))
+    for seen in (attention.seen, of_private.seen):
         close(seen[0], a)
         close(seen[1], b)
     close(output, plain)
-    close(by_shell, plain)
+    close(by_private, plain)
 
 
 class Written(nn.Module):

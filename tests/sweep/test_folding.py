@@ -40,8 +40,8 @@ def merged(model: nn.Module, x: Tensor, state: State | None = None) -> tuple[tup
     """What was found in one image, the rewritten model as a function of `(state, x)`, and its state."""
     state = camfn.state_of(model) if state is None else state
     folds = find_folds(model, state, x[:1]).folds
-    shell, new = merge_norms(opened(model).shell(), state, folds)
-    return folds, pure_from(shell), new
+    private, new = merge_norms(opened(model).borrow(), state, folds)
+    return folds, pure_from(private), new
 
 
 class SamePadding(nn.Conv2d):
@@ -150,7 +150,7 @@ def test_the_names_of_a_pair_and_the_formula():
 
 def test_in_a_narrow_dtype_a_merged_weight_is_rounded_once():
     model = seeded(Net(pair())).bfloat16()
-    _, state = merge_norms(opened(model).shell(), camfn.state_of(model), (Fold("inner.0", "inner.1"),))
+    _, state = merge_norms(opened(model).borrow(), camfn.state_of(model), (Fold("inner.0", "inner.1"),))
     conv, norm = model.inner.double()
     exact = conv.weight * (norm.weight / torch.sqrt(norm.running_var + norm.eps))[:, None, None, None]
     found = state["inner.0.weight"]
