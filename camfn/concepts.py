@@ -40,6 +40,7 @@ def factorize(
     *,
     concepts: int = 5,
     steps: int = 200,
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -86,7 +87,7 @@ def factorize(
     if is_several(layer):
         raise CamError("factorize takes one layer: found a sequence of them")
     with _compat.unnarrowed(), without_graph():
-        seen = explain_layer(model, layer, x, target, state, Drawing(False, size, False, layout))
+        seen = explain_layer(model, layer, x, target, state, Drawing(False, size, False, layout, axes))
         forward, (part,) = seen.forward, seen.reads
         # in units of its size, so that squares do not overflow or underflow
         own = part.values.to(wide(part.values.dtype))

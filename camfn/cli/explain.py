@@ -18,8 +18,8 @@ from camfn.cli import files, options
 from camfn.cli.cards import Facts, Written, classes
 from camfn.cli.job import Job, Map, Wish, check_grid, maps_of, through
 from camfn.model.capture import state_of, tap
-from camfn.model.inputs import Batch
 from camfn.model.layers import choose, clues_of
+from camfn.model.task import begin
 from camfn.targets import Top
 
 
@@ -98,7 +98,7 @@ def _check_layers(job: Job, path: Path, x: Tensor) -> None:
         return
     with zoo.told("the model", job.loaded.file), torch.no_grad():
         size = tuple(x.shape[2:])
-        names = [layer or choose(model, state_of(model), Batch(x, None, 1)).name for layer in job.layers]
+        names = [layer or choose(model, state_of(model), begin(model, x, None).batch).name for layer in job.layers]
         seen = tap(model, names)(state_of(model), x).seen
     clues = functools.partial(clues_of, model, size)
     for name, activation in zip(names, seen):

@@ -48,6 +48,7 @@ class Question(NamedTuple):
     x: Inputs
     target: Target
     masked: Key
+    axes: str | None
     state: State | None
     layout: Layout
     size: Size
@@ -57,7 +58,8 @@ class Question(NamedTuple):
 
     def put_to(self, method: Made, **changes: Any) -> Outcome:
         """Call a method with these arguments, some of them changed."""
-        given: dict[str, Any] = {**self.own, "state": self.state, "layout": self.layout, "size": self.size, **changes}
+        own = {"axes": self.axes, "state": self.state, "layout": self.layout, "size": self.size}
+        given: dict[str, Any] = {**self.own, **own, **changes}
         if self.relu is not None:
             given["relu"] = self.relu
         if self.masked is not None and "masked" in inspect.signature(method.run).parameters:
@@ -88,9 +90,9 @@ class Clean(NamedTuple):
 
 def look_at(question: Question) -> Clean:
     """Run the clean forward pass, and resolve the target. `None` becomes one class for all changed inputs."""
-    model, _, x, target, masked, state, layout, *_ = question
-    forward = look(model, None, x, state, masked, masks=True, taps=False)
-    found = explained(forward, target, Drawing(False, None, False, layout))
+    model, _, x, target, masked, axes, state, layout, *_ = question
+    forward = look(model, None, x, state, masked, axes, masks=True, taps=False)
+    found = explained(forward, target, Drawing(False, None, False, layout, axes))
     outcome = Outcome((), (), (), found.score.classes, found.clean, found.score, (), forward.forwards, 0, ())
     settled = named(target).settled(Output(forward.output, forward.n, forward.image.device))
     return Clean(question._replace(x=forward.batch.x, target=settled), forward.batch, outcome)
@@ -106,6 +108,7 @@ def composed(name: str, answer: Callable[[Question], Outcome], of_layer: bool) -
         target: Target = None,
         *,
         masked: Key = None,
+        axes: str | None = None,
         state: State | None = None,
         layout: Layout = "auto",
         size: Size = None,
@@ -115,7 +118,7 @@ def composed(name: str, answer: Callable[[Question], Outcome], of_layer: bool) -
     ) -> Outcome:
         if not of_layer:
             without_layer(name, layer)
-        return answer(Question(model, layer, x, target, masked, state, layout, size, relu, normalize, own))
+        return answer(Question(model, layer, x, target, masked, axes, state, layout, size, relu, normalize, own))
 
     run.__name__ = run.__qualname__ = name
     run.__doc__ = f"`{name}`: takes the arguments that all methods share, and those of the given method."

@@ -98,7 +98,7 @@ def integrate(method: Callable[..., Maps], steps: int = 20, baseline: float | Te
 
     def parts(clean: Clean) -> Iterator[Part]:
         image = clean.image
-        start = _broadcast(baseline, image) if isinstance(baseline, Tensor) else baseline
+        start = _broadcast(baseline, clean) if isinstance(baseline, Tensor) else baseline
         for step in range(1, steps + 1):
             # Counted back from the input, so that the last step is exactly the input.
             outcome = clean.put_to(inner, image - (image - start) * (1 - step / steps), normalize=False)
@@ -107,9 +107,12 @@ def integrate(method: Callable[..., Maps], steps: int = 20, baseline: float | Te
     return _mean_of("integrate", inner, parts)
 
 
-def _broadcast(baseline: Tensor, image: Tensor) -> Tensor:
+def _broadcast(baseline: Tensor, clean: Clean) -> Tensor:
+    """Expand the baseline to the input, in the order of the input's own axes."""
+    axes = clean.batch.pixels.axes
+    image = axes.back(clean.image)
     try:
-        return baseline.to(image).expand_as(image)
+        return axes.first(baseline.to(image).expand_as(image))
     except RuntimeError as error:
         raise CamError(
             f"baseline has shape {tuple(baseline.shape)}, which cannot be broadcast to the input's {tuple(image.shape)}"
@@ -117,19 +120,20 @@ def _broadcast(baseline: Tensor, image: Tensor) -> Tensor:
 
 
 def augment(
-    method: Callable[..., Maps], flips: Sequence[int] = (-1,), factors: Sequence[float] = (0.9, 1.0, 1.1)
+    method: Callable[..., Maps], flips: Sequence[int] | None = None, factors: Sequence[float] = (0.9, 1.0, 1.1)
 ) -> Callable[..., Maps]:
     """Return a method whose map is the mean of a method's maps of flipped and scaled inputs, flipped back.
 
     The inputs are `f * flip(x)` for every subset of the axes `flips` and every factor f.
 
-    The mean is of **normalized** maps. The default has six inputs, those of pytorch-grad-cam's `aug_smooth`. The cost is that
-    of the method for each of these inputs, plus one forward pass.
+    The mean is of **normalized** maps. The default has six inputs for pictures, those of pytorch-grad-cam's `aug_smooth`. The
+    cost is that of the method for each of these inputs, plus one forward pass.
 
     **Arguments**
 
     - `method`: as in `camfn.smooth`.
-    - `flips`: the axes to flip, as negative ints counted from the last: -1 flips left to right.
+    - `flips`: the axes of the map to flip, as negative ints counted from the last: -1 flips left to right. `None` flips the
+      width, if the input has one.
     - `factors`: the factors of the input's values.
 
     **Returns** a method like any other, and **raises** `CamError`, both as `camfn.smooth`.
@@ -144,16 +148,17 @@ def augment(
 
     There is no paper. pytorch-grad-cam has it as `aug_smooth`.
     """
-    flips, factors = tuple(flips), tuple(factors)
-    if not all(isinstance(axis, int) and axis < 0 for axis in flips) or len(set(flips)) < len(flips):
-        raise CamError(f"flips={flips} must be different negative axes: -1 flips left to right, -2 upside down")
+    asked, factors = None if flips is None else tuple(flips), tuple(factors)
+    if asked and (not all(isinstance(axis, int) and axis < 0 for axis in asked) or len(set(asked)) < len(asked)):
+        raise CamError(f"flips={asked} must be different negative axes: -1 flips left to right, -2 upside down")
     if not factors:
         raise CamError("factors is empty: (1.0,) leaves the input as it is")
     inner = made(method)
-    subsets = [axes for count in range(len(flips) + 1) for axes in itertools.combinations(flips, count)]
 
     def parts(clean: Clean) -> Iterator[Part]:
-        spatial = clean.image.ndim - 2
+        letters = clean.batch.pixels.axes.spatial
+        spatial, flips = len(letters), asked if asked is not None else (-1,) if letters.endswith("w") else ()
+        subsets = [axes for count in range(len(flips) + 1) for axes in itertools.combinations(flips, count)]
         if any(-axis > spatial for axis in flips):
             raise CamError(f"flips={flips} of an input with {spatial} spatial axes")
         for axes, factor in itertools.product(subsets, factors):

@@ -12,8 +12,8 @@ from camfn.compose._common import Question, composed, each_layer, joined, made, 
 from camfn.formulas import maps, weights
 from camfn.methods._common import checked_size
 from camfn.methods.registry import Outcome
-from camfn.model.inputs import batch_of
 from camfn.model.ports import is_several
+from camfn.model.task import begin
 
 How = Literal["max", "mean", "product", "winsorized"]
 
@@ -65,7 +65,8 @@ def fuse_layers(
     def answer(question: Question) -> Outcome:
         outcome = question._replace(layer=layers).put_to(inner, size=None, normalize=True)
         lead = 1 if outcome.single else 2
-        size = checked_size(question.size, batch_of(question.x, question.masked), outcome.maps[0].ndim - lead)
+        batch = begin(question.model, question.x, question.state, question.masked, question.axes).batch
+        size = checked_size(question.size, batch, outcome.maps[0].ndim - lead)
         fused = _fused(_resized(tuple(outcome.maps), size, lead), how, outcome, percentile)
         return joined(scaled(fused, fused.ndim - lead, question.normalize), [outcome], outcome)
 

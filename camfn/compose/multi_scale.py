@@ -36,8 +36,8 @@ def multi_scale(
     **Arguments**
 
     - `method`: as in `camfn.smooth`.
-    - `sizes`: an int is the length of the shorter side, a sequence is the whole shape. The authors' sizes, for inputs of 224
-      pixels, are 224, 288, ... 928.
+    - `sizes`: an int is the length of the shorter side, a sequence is the whole shape. An axis of time is not enlarged. The
+      authors' sizes, for inputs of 224 pixels, are 224, 288, ... 928.
     - `blur`: kernel size in pixels (an odd number) and standard deviation of the Gaussian, or `None` for no blur.
 
     **Returns** a method like any other (see `camfn.smooth`). Its map has the input's size unless `size=` is given, because the
@@ -62,12 +62,12 @@ def multi_scale(
 
     def answer(question: Question) -> Outcome:
         clean = look_at(question)
-        window = tuple(clean.image.shape[2:])
+        window, covered = tuple(clean.image.shape[2:]), len(clean.batch.pixels.axes.still)
         to = checked_size(question.size, clean.batch, len(window))
-        outcomes, fused = _fused(inner, clean, [_enlarged(one, window) for one in wanted])
+        outcomes, fused = _fused(inner, clean, [_enlarged(one, window, covered) for one in wanted])
 
         def finish(found: Tensor) -> Tensor:
-            found = found if blur is None else maps.blur(found, *blur, len(window))
+            found = found if blur is None else maps.blur(found, *blur, covered)
             return scaled(found if to is None else maps.resize(found, to), len(window), question.normalize)
 
         return joined(each_layer(finish, fused), outcomes, clean.outcome)
@@ -75,16 +75,19 @@ def multi_scale(
     return composed(f"multi_scale({inner.name})", answer, inner.of_layer)
 
 
-def _enlarged(wanted: int | Sequence[int], window: Shape) -> Shape:
-    """Return the shape of an enlarged input, or raise an error."""
-    found = tuple(side * wanted // min(window) for side in window) if isinstance(wanted, int) else wanted
+def _enlarged(wanted: int | Sequence[int], window: Shape, covered: int) -> Shape:
+    """Return the shape of an enlarged input, or raise an error. Only the last axes, the `covered` ones, are enlarged."""
+    lead, sides = window[: len(window) - covered], window[len(window) - covered :]
+    if not sides:
+        raise CamError('multi_scale enlarges depth, height and width, and the input has time alone; axes="ncw" makes it width')
+    found = tuple(side * wanted // min(sides) for side in sides) if isinstance(wanted, int) else wanted
     whole = isinstance(found, Sequence) and all(isinstance(side, int) for side in found)
-    if not whole or len(found) != len(window) or any(large < side for large, side in zip(found, window)):
+    if not whole or len(found) != len(sides) or any(large < side for large, side in zip(found, sides)):
         raise CamError(
-            f"sizes has {wanted!r} for an input of {window}: it must be the length of the shorter side, or {len(window)} "
+            f"sizes has {wanted!r} for an input of {sides}: it must be the length of the shorter side, or {len(sides)} "
             "whole numbers, none below the input's"
         )
-    return tuple(found)
+    return (*lead, *found)
 
 
 def _places(large: Shape, window: Shape) -> Iterator[Shape]:

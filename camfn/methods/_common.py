@@ -35,6 +35,7 @@ class Drawing(NamedTuple):
     size: Size
     normalize: bool
     layout: Layout
+    axes: str | None = None  # the order of the input's axes; None if it is to be found
     combine: Combine = "sum"  # how to combine weights and activations
 
 
@@ -76,12 +77,12 @@ class Graded(NamedTuple):
 
 def explain_layer(model: Model, layer: Layers, x: Inputs, target: Target, state: State | None, drawing: Drawing) -> Explained:
     """The clean forward pass of a method that reads activations."""
-    return explained(look(model, layer, x, state), target, drawing)
+    return explained(look(model, layer, x, state, None, drawing.axes), target, drawing)
 
 
 def grade_layer(model: Model, layer: Layers, x: Inputs, target: Target, state: State | None, drawing: Drawing) -> Graded:
     """The clean forward pass of a method that reads activations and gradients."""
-    forward, pullback = look_with_gradients(model, layer, x, state)
+    forward, pullback = look_with_gradients(model, layer, x, state, None, drawing.axes)
     found = explained(forward, target, drawing)
     return Graded(found, gradients_of(found, pullback))
 
@@ -209,6 +210,8 @@ def checked_size(size: Size, batch: Batch, axes: int) -> tuple[int, ...] | None:
         return None
     if isinstance(size, str) and size == "input":
         size = batch.size
+        if batch.pixels.axes.unclear:
+            raise CamError(f'size="input": {batch.pixels.axes.unclear}')
         if size is None:
             several = isinstance(batch.x, list)
             found = "images of several sizes" if several else f"shape {tuple(batch.image.shape)}"

@@ -30,6 +30,7 @@ def ablation_cam(
     *,
     combine: Combine = "sum",
     sweep: Sweep = Sweep(),
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -68,7 +69,7 @@ def ablation_cam(
     pytorch-grad-cam's `AblationCAM`.
     """
     with without_graph():
-        found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+        found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
         swept = _swept(found, sweep, _without_channel, _channels)
         each = [_drops(part, numbers, scored) for part, numbers, scored in zip(found.reads, swept.wanted, swept.scored)]
         return _counted(weighed(found, each), swept)
@@ -83,6 +84,7 @@ def recipro_cam(
     *,
     window: Literal["gaussian"] | None = None,
     sweep: Sweep = Sweep(),
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -122,7 +124,7 @@ def recipro_cam(
         raise CamError(f'window must be None or "gaussian", found {window!r}')
     steps = (1.0, 0.0) if window is None else (0.5, 0.25, 0.0)
     with without_graph():
-        found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout))
+        found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes))
         swept = _swept(found, sweep, lambda part: _around_position(part, steps), _positions)
         return _counted(drawn(found, [maps.recipro_cam(scored.scores) for scored in swept.scored]), swept)
 
@@ -135,6 +137,7 @@ def lift_cam(
     target: Target = None,
     *,
     combine: Combine = "sum",
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -169,7 +172,7 @@ def lift_cam(
     Shrikumar et al., 2017 (arXiv 1704.02685).
     """
     with without_graph():
-        found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+        found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
         forward, drawing = found.forward, found.drawing
         check_differentiable(forward.task.private)
         each, shown = [], []

@@ -27,6 +27,7 @@ def cam(
     *,
     fc: Layer | None = None,
     combine: Combine = "sum",
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -70,7 +71,7 @@ def cam(
     """
     if isinstance(layer, (list, tuple)) and len(layer) > 1:
         raise CamError(f"cam explains one layer, the one before the pooling; found {len(layer)}")
-    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
     if not found.score.linear:
         raise CamError(
             "cam weighs channels by a class's row of the linear layer: its target must be classes, or a sum or contrast of them"
@@ -89,6 +90,7 @@ def mean_cam(
     target: Target = None,
     *,
     combine: Combine = "sum",
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -119,7 +121,7 @@ def mean_cam(
 
     Karjauv & Albayrak, LaFAM, 2024 (arXiv 2407.06059).
     """
-    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
     return weighed_alike(found, [weights.mean_cam(part.values) for part in found.reads])
 
 
@@ -133,6 +135,7 @@ def fem(
     form: Literal["mean", "share"] = "mean",
     k: float = 2.0,
     combine: Combine = "sum",
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -169,7 +172,7 @@ def fem(
         raise CamError(f'form must be "mean" or "share", found {form!r}')
     if isinstance(k, bool) or not isinstance(k, (int, float)) or not math.isfinite(k):
         raise CamError(f"fem needs a finite number of deviations for k, found {k!r}")
-    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
     pairs = [weights.fem(part.values, k, form) for part in found.reads]
     summed = tuple(part._replace(values=values) for part, (_, values) in zip(found.reads, pairs))
     return weighed_alike(found._replace(reads=summed), [weight for weight, _ in pairs])
@@ -184,6 +187,7 @@ def random_cam(
     *,
     seed: int | torch.Generator = 0,
     combine: Combine = "sum",
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -219,7 +223,7 @@ def random_cam(
     """
     if not isinstance(seed, (int, torch.Generator)):
         raise CamError(f"seed must be an int or a torch.Generator, found {seed!r}")
-    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
     drawn = [noise.uniform(seed, part.values.shape[1]) for part in found.reads]
     return weighed_alike(found, [weights.random_cam(u, part.values) for u, part in zip(drawn, found.reads)])
 

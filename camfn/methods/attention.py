@@ -17,9 +17,10 @@ from camfn.methods._common import Drawing, Explained, drawn, explained, read_lay
 from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.attention import Attention, Blocks, Nudge, attended, blocks_of, self_attention
 from camfn.model.capture import Captured, tap_from
-from camfn.model.forward import Task, begin, check_differentiable, from_output, run_checked
+from camfn.model.forward import check_differentiable, from_output, run_checked
 from camfn.model.gradients import Of, Pullback, each_target, last_gradient, with_pullback
 from camfn.model.prepare import Model, opened
+from camfn.model.task import Task, begin
 from camfn.model.torch_errors import ForwardError
 
 
@@ -40,6 +41,7 @@ def attention_rollout(
     *,
     start: int = 0,
     query: int | None = None,
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -88,9 +90,9 @@ def attention_rollout(
 
     Abnar & Zuidema, Quantifying Attention Flow in Transformers, ACL 2020 (arXiv 2005.00928).
     """
-    drawing = Drawing(relu, size, normalize, layout)
+    drawing = Drawing(relu, size, normalize, layout, axes)
     found = _explain_attention(
-        "attention_rollout", layer, begin(model, x, state), target, drawing, start=start, gradients=query is None
+        "attention_rollout", layer, begin(model, x, state, None, axes), target, drawing, start=start, gradients=query is None
     )
     n, targets = found.explained.clean.shape
     forward, seen = found.explained.forward, found.attention.seen
@@ -109,6 +111,7 @@ def gradient_attention(
     *,
     start: int = 0,
     query: int | None = None,
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -141,8 +144,8 @@ def gradient_attention(
 
     Chefer et al., Generic Attention-model Explainability, ICCV 2021 (arXiv 2103.15679).
     """
-    drawing = Drawing(relu, size, normalize, layout)
-    found = _explain_attention("gradient_attention", layer, begin(model, x, state), target, drawing, start=start)
+    drawing = Drawing(relu, size, normalize, layout, axes)
+    found = _explain_attention("gradient_attention", layer, begin(model, x, state, None, axes), target, drawing, start=start)
     first = -len(found.attention.seen)
 
     def follow(gradients: list[Tensor]) -> Relevances:
@@ -160,6 +163,7 @@ def legrad(
     target: Target = None,
     *,
     start: int = 0,
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -198,8 +202,9 @@ def legrad(
 
     Bousselham et al., LeGrad, ICCV 2025 (arXiv 2404.03214). The same as torchcam's `LeGrad`.
     """
-    drawing = Drawing(relu, size, normalize, layout)
-    found = _explain_attention("legrad", layer, begin(model, x, state), target, drawing, start=start, per_block=True)
+    drawing = Drawing(relu, size, normalize, layout, axes)
+    task = begin(model, x, state, None, axes)
+    found = _explain_attention("legrad", layer, task, target, drawing, start=start, per_block=True)
     first = -len(found.attention.seen)
     outcome = _of_gradients(found, lambda gradients: attention.legrad(gradients[first:]))
     return outcome._replace(forwards=2 * outcome.forwards)
@@ -213,6 +218,7 @@ def ag_cam(
     target: Target = None,
     *,
     start: int = 0,
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -249,8 +255,8 @@ def ag_cam(
 
     Leem & Seo, Attention Guided CAM, AAAI 2024 (arXiv 2402.04563).
     """
-    drawing = Drawing(relu, size, normalize, layout)
-    found = _explain_attention("ag_cam", layer, begin(model, x, state), target, drawing, start=start, held=True)
+    drawing = Drawing(relu, size, normalize, layout, axes)
+    found = _explain_attention("ag_cam", layer, begin(model, x, state, None, axes), target, drawing, start=start, held=True)
     first, logits = -len(found.attention.seen), found.attention.logits
     return _of_gradients(found, lambda gradients: attention.ag_cam(logits, gradients[first:]))
 

@@ -47,6 +47,7 @@ def smooth_grad_cam_pp(
     seed: int | torch.Generator = 0,
     masked: Key = None,
     combine: Combine = "sum",
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -86,8 +87,8 @@ def smooth_grad_cam_pp(
     """
     check_noise("smooth_grad_cam_pp", num_samples, std, seed)
     with without_graph():
-        forward = look(model, layer, x, state, masked, masks=True)
-        found = explained(forward, target, Drawing(relu, size, normalize, layout, combine))
+        forward = look(model, layer, x, state, masked, axes, masks=True)
+        found = explained(forward, target, Drawing(relu, size, normalize, layout, axes, combine))
         held: list[Any] = [None] * len(found.reads)
         for sample in noise.noises(num_samples, std, seed, forward.image[0]):
             noisy, pullback = again(forward, forward.image + sample.to(forward.image.dtype))
@@ -108,6 +109,7 @@ def cameras(
     *,
     factors: Sequence[float] = SIZES,
     masked: Key = None,
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -149,8 +151,8 @@ def cameras(
     """
     factors = _checked_factors(factors)
     with without_graph():
-        forward, pullback = look_with_gradients(model, layer, x, state, masked, masks=True)
-        own = explained(forward, target, Drawing(relu, size, normalize, layout))
+        forward, pullback = look_with_gradients(model, layer, x, state, masked, axes, masks=True)
+        own = explained(forward, target, Drawing(relu, size, normalize, layout, axes))
         graded = Graded(own, gradients_of(own, pullback))
         others = [_at(graded, factor) for factor in factors]
         shares, side = _shares(own, [other.explained for other in others], target), tuple(forward.image.shape[2:])

@@ -23,6 +23,7 @@ def eigen_cam(
     target: Target = None,
     *,
     center: bool = False,
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -61,7 +62,7 @@ def eigen_cam(
 
     Muhammad & Yeasin, Eigen-CAM, IJCNN 2020 (arXiv 2008.00299).
     """
-    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout))
+    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes))
     first = [components.eigen_cam(part.values, center) for part in found.reads]
     return drawn_alike(found, [each.scores for each in first], [each.loadings for each in first])
 
@@ -75,6 +76,7 @@ def kpca_cam(
     *,
     kernel: Kernel = "sigmoid",
     gamma: float | None = None,
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -111,7 +113,7 @@ def kpca_cam(
         raise CamError(f"kernel {kernel!r} is not known; all: {', '.join(components.KERNELS)}")
     if gamma is not None and not (isinstance(gamma, (int, float)) and 0 < gamma < math.inf):
         raise CamError(f"gamma must be None or a finite number above 0, found {gamma!r}")
-    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout))
+    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes))
     return drawn_alike(found, [components.kpca_cam(part.values, kernel, gamma, unit=normalize) for part in found.reads])
 
 
@@ -123,6 +125,7 @@ def eigen_grad_cam(
     target: Target = None,
     *,
     center: bool = True,
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -153,7 +156,7 @@ def eigen_grad_cam(
 
     Muhammad & Yeasin, Eigen-CAM, IJCNN 2020 (arXiv 2008.00299), with the gradient as in pytorch-grad-cam's `EigenGradCAM`.
     """
-    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout))
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes))
     return _of_gradients(graded, partial(components.eigen_grad_cam, center=center))
 
 
@@ -165,6 +168,7 @@ def seg_eigen_cam(
     target: Target = None,
     *,
     center: bool = True,
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -196,7 +200,7 @@ def seg_eigen_cam(
     Chung & Ying, Seg-Eigen-CAM, Applied Sciences 2025 (doi 10.3390/app15137562). The same as pytorch-grad-cam's
     `SegEigenCAM`.
     """
-    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout))
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes))
     return _of_gradients(graded, partial(components.seg_eigen_cam, center=center))
 
 

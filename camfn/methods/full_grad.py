@@ -16,9 +16,10 @@ from camfn.formulas.diagnostics import Finding
 from camfn.methods._common import Drawing, checked_size, drawn, explained, without_layer
 from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.capture import Captured, calls_from
-from camfn.model.forward import Forward, Task, begin, check_differentiable, from_output, without_graph
+from camfn.model.forward import Forward, check_differentiable, from_output, without_graph
 from camfn.model.gradients import Of, Pullback, each_target, with_pullback
 from camfn.model.inputs import pick, with_input
+from camfn.model.task import Task, begin
 
 FullGradForm = Literal["authors", "pytorch-grad-cam"]
 
@@ -50,6 +51,7 @@ def full_grad(
     target: Target = None,
     *,
     form: FullGradForm = "authors",
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -100,9 +102,9 @@ def full_grad(
             f'layout must be "auto" in full_grad, because the type of a layer determines its layout; found {layout!r}'
         )
     with without_graph():
-        parts = _decompose(model, x, state)
+        parts = _decompose(begin(model, x, state, None, axes))
         forward, spatial = parts.forward, parts.forward.size
-        found = explained(forward, target, Drawing(relu, size, normalize, layout))
+        found = explained(forward, target, Drawing(relu, size, normalize, layout, axes))
         if spatial is None:
             raise CamError(f"full_grad needs spatial axes in the input, and x has shape {tuple(forward.image.shape)}")
         checked_size(size, forward.batch, len(spatial))
@@ -116,9 +118,8 @@ def full_grad(
     return outcome._replace(backwards=found.clean.numel(), remarks=remarks)
 
 
-def _decompose(model: nn.Module, x: Inputs, state: State | None) -> FullGradParts:
+def _decompose(task: Task) -> FullGradParts:
     """Run the clean forward pass, and collect the biases in the order of execution."""
-    task = begin(model, x, state)
     check_differentiable(task.private)
     every = {name: _bias_of(task, name, module) for name, module in task.private.distinct().items()}
     biases = {name: bias for name, bias in every.items() if bias is not None}
@@ -126,9 +127,9 @@ def _decompose(model: nn.Module, x: Inputs, state: State | None) -> FullGradPart
 
     def run(state: State, x: Inputs, nudge: Any = None) -> Captured:
         nonlocal called
-        image = pick(x, task.batch.key)
+        image = pick(x, task.batch.pixels)
         own: Any = nudge(image) if callable(nudge) else nudge and nudge[0]
-        moved = x if own is None else with_input(x, task.batch.key, image + own)
+        moved = x if own is None else with_input(x, task.batch.pixels, image + own)
         rest = nudge if callable(nudge) else nudge and nudge[1:]
         (output, seen), called = calls_from(task.model.borrow(), [*biases])(state, moved, rest)
         return Captured(output, (image, *seen))

@@ -28,6 +28,7 @@ def grad_cam(
     target: Target = None,
     *,
     combine: Combine = "sum",
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -60,7 +61,7 @@ def grad_cam(
 
     Selvaraju et al., Grad-CAM, ICCV 2017 (arXiv 1610.02391).
     """
-    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
     return weighed_by_gradients(graded, [weights.grad_cam(gradients) for gradients in graded.gradients])
 
 
@@ -73,6 +74,7 @@ def grad_cam_pp(
     *,
     alphas: Alphas = "paper",
     combine: Combine = "sum",
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -110,7 +112,7 @@ def grad_cam_pp(
     """
     if alphas not in ("paper", "authors"):
         raise CamError(f'alphas must be "paper" or "authors", found {alphas!r}')
-    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
     return weighed_by_gradients(graded, [weights.grad_cam_pp(*pair, alphas) for pair in graded.pairs])
 
 
@@ -122,6 +124,7 @@ def xgrad_cam(
     target: Target = None,
     *,
     combine: Combine = "sum",
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -150,7 +153,7 @@ def xgrad_cam(
     Fu et al., Axiom-based Grad-CAM, BMVC 2020 (arXiv 2008.02312). torchcam's `XGradCAM`
     adds 1e-8 to the denominator.
     """
-    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, combine))
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
     return weighed_by_gradients(graded, [weights.xgrad_cam(*pair) for pair in graded.pairs])
 
 
@@ -162,6 +165,7 @@ def shapley_cam(
     target: Target = None,
     *,
     combine: Combine = "sum",
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -192,8 +196,8 @@ def shapley_cam(
 
     Cai, CAMs as Shapley Value-based Explainers, 2025 (arXiv 2501.06261).
     """
-    forward, pullback = look_with_gradients(model, layer, x, state)
-    found = explained(forward, target, Drawing(relu, size, normalize, layout, combine))
+    forward, pullback = look_with_gradients(model, layer, x, state, None, axes)
+    found = explained(forward, target, Drawing(relu, size, normalize, layout, axes, combine))
     found, pairs = _with_curvatures(found, pullback)
     outcome = weighed(found, [weights.shapley_cam(*pair) for pair in pairs])
     return outcome._replace(backwards=found.clean.numel() * (1 + len(set(outcome.layers))))

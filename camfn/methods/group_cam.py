@@ -40,6 +40,7 @@ def group_cam(
     blur: tuple[int, float] = (51, 50.0),
     masked: Key = None,
     sweep: Sweep = Sweep(),
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -79,9 +80,9 @@ def group_cam(
     """
     _check_groups(groups, percentile)
     kernel, sigma = checked_blur(blur)
-    forward, pullback = look_with_gradients(model, layer, x, state, masked, masks=True)
+    forward, pullback = look_with_gradients(model, layer, x, state, masked, axes, masks=True)
     with without_graph():
-        drawing, spatial = Drawing(relu, size, normalize, layout), tuple(forward.image.shape[2:])
+        drawing, spatial = Drawing(relu, size, normalize, layout, axes), tuple(forward.image.shape[2:])
         gradients = gradients_of(explained(forward, target, drawing), pullback)
         del pullback  # free the graph before the sweep
         found = explained(forward, as_probabilities(target), drawing)
@@ -94,7 +95,7 @@ def group_cam(
         # The masks of all targets are swept like channels, with a mask of zeros, which scores the blurred input.
         rows = [torch.cat([m.flatten(1, 2), torch.zeros_like(m[:, 0, :1])], 1) for m in each]
         reads = [part._replace(values=values) for part, values in zip(found.reads, rows)]
-        variation = Variation(form="given", under=_blurred(forward.image, kernel, sigma))
+        variation = Variation(form="given", under=_blurred(forward.image, kernel, sigma, len(forward.batch.pixels.axes.still)))
         swept = sweep_in_full("group_cam", forward, found.score, reads, variation, sweep)
         gains = [weights.group_cam(part.scores, m.shape[2]) for part, m in zip(swept, each)]
         summed = [maps.group_cam(*pair) for pair in zip(gains, each)]
@@ -124,9 +125,9 @@ def _counted(outcome: Outcome, found: Explained, swept: Sequence[Swept]) -> Outc
     return with_sweep(outcome, swept)._replace(grids=tuple(part.grid for part in found.reads))
 
 
-def _blurred(image: Tensor, kernel: int, sigma: float) -> Tensor:
-    """Blur the image in float32 or wider."""
-    return maps.blur(image.to(wide(image.dtype)), kernel, sigma, image.ndim - 2).to(image.dtype)
+def _blurred(image: Tensor, kernel: int, sigma: float, axes: int) -> Tensor:
+    """Blur the last axes of the image in float32 or wider."""
+    return maps.blur(image.to(wide(image.dtype)), kernel, sigma, axes).to(image.dtype)
 
 
 @method(maps.score_cam_pp, (Need.ACTIVATIONS, Need.MASKED_INPUTS), Cost(per_channel=1))
@@ -138,6 +139,7 @@ def score_cam_pp(
     *,
     masked: Key = None,
     sweep: Sweep = Sweep(),
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -166,9 +168,9 @@ def score_cam_pp(
 
     Chen et al., ScoreCAM++: Gated Score-Weighted Visual Explanations for CNNs, 2024 (arXiv 2404.19341).
     """
-    forward = look(model, layer, x, state, masked, masks=True)
+    forward = look(model, layer, x, state, masked, axes, masks=True)
     with without_graph():
-        found = explained(forward, as_probabilities(target), Drawing(relu, size, normalize, layout))
+        found = explained(forward, as_probabilities(target), Drawing(relu, size, normalize, layout, axes))
         swept = sweep_in_full("score_cam_pp", forward, found.score, found.reads, Variation(form="tanh"), sweep)
         each, sizes = [weights.score_cam(part.scores, "score") for part in swept], _sizes(found)
         scaled = [within(w, found.drawing) for w in each]

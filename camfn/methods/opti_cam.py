@@ -40,6 +40,7 @@ def opti_cam(
     masked: Key = None,
     combine: Combine = "sum",
     sweep: Sweep = Sweep(),
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -84,9 +85,9 @@ def opti_cam(
         raise CamError(f"opti_cam needs a finite rate > 0, found {rate!r}")
     options = checked(sweep)._replace(compile=False, dtype=None)
     with torch.inference_mode(False), without_graph():
-        forward = _bare(look(model, layer, x, state, masked, masks=True))
+        forward = _bare(look(model, layer, x, state, masked, axes, masks=True))
         check_differentiable(forward.task.private)
-        found = explained(forward, target, Drawing(relu, size, normalize, layout, combine))
+        found = explained(forward, target, Drawing(relu, size, normalize, layout, axes, combine))
         forwards = found.clean.numel() * steps * len(found.reads)
         runner, tick = runner_of(forward, found.score, options, forwards), counter(options.progress, forwards)
         room = Room(min(runner.room.chunk, chunk_of(forward, options, _CHUNK)), "images")

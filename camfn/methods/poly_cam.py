@@ -13,10 +13,11 @@ from camfn.formulas.masks import Variation, flat_channels
 from camfn.formulas.weights import Variant
 from camfn.methods._common import Drawing, combined, drawn, explained, with_sweep
 from camfn.methods.registry import Cost, Need, Outcome, method
-from camfn.model.forward import begin, look, without_graph
+from camfn.model.forward import look, without_graph
 from camfn.model.inputs import Key
 from camfn.model.layers import stages
 from camfn.model.prepare import Model
+from camfn.model.task import begin
 from camfn.sweep.options import Sweep
 from camfn.sweep.scoring import sweep_in_full
 from camfn.targets import as_probabilities
@@ -33,6 +34,7 @@ def poly_cam(
     percentile: float = 0.1,
     masked: Key = None,
     sweep: Sweep = Sweep(),
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -78,12 +80,12 @@ def poly_cam(
     ICPR 2022 (arXiv 2204.13359).
     """
     _check(variant, percentile)
-    names = _staged(model, x, state, masked) if layer is None else layer
-    forward = look(model, names, x, state, masked, masks=True)
+    names = _staged(model, x, state, masked, axes) if layer is None else layer
+    forward = look(model, names, x, state, masked, axes, masks=True)
     if layer is None:  # return the finest map only; choosing the layers took one more forward pass
         forward = forward._replace(several=False, forwards=forward.forwards + forward.n)
     with without_graph():
-        found = explained(forward, as_probabilities(target), Drawing(relu, size, normalize, layout))
+        found = explained(forward, as_probabilities(target), Drawing(relu, size, normalize, layout, axes))
         grids = [part.grid for part in found.reads]
         _check_order(forward.layers, grids)
         flat = [flat_channels(part.values) for part in found.reads]
@@ -103,9 +105,9 @@ def _check(variant: Variant, percentile: float) -> None:
         raise CamError(f"percentile={percentile!r} must be from 0 to less than 50 (0.1 is the authors')")
 
 
-def _staged(model: Model, x: Inputs, state: State | None, masked: Key) -> tuple[str, ...]:
+def _staged(model: Model, x: Inputs, state: State | None, masked: Key, axes: str | None) -> tuple[str, ...]:
     """Choose the last layer of each size, and name the choice in a warning."""
-    task = begin(model, x, state, masked, masks=True)
+    task = begin(model, x, state, masked, axes, masks=True)
     names = stages(task.model, task.state, task.batch)
     if not _compat.transformed():
         warn(f"layer=None: {', '.join(map(repr, names))} were chosen, the last layers of their sizes; name them to be sure")

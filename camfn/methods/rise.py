@@ -30,6 +30,7 @@ def rise(
     seed: int | torch.Generator = 0,
     masked: Key = None,
     sweep: Sweep = Sweep(),
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -75,11 +76,11 @@ def rise(
     check_noise("rise", num_samples, 0.0, seed)
     if not isinstance(cells, int) or cells < 1 or not 0 < probability <= 1:
         raise CamError(f"rise needs a whole number of cells >= 1 and a probability in (0, 1]; found {cells!r}, {probability!r}")
-    forward = look(model, None, x, state, masked, masks=True, taps=False)
+    forward = look(model, None, x, state, masked, axes, masks=True, taps=False)
     with without_graph():
         image, spatial = forward.image, tuple(forward.image.shape[2:])
         checked_size(size, forward.batch, len(spatial))
-        found = explained(forward, as_probabilities(target), Drawing(relu, size, normalize, layout))
+        found = explained(forward, as_probabilities(target), Drawing(relu, size, normalize, layout, axes))
         drawn_cells, shifts = noise.rise(seed, num_samples, cells, spatial, probability)
         some = drawn_cells.to(image.device, wide(image.dtype))
         rows = layouts.read(some.expand(forward.n, *some.shape), "channels_first", spatial, "", forward.n)

@@ -36,6 +36,7 @@ def score_cam(
     seed: int | torch.Generator = 0,
     sweep: Sweep = Sweep(),
     combine: Combine = "sum",
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -100,7 +101,7 @@ def score_cam(
     """
     variation = Variation(recipe=recipe_of(recipe))
     limits = checked_limits(Limits(budget, tolerance, order, _as_int(seed)), variation.recipe.weights)
-    how = _How(variation, limits, _checked(sweep, limits, combine), Drawing(relu, size, normalize, layout, combine))
+    how = _How(variation, limits, _checked(sweep, limits, combine), Drawing(relu, size, normalize, layout, axes, combine))
     return _swept(_looked(model, layer, x, state, masked, how), target, how)
 
 
@@ -122,6 +123,7 @@ def ss_cam(
     order: Order = "predicted",
     sweep: Sweep = Sweep(),
     combine: Combine = "sum",
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -161,7 +163,7 @@ def ss_cam(
         raise CamError(f'noise must be "mask", "activation" or "input", found {noise!r}')
     variation = Variation((1.0,) * num_samples, noise, std, seed, recipe_of(recipe))
     limits = checked_limits(Limits(budget, tolerance, order, _as_int(seed)), variation.recipe.weights)
-    how = _How(variation, limits, _checked(sweep, limits, combine), Drawing(relu, size, normalize, layout, combine))
+    how = _How(variation, limits, _checked(sweep, limits, combine), Drawing(relu, size, normalize, layout, axes, combine))
     return _swept(_looked(model, layer, x, state, masked, how), target, how)
 
 
@@ -182,6 +184,7 @@ def is_cam(
     seed: int | torch.Generator = 0,
     sweep: Sweep = Sweep(),
     combine: Combine = "sum",
+    axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
     size: Size = None,
@@ -214,7 +217,7 @@ def is_cam(
     check_samples("is_cam", num_samples)
     variation = Variation(masks.is_cam(num_samples, path), recipe=recipe_of(recipe))
     limits = checked_limits(Limits(budget, tolerance, order, _as_int(seed)), variation.recipe.weights)
-    how = _How(variation, limits, _checked(sweep, limits, combine), Drawing(relu, size, normalize, layout, combine))
+    how = _How(variation, limits, _checked(sweep, limits, combine), Drawing(relu, size, normalize, layout, axes, combine))
     return _swept(_looked(model, layer, x, state, masked, how), target, how)
 
 
@@ -247,8 +250,8 @@ def _looked(
 ) -> tuple[Forward, Pullback | None]:
     """Run the clean forward pass, with gradients if a budget or a tolerance needs them."""
     if how.limits.any:
-        return look_with_gradients(model, layer, x, state, masked, masks=True)
-    return look(model, layer, x, state, masked, masks=True), None
+        return look_with_gradients(model, layer, x, state, masked, how.drawing.axes, masks=True)
+    return look(model, layer, x, state, masked, how.drawing.axes, masks=True), None
 
 
 def _swept(looked: tuple[Forward, Pullback | None], target: Target, how: _How) -> Outcome:

@@ -16,9 +16,9 @@ from camfn._errors import CamError, RefusedError, warn
 from camfn._types import Inputs, Layers, State
 from camfn.model.agreement import is_close
 from camfn.model.attention import unfused as attention_written_out
-from camfn.model.capture import Captured, pure_from, resolve_state, tap_from, watch
+from camfn.model.capture import Captured, pure_from, tap_from, watch
 from camfn.model.gradients import Pullback, Run, with_pullback
-from camfn.model.inputs import Batch, Companions, Key, beside, check, check_inputs, key_of, pick, plain, rows_of
+from camfn.model.inputs import Batch, Companions, Key, beside, check_inputs, key_of, plain, raw, rows_of
 from camfn.model.layers import choose
 from camfn.model.linear_head import is_convolution
 from camfn.model.memory import is_exhausted
@@ -26,22 +26,9 @@ from camfn.model.ports import is_several, resolve_layers
 from camfn.model.prepare import Call, Model, Prepared, opened
 from camfn.model.private_copy import PrivateCopy
 from camfn.model.randomness import refusing_draws
+from camfn.model.task import Task, begin, once
 from camfn.model.torch_errors import WITHOUT_GRADIENTS, quantized_in
 from camfn.targets import logits_of
-
-
-class Task(NamedTuple):
-    """A model and its validated inputs, before any forward pass."""
-
-    model: Call
-    private: PrivateCopy  # a private copy, which gets the ports
-    state: State
-    batch: Batch
-    facts: dict[Any, Any]  # facts about the model that this call has found; see `once`
-
-    def with_image(self, image: Tensor) -> "Task":
-        """The task with another image, and without facts."""
-        return self._replace(batch=self.batch.with_image(image), facts={})
 
 
 class Forward(NamedTuple):
@@ -78,7 +65,7 @@ class Forward(NamedTuple):
 
 def from_output(task: Task, output: Any) -> Forward:
     """The forward pass of a method that explains no layer, and has run the model itself."""
-    return Forward(task, (), False, output, (), Companions(task.batch.key, task.batch.n), task.batch.n)
+    return Forward(task, (), False, output, (), Companions(task.batch.pixels, task.batch.n), task.batch.n)
 
 
 def without_graph() -> AbstractContextManager[Any]:
@@ -106,7 +93,7 @@ class Shared(Call):
         given = plain(self.x)  # validate again: this method may need more than the one that ran the forward pass
         check_inputs(given, key_of(given, question.masked, question.masks), {}, question.masks)
         question = question._replace(graph=question.graph or self.graph)  # a sweep with a budget needs gradients too
-        key = question.layers, question.masked, question.graph, question.masks and not question.graph
+        key = question.layers, question.masked, question.axes, question.graph, question.masks and not question.graph
         if key not in self.seen:
             self.seen[key] = _look(self, question)
         self.last = self.seen[key][0]
@@ -120,6 +107,7 @@ class _Question(NamedTuple):
     x: Inputs
     state: State | None
     masked: Key
+    axes: str | None
     masks: bool  # whether the method masks an input; its maps then have no graph
     graph: bool = False  # whether gradients are needed
     taps: bool = True  # whether a layer is explained
@@ -131,20 +119,35 @@ class _Question(NamedTuple):
 
 
 def look(
-    model: Model, layer: Layers, x: Inputs, state: State | None, masked: Key = None, *, masks: bool = False, taps: bool = True
+    model: Model,
+    layer: Layers,
+    x: Inputs,
+    state: State | None,
+    masked: Key = None,
+    axes: str | None = None,
+    *,
+    masks: bool = False,
+    taps: bool = True,
 ) -> Forward:
     """Validate the arguments and run the clean forward pass.
 
     `masks` says that the method masks an input; `taps=False` that it has no layer.
     """
-    return _answered(model, _Question(layer, x, state, masked, masks, taps=taps))[0]
+    return _answered(model, _Question(layer, x, state, masked, axes, masks, taps=taps))[0]
 
 
 def look_with_gradients(
-    model: Model, layer: Layers, x: Inputs, state: State | None, masked: Key = None, *, masks: bool = False
+    model: Model,
+    layer: Layers,
+    x: Inputs,
+    state: State | None,
+    masked: Key = None,
+    axes: str | None = None,
+    *,
+    masks: bool = False,
 ) -> tuple[Forward, Pullback]:
     """Like `look`, and return the pullback from the output to the layers."""
-    forward, pullback = _answered(model, _Question(layer, x, state, masked, masks, graph=True))
+    forward, pullback = _answered(model, _Question(layer, x, state, masked, axes, masks, graph=True))
     assert pullback is not None
     return forward, pullback
 
@@ -154,8 +157,8 @@ def _answered(model: Model, question: _Question) -> tuple[Forward, Pullback | No
 
 
 def _look(model: Call, question: _Question) -> tuple[Forward, Pullback | None]:
-    layer, x, state, masked, masks, graph, taps = question
-    task = begin(model, x, state, masked, masks=masks, named=taps and layer is not None)
+    layer, x, state, masked, axes, masks, graph, taps = question
+    task = begin(model, x, state, masked, axes, masks=masks)
     names, forwards = _layers_of(task, layer) if taps else ((), task.batch.n)
     distinct = list(dict.fromkeys(names))
     # Under a transform, tensors that the model writes to must be created inside it: each run then makes its own copy.
@@ -191,9 +194,9 @@ def _companions(task: Task, output: Any) -> Companions:
     The test runs a batch of the first image twice, with the companion inputs repeated and then shared. The right choice gives
     both rows the logits of the first image. Without logits, they are assumed to belong to the images.
     """
-    x, key, n = task.batch
-    if _compat.transformed() or not beside(x, key, n):
-        return Companions(key, n)
+    x, pixels, n = task.batch
+    if _compat.transformed() or not beside(x, pixels.key, n):
+        return Companions(pixels, n)
 
     def find() -> int:
         image = task.batch.image
@@ -201,7 +204,7 @@ def _companions(task: Task, output: Any) -> Companions:
         for rows in (n, 0):
             try:
                 expected = logits_of(output)[twice]
-                found = logits_of(call(task.state, rows_of(x, Companions(key, rows), twice, image[twice])))
+                found = logits_of(call(task.state, rows_of(x, Companions(pixels, rows), twice, image[twice])))
                 if found.shape == expected.shape and bool(((found - expected).abs() <= 0.01 * expected.abs().amax()).all()):
                     return rows
             except Exception as error:
@@ -209,16 +212,7 @@ def _companions(task: Task, output: Any) -> Companions:
                     raise
         return n
 
-    return Companions(key, once(task, ("companion rows", n), find))
-
-
-def once(task: Task, what: Any, find: Callable[[], Any]) -> Any:
-    """Find a fact that depends on the values of this call, once for the call. It is not kept for another call."""
-    if what not in task.facts:
-        # Without inference mode: its tensors could not be written to outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            task.facts[what] = find()
-    return task.facts[what]
+    return Companions(pixels, once(task, ("companion rows", n), find))
 
 
 def tapped(task: Task, names: Sequence[str], private: PrivateCopy | None = None) -> Run:
@@ -243,19 +237,6 @@ def again(forward: Forward, image: Tensor, *, unfused: bool = False) -> tuple[Fo
     captured, pullback = with_pullback(openly if unfused else run, task.state, task.batch.x, names)
     activations = tuple(captured.seen[names.index(name)] for name in forward.layers)
     return forward._replace(task=task, output=captured.output, activations=activations), pullback
-
-
-def begin(
-    model: Model, x: Inputs, state: State | None, masked: Key = None, *, masks: bool = False, named: bool = False
-) -> Task:
-    """Validate the model and its inputs. `named` says that the caller named a layer."""
-    call = opened(model)
-    private = call.borrow()
-    full = resolve_state(private, state)
-    batch = check(x, masked, full, masks)
-    if masks or not named:
-        _check_frames(private, batch.image)
-    return Task(call, private, full, batch, {})
 
 
 @contextmanager
@@ -299,8 +280,7 @@ def _plain_tensors(output: Any) -> list[Tensor]:
 
 def run_checked(tap: Callable[..., Captured], task: Task, given: tuple[State, Inputs], nudge: Any = None) -> Captured:
     """Run the clean forward pass. Turn a convolution's rank error into a message about the missing batch axis."""
-    (state, x), key = given, task.batch.key
-    wrong = _wrong_rank(x, key, task.private)
+    state, x = given
     try:
         with deterministic(lambda: pure_from(task.model.borrow())(state, x)) as outputs:
             captured = tap(state, x, nudge)
@@ -310,23 +290,11 @@ def run_checked(tap: Callable[..., Captured], task: Task, given: tuple[State, In
             raise CamError(_NO_LIST) from error
         raise
     except (RuntimeError, ValueError) as error:
+        wrong = _wrong_rank(x, task.batch.pixels.key, task.private)
         if wrong and not isinstance(error, CamError):
             raise CamError(wrong) from error
         raise
-    if wrong and any(value.ndim < pick(x, key).ndim + 1 for value in captured.seen):  # torch took x for a single sample
-        raise CamError(wrong)
     return captured
-
-
-def _check_frames(private: PrivateCopy, image: Tensor) -> None:
-    """Refuse frames before channels: they look like channels and three spatial axes, and masks would cover the wrong ones."""
-    first = _first_convolution(private)
-    if image.ndim == 5 and first is not None and image.shape[1] != first.in_channels == image.shape[2]:
-        raise CamError(
-            f"x has shape {tuple(image.shape)}, and {type(first).__name__} wants {len(first.kernel_size) + 2} axes, the second "
-            f"of {first.in_channels} channels: if frames come before channels, pass a module that takes (n, channels, *size) "
-            "and hands on x.transpose(1, 2); or is there a batch axis too many?"
-        )
 
 
 def _first_convolution(private: PrivateCopy) -> _ConvNd | None:
@@ -342,10 +310,10 @@ _NO_LIST = (
 def _wrong_rank(x: Inputs, key: Key, private: PrivateCopy) -> str:
     """A message if x has the wrong number of axes for the first convolution, else "". The model may still accept x."""
     first = _first_convolution(private)
-    if key is not None or first is None or pick(x, key).ndim == len(first.kernel_size) + 2:
+    if key is not None or first is None or raw(x, key).ndim == len(first.kernel_size) + 2:
         return ""
     return (
-        f"x has shape {tuple(pick(x, key).shape)}, and {type(first).__name__} wants {len(first.kernel_size) + 2} axes: "
+        f"x has shape {tuple(raw(x, key).shape)}, and {type(first).__name__} wants {len(first.kernel_size) + 2} axes: "
         "(n, channels, *size); is the batch axis missing? (x[None] adds one)"
     )
 

@@ -14,12 +14,12 @@ from camfn._errors import CamError, layer_called
 from camfn._types import Inputs, Layer, State
 from camfn.model.agreement import is_close
 from camfn.model.capture import resolve_state, tap_from
-from camfn.model.forward import Task
 from camfn.model.ports import resolve_layers
 from camfn.model.prepare import Call, Prepared, opened, prepares, shapes
 from camfn.model.private_copy import PrivateCopy
 from camfn.model.recording import Record, record
 from camfn.model.tape import leaves
+from camfn.model.task import Task
 from camfn.model.torch_errors import Given, about_forward, about_record
 from camfn.targets.scores import fields_of, is_record
 

@@ -10,15 +10,23 @@ from torch.utils._pytree import tree_flatten, tree_map
 from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Inputs, State
+from camfn.model.axes import Axes, checked_axes, usual
 
 Key = str | int | None
 """The key of the input with the pixels; `None` if x is the only input."""
 
 
-class Companions(NamedTuple):
-    """The key of the input with the pixels, and how the companion inputs belong to the images."""
+class Pixels(NamedTuple):
+    """The input with the pixels: its key, and the order of its axes."""
 
-    key: Key
+    key: Key  # None if x is the only input
+    axes: Axes
+
+
+class Companions(NamedTuple):
+    """The input with the pixels, and how the companion inputs belong to the images."""
+
+    pixels: Pixels
     rows: int  # batch size of the companion inputs; 0 if all images share them
 
 
@@ -26,36 +34,39 @@ class Batch(NamedTuple):
     """The validated inputs of one call."""
 
     x: Inputs
-    key: Key  # of the input with the pixels; None if x is the only input
+    pixels: Pixels
     n: int  # number of images
 
     @property
     def image(self) -> Tensor:
         """The input with the pixels, `(n, k, *size)`."""
-        return pick(self.x, self.key)
+        return pick(self.x, self.pixels)
 
     @property
     def size(self) -> tuple[int, ...] | None:
         """The spatial size of the pixels. `None` without spatial axes, and for a list of images of several sizes."""
-        return size_of(self.x, self.key)
+        return size_of(self.x, self.pixels)
 
     def with_image(self, image: Tensor) -> "Batch":
         """The batch with its pixels replaced by `image`."""
-        return self._replace(x=with_input(self.x, self.key, image))
+        return self._replace(x=with_input(self.x, self.pixels, image))
 
 
-def batch_of(x: Any, masked: Key) -> Batch:
-    """The batch of inputs that are already validated."""
-    x = plain(x)
-    key = key_of(x, masked, False)
-    return Batch(x, key, _count(x, key))
-
-
-def check(x: Any, masked: Key, state: State, masks: bool) -> Batch:
+def check(x: Any, masked: Key, axes: str | None, state: State, masks: bool) -> Batch:
     """Validate the inputs. `masks` says that the method masks the pixels."""
     x = plain(x)
     key = key_of(x, masked, masks)
-    return Batch(x, key, check_inputs(x, key, state, masks))
+    n = check_inputs(x, key, state, masks)
+    return Batch(x, Pixels(key, _named_axes(x, key, axes)), n)
+
+
+def _named_axes(x: Inputs, key: Key, axes: str | None) -> Axes:
+    found = raw(x, key)
+    return usual(found.ndim) if axes is None else checked_axes(axes, found.ndim, _name_of(key))
+
+
+def _name_of(key: Key) -> str:
+    return "x" if key is None else f"x[{key!r}]"
 
 
 def plain(x: Any) -> Any:
@@ -63,21 +74,31 @@ def plain(x: Any) -> Any:
     return dict(x) if isinstance(x, Mapping) else x
 
 
-def pick(x: Inputs, key: Key) -> Tensor:
-    """The input at `key`. For a list, its images stacked, or the first one if they differ in size."""
+def raw(x: Inputs, key: Key) -> Tensor:
+    """The input at `key`, as the model takes it. For a list, its images stacked, or the first one if they differ in size."""
     if isinstance(x, list):
         return torch.stack(x) if _one_size(x) else x[0][None]
     several: Any = x
     return several if key is None else several[key]
 
 
+def pick(x: Inputs, pixels: Pixels) -> Tensor:
+    """The input with the pixels, `(n, k, *size)`."""
+    return pixels.axes.first(raw(x, pixels.key))
+
+
 def _count(x: Inputs, key: Key) -> int:
     """Number of images."""
-    return len(x) if isinstance(x, list) else pick(x, key).shape[0]
+    return len(x) if isinstance(x, list) else raw(x, key).shape[0]
 
 
-def with_input(x: Inputs, key: Key, value: Tensor) -> Inputs:
-    """`x` with one input replaced."""
+def with_input(x: Inputs, pixels: Pixels, image: Tensor) -> Inputs:
+    """`x` with its pixels replaced by an image `(n, k, *size)`."""
+    return with_raw(x, pixels.key, pixels.axes.back(image))
+
+
+def with_raw(x: Inputs, key: Key, value: Tensor) -> Inputs:
+    """`x` with one input replaced, as the model takes it."""
     if isinstance(x, list):
         return list(value.unbind(0))
     if key is None:
@@ -96,32 +117,32 @@ def beside(x: Inputs, key: Key, rows: int) -> list[Tensor]:
 
 def rows_of(x: Inputs, companions: Companions, image: Tensor, masked: Tensor) -> Inputs:
     """The inputs of a chunk: the masked images, and copies of the companion inputs, or of their rows for the same images."""
-    if companions.key is None:
-        return with_input(x, None, masked)
+    pixels = companions.pixels
+    if pixels.key is None:
+        return with_input(x, pixels, masked)
 
     def pick(leaf: Any) -> Any:
         if companions.rows and _has_rows(leaf, companions.rows):
             return leaf.index_select(0, image)
         return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
-    return with_input(tree_map(pick, _without(x, companions.key)), companions.key, masked)
+    return with_input(tree_map(pick, _without(x, pixels.key)), pixels, masked)
 
 
 def _without(x: Inputs, key: Key) -> Inputs:
     """Replace the pixels by an empty tensor, so that functions of the companion inputs do not copy them."""
-    return with_input(x, key, torch.empty(()))
+    return with_raw(x, key, torch.empty(()))
 
 
 def _has_rows(leaf: Any, rows: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
 
 
-def size_of(x: Inputs, key: Key) -> tuple[int, ...] | None:
-    """The spatial size of the input with the pixels; `None` without one, and for images of several sizes."""
-    if isinstance(x, list) and not _one_size(x):
+def size_of(x: Inputs, pixels: Pixels) -> tuple[int, ...] | None:
+    """The spatial size of the pixels. `None` without one, for images of several sizes, and if the axes are not known."""
+    if (isinstance(x, list) and not _one_size(x)) or not pixels.axes.spatial:
         return None
-    image = pick(x, key)
-    return tuple(image.shape[2:]) if image.ndim > 2 else None
+    return tuple(pick(x, pixels).shape[2:])
 
 
 def _one_size(images: list[Tensor]) -> bool:
@@ -170,8 +191,7 @@ def check_inputs(x: Inputs, key: Key, state: State, masks: bool) -> int:
     """Validate the inputs, and return the number of samples."""
     if isinstance(x, list):
         _check_list(x, masks)
-    image = pick(x, key)
-    where = "x" if key is None else f"x[{key!r}]"
+    image, where = raw(x, key), _name_of(key)
     shape = tuple(image.shape)
     if not image.is_floating_point():
         raise CamError(

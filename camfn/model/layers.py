@@ -12,11 +12,12 @@ from torch.nn.modules.conv import _ConvNd
 from camfn._errors import CamError
 from camfn._types import Inputs, State
 from camfn.layouts import Clues, Form, Sides, forms_of
-from camfn.model.capture import resolve_state, watch
-from camfn.model.inputs import Batch, Key, check
+from camfn.model.capture import watch
+from camfn.model.inputs import Batch, Key
 from camfn.model.linear_head import is_auxiliary, is_convolution, sides
 from camfn.model.ports import Place, tensors_of
 from camfn.model.prepare import Model, opened, prepares
+from camfn.model.task import begin
 from camfn.targets import logits_of
 
 
@@ -36,7 +37,9 @@ class Candidate(NamedTuple):
 
 
 @prepares
-def candidate_layers(model: Model, x: Inputs, *, masked: Key = None, state: State | None = None) -> tuple[Candidate, ...]:
+def candidate_layers(
+    model: Model, x: Inputs, *, masked: Key = None, axes: str | None = None, state: State | None = None
+) -> tuple[Candidate, ...]:
     """List the layers that can be explained, and mark the one that `layer=None` chooses. Takes one forward pass.
 
     The chosen layer is the last one with a grid, with three exceptions:
@@ -51,6 +54,7 @@ def candidate_layers(model: Model, x: Inputs, *, masked: Key = None, state: Stat
         model: a module, or a model prepared by `camfn.prepare`.
         x: the inputs, as in `camfn.score_cam`.
         masked: the key of the input with the pixels, if there are several.
+        axes: the order of its axes, as in `camfn.score_cam`.
         state: parameters and buffers by name; the model's own by default.
 
     Returns:
@@ -67,8 +71,8 @@ def candidate_layers(model: Model, x: Inputs, *, masked: Key = None, state: Stat
     0 Conv2d (6, 6) False
     1 ReLU (6, 6) True
     """
-    full = resolve_state(opened(model).borrow(), state)
-    found = _outputs(model, full, check(x, masked, full, False))
+    task = begin(model, x, state, masked, axes)
+    found = _outputs(model, task.state, task.batch)
     chosen = _chosen(found) if found.all else None
     return tuple(Candidate(out.name, out.kind, out.shape, out.form.grid, out is chosen) for out in found.all)
 

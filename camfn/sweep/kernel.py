@@ -58,7 +58,7 @@ def mask_row(rule: Rule, images: Tensor, row: Rows) -> Tensor:
 
 def folded(scorer: Scorer, rule: Rule, state: State, x: Inputs, targets: Any, rows: Rows) -> Tensor:
     """The scores `(b, t)` of a chunk of rows, with the chunk as one batch of the model."""
-    images = pick(x, scorer.companions.key)
+    images = pick(x, scorer.companions.pixels)
     masked = vmap(functools.partial(mask_row, rule, images))(rows)
     output = scorer.call(state, rows_of(x, scorer.companions, rows["image"], masked))
     return score_rows(scorer.of, output, rows_at(targets, rows["image"]))

@@ -13,10 +13,11 @@ from camfn._errors import CamError, RefusedError, warn
 from camfn._types import Inputs, State
 from camfn.model.agreement import is_close
 from camfn.model.capture import pure_from
-from camfn.model.forward import Forward, once
+from camfn.model.forward import Forward
 from camfn.model.inputs import rows_of
 from camfn.model.memory import free_bytes, is_exhausted
 from camfn.model.private_copy import PrivateCopy
+from camfn.model.task import once
 from camfn.sweep.folding import Found, channels_last, find_folds, merge_norms
 from camfn.sweep.options import CHUNK, Sweep
 from camfn.targets import Score, distinct, logits_of, reads_logits, score_rows

@@ -1,0 +1,65 @@
+"""A model and its validated inputs, before the clean forward pass."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from camfn._errors import CamError
+from camfn._types import Inputs, State
+from camfn.model.capture import pure_from, resolve_state
+from camfn.model.entrance import axes_of
+from camfn.model.inputs import Batch, Key, check, raw, with_raw
+from camfn.model.prepare import Call, Model, opened
+from camfn.model.private_copy import PrivateCopy
+
+
+class Task(NamedTuple):
+    """A model and its validated inputs, before any forward pass."""
+
+    model: Call
+    private: PrivateCopy  # a private copy, which gets the ports
+    state: State
+    batch: Batch
+    facts: dict[Any, Any]  # facts about the model that this call has found; see `once`
+
+    def with_image(self, image: Tensor) -> "Task":
+        """The task with another image, and without facts."""
+        return self._replace(batch=self.batch.with_image(image), facts={})
+
+
+def begin(
+    model: Model, x: Inputs, state: State | None, masked: Key = None, axes: str | None = None, *, masks: bool = False
+) -> Task:
+    """Validate the model and its inputs. `axes` names the axes of the input with the pixels; `None` finds them."""
+    call = opened(model)
+    private = call.borrow()
+    full = resolve_state(private, state)
+    batch = check(x, masked, axes, full, masks)
+    if axes is None and not isinstance(batch.x, list):
+        key = batch.pixels.key
+        found = axes_of(private.module, raw(batch.x, key), _plain_run(call, batch.x, key))
+        batch = batch._replace(pixels=batch.pixels._replace(axes=found))
+    if masks and batch.pixels.axes.unclear:
+        raise CamError(batch.pixels.axes.unclear)
+    return Task(call, private, full, batch, {})
+
+
+def _plain_run(call: Call, x: Inputs, key: Key) -> Callable[[Tensor], Any]:
+    """The model with its own state, as a function of one of its inputs."""
+
+    def run(value: Tensor) -> Any:
+        private = call.borrow()
+        return pure_from(private)(dict(private.tensors), with_raw(x, key, value))
+
+    return run
+
+
+def once(task: Task, what: Any, find: Callable[[], Any]) -> Any:
+    """Find a fact that depends on the values of this call, once for the call. It is not kept for another call."""
+    if what not in task.facts:
+        # Without inference mode: its tensors could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            task.facts[what] = find()
+    return task.facts[what]
