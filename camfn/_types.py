@@ -42,10 +42,11 @@ class Tokens(NamedTuple):
 
     grid: tuple[int, ...] | None = None
     prefix: int | None = None
+    suffix: int | None = None
 
 
 Layout: TypeAlias = str | Tokens | Callable[[Tensor], Tensor]
-"""`"auto"`, `"channels_first"`, `"channels_last"`, `camfn.layouts.tokens(grid, prefix)`, or a function to `(n, c, *grid)`."""
+"""`"auto"`, `"channels_first"`, `"channels_last"`, `camfn.layouts.tokens()`, or a function to `(n, c, *grid)`."""
 Target: TypeAlias = Any
 """`None`, an int, n ints, a long tensor `(n,)` or `(n, t)`, `"all"`, a target of `camfn.targets`, a callable, or n of these."""
 

@@ -36,14 +36,15 @@ class Form(NamedTuple):
     grid: Sides
     channels: int  # the number of channels
     last: bool = False  # whether the channels are the last axis
+    tokens: bool = False  # whether one axis has all positions, with other tokens before or after them
     prefix: int = 0  # the number of tokens before the grid
+    suffix: int = 0  # the number of tokens after it
     sequence: bool = False  # whether it is `(tokens, n, channels)`, as in torch's own transformers
 
     @property
     def like(self) -> Layout:
         """Return the layout without the grid."""
-        named = self.name.strip('"')
-        return named if named in _NAMED else Tokens(None, self.prefix)
+        return Tokens(None, self.prefix, self.suffix) if self.tokens else self.name.strip('"')
 
 
 class Clues(NamedTuple):
@@ -51,18 +52,20 @@ class Clues(NamedTuple):
 
     first: frozenset[int] = frozenset()  # channel counts of layers with channels first: convolutions, batch norms
     last: frozenset[int] = frozenset()  # channel counts of layers with channels last: layer norms
+    linear: frozenset[int] = frozenset()  # channel counts of linear, recurrent and attention layers, which act on the last axis
     axes: frozenset[int] = frozenset()  # numbers of spatial axes of the convolutions
     grids: frozenset[Sides] = frozenset()  # output grids of convolutions on the input, such as a patch embedding
 
 
-def tokens(grid: Sequence[int] | None = None, prefix: int | None = None) -> Tokens:
+def tokens(grid: Sequence[int] | None = None, prefix: int | None = None, suffix: int | None = None) -> Tokens:
     """The layout `(n, tokens, channels)` of transformers.
 
     - `grid`: the sides of the grid of tokens, such as `(14, 14)`.
     - `prefix`: the number of tokens before the grid: class, distillation and register tokens.
+    - `suffix`: the number of tokens after the grid.
 
-    An argument that is `None` is inferred from the other one and from the input's aspect ratio, if only one reading fits.
-    Raises `CamError` if `grid` or `prefix` is not made of ints.
+    An argument that is `None` is inferred from the others, from the input's aspect ratio, and from forward passes of changed
+    inputs. Raises `CamError` if an argument is not made of ints.
 
     >>> import camfn, torch
     >>> read = camfn.layouts.read(torch.randn(2, 1 + 6, 8), camfn.layouts.tokens((2, 3)), None, "blocks.0", 2)
@@ -73,7 +76,9 @@ def tokens(grid: Sequence[int] | None = None, prefix: int | None = None) -> Toke
         raise CamError(f"layouts.tokens(grid={grid!r}): grid must be a sequence of positive ints, its sides, or None")
     if prefix is not None and not _are_ints((prefix,), 0):
         raise CamError(f"layouts.tokens(prefix={prefix!r}): prefix must be a number of tokens, or None")
-    return Tokens(None if grid is None else tuple(grid), prefix)
+    if suffix is not None and not _are_ints((suffix,), 0):
+        raise CamError(f"layouts.tokens(suffix={suffix!r}): suffix must be a number of tokens, or None")
+    return Tokens(None if grid is None else tuple(grid), prefix, suffix)
 
 
 def _are_ints(values: Any, least: int) -> bool:
@@ -87,12 +92,15 @@ def read(
     layer: str,
     batch: int,
     clues: Callable[[], Clues] = Clues,
+    placed: Callable[[list[Form]], list[Form]] = list,
 ) -> Read:
     """Read an activation as `(n, c, p)`.
 
     - `spatial`: the spatial size of the input with the pixels, if there is one.
     - `layer`: the layer's name, for error messages.
     - `clues`: a function that returns the evidence from the model's layers. It is called only if it is needed.
+    - `placed`: a function that keeps the forms whose positions follow the input's. It is called only if the shape leaves a
+      doubt: with several forms, and with tokens.
 
     Raises `CamError` if the activation has no spatial axes, another batch size, or no unambiguous layout.
     """
@@ -105,12 +113,20 @@ def read(
     shape = tuple(activation.shape)
     if not _is_sequence(shape, batch) or (isinstance(layout, str) and layout != "auto"):
         _check_batch(shape, layer, batch)
-    forms = forms_of(shape, layout, spatial, batch, clues)
+    fitting = forms_of(shape, layout, spatial, batch, clues)
+    forms = placed(fitting) if in_doubt(fitting, layout) else fitting
     if len(forms) != 1:
-        raise CamError(f"{layer_called(layer)} gives {shape}, {_unclear_message(forms, shape, layout, spatial)}")
+        why = _unplaced_message(fitting) if fitting and not forms else _unclear_message(forms, shape, layout, spatial)
+        raise CamError(f"{layer_called(layer)} gives {shape}, {why}")
     form = forms[0]
-    view, restore = functools.partial(_view, form), functools.partial(_restore, form, activation)
+    view, restore = functools.partial(view_of, form), functools.partial(_restore, form, activation)
     return Read(view(activation), form.grid, view, restore, form.like)
+
+
+def in_doubt(forms: list[Form], layout: Layout = "auto") -> bool:
+    """Whether a shape leaves a doubt: several forms fit, or the caller has not said which of the tokens are a grid."""
+    said = isinstance(layout, Tokens) and layout.grid is not None and layout.suffix is not None
+    return len(forms) > 1 or any(form.tokens and (layout == "auto" or (form.suffix > 0 and not said)) for form in forms)
 
 
 def forms_of(shape: Sides, layout: Layout, spatial: Sides | None, batch: int, clues: Callable[[], Clues] = Clues) -> list[Form]:
@@ -125,13 +141,14 @@ def forms_of(shape: Sides, layout: Layout, spatial: Sides | None, batch: int, cl
     known = clues()
     if isinstance(layout, Tokens):
         return _token_forms(shape, layout, spatial, batch, known)
-    if shape[0] == batch and _fit(spatial, first.grid) >= max(_fit(spatial, last.grid), 1) and known.first and not known.last:
+    convolutional = known.first and not known.last and not (len(shape) == 3 and shape[-1] in known.linear)
+    if shape[0] == batch and _fit(spatial, first.grid) >= max(_fit(spatial, last.grid), 1) and convolutional:
         return [first]  # a convolutional model without channels-last layers, and no better reading
     if len(shape) == 3 and known.axes and 1 not in known.axes and (spatial is None or len(spatial) == 1):
         return []  # a spectrogram whose channel axis the model adds: its tokens do not lie on a line
     found = _token_forms(shape, Tokens(), spatial, batch, known)
     if spatial is None or len(spatial) == 1:  # any length fits a line, so require a convolution with this output grid
-        found = [form for form in found if form.prefix and form.grid in known.grids]
+        found = [form for form in found if (form.prefix or form.suffix) and form.grid in known.grids]
     if shape[0] == batch:
         same_rank = spatial is None or len(shape) == len(spatial) + 2
         found += [first, last] if same_rank else [first] if first.channels in known.first else []
@@ -149,8 +166,10 @@ def _grid_form(shape: Sides, last: bool) -> Form:
 # -------------------------------------------------------------------------------------------- to (n, c, p) and back
 
 
-def _view(form: Form, activation: Tensor) -> Activations:
-    return _move_axes(form, activation).flatten(2)[..., form.prefix :]
+def view_of(form: Form, activation: Tensor) -> Activations:
+    """Bring an activation to `(n, c, p)`."""
+    flat = _move_axes(form, activation).flatten(2)
+    return flat[..., form.prefix : flat.shape[-1] - form.suffix]
 
 
 def _move_axes(form: Form, activation: Tensor) -> Tensor:
@@ -162,10 +181,10 @@ def _move_axes(form: Form, activation: Tensor) -> Tensor:
 def _restore(form: Form, activation: Tensor, values: Activations, images: Tensor | None = None) -> Tensor:
     whole = _move_axes(form, activation)
     flat = values.to(activation.dtype)
-    if form.prefix:
-        before = whole.flatten(2)[..., : form.prefix]
-        before = before if images is None else before.index_select(0, images)
-        flat = torch.cat([before.expand(len(flat), -1, -1), flat], -1)
+    if form.prefix or form.suffix:
+        own = whole.flatten(2) if images is None else whole.flatten(2).index_select(0, images)
+        own = own.expand(len(flat), -1, -1)
+        flat = torch.cat([own[..., : form.prefix], flat, own[..., own.shape[-1] - form.suffix :]], -1)
     moved = flat.reshape(-1, *whole.shape[1:])
     batched = moved.movedim(1, -1) if form.last else moved
     # contiguous: the model may call `view` on it
@@ -206,7 +225,7 @@ def _evidence(form: Form, spatial: Sides | None, clues: Clues) -> tuple[int, ...
     """Score a form by the input's aspect ratio, the layers' channel counts, and the output grids of convolutions."""
     return (
         _fit(spatial, form.grid),
-        form.channels in (clues.last if form.last else clues.first),
+        form.channels in (_widths_last(form, clues) if form.last else clues.first),
         form.grid in clues.grids,
     )
 
@@ -222,12 +241,18 @@ def _fit(spatial: Sides | None, grid: Sides) -> int:
     return int(low < high and high >= 1)
 
 
-def _tokens_call(grid: Sides | None, prefix: int | None) -> str:
-    return f"camfn.layouts.tokens(grid={grid}, prefix={prefix})"
+def _widths_last(form: Form, clues: Clues) -> frozenset[int]:
+    """The channel counts of layers with channels last. Linear layers count for sequences alone, as most heads have one."""
+    return clues.last | clues.linear if form.tokens or len(form.grid) == 1 else clues.last
 
 
-_PREFIX = 8
-"""The largest prefix that is tried: a class token and some registers."""
+def _tokens_call(grid: Sides | None, prefix: int | None, suffix: int | None) -> str:
+    return f"camfn.layouts.tokens(grid={grid}, prefix={prefix}{f', suffix={suffix}' if suffix else ''})"
+
+
+_EXTRA = 8
+"""The most tokens outside the grid that are tried: a class token and some registers. More are tried where a convolution made
+the grid."""
 
 
 def _token_forms(shape: Sides, asked: Tokens, spatial: Sides | None, batch: int, clues: Clues) -> list[Form]:
@@ -236,22 +261,25 @@ def _token_forms(shape: Sides, asked: Tokens, spatial: Sides | None, batch: int,
     sequence = _is_sequence(shape, batch)
     count, channels = (shape[0] if sequence else shape[1]), shape[2]
 
-    def form(prefix: int, grid: Sides) -> Form:
-        return Form(_tokens_call(grid, prefix), grid, channels, True, prefix, sequence)
+    def splits(grid: Sides) -> list[Form]:
+        """The forms with this grid: all extra tokens before it, all after it, and then those between."""
+        extra = count - math.prod(grid)
+        before = [p for p in dict.fromkeys((extra, 0, *range(extra))) if extra >= 0]
+        some = [p for p in before if asked.prefix in (None, p) and asked.suffix in (None, extra - p)]
+        return [Form(_tokens_call(grid, p, extra - p), grid, channels, True, True, p, extra - p, sequence) for p in some]
 
     if asked.grid is not None:
-        prefix = count - math.prod(asked.grid)
-        return [form(prefix, asked.grid)] if prefix >= 0 and asked.prefix in (None, prefix) else []
-    prefixes = range(min(_PREFIX + 1, count)) if asked.prefix is None else (asked.prefix,)
+        return splits(asked.grid)
     if spatial is None or len(spatial) == 1:
-        some = [form(prefix, (count - prefix,)) for prefix in prefixes if count > prefix]
-        return [found for found in some if found.grid in clues.grids] or some
+        lines = [(side,) for side in range(count, max(0, count - _EXTRA - 1), -1)]
+        some = [form for line in lines for form in splits(line)]
+        return [form for form in some if form.grid in clues.grids] or some
     for grids in (clues.grids, _regular(spatial)):
         sizes = {grid: math.prod(grid) for grid in grids}
-        found = [form(p, grid) for p in prefixes for grid, size in sizes.items() if size > 1 and p + size == count]
-        if found:
+        near = [grid for grid, size in sizes.items() if size > 1 and 0 <= count - size <= _EXTRA]
+        if found := [form for grid in near for form in splits(grid)]:
             return found
-    return []
+    return [form for grid in clues.grids if 1 < math.prod(grid) < count for form in splits(grid)]
 
 
 def _regular(spatial: Sides) -> Iterator[Sides]:
@@ -281,6 +309,15 @@ def _check_batch(shape: Sides, layer: str, batch: int) -> None:
     raise CamError(f"{found}: is the batch axis of x missing? (x[None] adds one)")
 
 
+def _unplaced_message(forms: list[Form]) -> str:
+    """The message if the shape fits some forms, and no position of the input made their positions."""
+    return (
+        f"which has the shape of layout={forms[0].name}, but its positions do not follow those of the input: a change of the "
+        "input at one place shows elsewhere, or everywhere alike, as in learned queries; choose another layer, or pass "
+        "layout=camfn.layouts.tokens(grid, prefix, suffix)"
+    )
+
+
 def _unclear_message(forms: list[Form], shape: Sides, layout: Layout, spatial: Sides | None) -> str:
     if forms:
         ways = " or ".join(form.name for form in forms[:4])
@@ -288,7 +325,7 @@ def _unclear_message(forms: list[Form], shape: Sides, layout: Layout, spatial: S
     if len(shape) < 3 or 0 in shape:
         return "which has no spatial axes; choose a layer before pooling and flattening, or pass layout="
     if isinstance(layout, Tokens):
-        return f"which is not (n, tokens, channels) with the prefix and grid of layout={_tokens_call(*layout)}"
+        return f"which is not (n, tokens, channels) with the tokens and grid of layout={_tokens_call(*layout)}"
     size = "the input" if spatial is None else f"the input, {spatial}"
     return (
         f"and no grid of that many positions has the proportions of {size}; pass "

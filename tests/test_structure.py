@@ -23,8 +23,9 @@ ROOMS = {
     "targets": ("scores", "algebra", "classes", "dense", "embeddings", "detections"),
     ".layouts": ("layouts",),
     "model": (
-        *("memory", "randomness", "guard", "private_copy", "restore", "prepare", "torch_errors", "ports", "capture", "inputs"),
-        *("agreement", "tape", "recording", "attention", "linear_head", "layers", "gradients", "forward", "head", "deeplift"),
+        *("memory", "randomness", "guard", "private_copy", "restore", "prepare", "torch_errors", "ports", "capture", "axes"),
+        *("inputs", "agreement", "tape", "recording", "attention", "linear_head", "entrance", "positions", "task", "layers"),
+        *("gradients", "forward", "head", "deeplift"),
     ),
     "sweep": (
         *("options", "folding", "runner", "kernel", "scoring", "changes", "gaussian_process", "search", "low_precision"),

@@ -1,6 +1,5 @@
 """`camfn explain`: the loop over pictures."""
 
-import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +10,16 @@ import torch
 from torch import Tensor
 
 import camfn
-from camfn import figures, images, layouts, zoo
+from camfn import figures, images, zoo
 from camfn._errors import CamError, escaped
 from camfn._types import Target
 from camfn.cli import files, options
 from camfn.cli.cards import Facts, Written, classes
 from camfn.cli.job import Job, Map, Wish, check_grid, maps_of, through
-from camfn.model.capture import state_of, tap
-from camfn.model.layers import choose, clues_of
+from camfn.methods._common import read_layer
+from camfn.model.capture import tap
+from camfn.model.forward import look
+from camfn.model.layers import choose
 from camfn.model.task import begin
 from camfn.targets import Top
 
@@ -97,12 +98,10 @@ def _check_layers(job: Job, path: Path, x: Tensor) -> None:
     if len(quick) == len(job.methods) or not any(camfn.METHODS[method].of_layer for method in job.methods):
         return
     with zoo.told("the model", job.loaded.file), torch.no_grad():
-        size = tuple(x.shape[2:])
-        names = [layer or choose(model, state_of(model), begin(model, x, None).batch).name for layer in job.layers]
-        seen = tap(model, names)(state_of(model), x).seen
-    clues = functools.partial(clues_of, model, size)
-    for name, activation in zip(names, seen):
-        check_grid(name, layouts.read(activation, "auto", size, name, 1, clues).grid)
+        names = [layer or choose(begin(model, x, None)).name for layer in job.layers]
+        forward = look(model, names, x, None)
+        for name, activation in zip(names, forward.activations):
+            check_grid(name, read_layer(forward, name, activation, "auto").grid)
 
 
 # -------------------------------------------------------------------------------------------------------- a picture

@@ -15,13 +15,14 @@ from camfn._types import Activations, Combine, FlatMaps, Gradients, Inputs, Laye
 from camfn.formulas import maps
 from camfn.formulas.diagnostics import about_maps
 from camfn.formulas.scaling import rescale
-from camfn.layouts import Read
+from camfn.layouts import Form, Read
 from camfn.methods.registry import Outcome
 from camfn.model.forward import Forward, Shared, first_nonfinite, look, look_with_gradients
 from camfn.model.gradients import Pullback, each_target
 from camfn.model.inputs import Batch
-from camfn.model.layers import clues_of
+from camfn.model.layers import clues_of, placed_forms
 from camfn.model.prepare import Model, weakly
+from camfn.model.task import once
 from camfn.sweep.scoring import Swept
 from camfn.targets import Scale, Score, resolve, score_rows
 
@@ -89,9 +90,13 @@ def grade_layer(model: Model, layer: Layers, x: Inputs, target: Target, state: S
 
 def read_layer(forward: Forward, name: str, activation: Tensor, layout: Layout) -> Read:
     """A layer's activation, or its gradient, as `(n, c, p)`."""
-    size = forward.size
-    clues = functools.partial(clues_of, forward.task.private.module, size)
-    return layouts.read(activation, layout, size, name, forward.n, clues)
+    task = forward.task
+    clues = functools.partial(clues_of, task.private.module, task.batch)
+
+    def placed(forms: list[Form]) -> list[Form]:
+        return once(task, ("forms", name, *forms), lambda: placed_forms(task, {name: forms})[name])
+
+    return layouts.read(activation, layout, forward.size, name, forward.n, clues, placed)
 
 
 def clean_scores(forward: Forward, score: Score) -> Tensor:

@@ -108,7 +108,7 @@ def _check(variant: Variant, percentile: float) -> None:
 def _staged(model: Model, x: Inputs, state: State | None, masked: Key, axes: str | None) -> tuple[str, ...]:
     """Choose the last layer of each size, and name the choice in a warning."""
     task = begin(model, x, state, masked, axes, masks=True)
-    names = stages(task.model, task.state, task.batch)
+    names = stages(task)
     if not _compat.transformed():
         warn(f"layer=None: {', '.join(map(repr, names))} were chosen, the last layers of their sizes; name them to be sure")
     return names

@@ -67,8 +67,7 @@ def axes_of(model: nn.Module, image: Tensor, run: Run) -> Axes:
         return usual(image.ndim)
     conv = next(filter(is_convolution, model.modules()), None)
     sides = list(image.shape[1:])
-    fits = conv is not None and image.ndim == len(conv.kernel_size) + 2
-    if fits and sides[0] == conv.in_channels and sides.count(conv.in_channels) == 1:
+    if _fits(image, conv) and sides.count(sides[0]) == 1:
         return usual(image.ndim)
     letters = None if _compat.compiling() else _observed(image, run)
     if letters is not None:
@@ -79,11 +78,14 @@ def axes_of(model: nn.Module, image: Tensor, run: Run) -> Axes:
 _WAYS = {3: ("ncw", "ntc", "nhw"), 4: ("nchw", "nhwc"), 5: ("ncdhw", "ndhwc", "ntchw")}
 
 
+def _fits(image: Tensor, conv: Any) -> bool:
+    """Whether an image of the usual order has the convolution's channels."""
+    return conv is not None and image.ndim == len(conv.kernel_size) + 2 and image.shape[1] == conv.in_channels
+
+
 def _is_usual(image: Tensor, conv: Any) -> bool:
-    """Whether the usual order is the only one that fits the shape."""
-    if conv is not None and image.ndim == len(conv.kernel_size) + 2:
-        return image.shape[1] == conv.in_channels != image.shape[-1]
-    return image.ndim == 4 and image.shape[-1] not in (1, 3, 4)
+    """Whether the usual order is the only one that fits the shape, where no layer shows the axes."""
+    return image.ndim == 4 and image.shape[-1] not in (1, 3, 4) and not _fits(image.movedim(-1, 1), conv)
 
 
 def _observed(image: Tensor, run: Run) -> str | None:

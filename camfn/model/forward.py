@@ -182,7 +182,7 @@ def _layers_of(task: Task, layer: Layers) -> tuple[tuple[str, ...], int]:
         raise CamError("layer is an empty sequence: name one layer or more, or pass None to have one chosen")
     if layer is not None:
         return tuple(resolve_layers(task.private, layer)), task.batch.n
-    name, why = choose(task.model, task.state, task.batch)
+    name, why = choose(task)
     if not _compat.transformed():
         warn(f"layer=None: {name!r} was chosen, the {why}; name it to be sure")
     return (name,), 2 * task.batch.n

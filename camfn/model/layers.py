@@ -5,19 +5,22 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from camfn._errors import CamError
+from camfn import _compat
+from camfn._errors import CamError, RefusedError
 from camfn._types import Inputs, State
-from camfn.layouts import Clues, Form, Sides, forms_of
-from camfn.model.capture import watch
+from camfn.layouts import Clues, Form, Sides, forms_of, in_doubt
+from camfn.model.capture import tap_from, watch
 from camfn.model.inputs import Batch, Key
 from camfn.model.linear_head import is_auxiliary, is_convolution, sides
+from camfn.model.memory import is_exhausted
 from camfn.model.ports import Place, tensors_of
+from camfn.model.positions import placed
 from camfn.model.prepare import Model, opened, prepares
-from camfn.model.task import begin
+from camfn.model.task import Task, begin
 from camfn.targets import logits_of
 
 
@@ -71,8 +74,7 @@ def candidate_layers(
     0 Conv2d (6, 6) False
     1 ReLU (6, 6) True
     """
-    task = begin(model, x, state, masked, axes)
-    found = _outputs(model, task.state, task.batch)
+    found = _outputs(begin(model, x, state, masked, axes))
     chosen = _chosen(found) if found.all else None
     return tuple(Candidate(out.name, out.kind, out.shape, out.form.grid, out is chosen) for out in found.all)
 
@@ -84,25 +86,25 @@ class Choice(NamedTuple):
     why: str  # the reason, for the end of a message: "the ..."
 
 
-def choose(model: Model, state: State, batch: Batch) -> Choice:
-    """Choose a layer, by one forward pass."""
-    found = _outputs(model, state, batch)
+def choose(task: Task) -> Choice:
+    """Choose a layer, by one forward pass, and by those of `placed_forms` for layers that are in doubt."""
+    found = _outputs(task)
     if not found.all:
-        raise CamError(none_on_a_grid(model, batch.size))
+        raise CamError(none_on_a_grid(task.model, task.batch.size))
     chosen = _chosen(found)
     why = "last block but one: after the last, only the class token counts" if chosen.form.prefix else "last layer on a grid"
     return Choice(chosen.name, why)
 
 
-def stages(model: Model, state: State, batch: Batch) -> tuple[str, ...]:
+def stages(task: Task) -> tuple[str, ...]:
     """The chosen layer, and before it the last layer of each larger grid, by one forward pass.
 
     A grid is larger if all of its sides are. Among layers of one grid, those nested least deeply are preferred: the first
     convolutions of the next stage can have the grid of this one.
     """
-    found = _outputs(model, state, batch)
+    found = _outputs(task)
     if not found.all:
-        raise CamError(none_on_a_grid(model, batch.size))
+        raise CamError(none_on_a_grid(task.model, task.batch.size))
     last = _chosen(found)
     usable = [out for out in found.all[: found.all.index(last)] if out.lone and out.form.channels not in found.classes]
     ends = [last]
@@ -151,41 +153,85 @@ _LEVELS = 3
 """The least number of grids of one layer that are a pyramid. Two are often an output before and after downsampling."""
 
 
-def _outputs(model: Model, state: State, batch: Batch) -> _Outputs:
-    spatial, n = batch.size, batch.n
-    modules = dict(opened(model).borrow().module.named_modules())
-    clues = clues_of(modules[""], spatial)
-    runs: Counter[str] = Counter()
-    given: list[tuple[str, int, dict[tuple[str, ...], Sides]]] = []
+class _Seen(NamedTuple):
+    """A tensor that a layer returned."""
 
-    def see(name: str, args: tuple[Any, ...], out: object) -> None:
-        runs[name] += 1
-        given.append((name, runs[name], {part: tuple(tensor.shape) for part, tensor in tensors_of(out)}))
+    name: str  # of the output, as `layer=` takes it
+    layer: str
+    shape: Sides
+    lone: bool
 
-    with torch.no_grad():
-        output = watch(model, state, batch.x, see)
+
+def _outputs(task: Task) -> _Outputs:
+    modules = dict(task.model.borrow().module.named_modules())
+    clues = clues_of(modules[""], task.batch)
+    output, runs = _watched(task)
+    forms = {seen.name: _forms_on_grid(seen.shape, task.batch, clues) for run in runs for seen in run}
+    forms |= placed_forms(task, {name: some for name, some in forms.items() if in_doubt(some)})
     found: list[_Output] = []
     pyramid = False
-    for name, call, shapes in given:
-        forms = {part: form for part, shape in shapes.items() if (form := _on_grid(shape, spatial, n, clues)) is not None}
-        pyramid = pyramid or len({form.grid for form in forms.values()}) >= _LEVELS
-        for part, form in forms.items() if name else ():
-            # A single tensor needs no part in its name, unless it is nested more than one level deep.
-            place = Place(name, call if runs[name] > 1 else None, part if len(shapes) > 1 or len(part) > 1 else ())
-            lone = runs[name] == len(shapes) == 1
-            found.append(_Output(str(place), type(modules[name]).__name__, shapes[part], form, lone, pyramid))
-    classes = _classes_of(output, n)
+    for run in runs:
+        clear = [(seen, forms[seen.name][0]) for seen in run if len(forms[seen.name]) == 1]
+        pyramid = pyramid or len({form.grid for _, form in clear}) >= _LEVELS
+        found += [
+            _Output(seen.name, type(modules[seen.layer]).__name__, seen.shape, form, seen.lone, pyramid) for seen, form in clear
+        ]
+    count = Counter(run[0].layer for run in runs if run)
+    classes = _classes_of(output, task.batch.n)
     linear = {name: taken for name, module in modules.items() if (taken := sides(module)) is not None}
-    heads = {inside for name, (inside, outside) in linear.items() if outside in classes - {1} and runs[name] == 1}
+    heads = {inside for name, (inside, outside) in linear.items() if outside in classes - {1} and count[name] == 1}
     return _Outputs(found, classes, heads, {inside for inside, _ in linear.values()}, clues, modules)
 
 
-def _on_grid(shape: Sides, spatial: Sides | None, n: int, clues: Clues) -> Form | None:
-    """The form of an output, if its shape fits only one, with as many spatial axes as the input and more than one position."""
-    forms = forms_of(shape, "auto", spatial, n, lambda: clues) if n in shape[:2] else []
-    if len(forms) != 1 or (spatial is not None and len(forms[0].grid) != len(spatial)):
-        return None
-    return forms[0] if math.prod(forms[0].grid) > 1 else None
+def _watched(task: Task) -> tuple[Any, list[list[_Seen]]]:
+    """Run the model, and return its output and the tensors of each run of a layer, in the order of execution."""
+    count: Counter[str] = Counter()
+    given: list[tuple[str, int, dict[tuple[str, ...], Sides]]] = []
+
+    def see(name: str, args: tuple[Any, ...], out: object) -> None:
+        count[name] += 1
+        given.append((name, count[name], {part: tuple(tensor.shape) for part, tensor in tensors_of(out)}))
+
+    with torch.no_grad():
+        output = watch(task.model, task.state, task.batch.x, see)
+
+    def seen(name: str, call: int, part: tuple[str, ...], shapes: dict[tuple[str, ...], Sides]) -> _Seen:
+        # A single tensor needs no part in its name, unless it is nested more than one level deep.
+        place = Place(name, call if count[name] > 1 else None, part if len(shapes) > 1 or len(part) > 1 else ())
+        return _Seen(str(place), name, shapes[part], count[name] == len(shapes) == 1)
+
+    return output, [[seen(name, call, part, shapes) for part in shapes] for name, call, shapes in given if name]
+
+
+def _forms_on_grid(shape: Sides, batch: Batch, clues: Clues) -> list[Form]:
+    """The forms that an output's shape fits, with as many spatial axes as the input and more than one position."""
+    forms = forms_of(shape, "auto", batch.size, batch.n, lambda: clues) if batch.n in shape[:2] else []
+    axes = len(batch.size) if batch.size else None
+    return [form for form in forms if math.prod(form.grid) > 1 and axes in (None, len(form.grid))]
+
+
+def placed_forms(task: Task, forms: dict[str, list[Form]]) -> dict[str, list[Form]]:
+    """Keep the forms of each layer whose positions follow the input's, by forward passes of changed inputs.
+
+    The inputs are noise and the state is the model's own under a transform, so the forms are the same there. Where the model
+    does not accept the inputs, all forms are kept.
+    """
+    if not forms or _compat.compiling():
+        return forms
+    own = _compat.transformed()
+
+    def run(batch: Batch) -> dict[str, Tensor]:
+        private = task.model.borrow()
+        tap = tap_from(private, list(forms))
+        return dict(zip(forms, tap(dict(private.tensors) if own else task.state, batch.x).seen))
+
+    try:
+        with _compat.outside_transforms(), torch.inference_mode(False), torch.no_grad():
+            return placed(run, task.batch, forms)
+    except Exception as error:
+        if is_exhausted(error) or isinstance(error, RefusedError):
+            raise
+        return forms
 
 
 def _classes_of(output: Any, n: int) -> set[int]:
@@ -236,10 +282,12 @@ def _before_the_last_block(found: list[_Output], modules: dict[str, nn.Module]) 
 # ------------------------------------------------------------------------------------------------------- the clues
 
 
-def clues_of(model: nn.Module, spatial: Sides | None) -> Clues:
-    """Clues from the layers of a model about the layout of its activations, for an input of this size."""
+def clues_of(model: nn.Module, batch: Batch) -> Clues:
+    """Clues from the layers of a model about the layout of its activations, for these inputs."""
+    spatial = batch.size
     first: set[int] = set()
     last: set[int] = set()
+    linear: set[int] = set()
     tokens: set[int] = set()  # widths of 1-d batch norms: of sequences if the model has 1-d convolutions, else of tokens
     axes: set[int] = set()
     grids = {spatial} if spatial else set()
@@ -247,7 +295,8 @@ def clues_of(model: nn.Module, spatial: Sides | None) -> Clues:
         if is_convolution(module):
             first |= {module.in_channels, module.out_channels}
             axes.add(len(module.kernel_size))
-            if spatial is not None and len(spatial) == len(module.kernel_size) and max(module.stride) > 1:
+            covered = {len(spatial), len(batch.pixels.axes.still)} if spatial else set()
+            if max(module.stride) > 1 and len(module.kernel_size) in covered:
                 grids |= {made for grid in grids if min(made := _strided(module, grid)) > 0}
         elif isinstance(module, _NormBase):
             first.add(module.num_features)
@@ -256,12 +305,21 @@ def clues_of(model: nn.Module, spatial: Sides | None) -> Clues:
             first.add(module.num_channels)
         elif isinstance(module, nn.LayerNorm):
             last.add(module.normalized_shape[-1])
+        elif isinstance(module, nn.Linear):
+            linear |= {module.in_features, module.out_features}
+        elif isinstance(module, nn.RNNBase):
+            linear |= {module.input_size, module.hidden_size * (1 + module.bidirectional)}
+        elif isinstance(module, nn.MultiheadAttention):
+            linear.add(module.embed_dim)
     last |= set() if 1 in axes else tokens
-    return Clues(frozenset(first), frozenset(last), frozenset(axes), frozenset(grids - {spatial}))
+    found = frozenset(first), frozenset(last), frozenset(linear), frozenset(axes)
+    return Clues(*found, frozenset(grids - {spatial}))
 
 
 def _strided(conv: _ConvNd, grid: Sides) -> Sides:
-    """The output grid of a convolution."""
+    """The output grid of a convolution. One over frames leaves their axis, the first, as it is."""
+    if len(grid) > len(conv.kernel_size):
+        return grid[0], *_strided(conv, grid[1:])
     padding = (0,) * len(grid) if isinstance(conv.padding, str) else conv.padding
     knobs = zip(grid, conv.kernel_size, conv.stride, padding, conv.dilation)
     return tuple((side + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for side, kernel, stride, pad, dilation in knobs)

@@ -25,8 +25,9 @@ class Task(NamedTuple):
     facts: dict[Any, Any]  # facts about the model that this call has found; see `once`
 
     def with_image(self, image: Tensor) -> "Task":
-        """The task with another image, and without facts."""
-        return self._replace(batch=self.batch.with_image(image), facts={})
+        """The task with another image, and without the facts that depend on values."""
+        kept = {key: fact for key, fact in self.facts.items() if key[0] == "forms"}
+        return self._replace(batch=self.batch.with_image(image), facts=kept)
 
 
 def begin(

@@ -132,5 +132,9 @@ def merge_norms(private: PrivateCopy, state: State, folds: tuple[Fold, ...]) -> 
 
 def channels_last(state: State) -> State:
     """Store four-dimensional weights with the channels innermost; values and shapes do not change."""
-    last = torch.channels_last
-    return {name: t.contiguous(memory_format=last) if t.ndim == 4 else t for name, t in state.items()}
+    return {name: with_channels_last(tensor) for name, tensor in state.items()}
+
+
+def with_channels_last(tensor: Tensor) -> Tensor:
+    """Store a tensor of four axes with the channels innermost. Others have no such format."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor

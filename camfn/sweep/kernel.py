@@ -22,6 +22,7 @@ from camfn.model.forward import Forward
 from camfn.model.inputs import Companions, pick, rows_of
 from camfn.model.memory import is_exhausted
 from camfn.model.prepare import Slot, shapes, weakly
+from camfn.sweep.folding import with_channels_last
 from camfn.sweep.options import Sweep
 from camfn.sweep.runner import Runner
 from camfn.targets import Score, rows_at, score_rows
@@ -77,7 +78,7 @@ def kernel_of(forward: Forward, runner: Runner, score: Score, rule: Rule, grid: 
     """The kernel for a layer with this grid: compiled if the options ask for it, or if a compiled one is in the cache."""
     body = folded if runner.folded else mapped
     # Images with the channels last give masked inputs with the channels last, which need no conversion.
-    image = forward.image.contiguous(memory_format=torch.channels_last) if runner.channels_last else forward.image
+    image = with_channels_last(forward.image) if runner.channels_last else forward.image
     x = forward.batch.with_image(image).x
     scorer = Scorer(runner.call(), score.of, forward.companions)
     arguments = (scorer, rule, runner.state, x, score.rows)

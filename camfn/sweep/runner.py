@@ -18,7 +18,7 @@ from camfn.model.inputs import rows_of
 from camfn.model.memory import free_bytes, is_exhausted
 from camfn.model.private_copy import PrivateCopy
 from camfn.model.task import once
-from camfn.sweep.folding import Found, channels_last, find_folds, merge_norms
+from camfn.sweep.folding import Found, channels_last, find_folds, merge_norms, with_channels_last
 from camfn.sweep.options import CHUNK, Sweep
 from camfn.targets import Score, distinct, logits_of, reads_logits, score_rows
 
@@ -67,7 +67,7 @@ class Runner(NamedTuple):
             if not isinstance(leaf, Tensor):
                 return leaf
             leaf = leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf
-            return leaf.contiguous(memory_format=torch.channels_last) if last and leaf.ndim == 4 else leaf
+            return with_channels_last(leaf) if last else leaf
 
         def call(state: State, x: Inputs) -> Any:
             return inner(state, tree_map(prepared, x))
