@@ -320,12 +320,13 @@ def _unplaced_message(forms: list[Form]) -> str:
 
 def _unclear_message(forms: list[Form], shape: Sides, layout: Layout, spatial: Sides | None) -> str:
     if forms:
-        ways = " or ".join(form.name for form in forms[:4])
+        plainest = sorted(forms, key=lambda form: (form.suffix > 0, form.prefix > 0 and form.suffix > 0))
+        ways = " or ".join(form.name for form in plainest[:4])
         return f"which can be read in {len(forms)} ways that fit equally well; choose one by layout={ways}"
     if len(shape) < 3 or 0 in shape:
         return "which has no spatial axes; choose a layer before pooling and flattening, or pass layout="
     if isinstance(layout, Tokens):
-        return f"which is not (n, tokens, channels) with the tokens and grid of layout={_tokens_call(*layout)}"
+        return f"which is not (n, tokens, channels) with the prefix and grid of layout={_tokens_call(*layout)}"
     size = "the input" if spatial is None else f"the input, {spatial}"
     return (
         f"and no grid of that many positions has the proportions of {size}; pass "

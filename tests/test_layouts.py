@@ -13,11 +13,16 @@ ANY = Clues(frozenset(range(1000)), frozenset(range(1000)))
 
 
 def of_widths(first=(), last=(), axes=(), grids=()) -> Clues:
-    return Clues(frozenset(first), frozenset(last), frozenset(axes), frozenset(grids))
+    return Clues(frozenset(first), frozenset(last), axes=frozenset(axes), grids=frozenset(grids))
 
 
-def read(shape, spatial, clues=Clues(), layout="auto", n=2):
-    return layouts.read(torch.zeros(shape), layout, spatial, "layer", n, lambda: clues)
+def read(shape, spatial, clues=Clues(), layout="auto", n=2, placed=list):
+    return layouts.read(torch.zeros(shape), layout, spatial, "layer", n, lambda: clues, placed)
+
+
+def first_of(forms):
+    """As if the forward pass showed that the extra tokens come first."""
+    return forms[:1]
 
 
 @pytest.mark.parametrize(
@@ -60,9 +65,17 @@ def test_a_grid_is_inferred(shape, spatial, clues, grid):
 @pytest.mark.parametrize("prefix", range(9))
 @pytest.mark.parametrize(("spatial", "grid"), [((224, 224), (14, 14)), ((96, 160), (6, 10)), ((64, 32), (16, 8))])
 def test_tokens_are_inferred_with_any_prefix(prefix, spatial, grid):
-    found = read((2, prefix + grid[0] * grid[1], 192), spatial, of_widths(first=[3, 192], last=[192]))
+    """Their shape tells the grid; which of them are extra, the forward pass alone."""
+    asked = []
+
+    def placed(forms):
+        asked.extend(forms)
+        return [form for form in forms if form.suffix == 0]
+
+    found = read((2, prefix + grid[0] * grid[1], 192), spatial, of_widths(first=[3, 192], last=[192]), placed=placed)
     assert found.grid == grid
     assert found.values.shape == (2, 192, grid[0] * grid[1])
+    assert sorted((form.prefix, form.suffix) for form in asked) == [(before, prefix - before) for before in range(prefix + 1)]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +92,7 @@ def test_tokens_are_inferred_with_any_prefix(prefix, spatial, grid):
     ],
 )
 def test_tokens_are_told_by_the_input_and_by_what_embeds_its_patches(count, spatial, clues, grid):
-    assert read((2, count, 192), spatial, clues).grid == grid
+    assert read((2, count, 192), spatial, clues, placed=first_of).grid == grid
 
 
 @pytest.mark.parametrize(
@@ -91,12 +104,17 @@ def test_tokens_are_told_by_the_input_and_by_what_embeds_its_patches(count, spat
         ((2, 9, 40), (100,), Clues(), ['"channels_first"', '"channels_last"']),
         # A network that pools one axis more than the other, or one with its channels last: width against proportions.
         ((2, 32, 32, 64), (64, 64), of_widths(first=[32, 64]), ['"channels_first"', '"channels_last"']),
-        ((2, 10, 192), (96, 96), of_widths(last=[192]), ["tokens(grid=(3, 3), prefix=1)", "tokens(grid=(2, 2), prefix=6)"]),
+        (
+            (2, 10, 192),
+            (96, 96),
+            of_widths(last=[192]),
+            ["tokens(grid=(3, 3), prefix=1)", "tokens(grid=(2, 2), prefix=6)", "tokens(grid=(3, 3), prefix=0, suffix=1)"],
+        ),
         ((2, 64, 50), (80, 80), of_widths(first=[64]), ["tokens(grid=(8, 8), prefix=0)", '"channels_first"']),
     ],
 )
 def test_two_readings_that_fit_alike_are_an_error_that_names_them(shape, spatial, clues, ways):
-    with pytest.raises(CamError, match=r"layer 'layer' gives \(2, .* can be read in 2 ways that fit equally well") as error:
+    with pytest.raises(CamError, match=r"layer 'layer' gives \(2, .* can be read in \d ways that fit equally well") as error:
         read(shape, spatial, clues)
     for way in ways:
         assert f"layout={way}" in str(error.value) or f"or {way}" in str(error.value) or f".{way}" in str(error.value)
@@ -130,13 +148,21 @@ def test_windows_are_an_error_that_says_so():
 
 def test_tokens_said_by_hand():
     values = torch.randn(2, 13, 5)
-    for layout in (layouts.tokens((3, 4), 1), layouts.tokens((3, 4)), layouts.tokens([3, 4], prefix=1)):
+    for layout in (layouts.tokens((3, 4), 1), layouts.tokens((3, 4), suffix=0), layouts.tokens([3, 4], prefix=1, suffix=0)):
         found = layouts.read(values, layout, None, "layer", 2)
         assert found.grid == (3, 4)
         assert_close(found.values, values[:, 1:].mT, 0)
-    assert read((2, 13, 5), (48, 64), layout=layouts.tokens()).grid == (3, 4)
+    found = layouts.read(values, layouts.tokens((2, 4), prefix=1, suffix=4), None, "layer", 2)
+    assert_close(found.values, values[:, 1:9].mT, 0)
+    assert_close(found.restore(found.values), values, 0)
+    assert read((2, 13, 5), (48, 64), layout=layouts.tokens(suffix=0)).grid == (3, 4)
     assert read((2, 10, 5), (96, 96), layout=layouts.tokens(prefix=6)).grid == (2, 2)
-    assert read((2, 31, 5), (96, 96), layout=layouts.tokens(grid=(3, 3))).values.shape == (2, 5, 9)  # a prefix of 22
+    far = read((2, 31, 5), (96, 96), layout=layouts.tokens(grid=(3, 3)), placed=first_of)
+    assert far.values.shape == (2, 5, 9)  # a prefix of 22
+    with pytest.raises(CamError, match=r"can be read in 2 ways .* prefix=1\) or .*, prefix=0, suffix=1\)"):
+        read((2, 13, 5), (48, 64), layout=layouts.tokens((3, 4)))
+    with pytest.raises(CamError, match="do not follow those of the input"):  # a suffix that the caller has not named is seen
+        read((2, 13, 5), (48, 64), layout=layouts.tokens((2, 4), prefix=1), placed=lambda forms: [])
     with pytest.raises(CamError, match=r"not \(n, tokens, channels\) with the prefix and grid of layout=camfn.layouts.tokens"):
         read((2, 13, 5), (48, 64), layout=layouts.tokens((3, 4), prefix=2))
     with pytest.raises(CamError, match="which is not"):
@@ -145,11 +171,13 @@ def test_tokens_said_by_hand():
         layouts.tokens((3, 0))
     with pytest.raises(CamError, match=r"tokens\(prefix=-1\): prefix must be a number"):
         layouts.tokens(prefix=-1)
+    with pytest.raises(CamError, match=r"tokens\(suffix=True\): suffix must be a number"):
+        layouts.tokens(suffix=True)
 
 
 def test_tokens_first_as_torchs_transformers_have_them():
     values = torch.randn(17, 2, 5)
-    found = layouts.read(values, "auto", (32, 32), "layer", 2)
+    found = layouts.read(values, "auto", (32, 32), "layer", 2, placed=first_of)
     assert found.grid == (4, 4)
     assert_close(found.values, values[1:].permute(1, 2, 0), 0)
     assert_close(found.restore(found.values), values, 0)

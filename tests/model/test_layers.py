@@ -10,7 +10,8 @@ from torch.func import grad, jvp, vmap
 
 import camfn
 from camfn import CamError, _compat, layouts
-from camfn.model.layers import clues_of
+from camfn.methods._common import read_layer
+from camfn.model.forward import look
 from tests.oracles.closeness import assert_close, close
 from tests.oracles.libraries import torchvision_models
 from tests.oracles.networks import CHEAP, inputs, small_net
@@ -108,7 +109,7 @@ def test_what_is_written_back_goes_through_the_rest_of_the_network(layout, prefi
     expected = y + y.relu()
     f, state = camfn.tap(other, "layer"), camfn.state_of(other)
     output, activation = f(state, x)
-    read = layouts.read(activation, "auto", sides, "layer", 2, lambda: clues_of(other, sides))
+    read = read_layer(look(other, "layer", x, None), "layer", activation, "auto")
     values = read.values.clone()
     values[:, ::2] = 0
     swapped = f(state, x, None, read.restore(values)).output
@@ -122,7 +123,7 @@ def test_the_gradient_is_read_as_the_activation_is():
     for model in (alike("channels_first", sides), alike("tokens", sides, 2)):
         f, state = camfn.tap(model, "layer"), camfn.state_of(model)
         seen = f(state, x).seen
-        read = layouts.read(seen, "auto", sides, "layer", 2, lambda model=model: clues_of(model, sides))
+        read = read_layer(look(model, "layer", x, None), "layer", seen, "auto")
         slopes.append(
             read.view(grad(lambda nudge, f=f, state=state: f(state, x, nudge).output[:, 1].sum())(torch.zeros_like(seen)))
         )
