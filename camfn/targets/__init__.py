@@ -108,7 +108,7 @@ def is_plain(target: Target) -> bool:
 
 
 def as_probabilities(target: Target) -> Named:
-    """Score plain classes by their softmax probability. Targets with a scale are returned unchanged."""
+    """Score plain classes by their probability. Targets with a scale are returned unchanged."""
     found = named(target)
     if isinstance(found, Each):
         return Each(tuple(map(as_probabilities, found.targets)))
