@@ -149,7 +149,7 @@ def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], forward: 
     """Findings about weights, activations and gradients; none under a transform, where values cannot be read."""
     if _compat.transformed():
         return ()
-    found: list[Finding] = []
+    found = [Finding("about the target", "", 1.0, remark) for remark in outcome.score.remarks]
     if "recipe" in settings:
         found += diagnostics.about_weights(outcome.weights, outcome.layers)
     if forward is not None and Need.ACTIVATIONS in row.needs:

@@ -17,10 +17,21 @@ METHODS_PAGE = PACKAGE.parent / "docs" / "methods.md"
 ROOMS = {
     "": ("_version", "_errors", "_types", "_compat", "_paths"),
     "formulas": (
-        *("scaling", "resampling", "components", "factorization", "masks", "noise", "maps", "weights", "attention"),
+        *(
+            "probabilities",
+            "scaling",
+            "resampling",
+            "components",
+            "factorization",
+            "masks",
+            "noise",
+            "maps",
+            "weights",
+            "attention",
+        ),
         "diagnostics",
     ),
-    "targets": ("scores", "algebra", "classes", "dense", "embeddings", "detections"),
+    "targets": ("outputs", "scores", "algebra", "classes", "dense", "embeddings", "detections"),
     ".layouts": ("layouts",),
     "model": (
         *("memory", "randomness", "guard", "private_copy", "restore", "prepare", "torch_errors", "ports", "capture", "axes"),

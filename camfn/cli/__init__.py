@@ -44,7 +44,7 @@ For each image, layer, method and class three new files are written. Existing fi
 \b
   .png   the map in color over the picture, half and half
   .npy   the raw map, not scaled to [0, 1], in the size given by --size
-  .json  class, score, probability (softmax), layer, method, cost, findings, notes
+  .json  class, score, probability (softmax; a single output: sigmoid), layer, method, cost, findings, notes
 
 Several methods are also drawn in one grid. --method all skips the methods that do not fit the network; a note says why.
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from camfn._errors import CamError, escaped
 from camfn.cli.files import WRITTEN
 from camfn.cli.options import one_line
+from camfn.formulas import probabilities as formula
 
 Facts = dict[str, Any]
 Written = tuple[Facts, Path]
@@ -19,22 +19,29 @@ Written = tuple[Facts, Path]
 
 
 def probabilities(outputs: Tensor) -> Tensor:
-    """Return the softmax of the outputs, or the outputs themselves if they are probabilities already."""
-    already = bool((outputs >= 0).all()) and abs(float(outputs.sum()) - 1) < 1e-4
-    return outputs if already else torch.softmax(outputs, 0)
+    """Return the probabilities of the outputs, or the outputs themselves if they are probabilities already.
+
+    A single output is a logit.
+    """
+    already = len(outputs) > 1 and bool((outputs >= 0).all()) and abs(float(outputs.sum()) - 1) < 1e-4
+    return outputs if already else formula.probabilities(outputs)
 
 
 def classes(card: Any, number: int, outputs: Tensor, names: Sequence[str]) -> Facts:
-    """Return the facts about the class of a map (by its number on the card), and about the predicted class."""
+    """Return the facts about the class of a map (by its number on the card), and about the predicted class.
+
+    A single logit predicts its class if it is positive, and no class otherwise.
+    """
     index, best = int(card.classes[0, number]), int(outputs.argmax())
+    predicted = best if len(outputs) > 1 or float(outputs[0]) > 0 else None
     name, probability = dict(enumerate(names)).get, float(probabilities(outputs)[index])
     return {
         "class": index,
         "class_name": name(index),
         "score": float(card.scores[0, number]),
         "probability": probability if math.isfinite(probability) else None,
-        "predicted_class": best,
-        "predicted_class_name": name(best),
+        "predicted_class": predicted,
+        "predicted_class_name": None if predicted is None else name(predicted),
     }
 
 

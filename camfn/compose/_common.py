@@ -12,10 +12,9 @@ from camfn._types import Inputs, Layers, Layout, Maps, Size, State, Target
 from camfn.formulas import maps
 from camfn.methods._common import Drawing, explained, without_layer
 from camfn.methods.registry import Outcome, published
-from camfn.model.forward import look
+from camfn.model.forward import another_batch, look
 from camfn.model.inputs import Batch, Key
-from camfn.targets import Clean as Output
-from camfn.targets import named
+from camfn.targets import settled
 
 
 class Made(NamedTuple):
@@ -94,8 +93,8 @@ def look_at(question: Question) -> Clean:
     forward = look(model, None, x, state, masked, axes, masks=True, taps=False)
     found = explained(forward, target, Drawing(False, None, False, layout, axes))
     outcome = Outcome((), (), (), found.score.classes, found.clean, found.score, (), forward.forwards, 0, ())
-    settled = named(target).settled(Output(forward.output, forward.n, forward.image.device))
-    return Clean(question._replace(x=forward.batch.x, target=settled), forward.batch, outcome)
+    fixed = settled(target, forward.output, forward.n, forward.image.device, functools.partial(another_batch, forward))
+    return Clean(question._replace(x=forward.batch.x, target=fixed), forward.batch, outcome)
 
 
 def composed(name: str, answer: Callable[[Question], Outcome], of_layer: bool) -> Callable[..., Maps]:

@@ -26,7 +26,7 @@ def multi_scale(
 
     The input is enlarged to each of `sizes`, and covered by adjacent windows of its own size. The last window of each axis is
     shifted to end at the border. Each window's **normalized** map is multiplied by the target's score there, divided by that of
-    the best window. An integer target means the softmax probability of that class. The maps are then put back in place and
+    the best window. An integer target means the probability of that class. The maps are then put back in place and
     resized to the input's size. Each pixel gets the mean of the maps that are positive there, and a Gaussian blur follows.
 
     A score below 0 counts as 0. If no window has a positive score, all windows count the same. The authors can drop windows of

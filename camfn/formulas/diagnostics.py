@@ -20,6 +20,7 @@ Kind = Literal[
     "no gradient",
     "no position",
     "parts left out",
+    "about the target",
 ]
 
 

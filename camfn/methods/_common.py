@@ -17,7 +17,7 @@ from camfn.formulas.diagnostics import about_maps
 from camfn.formulas.scaling import rescale
 from camfn.layouts import Form, Read
 from camfn.methods.registry import Outcome
-from camfn.model.forward import Forward, Shared, first_nonfinite, look, look_with_gradients
+from camfn.model.forward import Forward, Shared, another_batch, first_nonfinite, look, look_with_gradients
 from camfn.model.gradients import Pullback, each_target
 from camfn.model.inputs import Batch
 from camfn.model.layers import clues_of, placed_forms
@@ -56,7 +56,8 @@ def explained(forward: Forward, target: Target, drawing: Drawing, kind: Scale = 
     `kind`: the meaning of an integer target, the class's `"logit"` or its `"probability"`.
     """
     check_combine(drawing.combine)
-    score = resolve(target, forward.output, forward.n, forward.image.device, kind)
+    another = functools.partial(another_batch, forward)
+    score = resolve(target, forward.output, forward.n, forward.image.device, kind, another)
     clean = clean_scores(forward, score)
     reads = tuple(read_layer(forward, *each, drawing.layout) for each in zip(forward.layers, forward.activations))
     for part in reads:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from camfn.methods._common import (
     weighed,
 )
 from camfn.methods.registry import Cost, Need, Outcome, method
-from camfn.model.forward import again, look, look_with_gradients, without_graph
+from camfn.model.forward import again, another_batch, look, look_with_gradients, without_graph
 from camfn.model.gradients import each_target
 from camfn.model.inputs import Key
 from camfn.model.memory import is_exhausted
@@ -194,7 +195,10 @@ def _shares(own: Explained, others: Sequence[Explained], target: Target) -> Tens
     """The weight of each size for each image, `(r, n)`. For `target=None`, a size that predicts another class has weight 0."""
     kept = torch.ones_like(own.clean[:, 0]).expand(1 + len(others), -1)
     if target is None:
-        best = [resolve(None, other.forward.output, len(own.clean), own.clean.device).rows for other in others]
+        device = own.clean.device
+        best = [
+            resolve(None, f.output, f.n, device, another=partial(another_batch, f)).rows for f in (o.forward for o in others)
+        ]
         kept = torch.stack([rows[:, 0] == own.score.rows[:, 0] for rows in (own.score.rows, *best)]).to(kept.dtype)
     return kept / kept.sum(0)
 

@@ -55,7 +55,7 @@ def group_cam(
     the input's size, and norm is min-max normalization. A group that is zero everywhere has the score 0. The cost is the clean
     forward pass, one forward pass of b, and for each target one backward pass and `groups` forward passes.
 
-    An integer target means the softmax probability of that class in s, as in the paper, and its raw output in the gradient.
+    An integer target means the probability of that class in s, as in the paper, and its raw output in the gradient.
     Every other target is used unchanged in both. `camfn.targets.logit(c)` therefore scores by the raw output.
 
     **Arguments**
@@ -154,7 +154,7 @@ def score_cam_pp(
     masks rather than the activation. In the map, U upsamples to `size`: `size="input"` gives the paper's map. The cost is one
     forward pass for each channel that is not zero everywhere, for any number of targets.
 
-    An integer target means the softmax probability of that class, as in the paper. Use `camfn.targets.logit(c)` for the raw
+    An integer target means the probability of that class, as in the paper. Use `camfn.targets.logit(c)` for the raw
     output.
 
     The other arguments, the returned maps and the errors are those of `camfn.score_cam`. `sweep` must not set a dtype.

@@ -48,7 +48,7 @@ def poly_cam(
 
     D resizes to the grid of layer `l + 1` and U back, both linearly. A deeper cell sets the amount, and the shallower layer
     distributes it within the cell. In the weights below, `M_k` is the upsampled mask of a channel, and s the score. An integer
-    target means the softmax probability of that class, as in the authors' code. Use `camfn.targets.logit(c)` for the raw
+    target means the probability of that class, as in the authors' code. Use `camfn.targets.logit(c)` for the raw
     output.
 
     The map equals that of the authors' code, except in three ways. The authors divide a mask by its upper percentile, not by

@@ -46,7 +46,7 @@ def rise(
     uses no layer, so it can serve as a reference for those that do. The cost is N forward passes, for any number of targets.
     The masks are generated in chunks, so few of them are in memory at the input's size.
 
-    An integer target means the softmax probability of that class, as in the paper. Use `camfn.targets.logit(c)` for the raw
+    An integer target means the probability of that class, as in the paper. Use `camfn.targets.logit(c)` for the raw
     output.
 
     **Arguments**

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ from camfn.model.private_copy import PrivateCopy
 from camfn.model.randomness import refusing_draws
 from camfn.model.task import Task, begin, once
 from camfn.model.torch_errors import WITHOUT_GRADIENTS, quantized_in
-from camfn.targets import logits_of
+from camfn.targets import repeats
 
 
 class Forward(NamedTuple):
@@ -191,28 +192,41 @@ def _layers_of(task: Task, layer: Layers) -> tuple[tuple[str, ...], int]:
 def _companions(task: Task, output: Any) -> Companions:
     """Find out whether companion inputs with n rows belong to the images one by one, or are shared, as two texts by two images.
 
-    The test runs a batch of the first image twice, with the companion inputs repeated and then shared. The right choice gives
-    both rows the logits of the first image. Without logits, they are assumed to belong to the images.
+    The test runs a batch of copies of the first image, with the companion inputs repeated and then shared. The right choice
+    gives all of them the output of the first image. The number of copies is not n, so that what is shared keeps its shape.
     """
     x, pixels, n = task.batch
     if _compat.transformed() or not beside(x, pixels.key, n):
         return Companions(pixels, n)
 
     def find() -> int:
-        image = task.batch.image
-        call, twice = pure_from(task.model.borrow()), torch.zeros(2, dtype=torch.long, device=image.device)
         for rows in (n, 0):
-            try:
-                expected = logits_of(output)[twice]
-                found = logits_of(call(task.state, rows_of(x, Companions(pixels, rows), twice, image[twice])))
-                if found.shape == expected.shape and bool(((found - expected).abs() <= 0.01 * expected.abs().amax()).all()):
-                    return rows
-            except Exception as error:
-                if is_exhausted(error) or isinstance(error, RefusedError):
-                    raise
+            found = _of_copies(task, Companions(pixels, rows))
+            if found is not None and repeats(output, n, *found):
+                return rows
         return n
 
     return Companions(pixels, once(task, ("companion rows", n), find))
+
+
+def _of_copies(task: Task, companions: Companions) -> tuple[Any, int] | None:
+    """The output for two copies of the first image, or three where n is two, and their number. `None` if the model fails."""
+    image, copies = task.batch.image, 3 if task.batch.n == 2 else 2
+    which = torch.zeros(copies, dtype=torch.long, device=image.device)
+    try:
+        with torch.no_grad():
+            x = rows_of(task.batch.x, companions, which, image.index_select(0, which))
+            return pure_from(task.model.borrow())(task.state, x), copies
+    except Exception as error:
+        if is_exhausted(error) or isinstance(error, RefusedError):
+            raise
+        return None
+
+
+def another_batch(forward: Forward) -> tuple[Any, int] | None:
+    """The output for another number of images than n, and this number. The shapes tell what belongs to the images."""
+    find = partial(_of_copies, forward.task, forward.companions)
+    return find() if _compat.transformed() else once(forward.task, "another batch", find)
 
 
 def tapped(task: Task, names: Sequence[str], private: PrivateCopy | None = None) -> Run:

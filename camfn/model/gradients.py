@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import grad, vjp
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from camfn import _compat
 from camfn._types import Inputs, State
 from camfn.model.capture import Captured
 from camfn.model.torch_errors import about_gradient, is_reentrant, refuse_once, refuse_quantizing
-from camfn.targets import Score, score_rows
+from camfn.targets import Score, flatten, score_rows
 
 Of = Callable[[Any], Tensor]
 """A function from the model's output to a scalar."""
@@ -86,7 +86,8 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
             hvps = {name: _gradients(product, {name: zeros[name]}, None)[name] for name, product in products.items()}
         return {name: (slope.detach(), hvps[name]) for name, slope in slopes.items()}
 
-    detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
+    leaves, rebuilt = flatten(output)
+    detached = rebuilt(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     values = dict(zip(zeros if names is None else names, (value.detach() for value in seen)))
     return Captured(detached, tuple(values.values())), Pullback(gradients, last, curvatures)
 
@@ -149,12 +150,12 @@ def _pulled(
 ) -> tuple[Captured, Callable[..., tuple[Tensor, ...]]]:
     """Run the forward pass with these nudges, and return the function from an `Of` to its gradients at the nudges."""
     fixed: list[Any] = []  # for each leaf of the output: its value if not a tensor, is it one, does it have a gradient
-    spec: Any = None
+    rebuilt: Any = None
 
     def forward(*nudges: Tensor) -> tuple[list[Tensor], tuple[Any, Any]]:
-        nonlocal fixed, spec
+        nonlocal fixed, rebuilt
         output, seen = run(state, x, nudges)
-        leaves, spec = tree_flatten(output)
+        leaves, rebuilt = flatten(output)
         fixed = [(None if isinstance(leaf, Tensor) else leaf, isinstance(leaf, Tensor), _has_slope(leaf)) for leaf in leaves]
         return [leaf for leaf in leaves if _has_slope(leaf)], ([leaf for leaf in leaves if isinstance(leaf, Tensor)], seen)
 
@@ -166,11 +167,11 @@ def _pulled(
     def slopes(of: Callable[[Any], Tensor]) -> tuple[Tensor, ...]:
         def of_floats(given: list[Tensor]) -> Tensor:
             those = iter(given)
-            return of(tree_unflatten([next(those) if slope else leaf for leaf, (*_, slope) in zip(leaves, fixed)], spec))
+            return of(rebuilt(next(those) if slope else leaf for leaf, (*_, slope) in zip(leaves, fixed)))
 
         return back(grad(of_floats)(floats))
 
-    return Captured(tree_unflatten(leaves, spec), seen), slopes
+    return Captured(rebuilt(leaves), seen), slopes
 
 
 def _has_slope(leaf: Any) -> bool:

@@ -21,7 +21,7 @@ from camfn.model.recording import Record, record
 from camfn.model.tape import leaves
 from camfn.model.task import Task
 from camfn.model.torch_errors import Given, about_forward, about_record
-from camfn.targets.scores import fields_of, is_record
+from camfn.targets.outputs import fields_of, flatten, is_record
 
 
 class Head(NamedTuple):
@@ -183,7 +183,7 @@ def _lasting(
 
 def agree(found: Any, expected: Any) -> bool:
     """Whether two outputs are equal up to rounding."""
-    pairs = zip(_tensors(found), _tensors(expected))
+    pairs = zip(*([leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)] for output in (found, expected)))
     return all(is_close(a, b, 1000) if b.is_floating_point() else torch.equal(a, b) for a, b in pairs)
 
 

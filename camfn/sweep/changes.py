@@ -30,7 +30,7 @@ from camfn.sweep.options import Sweep
 from camfn.sweep.runner import Room, chunk_of, free_share
 from camfn.sweep.scoring import in_chunks
 from camfn.targets import Score, rows_at, score_rows
-from camfn.targets.scores import fields_of, is_record
+from camfn.targets.outputs import fields_of, is_record
 
 CHUNK = 64
 """Changed activations per forward pass of the head: it is small, and reads its weights once for all of them."""
@@ -215,19 +215,19 @@ def _checking(site: _Site, count: int) -> Tensor:
 def _holds(head: Head, site: _Site, x: Inputs, count: int) -> bool:
     """Whether the head gives the clean output for the clean activation."""
     forward = site.sweeper.forward
-    found = _sample(head.at(forward.task.state, x)(site.restored(_checking(site, count))), 0, count)
-    clean = _sample(forward.output, site.image, forward.n)
+    found = _sample(head.at(forward.task.state, x)(site.restored(_checking(site, count))), 0, count, site.sweeper.score)
+    clean = _sample(forward.output, site.image, forward.n, site.sweeper.score)
     return 0 < len(found) == len(clean) and all(is_close(a, b, 1000) for a, b in zip(found, clean))
 
 
-def _sample(output: Any, i: int, count: int) -> list[Tensor]:
+def _sample(output: Any, i: int, count: int, score: Score) -> list[Tensor]:
     """The floating-point tensors of sample `i` in an output for `count` samples."""
 
     def row(leaf: Any) -> Any:
         return leaf[i] if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == count else leaf
 
     output = fields_of(output) if is_record(output) else output
-    leaves = tree_flatten(output[i] if isinstance(output, list) else tree_map(row, output))[0]
+    leaves = tree_flatten(output[i] if score.of.way == "entries" else tree_map(row, output))[0]
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

@@ -71,6 +71,8 @@ def mapped(scorer: Scorer, rule: Rule, state: State, x: Inputs, targets: Any, ro
     def one(row: Rows) -> Tensor:
         return folded(scorer, rule, state, x, targets, {name: value[None] for name, value in row.items()})[0]
 
+    if scorer.of.way != "mapped":  # the target itself cannot be mapped
+        return torch.stack([one({name: value[i] for name, value in rows.items()}) for i in range(len(rows["image"]))])
     return vmap(one)(rows)
 
 

@@ -145,7 +145,7 @@ def _compared(score: Score, output: Any, count: int) -> list[Tensor]:
     """
     if isinstance(output, Tensor) and output.is_floating_point():
         return [output]
-    if reads_logits(score.of) and not isinstance(output, list):
+    if reads_logits(score.of) and score.of.way == "mapped":
         return [logits_of(output)]
 
     def of(image: int) -> Any:

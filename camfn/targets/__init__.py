@@ -5,6 +5,7 @@ function is the same for all rows of a sweep, and the tensors are looked up by i
 all targets of a kind.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from camfn.targets.classes import (
 from camfn.targets.dense import Segmentation, segmentation
 from camfn.targets.detections import Boxes, boxes
 from camfn.targets.embeddings import Similarity, similarity
+from camfn.targets.outputs import Another, flatten, logits_of, observe, repeats
 from camfn.targets.scores import (
     Clean,
     Kind,
@@ -34,7 +36,6 @@ from camfn.targets.scores import (
     Score,
     at_columns,
     distinct,
-    logits_of,
     names,
     reads_logits,
     rows_at,
@@ -42,6 +43,7 @@ from camfn.targets.scores import (
 )
 
 __all__ = [
+    "Another",
     "Boxes",
     "Clean",
     "Contrast",
@@ -62,6 +64,7 @@ __all__ = [
     "boxes",
     "contrast",
     "distinct",
+    "flatten",
     "is_plain",
     "log_probability",
     "logit",
@@ -71,11 +74,13 @@ __all__ = [
     "probability",
     "reads_logits",
     "regression",
+    "repeats",
     "resolve",
     "rest",
     "rows_at",
     "score_rows",
     "segmentation",
+    "settled",
     "similarity",
     "top",
 ]
@@ -88,7 +93,12 @@ def named(target: Target) -> Named:
     if callable(target):
         return Function(target)
     mixed = isinstance(target, (list, tuple)) and any(one is None or callable(one) or isinstance(one, Named) for one in target)
-    return Each(tuple(map(named, target))) if mixed else OfClasses(target)
+    return Each(tuple(map(_of_one_image, target))) if mixed else OfClasses(target)
+
+
+def _of_one_image(target: Target) -> Named:
+    """Convert the target of one image. Several classes are the one row of a table."""
+    return OfClasses([target]) if isinstance(target, (list, tuple)) else named(target)
 
 
 def is_plain(target: Target) -> bool:
@@ -98,7 +108,7 @@ def is_plain(target: Target) -> bool:
 
 
 def as_probabilities(target: Target) -> Named:
-    """Score plain classes by their softmax probability. Targets with a scale are returned unchanged."""
+    """Score plain classes by their probability. Targets with a scale are returned unchanged."""
     found = named(target)
     if isinstance(found, Each):
         return Each(tuple(map(as_probabilities, found.targets)))
@@ -107,12 +117,25 @@ def as_probabilities(target: Target) -> Named:
     return OfClasses(found.classes if isinstance(found, OfClasses) else found, "probability")
 
 
-def resolve(target: Target, output: Any, n: int, device: torch.device, scale: Scale = "logit") -> Score:
+def resolve(
+    target: Target, output: Any, n: int, device: torch.device, scale: Scale = "logit", another: Another = lambda: None
+) -> Score:
     """Resolve a target on the clean output of n samples.
 
     - `output`: the model's output on the clean batch.
     - `scale`: the scale of classes that do not name one.
+    - `another`: gives the output for another number of images, which tells what in the output belongs to them. It is called
+      once, and only if the target depends on it and the output leaves it open.
 
     Returns a `Score`. Raises `CamError` if the target does not fit the output.
     """
-    return named(target).resolve(Clean(output, n, device, scale))
+    return named(target).resolve(_clean(output, n, device, scale, another))
+
+
+def settled(target: Target, output: Any, n: int, device: torch.device, another: Another) -> Named:
+    """Return a target that gives the same score on every output as `resolve` gives on this one. The arguments are the same."""
+    return named(target).settled(_clean(output, n, device, "logit", another))
+
+
+def _clean(output: Any, n: int, device: torch.device, scale: Scale, another: Another) -> Clean:
+    return Clean(output, n, device, scale, functools.cache(lambda: observe(output, n, another)))

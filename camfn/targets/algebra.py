@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from camfn._errors import CamError
 from camfn._types import wide
-from camfn.targets.scores import Clean, Kind, Score, fields_of, is_record, read_parts, score_rows
+from camfn.targets.outputs import Reading, Shared, has_entries, other_targets, rows_in, shown, with_rows
+from camfn.targets.scores import Clean, Kind, Score, Way, read_parts, score_rows, way_of
 
 Terms: TypeAlias = "tuple[tuple[float, Named], ...]"
 
@@ -107,10 +108,18 @@ class Sum(Named):
                 "score, or as many as the others"
             )
         weights = torch.tensor([weight for weight, _ in self.terms], dtype=_widest(found), device=clean.device)
-        kind = Kind(read_parts, _of_sum, _names_of_sum, (tuple(score.of for score in scores),))
+        parts = tuple(score.of for score in scores)
+        kind = Kind(read_parts, _of_sum, _names_of_sum, (parts,), way_of(parts))
         rows = weights.repeat(clean.n, 1), tuple(score.rows for score in scores)
         classes = scores[0].classes if len(scores) == 1 else None
-        return Score(kind, rows, all(score.single for score in scores), classes, all(score.linear for score in scores))
+        return _joined(Score(kind, rows, True, classes), scores)
+
+
+def _joined(score: Score, parts: Sequence[Score]) -> Score:
+    """Return the score with what holds for all its parts, and the remarks on each of them."""
+    single, linear = all(part.single for part in parts), all(part.linear for part in parts)
+    remarks = dict.fromkeys(remark for part in parts for remark in part.remarks)
+    return score._replace(single=single, linear=linear, remarks=tuple(remarks))
 
 
 def _each(parts: tuple[Kind, ...], samples: tuple[Any, ...], rows: tuple[Any, ...]) -> list[Tensor]:
@@ -170,11 +179,11 @@ class Each(Named):
         if len(groups) > 1:
             kinds = tuple(scores[group[0]].of for group in groups)
             which = [number for image in range(clean.n) for number, group in enumerate(groups) if image in group]
-            of = Kind(read_parts, _of_choice, _names_of_choice, (kinds,))
+            of = Kind(read_parts, _of_choice, _names_of_choice, (kinds,), way_of(kinds))
             rows = torch.tensor(which, device=clean.device)[:, None], tuple(_rows_of(group, scores) for group in groups)
         classes = [score.classes for score in scores if score.classes is not None]
         every = torch.cat(classes) if len(classes) == clean.n else None
-        return Score(of, rows, all(score.single for score in scores), every, all(score.linear for score in scores))
+        return _joined(Score(of, rows, True, every), scores)
 
     def settled(self, clean: Clean) -> "Each":
         """Settle each target on the output of its image. Plain classes stay plain."""
@@ -240,14 +249,33 @@ class Function(Named):
 
     function: Callable[[Any], Any]
 
-    def settled(self, clean: Clean) -> "Function":
-        """Return self: a function does not depend on the clean output."""
-        return self
-
     def resolve(self, clean: Clean) -> Score:
-        """Call the function once on the clean output, to check it and to find the rank of its result."""
+        """Call the function once on the clean output, to find out how it can be run, and the rank of its result.
+
+        It is mapped over the samples, or run on one after the other where it cannot be mapped or a part of the output has one
+        entry for each image.
+        """
         clean.refuse_probabilities("a callable")
-        kind = Kind(_whole, _of_function, _name_of_function, (self.function,))
+        reading, remark = clean.observed()
+        if reading is None:
+            raise CamError(
+                "the target is a callable of one image's output, and no part of the output has a row for each of the "
+                f"{clean.n} images: {shown(clean.output)}"
+            )
+        failed: list[Exception] = []
+        for way in _ways(reading):
+            try:
+                score = self._tried(Kind(_whole, _of_function, _name_of_function, (self.function, reading), way), clean)
+            except Exception as error:
+                failed.append(error)
+                if isinstance(error, CamError):
+                    break
+                continue
+            said = [remark] * bool(remark) + [_one_by_one(self.function, error) for error in failed]
+            return score._replace(remarks=tuple(said))
+        raise _failed(failed, clean) from failed[-1]
+
+    def _tried(self, kind: Kind, clean: Clean) -> Score:
         rows = torch.zeros(clean.n, 1, dtype=torch.long, device=clean.device)
         axes: list[int] = []
 
@@ -256,32 +284,49 @@ class Function(Named):
             axes.append(getattr(score, "ndim", 1))
             return score
 
-        try:
-            score_rows(kind._replace(told=(probe,)), clean.output, rows)
-        except CamError:
-            raise
-        except Exception as error:
-            raise CamError(
-                f"the target failed on the model's output: {type(error).__name__}: {error} (it is called with ONE sample's "
-                "output, without a batch axis, inside vmap: it must not use .item() or `if` on values)"
-            ) from error
+        score_rows(kind._replace(told=(probe, *kind.told[1:])), clean.output, rows)
         return Score(kind, rows, not any(axes), None)
 
 
-def _whole(function: Callable[[Any], Any], output: Any) -> tuple[type | None, Any]:
-    """Return the whole output. A dataclass becomes a dict of its fields, so that pytree functions see its tensors."""
-    return (type(output), fields_of(output)) if is_record(output) else (None, output)
+def _ways(reading: Reading) -> tuple[Way, ...]:
+    """Return the ways in which a function of one image's output may be run, the fastest first."""
+    return ("entries",) if reading == "each" else ("one by one",) if has_entries(reading) else ("mapped", "one by one")
 
 
-def _of_function(function: Callable[[Any], Any], sample: tuple[type | None, Any], row: Tensor) -> Tensor:
-    made, output = sample
-    score = function(output if made is None else made(**output))
+def _failed(errors: list[Exception], clean: Clean) -> CamError:
+    """Return the error about a function that could be run in no way."""
+    seen = f"the output for {clean.n} images is {shown(clean.output)}{other_targets(clean.output)}"
+    if isinstance(errors[0], CamError):
+        return CamError(f"{errors[0]} ({seen})")
+    each = "; image by image: ".join(dict.fromkeys(f"{_type_of(error)}{error}" for error in errors))
+    return CamError(
+        f"the target failed on the model's output: {each} (it is called with ONE sample's output, without a batch axis; {seen})"
+    )
+
+
+def _type_of(error: Exception) -> str:
+    return "" if isinstance(error, CamError) else f"{type(error).__name__}: "
+
+
+def _one_by_one(function: Callable[[Any], Any], error: Exception) -> str:
+    (name,) = _name_of_function(function, None, None)
+    return f"the target ({name}) is run image by image: vmap cannot map it over them ({type(error).__name__})"
+
+
+def _whole(function: Callable[[Any], Any], reading: Reading, output: Any) -> tuple[list[Any], Shared]:
+    """Return the rows of the output, and the output around them. The entry of an image has no rows: it is handed whole."""
+    return ([], Shared(output)) if reading == "each" else (rows_in(reading, output), Shared(output))
+
+
+def _of_function(function: Callable[[Any], Any], reading: Reading, sample: tuple[list[Any], Shared], row: Tensor) -> Tensor:
+    own, around = sample
+    score = function(around.value if reading == "each" else with_rows(reading, around.value, iter(own)))
     if not isinstance(score, Tensor) or score.ndim > 1:
         found = f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
         raise CamError(f"a target must return a scalar tensor or one of shape (t,) for one sample; found {found}")
     return score.reshape(-1).to(wide(score.dtype))
 
 
-def _name_of_function(function: Callable[[Any], Any], row: Tensor) -> list[str]:
+def _name_of_function(function: Callable[[Any], Any], reading: Reading, row: Any) -> list[str]:
     name = getattr(function, "__name__", type(function).__name__)
     return ["a callable" if name == "<lambda>" else name]

@@ -11,8 +11,10 @@ from torch import Tensor
 from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Classes, Target, wide
+from camfn.formulas.probabilities import log_probabilities, probabilities
 from camfn.targets.algebra import Named
-from camfn.targets.scores import Clean, Kind, Scale, Score, batch_of, logits_of, read_logits
+from camfn.targets.outputs import logits_of, other_targets, shown, similarities
+from camfn.targets.scores import Clean, Kind, Scale, Score, read_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,7 @@ class OfClasses(Named):
 
     classes: Any
     scale: Scale | None = None
+    multi_label: bool = False  # whether the probability of a class is its sigmoid
 
     def resolve(self, clean: Clean) -> Score:
         """Find the classes. The rows are their indices `(n, t)`."""
@@ -28,13 +31,13 @@ class OfClasses(Named):
         if scale != "probability":
             clean.refuse_probabilities(f"targets.{scale}")
         classes, single = resolve_classes(self.classes, _class_logits(clean), clean.n)
-        kind = Kind(read_logits, _of_classes, _names_of_classes, (scale,))
+        kind = Kind(read_logits, _of_classes, _names_of_classes, (scale, self.multi_label), clean.way)
         return Score(kind, classes, single, classes, linear=scale == "logit")
 
     def settled(self, clean: Clean) -> "OfClasses":
         """Fix the classes. The scale stays open if it was not given."""
         classes, single = resolve_classes(self.classes, _class_logits(clean), clean.n)
-        return OfClasses(classes[:, 0] if single else classes, self.scale)
+        return OfClasses(classes[:, 0] if single else classes, self.scale, self.multi_label)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Contrast(Named):
         classes, single = resolve_classes(self.classes, y, clean.n)
         others = _nearest(classes, y, self.top) if self.against is None else _others(self.against, classes, y)
         rows = _with_weights(classes, others, self.alpha, wide(y.dtype))
-        return Score(Kind(read_logits, _of_contrast, _names_of_contrast), rows, single, classes, linear=True)
+        return Score(Kind(read_logits, _of_contrast, _names_of_contrast, (), clean.way), rows, single, classes, linear=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,23 +83,28 @@ class Output(Named):
     def resolve(self, clean: Clean) -> Score:
         """Find the outputs. The rows are their indices `(n, t)`."""
         clean.refuse_probabilities("targets.regression")
-        y = batch_of(logits_of, clean.output)
+        _check_features(clean)
+        y = clean.tensor(logits_of)
         if y.ndim not in (1, 2) or y.shape[0] != clean.n:
-            raise CamError(f"targets.regression wants outputs (n={clean.n},) or (n={clean.n}, k), found {tuple(y.shape)}")
+            raise CamError(
+                f"targets.regression wants outputs (n={clean.n},) or (n={clean.n}, k), found {tuple(y.shape)}"
+                f"{other_targets(clean.output) if y.ndim > 2 else ''}"
+            )
         y = y.reshape(clean.n, -1)
         if self.index is None and y.shape[1] > 1:
             raise CamError(f'the model has {y.shape[1]} outputs: targets.regression(0) is the first, and "all" all of them')
         if isinstance(self.index, Named):
             raise CamError('targets.regression takes the number of an output, a number for each image, or "all"')
         index, single = resolve_classes(0 if self.index is None else self.index, y, clean.n, "an output", "outputs")
-        return Score(Kind(read_logits, _of_classes, _names_of_outputs, ("logit",)), index, single, index, linear=True)
+        kind = Kind(read_logits, _of_classes, _names_of_outputs, ("logit", False), clean.way)
+        return Score(kind, index, single, index, linear=True)
 
 
 def logit(c: Any = None) -> Target:
     """The logit `y_c` of class `c`: the model's raw output.
 
-    - `c`: an int, n ints (one per image), a long tensor `(n,)` or `(n, t)`, `"all"`, or `top(k)`. `None` is the predicted
-      class. The same forms are accepted by `probability`, `log_probability`, `rest` and `contrast`.
+    - `c`: an int, n ints (one per image), n sequences of t ints, a long tensor `(n,)` or `(n, t)`, `"all"`, or `top(k)`.
+      `None` is the predicted class. The same forms are accepted by `probability`, `log_probability`, `rest` and `contrast`.
 
     >>> import camfn, torch
     >>> y = torch.tensor([[1.0, 5.0, 3.0]])
@@ -107,24 +115,43 @@ def logit(c: Any = None) -> Target:
     return OfClasses(c, "logit")
 
 
-def probability(c: Any = None) -> Target:
-    """The probability `softmax(y)_c` of class `c`. For `c`, see `logit`."""
-    return OfClasses(c, "probability")
+def probability(c: Any = None, *, multi_label: bool = False) -> Target:
+    """The probability `softmax(y)_c` of class `c`. For `c`, see `logit`.
+
+    The probability of a model's single logit is its sigmoid.
+
+    - `multi_label`: whether the classes are independent labels, of which several may hold at once. The probability of each is
+      then its sigmoid, `1 / (1 + exp(-y_c))`. `log_probability` and `rest` accept it too.
+
+    >>> import camfn, torch
+    >>> y = torch.tensor([[0.0, 5.0, 0.0]])
+    >>> score = camfn.targets.resolve(camfn.targets.probability([2], multi_label=True), y, 1, y.device)
+    >>> camfn.targets.score_rows(score.of, y, score.rows)
+    tensor([[0.5000]])
+    """
+    return OfClasses(c, "probability", _checked(multi_label))
 
 
-def log_probability(c: Any = None) -> Target:
-    """The log-probability `log softmax(y)_c` of class `c`. For `c`, see `logit`."""
-    return OfClasses(c, "log_probability")
+def log_probability(c: Any = None, *, multi_label: bool = False) -> Target:
+    """The log-probability `log softmax(y)_c` of class `c`. For `c`, see `logit`; for `multi_label`, see `probability`."""
+    return OfClasses(c, "log_probability", _checked(multi_label))
 
 
-def rest(c: Any = None) -> Target:
-    """ShapleyCAM's ReST score, `y_c + log softmax(y)_c`. For `c`, see `logit`.
+def rest(c: Any = None, *, multi_label: bool = False) -> Target:
+    """ShapleyCAM's ReST score, `y_c + log softmax(y)_c`. For `c`, see `logit`; for `multi_label`, see `probability`.
 
-    The score rises with the logit of the class and with its margin over the other classes.
+    The score rises with the logit of the class and with its margin over the other classes. For a single logit and for
+    independent labels, of which the paper does not speak, the second term is the logarithm of the sigmoid.
 
     Cai, CAMs as Shapley Value-based Explainers, 2025 (arXiv 2501.06261).
     """
-    return OfClasses(c, "rest")
+    return OfClasses(c, "rest", _checked(multi_label))
+
+
+def _checked(multi_label: Any) -> bool:
+    if not isinstance(multi_label, bool):
+        raise CamError(f"multi_label must be True or False, found {multi_label!r}")
+    return multi_label
 
 
 def top(k: int) -> Target:
@@ -190,13 +217,32 @@ def regression(index: Any = None) -> Target:
 
 
 def _class_logits(clean: Clean) -> Tensor:
-    y = batch_of(logits_of, clean.output)
+    """Return the logits `(n, classes)`. A model with a single logit may return `(n,)`."""
+    _check_features(clean)
+    y = clean.tensor(logits_of)
+    y = y[:, None] if y.ndim == 1 else y
     if y.ndim != 2 or y.shape[0] != clean.n:
         raise CamError(
-            f"the target is a class, and the model's output has shape {tuple(y.shape)}, not (n={clean.n}, classes); "
-            "pass a callable target from one sample's output to a scalar"
+            f"the target is a class, and the model's output has shape {tuple(y.shape)}, not (n={clean.n}, classes)"
+            f"{'' if isinstance(clean.output, Tensor) else f', in {shown(clean.output)}'}; "
+            f"pass a callable target from one sample's output to a scalar{other_targets(clean.output)}"
         )
     return y
+
+
+def _check_features(clean: Clean) -> None:
+    """Refuse image features, text features and a scale that may as well be logits, other logits and a loss."""
+    output = clean.output
+    if not isinstance(output, (tuple, list)) or clean.way != "mapped" or similarities(output) is None:
+        return
+    if len(output[1]) != clean.n or clean.observed().remark:
+        return
+    reading = clean.observed().reading
+    if isinstance(reading, tuple) and 1 in dict(reading):
+        raise CamError(
+            f"the output {shown(output)} may be (image features, text features, scale), with a text for each image, or "
+            "(logits, other logits, loss): pass a callable target, such as lambda output: output[0][3]"
+        )
 
 
 def resolve_classes(target: Any, y: Tensor, n: int, a: str = "a class", many: str = "classes") -> tuple[Classes, bool]:
@@ -216,7 +262,9 @@ def resolve_classes(target: Any, y: Tensor, n: int, a: str = "a class", many: st
     if not _compat.transformed():
         low, high = int(classes.min()), int(classes.max())
         if low < 0 or high >= count:
-            raise CamError(f"target {low if low < 0 else high} is not {a}: the model has {many} 0 to {count - 1}")
+            wrong = f"target {low if low < 0 else high} is not {a}: the model has"
+            single = f"{wrong} a single one, number 0; targets.regression() explains an output that is not a class"
+            raise CamError(f"{wrong} {many} 0 to {count - 1}" if count > 1 else single)
     return (classes, False) if classes.ndim == 2 else (classes.expand(n)[:, None].contiguous(), True)
 
 
@@ -230,13 +278,26 @@ def _as_indices(target: Any, n: int) -> Tensor:
             )
         classes = target.long()
     else:
-        found = [_as_int(c) for c in target] if isinstance(target, Sequence) else _as_int(target)
-        classes = torch.tensor(found, device="cpu")
+        classes = torch.tensor(_as_ints(target), device="cpu")
     if classes.ndim and classes.numel() == 0 and classes.shape[0] == n:
         raise CamError(f"target has no class in it: shape {tuple(classes.shape)}")
     if classes.ndim and classes.shape[0] != n:
         raise CamError(f"target has {classes.shape[0]} entries for a batch of {n}: give one int for all, or one entry each")
     return classes
+
+
+def _as_ints(target: Any) -> Any:
+    """Convert an int, a sequence of ints, or a sequence with as many ints for each image."""
+    if not isinstance(target, Sequence) or isinstance(target, str):
+        return _as_int(target)
+    rows = [getattr(one, "tolist", lambda one=one: one)() for one in target]  # a row may be a tensor
+    if not any(isinstance(row, Sequence) and not isinstance(row, str) for row in rows):
+        return [_as_int(c) for c in rows]
+    table = [[_as_int(c) for c in row] if isinstance(row, Sequence) else _as_int(row) for row in rows]
+    counts = [len(row) if isinstance(row, list) else "no list" for row in table]
+    if len(set(counts)) > 1:
+        raise CamError(f"target {target!r} is ragged: a table needs as many classes for each image, and the rows have {counts}")
+    return table
 
 
 def _as_int(value: Any) -> int:
@@ -308,28 +369,28 @@ def _with_weights(classes: Classes, others: Tensor, alpha: float, dtype: torch.d
 # ---------------------------------------------------------------------------------------------- scores and their names
 
 
-def _of_classes(scale: Scale, y: Tensor, row: Tensor) -> Tensor:
-    y = y.reshape(-1).to(wide(y.dtype))  # the output of a regression may be a scalar
+def _of_classes(scale: Scale, multi_label: bool, y: Tensor, row: Tensor) -> Tensor:
+    y = y.reshape(-1).to(wide(y.dtype))  # the output of a regression, and a single logit, may be a scalar
     if scale == "probability":
-        y = torch.softmax(y, -1)
+        y = probabilities(y, multi_label)
     elif scale == "log_probability":
-        y = torch.log_softmax(y, -1)
+        y = log_probabilities(y, multi_label)
     elif scale == "rest":
-        y = y + torch.log_softmax(y, -1)
+        y = y + log_probabilities(y, multi_label)
     return y.index_select(0, row)
 
 
-def _names_of_classes(scale: Scale, row: Tensor) -> list[str]:
-    return [f"{scale.replace('_', ' ')} {c}" for c in row.tolist()]
+def _names_of_classes(scale: Scale, multi_label: bool, row: Tensor) -> list[str]:
+    return [f"{'multi-label ' if multi_label else ''}{scale.replace('_', ' ')} {c}" for c in row.tolist()]
 
 
-def _names_of_outputs(scale: Scale, row: Tensor) -> list[str]:
+def _names_of_outputs(scale: Scale, multi_label: bool, row: Tensor) -> list[str]:
     return [f"output {index}" for index in row.tolist()]
 
 
 def _of_contrast(y: Tensor, row: tuple[Tensor, Tensor]) -> Tensor:
     classes, weights = row
-    y = y.to(wide(y.dtype)).index_select(0, classes.reshape(-1)).reshape(classes.shape)
+    y = y.reshape(-1).to(wide(y.dtype)).index_select(0, classes.reshape(-1)).reshape(classes.shape)
     return (y * weights).sum(-1)
 
 

@@ -13,7 +13,8 @@ from camfn._errors import CamError
 from camfn._types import Target, wide
 from camfn.targets.algebra import Named
 from camfn.targets.classes import resolve_classes
-from camfn.targets.scores import Clean, Kind, Score, batch_of, logits_of, read_logits, tensor_of
+from camfn.targets.outputs import logits_of, other_targets
+from camfn.targets.scores import Clean, Kind, Score, read_logits, tensor_of
 
 Reduce = Literal["mean", "sum"]
 
@@ -29,10 +30,11 @@ class Segmentation(Named):
     def resolve(self, clean: Clean) -> Score:
         """Find the classes and masks. The rows are the classes `(n, t)` and masks `(n, t, *grid)` or `(n, 1, *grid)`."""
         clean.refuse_probabilities("targets.segmentation")
-        y = batch_of(logits_of, clean.output)
+        y = clean.tensor(logits_of)
         if y.ndim < 3 or y.shape[0] != clean.n:
             raise CamError(
                 f"targets.segmentation wants logits (n={clean.n}, classes, *grid), and the model's have shape {tuple(y.shape)}"
+                f"{other_targets(clean.output) if y.ndim < 3 else ''}"
             )
         best, dtype = y.detach().argmax(1, keepdim=True), wide(y.dtype)
         masks = None if self.mask is None else _masks(self.mask, clean.n, y.shape[2:], y.device, dtype)
@@ -45,7 +47,7 @@ class Segmentation(Named):
             if not _compat.transformed() and not bool(masks.flatten(2).any(-1).all()):
                 image, t = (~masks.flatten(2).any(-1)).nonzero()[0].tolist()
                 raise CamError(f"class {int(classes[image, t])} is predicted nowhere on image {image}: pass a mask=")
-        kind = Kind(read_logits, _of_segmentation, _names_of_segmentation, (self.reduce,))
+        kind = Kind(read_logits, _of_segmentation, _names_of_segmentation, (self.reduce,), clean.way)
         return Score(kind, (classes, masks), single, classes)
 
 

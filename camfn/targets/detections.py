@@ -11,6 +11,7 @@ from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Target, wide
 from camfn.targets.algebra import Named
+from camfn.targets.outputs import is_detections, other_targets, shown
 from camfn.targets.scores import Clean, Kind, Score, score_rows, tensor_of
 
 Detected: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -39,7 +40,7 @@ class Boxes(Named):
             raise CamError(f"targets.boxes(each=True) of {counts} boxes: all images must have the same number of boxes")
         boxes, labels = (_pad(parts, clean.device) for parts in zip(*given))
         rows = boxes.to(wide(found[0][2].dtype)), labels.long()
-        of = Kind(_read_detections, _of_boxes, _names_of_boxes, (self.each,))
+        of = Kind(_read_detections, _of_boxes, _names_of_boxes, (self.each,), "entries")
         _check_overlap(score_rows(of, clean.output, rows), given, found)
         return Score(of, rows, not self.each, None)
 
@@ -155,18 +156,19 @@ def _pad(parts: Sequence[Tensor], device: torch.device) -> Tensor:
 
 def _detections(output: Any) -> list[Detected]:
     """Return the detections of each image."""
-    keys = ("boxes", "labels", "scores")
-    found = type(output).__name__
-    if isinstance(output, list):
-        lacking = [sample for sample in output if not isinstance(sample, Mapping) or not set(keys) <= set(sample)]
-        if not lacking:
-            return [(sample["boxes"], sample["labels"], sample["scores"]) for sample in output]
-        one = lacking[0]
-        found = f"a list with {', '.join(map(str, one)) if isinstance(one, Mapping) else type(one).__name__}"
+    if is_detections(output):
+        return [(sample["boxes"], sample["labels"], sample["scores"]) for sample in output]
     raise CamError(
-        f"targets.boxes wants a list with one mapping of {', '.join(keys)} per image, as torchvision's detectors give in "
-        f"eval mode; the model returns {found}"
+        "targets.boxes wants a list with one mapping of boxes, labels, scores per image, as torchvision's detectors give in "
+        f"eval mode; the model returns {_described(output)}{other_targets(output)}"
     )
+
+
+def _described(output: Any) -> str:
+    if not isinstance(output, list) or not output:
+        return f"{type(output).__name__}, {shown(output)}"
+    one = next((one for one in output if not is_detections([one])), output[0])
+    return f"a list with {', '.join(map(str, one)) if isinstance(one, Mapping) else type(one).__name__}, {shown(output)}"
 
 
 def _read_detections(each: bool, sample: Any) -> Detected:

@@ -11,7 +11,8 @@ from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Target, wide
 from camfn.targets.algebra import Named
-from camfn.targets.scores import Clean, Kind, Score, batch_of, found_in, logits_of
+from camfn.targets.outputs import found_in, logits_of
+from camfn.targets.scores import Clean, Kind, Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +24,12 @@ class Similarity(Named):
     def resolve(self, clean: Clean) -> Score:
         """Check the embeddings. They are the rows, `(n, t, d)`."""
         clean.refuse_probabilities("targets.similarity")
-        y = batch_of(embedding_of, clean.output)
+        y = clean.tensor(embedding_of)
         if y.ndim < 2 or y.shape[0] != clean.n:
             raise CamError(f"targets.similarity wants embeddings (n={clean.n}, d), and the model's have shape {tuple(y.shape)}")
         given, single = _embeddings(self.embedding, clean.n, y[0].numel(), tuple(y.shape))
         rows = given.to(device=y.device, dtype=wide(y.dtype)).contiguous()
-        return Score(Kind(embedding_of, _of_similarity, _names_of_similarity), rows, single, None)
+        return Score(Kind(embedding_of, _of_similarity, _names_of_similarity, (), clean.way), rows, single, None)
 
 
 def similarity(embedding: Tensor) -> Target:
@@ -36,8 +37,8 @@ def similarity(embedding: Tensor) -> Target:
 
         <y, e> / (|y| |e|)
 
-    The model's embedding is its output. In a structured output it is `image_embeds`, `pooler_output`, `embeddings` or
-    `embedding`, or the first element.
+    The model's embedding is its output. In a structured output it is `image_embeds`, `image_features`, `pooler_output`,
+    `embeddings` or `embedding`, or the first element.
 
     - `embedding`: a floating-point tensor. `(d,)` for all images, `(n, d)` for one per image, `(n, t, d)` for several per
       image.
@@ -63,7 +64,7 @@ def similarity(embedding: Tensor) -> Target:
 
 def embedding_of(output: Any) -> Tensor:
     """Return the embedding in the output of a batch or of one sample."""
-    found = found_in(output, ("image_embeds", "pooler_output", "embeddings", "embedding"))
+    found = found_in(output, ("image_embeds", "image_features", "pooler_output", "embeddings", "embedding"))
     return logits_of(output) if found is None else found
 
 

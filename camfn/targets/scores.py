@@ -1,8 +1,7 @@
 """Scores: targets as pure functions of one sample's output and a row of tensors."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,11 +10,16 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_map
 
-from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Weights
+from camfn.targets.outputs import Entries, Observed, logits_of, of_image
 
 Scale = Literal["logit", "probability", "log_probability", "rest"]
+
+
+Way = Literal["mapped", "one by one", "entries"]
+"""How a score is computed: mapped over the samples of a batch; one sample after the other; or from one entry of the output for
+each image, as in detectors, whose shapes may differ."""
 
 
 class Kind(NamedTuple):
@@ -25,10 +29,11 @@ class Kind(NamedTuple):
     compiled kernel serves all targets of a kind.
     """
 
-    read: Callable[..., Any]  # (*told, output) -> the tensors that are scored, of a batch (of a sample if outputs are lists)
+    read: Callable[..., Any]  # (*told, output) -> the tensors that are scored, of a batch (of a sample if the way is "entries")
     score: Callable[..., Tensor]  # (*told, those tensors of one sample, row) -> (t,), float32 or wider
     names: Callable[..., list[str]]  # (*told, row) -> t names, or a single name for all t
     told: tuple[Any, ...] = ()  # the static arguments
+    way: Way = "mapped"
 
 
 class Score(NamedTuple):
@@ -39,6 +44,7 @@ class Score(NamedTuple):
     single: bool  # one map per image, without a target axis
     classes: Tensor | None  # (n, t), if the target is classes or numbered outputs
     linear: bool = False  # whether the score is a linear function of the logits
+    remarks: tuple[str, ...] = ()  # what `explain` tells about the target
 
 
 class Clean(NamedTuple):
@@ -47,11 +53,21 @@ class Clean(NamedTuple):
     output: Any
     n: int
     device: torch.device
-    scale: Scale = "logit"  # the recipe's scale, for classes that name none
+    scale: Scale  # the recipe's scale, for classes that name none
+    observed: Callable[[], Observed]  # which parts of the output belong to the images; found when it is first asked
+
+    @property
+    def way(self) -> Way:
+        """How targets that read one tensor of the output are computed: a list may have one entry for each image."""
+        return "entries" if isinstance(self.output, list) and self.observed().reading == "each" else "mapped"
+
+    def tensor(self, read: Callable[[Any], Tensor]) -> Tensor:
+        """Apply `read` to the output, or to the entry of each image, and stack the results."""
+        return read(self.output) if self.way == "mapped" else torch.stack([read(sample) for sample in self.output])
 
     def of(self, image: int) -> "Clean":
         """Return the clean output of one image."""
-        return self._replace(output=_cut(self.output, image), n=1)
+        return self._replace(output=of_image(self.observed().reading, self.output, image), n=1)
 
     def refuse_probabilities(self, target: str) -> None:
         """Raise CamError if the recipe scores by probabilities, for targets that have none."""
@@ -63,30 +79,6 @@ class Clean(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------------------- the output
-
-
-def found_in(output: Any, keys: tuple[str, ...]) -> Tensor | None:
-    """Return the tensor in an output: itself, the first of these keys or attributes, or that of its first element.
-
-    Quantized tensors are dequantized.
-    """
-    if isinstance(output, Tensor):
-        return output.dequantize() if _compat.is_quantized(output) else output
-    for key in keys:
-        value = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
-        if isinstance(value, Tensor):
-            return found_in(value, ())
-    return found_in(output[0], keys) if isinstance(output, (tuple, list)) and output else None
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the logits of a batch or sample: the output itself, `logits`, `out`, `logits_per_image` or the first element."""
-    found = found_in(output, ("logits", "out", "logits_per_image"))
-    if found is None:
-        raise CamError(
-            f"the model returns a {type(output).__name__} without logits in it; pass a callable target that reads it"
-        )
-    return found
 
 
 def read_logits(*told: Any) -> Tensor:
@@ -104,11 +96,6 @@ def reads_logits(of: "Kind") -> bool:
     return of.read is read_logits or (of.read is read_parts and all(map(reads_logits, of.told[0])))
 
 
-def batch_of(read: Callable[[Any], Tensor], output: Any) -> Tensor:
-    """Apply `read` to a batched output, or to each sample of a list and stack the results."""
-    return torch.stack([read(sample) for sample in output]) if isinstance(output, list) else read(output)
-
-
 def tensor_of(value: Any, what: str) -> Tensor:
     """Convert an argument to a tensor. Raise CamError if this fails."""
     try:
@@ -117,36 +104,29 @@ def tensor_of(value: Any, what: str) -> Tensor:
         raise CamError(f"{what} {value!r} cannot be made a tensor: {error}") from error
 
 
-def is_record(output: Any) -> bool:
-    """Return True for plain dataclasses, whose tensors torch's pytree functions do not see."""
-    return dataclasses.is_dataclass(output) and not isinstance(output, (type, Mapping))
-
-
-def fields_of(record: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass by name."""
-    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-
-
-def _cut(output: Any, image: int) -> Any:
-    """Return the output of one image as a batch of one."""
-    if isinstance(output, list):
-        return output[image : image + 1]
-    if is_record(output):
-        return type(output)(**_cut(fields_of(output), image))
-    return tree_map(lambda leaf: leaf[image : image + 1] if isinstance(leaf, Tensor) else leaf, output)
-
-
 # ----------------------------------------------------------------------------------------------------- the scores
 
 
 def score_rows(of: Kind, output: Any, rows: Any) -> Tensor:
     """Return the scores of all samples of a batched output, `(b, t)`, in float32 or wider."""
     score = functools.partial(of.score, *of.told)
-    if isinstance(output, list):  # one entry per sample, as in detectors: their shapes may differ
-        each = enumerate(of.read(*of.told, sample) for sample in output)
-        return torch.stack([score(found, tree_map(lambda leaf, i=i: leaf[i], rows)) for i, found in each])
+    if of.way == "entries":
+        samples = [of.read(*of.told, sample) for sample in output]
+        return torch.stack([score(found, _at(rows, i)) for i, found in enumerate(samples)])
     found = of.read(*of.told, output)
+    if of.way == "one by one":
+        return torch.stack([score(_at(found, i), _at(rows, i)) for i in range(len(tree_flatten(rows)[0][0]))])
     return vmap(score, in_dims=(tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, found), 0))(found, rows)
+
+
+def _at(batch: Any, i: int) -> Any:
+    return tree_map(lambda leaf: leaf[i] if isinstance(leaf, (Tensor, Entries)) else leaf, batch)
+
+
+def way_of(kinds: Sequence[Kind]) -> Way:
+    """Return the way of a kind that is made of others on the same output."""
+    ways = {kind.way for kind in kinds}
+    return "entries" if "entries" in ways else "one by one" if "one by one" in ways else "mapped"
 
 
 def at_columns(score: Score, matrix: Float[Tensor, "k c"]) -> Weights:

@@ -181,6 +181,7 @@ def outputs_of(loaded: Loaded, x: Tensor) -> Tensor:
     hint = hint if loaded.preprocess is as_it_is else ""
     with told(f"the model, on an input of shape {tuple(x.shape)},", loaded.file, hint), torch.no_grad():
         y = logits_of(pure(loaded.model)(state_of(loaded.model), x))
+    y = y[:, None] if y.ndim == 1 else y  # a single logit
     if y.ndim != 2 or y.shape[0] != 1:
         raise CamError(f"the model's output has shape {tuple(y.shape)}: the command explains classes, and needs (1, classes)")
     if loaded.names and len(loaded.names) != y.shape[1]:

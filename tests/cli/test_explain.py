@@ -269,6 +269,28 @@ def test_the_best_classes_come_from_one_sweep(here):
     assert rows("--target", "top4") == rows("--target", "0") == 5 + 4 + 3
 
 
+@pytest.mark.parametrize(("logit", "predicted"), [(-3.0, None), (1.0, 0)])
+@pytest.mark.parametrize("shape", ["(1, 1)", "(1,)"])
+def test_the_probability_of_a_single_logit_is_its_sigmoid(here, logit, predicted, shape):
+    """An output of 1 is no probability of 1: it is a logit too."""
+    Path("one.py").write_text(
+        f"""import torch
+class One(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+    def forward(self, x):
+        return (0 * self.conv(x).mean((1, 2, 3)) + {logit}).reshape({shape})
+def load(): return One()
+"""
+    )
+    line = explain("a.png", "--model", "one.py:load", "--layer", "conv", "--method", "mean_cam", "--json")[0]
+    found = json.loads(line)
+    assert (found["class"], found["score"], found["predicted_class"]) == (0, logit, predicted)
+    assert found["probability"] == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-12)
+    assert found["predicted_class_name"] is None
+
+
 def test_top_1_is_the_predicted_class(here):
     explain("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "top1", "--out", "maps")
     explain("a.png", "--model", "net.py:pair", "--layer", "2", "--out", "again")

@@ -17,7 +17,7 @@ import camfn
 from camfn import Sweep, _compat
 from tests.oracles.closeness import assert_close, close
 from tests.oracles.loops import grad_cam_loop, score_cam_loop
-from tests.oracles.networks import inputs, small_net
+from tests.oracles.networks import CHEAP, inputs, small_net
 
 T = camfn.targets
 needs_compiler = pytest.mark.skipif(bool(_compat.can_compile()), reason="this torch cannot compile the kernel")
@@ -402,6 +402,74 @@ def test_a_wrong_target(kind):
     make, words = WRONG[kind]
     with says(*words):
         camfn.grad_cam(NET, "features", X, make())
+
+
+def test_nested_lists_of_classes_are_a_table():
+    table = camfn.grad_cam(NET, "features", X, torch.tensor([[0, 3], [1, 2]]))
+    for rows in ([[0, 3], [1, 2]], ((0, 3), (1, 2)), [torch.tensor([0, 3]), np.array([1, 2])], [[0, 3], T.logit([[1, 2]])]):
+        assert_close(camfn.grad_cam(NET, "features", X, rows), table, 0)
+    assert_close(camfn.grad_cam(NET, "features", X, T.regression([[0, 3], [1, 2]])), table, 0)
+    for ragged in ([[0, 3], [1]], [[0, 3], 1]):
+        with says("ragged", "as many classes for each image"):
+            camfn.grad_cam(NET, "features", X, ragged)
+    with says("3 entries", "batch of 2"):
+        camfn.grad_cam(NET, "features", X, [[0], [1], [2]])
+
+
+ONE = torch.tensor([[-3.0], [200.0], [0.5]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("output", [ONE, ONE[:, 0]], ids=["(n, 1)", "(n,)"])
+def test_the_probability_of_a_single_logit_is_its_sigmoid(output):
+    p = 1 / (1 + (-ONE).exp())
+    log = -(1 + (-ONE).exp()).log()
+    expected = {T.probability(): p, T.probability(0): p, T.log_probability(): log, T.rest(0): ONE + log, None: ONE}
+    for target, score in expected.items():
+        close(scores_of(target, output), score)
+    close(scores_of(T.as_probabilities(None), output), p)
+    close(scores_of(T.logit("all") - T.probability(0), output), ONE - p)
+    for c in (1, -1):
+        with says(f"target {c} is not a class", "a single one, number 0", "targets.regression"):
+            scores_of(c, output)
+
+
+def test_independent_labels_have_the_sigmoid_of_each():
+    y = torch.tensor([[-3.0, 0.5, 200.0], [1.0, -200.0, 2.0]], dtype=torch.float64)
+    p, log = 1 / (1 + (-y).exp()), -(1 + (-y).exp()).log()
+    close(scores_of(T.probability("all", multi_label=True), y), p)
+    close(scores_of(T.log_probability("all", multi_label=True), y), log)
+    close(scores_of(T.rest([2, 0], multi_label=True), y), torch.stack([(y + log)[0, 2:], (y + log)[1, :1]]))
+    close(scores_of(T.probability(multi_label=True), y), p[[0, 1], [2, 2]][:, None])  # of the predicted class
+    assert T.names(T.resolve(T.probability(1, multi_label=True), y, 2, y.device))[0] == ("multi-label probability 1",)
+    with says("multi_label must be True or False", "found 1"):
+        T.probability(1, multi_label=1)
+
+
+@pytest.mark.parametrize("method", ["score_cam", "rise", "poly_cam"])
+def test_methods_that_score_by_probabilities_score_a_single_logit_by_its_sigmoid(method):
+    """The model with a logit of 0 beside the single one has the same probability, by a softmax."""
+    options = {"recipe": "authors"} if method == "score_cam" else CHEAP.get(method, {})
+    layer = None if method == "rise" else "features"
+    one = Small(NET, lambda y: y[:, 1:2])
+    two = Small(NET, lambda y: torch.stack([torch.zeros_like(y[:, 1]), y[:, 1]], 1))
+    found, expected = (
+        camfn.METHODS[method].function(net, layer, X, T.probability(c), normalize=False, relu=False, **options)
+        for net, c in ((one, 0), (two, 1))
+    )
+    close(found, expected)
+    assert float(found.std()) > 0
+    close(camfn.METHODS[method].function(one, layer, X, normalize=False, relu=False, **options), found)
+
+
+class Small(torch.nn.Module):
+    """A network with another output."""
+
+    def __init__(self, net, wrap):
+        super().__init__()
+        self.net, self.features, self.wrap = net, net.features, wrap
+
+    def forward(self, x):
+        return self.wrap(self.net(x))
 
 
 def test_a_regression_of_positions():
