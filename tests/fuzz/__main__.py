@@ -19,20 +19,20 @@ def main() -> int:
     parser.add_argument("--shown", type=int, default=10, help="how many of the failures are shown as scripts")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pick = random.Random(options.seed).choice
-    kinds, words, failed = collections.Counter(), collections.Counter(), []
-    for i, case in enumerate(some(options.cases, pick)):
-        verdict = tried(case)
-        kinds[verdict.kind] += 1
-        words[f"{verdict.kind}: {_kind_of(verdict.words)}"] += bool(verdict.words)
-        failed += [case] * (verdict.kind == "failed")
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r{i + 1} cases, {len(failed)} failed")
-    for case in failed[: options.shown]:
-        sys.stdout.write(f"\n# {'-' * 100}\n{report(case)}\n")
+    kinds, words = collections.Counter(), collections.Counter()
+    try:
+        for case in some(options.cases, random.Random(options.seed).choice):
+            verdict = tried(case)
+            kinds[verdict.kind] += 1
+            words[f"{verdict.kind}: {_kind_of(verdict.words)}"] += bool(verdict.words)
+            if verdict.kind == "failed" and kinds["failed"] <= options.shown:
+                sys.stdout.write(f"\n# {'-' * 100}\n{report(case)}\n")
+                sys.stdout.flush()
+    except KeyboardInterrupt:  # what has been found so far
+        pass
     lines = [f"{count:6d}  {text}" for text, count in words.most_common() if count]
     sys.stdout.write("\n".join(["", f"{sum(kinds.values())} cases: {dict(kinds)}", *lines, ""]))
-    return bool(failed)
+    return bool(kinds["failed"])
 
 
 def _kind_of(words: str) -> str:

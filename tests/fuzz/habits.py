@@ -122,6 +122,11 @@ held(
 held("module called by its forward", "self.conv$i = $conv", "z = self.conv$i.forward(z)")
 held("module that returns a dict", "self.part$i = Told($conv)", "z = self.part$i(image=z)['image']")
 held("module traced", "self.conv$i = torch.jit.trace($conv, torch.ones(1, $c, 3, 3, dtype=DTYPE))", "z = self.conv$i(z)")
+held(
+    "module in a dict, made in inference mode",
+    "with torch.inference_mode():\n    self.parts$i = {'conv': copy.deepcopy($conv)}",
+    "z = self.parts$i['conv'](z)",
+)
 held("module in a global", "HELD['$i', type(self)] = $conv", "z = HELD['$i', type(self)](z)")
 held("module by a weak reference", "self.conv$i = $conv\nself.weak$i = weakref.ref(self.conv$i)", "z = self.weak$i()(z)")
 
@@ -252,10 +257,10 @@ habit(
 habit(
     "block",
     "batch norm without statistics",
-    "z = torch.nn.functional.instance_norm(z)",
+    "z = z + torch.nn.functional.instance_norm(z)",
     n=1,
     init="self.norm$i = nn.BatchNorm2d($c, affine=False, track_running_stats=False)",
-    run="z = self.norm$i(z)",
+    run="z = z + self.norm$i(z)",
 )
 habit("block", "transposed memory", "z = z * 1.5", run="z = 1.5 * z.mT.contiguous().mT")
 habit("block", "channels last in memory", "z = z * 1.5", run="z = 1.5 * z.contiguous(memory_format=torch.channels_last)")
@@ -645,6 +650,7 @@ NEVER = {
     "branch on the batch": ("lift_cam",),
     "item of a sample": ("lift_cam",),
     "NumPy": ("lift_cam",),
+    "batch norm without statistics": ("lift_cam",),
     "class token": ("lift_cam", "shapley_cam"),  # the tokens beside the grid are set to zero too, and are in the Hessian
     "registers": ("lift_cam", "shapley_cam"),
     "class token, told": ("lift_cam", "shapley_cam"),
@@ -652,3 +658,6 @@ NEVER = {
     "convolution as the head": ("full_grad",),  # its bias has positions, and that of a linear layer has none
 }
 HABITS.update({name: HABITS[name]._replace(never=methods) for name, methods in NEVER.items()})
+
+CLASHES = ({"gradient inside", "inference mode"},)
+"""Habits of which no model can have both: it would not run."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import camfn
 from tests.fuzz import prelude
-from tests.fuzz.habits import BLOCKS, EAGER, HABITS, MIXED, Habit
+from tests.fuzz.habits import BLOCKS, CLASHES, EAGER, HABITS, MIXED, Habit
 from tests.oracles.networks import CHEAP
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ def drawn(pick: Pick[Any], method: str, first: str) -> Case:
     habits: dict[str, str] = {}
     for name in (first, *(pick(names) for _ in range(pick([0, 1, 1, 2])))):
         free = [place for place in places(transformer) if PLACES[place] == HABITS[name].slot and place not in habits]
-        if free:
+        if free and not any({*habits.values(), name} >= both for both in CLASHES):
             habits[pick(free)] = name
     one = any(HABITS[name].n == 1 for name in habits.values())
     plain = method == "cam" or "output" in habits  # a function would read another output

@@ -2,7 +2,7 @@
 
 import collections
 import contextlib
-import copy
+import copy  # noqa: F401
 import dataclasses
 import functools  # noqa: F401
 import math  # noqa: F401
@@ -82,7 +82,10 @@ def in_inference_mode(x):
 
 def made_in_inference_mode(model):
     with torch.inference_mode():
-        return copy.deepcopy(model)
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                module._parameters[name] = None if parameter is None else nn.Parameter(parameter.clone())
+    return model
 
 
 @contextlib.contextmanager

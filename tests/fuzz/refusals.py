@@ -57,6 +57,9 @@ REFUSALS = (
     Row("flat input", _ATTENTION, "ways that fit equally well", _UNCLEAR),
     *(Row(name, _LIFT, "lift_cam has no rule", _NO_RULE) for name in ("Fourier transform", "vmap inside", "batch second")),
     Row("assertion on values", _LIFT, "depends on values that are read in Python", _READ),
+    Row("write under a mask", _LIFT, "depends on values that are read in Python", _READ),
+    Row("gradient inside", _LIFT, "cannot be recorded", "design.md: a record runs the model under a transform"),
+    Row("reentrant checkpoint", frozenset({"full_grad"}), "records no gradient", "gotchas.md: none inside such a block"),
     *(
         Row(name, _LIFT, "cannot be recorded", "gotchas.md: a custom Function is not recorded")
         for name in ("custom Function", "custom Function with setup_context", "custom Function, differentiable once")
@@ -75,6 +78,8 @@ _AXES = "the axes of an input that is not (n, channels, *size)"
 _PARTS = "outputs with parts that have no row for each image, or are no entries for each image"
 _OUTPUTS = "an output of a class that torch's pytree does not know is not looked into"
 _MAPPED = "legrad maps the model by vmap, and torch's errors come through"
+_INFERENCE = "an unregistered module of inference tensors gets no tensors that a graph may save"
+_BATCHED = "masked inputs run as one batch, although the forward is seen reading a value of the batch"
 _BIASES = "full_grad leaves out the biases of modules that no registered module holds"
 _NO_GRADIENT = "the score has no gradient, and its map is made of zeros, without an error"
 
@@ -82,6 +87,7 @@ KNOWN = (
     *(Row(name, METHODS, "_hooks[", _LISTS) for name in ("hook that records", "layer with a hook that records")),
     Row("channels-last input", METHODS, "", _AXES),
     Row("images without a channel axis", METHODS, "", _AXES),
+    Row("module in a dict, made in inference mode", METHODS, "Inference tensors cannot be saved", _INFERENCE),
     Row("list", METHODS, "stack expects each tensor to be equal size", _PARTS),
     Row("loss beside logits", METHODS, "Got in_dim=0 for some input", _PARTS),
     *(Row(name, _LIFT, "the twin: differs", _OUTPUTS) for name in ("model output", "model output with a loss")),
@@ -94,6 +100,7 @@ KNOWN = (
         for name in (
             *("gradient inside", "running average", "write under a mask", "branch on a sample", "branch on the batch"),
             *("channels last in memory", "item of a sample", "NumPy"),
+            *("assertion on values", "companion that is written to", "companion that all images share"),
         )
     ),
     *(
@@ -113,6 +120,7 @@ KNOWN = (
     Row(
         "forward without gradients", frozenset({"ag_cam", "gradient_attention", "opti_cam"}), "the twin: differs", _NO_GRADIENT
     ),
+    Row("branch on the batch", needing("masked inputs", "head"), "the twin: differs", _BATCHED),
     Row("loop over samples", _LIFT, "lift_cam has no rule for aten.squeeze_", "a change of shape in place is as affine as any"),
 )
 """Faults of camfn that are not mended yet. Each is seen to fail; the table is to be empty."""
