@@ -260,7 +260,7 @@ habit(
     "z = z + torch.nn.functional.instance_norm(z)",
     n=1,
     init="self.norm$i = nn.BatchNorm2d($c, affine=False, track_running_stats=False)",
-    run="z = z + self.norm$i(z)",
+    run="z = z + self.norm$i(z.contiguous())",  # torch 2.13's gradient is wrong without
 )
 habit("block", "transposed memory", "z = z * 1.5", run="z = 1.5 * z.mT.contiguous().mT")
 habit("block", "channels last in memory", "z = z * 1.5", run="z = 1.5 * z.contiguous(memory_format=torch.channels_last)")
@@ -655,9 +655,10 @@ NEVER = {
     "registers": ("lift_cam", "shapley_cam"),
     "class token, told": ("lift_cam", "shapley_cam"),
     "registers, told": ("lift_cam", "shapley_cam"),
+    "companion with a row for each image": ("smooth_grad_cam_pp",),  # the noise is as large as the input's range
     "convolution as the head": ("full_grad",),  # its bias has positions, and that of a linear layer has none
 }
 HABITS.update({name: HABITS[name]._replace(never=methods) for name, methods in NEVER.items()})
 
-CLASHES = ({"gradient inside", "inference mode"},)
+CLASHES = ({"gradient inside", "inference mode"}, {"module in a global", "made in inference mode"})
 """Habits of which no model can have both: it would not run."""

@@ -31,7 +31,7 @@ class Row(NamedTuple):
 _UNCLEAR = "layers.md: where two layouts fit equally well, or none, an error says so"
 _NO_RULE = "lift_cam: an operation without a rule is an error that names it"
 _READ = "design.md: what reads values in Python has no record"
-_CHECKPOINT = "gotchas.md: attention methods take no gradient through a checkpointed block"
+_CHECKPOINT = "gotchas.md: no gradient through a checkpointed block under a transform, in attention methods, and if reentrant"
 _GRADIENTS = needing("gradients", "attention")
 _ATTENTION = needing("attention")
 _LIFT = frozenset({"lift_cam"})
@@ -59,6 +59,7 @@ REFUSALS = (
     Row("assertion on values", _LIFT, "depends on values that are read in Python", _READ),
     Row("write under a mask", _LIFT, "depends on values that are read in Python", _READ),
     Row("gradient inside", _LIFT, "cannot be recorded", "design.md: a record runs the model under a transform"),
+    Row("reentrant checkpoint", frozenset({"lift_cam", "shapley_cam"}), "checkpoints its activations", _CHECKPOINT),
     Row("reentrant checkpoint", frozenset({"full_grad"}), "records no gradient", "gotchas.md: none inside such a block"),
     *(
         Row(name, _LIFT, "cannot be recorded", "gotchas.md: a custom Function is not recorded")
