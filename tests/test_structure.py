@@ -226,6 +226,6 @@ def test_nothing_but_the_table_of_what_works_imports_a_test_module():
 
 
 def test_folders_of_tests_are_rooms():
-    """Beside them are the laws, the oracles, and what tests of documents and of the command line share."""
+    """Beside them are the fuzzer, the laws, the oracles, and what tests of documents and of the command line share."""
     folders = {path.parent.name for path in TESTS.glob("*/__init__.py")}
-    assert folders - {"laws", "oracles", "support"} <= {room for room in ROOMS if room and not room.startswith(".")}
+    assert folders - {"fuzz", "laws", "oracles", "support"} <= {room for room in ROOMS if room and not room.startswith(".")}

@@ -16,6 +16,7 @@ from camfn.model import memory
 from camfn.sweep import changes
 from tests.oracles.closeness import assert_close, close
 from tests.oracles.libraries import torchvision_models
+from tests.oracles.loops import ablation_loop, output_with, recipro_loop, seen_at
 from tests.oracles.networks import inputs, small_net
 
 AT_LAYER = ("ablation_cam", "recipro_cam", "lift_cam")
@@ -106,69 +107,6 @@ SIZES = {"two layers": 8, "tokens": 8, "tokens, the way around": 8}
 def given(name: str, n: int = 2) -> tuple[nn.Module, str, Tensor]:
     make, layer = NETS[name]
     return make(), layer, inputs(n)
-
-
-def seen_at(net: nn.Module, layer: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer's activation and the output, the plain way."""
-    kept = []
-    handle = net.get_submodule(layer).register_forward_hook(lambda module, args, out: kept.append(out.detach().clone()))
-    output = net(x).detach()  # with a graph: without one torch 2.0 takes a fused path, past the hook
-    handle.remove()
-    return kept[0], output
-
-
-def output_with(net: nn.Module, layer: str, x: Tensor, value: Tensor) -> Tensor:
-    """The model's output with the layer's replaced, by a plain hook: a whole forward."""
-    handle = net.get_submodule(layer).register_forward_hook(lambda module, args, out: value.clone())
-    output = net(x).detach()
-    handle.remove()
-    return output
-
-
-def tokens_first(a: Tensor) -> bool:
-    return a.ndim == 3
-
-
-def ablation_loop(net: nn.Module, layer: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights `(n, classes, c)` and signed maps, one forward for each channel of each image."""
-    weights, maps = [], []
-    for one in x.split(1):
-        a, y = seen_at(net, layer, one)
-        drops = []
-        axis = 2 if tokens_first(a) else 1
-        for k in range(a.shape[axis]):
-            without = a.clone()
-            if tokens_first(a):
-                without[:, 1:, k] = 0
-            else:
-                without[:, k] = 0
-            drops.append((y - output_with(net, layer, one, without))[0] / y[0].abs())
-        weights.append(torch.stack(drops, 1))
-        grid = a[0, 1:].mT.unflatten(1, (4, 4)) if tokens_first(a) else a[0]
-        maps.append(torch.einsum("ck,khw->chw", weights[-1], grid))
-    return torch.stack(weights), torch.stack(maps)
-
-
-def recipro_loop(net: nn.Module, layer: str, x: Tensor, gaussian: bool = False) -> Tensor:
-    """The logits `(n, classes, h, w)`, one forward for each position of each image."""
-    steps = {0: 0.5, 1: 0.25} if gaussian else {0: 1.0}
-    maps = []
-    for one in x.split(1):
-        a, y = seen_at(net, layer, one)
-        h, w = (4, 4) if tokens_first(a) else a.shape[2:]
-        found = torch.zeros(y.shape[1], h, w, dtype=x.dtype)
-        for i, j in itertools.product(range(h), range(w)):
-            mask = torch.zeros(h, w, dtype=x.dtype)
-            for k, m in itertools.product(range(h), range(w)):
-                mask[k, m] = steps.get(abs(k - i), 0.0) * steps.get(abs(m - j), 0.0)
-            value = a.clone()
-            if tokens_first(a):
-                value[:, 1:] *= mask.flatten()[:, None]
-            else:
-                value *= mask
-            found[:, i, j] = output_with(net, layer, one, value)[0]
-        maps.append(found)
-    return torch.stack(maps)
 
 
 # -------------------------------------------------------------------------------------------------- plain hook loops

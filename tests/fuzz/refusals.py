@@ -1,0 +1,135 @@
+"""What may be refused: a habit, the methods for which it may be, words of the error, and why.
+
+A CamError that is not here is a failure, as a wrong map is. What is refused although it need not be, or is wrong, is not here:
+it is in `KNOWN` until it is mended.
+"""
+
+from typing import NamedTuple
+
+import camfn
+from tests.fuzz.models import Case
+
+METHODS = frozenset(camfn.METHODS)
+OF_LAYER = frozenset(name for name, row in camfn.METHODS.items() if row.of_layer)
+
+
+def needing(*needs: str) -> frozenset[str]:
+    """The methods that have one of the needs."""
+    return frozenset(name for name, row in camfn.METHODS.items() if row.needs & {*needs})
+
+
+class Row(NamedTuple):
+    habit: str
+    methods: frozenset[str]
+    words: str  # of the error
+    why: str
+
+    def fits(self, case: Case, words: str) -> bool:
+        return self.habit in case.habits.values() and case.method in self.methods and self.words in words
+
+
+_UNCLEAR = "layers.md: where two layouts fit equally well, or none, an error says so"
+_NO_RULE = "lift_cam: an operation without a rule is an error that names it"
+_READ = "design.md: what reads values in Python has no record"
+_CHECKPOINT = "gotchas.md: no gradient through a checkpointed block under a transform, in attention methods, and if reentrant"
+_GRADIENTS = needing("gradients", "attention")
+_ATTENTION = needing("attention")
+_LIFT = frozenset({"lift_cam"})
+_MASKS = needing("masked inputs") | {"smooth_grad_cam_pp", "cameras"}
+
+REFUSALS = (
+    Row("module traced", METHODS, "is scripted or traced", "layers.md: what is traced has no Python layers"),
+    Row("module made in the first forward", METHODS, "draws random numbers in eval mode", "a new module draws its weights"),
+    Row(
+        "dropout that does not", METHODS, "draws random numbers in eval mode", "gotchas.md: a map of what is drawn anew is none"
+    ),
+    Row("forward replaced by a function", METHODS, "was replaced on the instance", "a copy would run the caller's forward"),
+    Row("layer in a list", OF_LAYER, "is not a registered submodule", "a layer is a name, and this one has none"),
+    Row("layer whose weight is used", OF_LAYER, "did not run in this forward", "no layer gave the activation"),
+    Row("forward without gradients", _GRADIENTS, "records no gradient", "there is no gradient"),
+    Row("layer under no_grad", _GRADIENTS, "records no gradient", "there is no gradient"),
+    Row("checkpoint", _ATTENTION, "checkpoints its activations", _CHECKPOINT),
+    Row("two heads", frozenset({"cam"}), "no layer named 'fc'", "methods.md: a linear head is a single layer"),
+    Row("flat input", _MASKS, "masking needs (n, channels, *size)", "there are no axes to mask"),
+    Row("flat input", frozenset({"full_grad"}), "needs spatial axes in the input", "its map is at the size of the input"),
+    Row("NHWC activation", OF_LAYER, "ways that fit equally well", _UNCLEAR),
+    Row("flat input", OF_LAYER, "no grid of that many positions", _UNCLEAR),
+    Row("flat input", _ATTENTION, "ways that fit equally well", _UNCLEAR),
+    *(Row(name, _LIFT, "lift_cam has no rule", _NO_RULE) for name in ("Fourier transform", "vmap inside", "batch second")),
+    Row("assertion on values", _LIFT, "depends on values that are read in Python", _READ),
+    Row("write under a mask", _LIFT, "depends on values that are read in Python", _READ),
+    Row("gradient inside", _LIFT, "cannot be recorded", "design.md: a record runs the model under a transform"),
+    Row("reentrant checkpoint", frozenset({"lift_cam", "shapley_cam"}), "checkpoints its activations", _CHECKPOINT),
+    Row("reentrant checkpoint", frozenset({"full_grad"}), "records no gradient", "gotchas.md: none inside such a block"),
+    *(
+        Row(name, _LIFT, "cannot be recorded", "gotchas.md: a custom Function is not recorded")
+        for name in ("custom Function", "custom Function with setup_context", "custom Function, differentiable once")
+    ),
+    Row(
+        "custom Function, differentiable once",
+        frozenset({"shapley_cam"}),
+        "once_differentiable",
+        "gotchas.md: no second derivative",
+    ),
+    Row("attention by bmm", _ATTENTION, "over windows or groups of tokens", "heads in the axis of the batch look like windows"),
+)
+
+_LISTS = "closures of functions without a module are shared, and a list in one is the caller's"
+_AXES = "the axes of an input that is not (n, channels, *size)"
+_PARTS = "outputs with parts that have no row for each image, or are no entries for each image"
+_OUTPUTS = "an output of a class that torch's pytree does not know is not looked into"
+_MAPPED = "legrad maps the model by vmap, and torch's errors come through"
+_INFERENCE = "an unregistered module of inference tensors gets no tensors that a graph may save"
+_BATCHED = "masked inputs run as one batch, although the forward is seen reading a value of the batch"
+_BIASES = "full_grad leaves out the biases of modules that no registered module holds"
+_NO_GRADIENT = "the score has no gradient, and its map is made of zeros, without an error"
+
+KNOWN = (
+    *(Row(name, METHODS, "_hooks[", _LISTS) for name in ("hook that records", "layer with a hook that records")),
+    Row("channels-last input", METHODS, "", _AXES),
+    Row("images without a channel axis", METHODS, "", _AXES),
+    Row("module in a dict, made in inference mode", METHODS, "Inference tensors cannot be saved", _INFERENCE),
+    Row("list", METHODS, "stack expects each tensor to be equal size", _PARTS),
+    Row("loss beside logits", METHODS, "Got in_dim=0 for some input", _PARTS),
+    *(Row(name, _LIFT, "the twin: differs", _OUTPUTS) for name in ("model output", "model output with a loss")),
+    *(
+        Row(name, frozenset({"legrad"}), "stack expects a non-empty TensorList", _OUTPUTS)
+        for name in ("model output", "model output with a loss", "dataclass")
+    ),
+    *(
+        Row(name, frozenset({"legrad"}), "another error", _MAPPED)
+        for name in (
+            *("gradient inside", "running average", "write under a mask", "branch on a sample", "branch on the batch"),
+            *("channels last in memory", "item of a sample", "NumPy"),
+            *("assertion on values", "companion that is written to", "companion that all images share"),
+        )
+    ),
+    *(
+        Row(name, frozenset({"full_grad"}), "the twin: differs", _BIASES)
+        for name in (
+            *(
+                "module in a dict",
+                "module in a list",
+                "module in a tuple in a dict",
+                "module in a closure",
+                "module in a partial",
+            ),
+            *("module as a default argument", "module's bound method", "module in a dataclass", "module in a named tuple"),
+            *("module in slots", "module in __dict__", "module in a global"),
+        )
+    ),
+    Row(
+        "forward without gradients", frozenset({"ag_cam", "gradient_attention", "opti_cam"}), "the twin: differs", _NO_GRADIENT
+    ),
+    Row("branch on the batch", needing("masked inputs", "head"), "the twin: differs", _BATCHED),
+    Row("loop over samples", _LIFT, "lift_cam has no rule for aten.squeeze_", "a change of shape in place is as affine as any"),
+)
+"""Faults of camfn that are not mended yet. Each is seen to fail; the table is to be empty."""
+
+
+def allowed(case: Case, words: str) -> bool:
+    return any(row.fits(case, words) for row in REFUSALS)
+
+
+def known(case: Case, words: str) -> bool:
+    return any(row.fits(case, words) for row in KNOWN)
