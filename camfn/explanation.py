@@ -111,7 +111,8 @@ def prepared(
     if stray:
         raise CamError(f"{', '.join(rows)} {'has' if len(rows) == 1 else 'have'} no option {', '.join(map(repr, stray))}")
     layers = {name: layer if row.of_layer else None for name, row in rows.items()}
-    with Shared(opened(model).prepared, x, any(Need.GRADIENTS in row.needs for row in rows.values())) as shared:
+    graph = any(Need.GRADIENTS in row.needs for row in rows.values())
+    with Shared(opened(model).prepared, x, graph=graph, several=len(rows) > 1) as shared:
         yield [partial(_card, shared, name, rows[name], (layers[name], x, target), given[name]) for name in method]
 
 
@@ -134,10 +135,11 @@ def _card(shared: Shared, name: str, row: Method, arguments: tuple[Any, ...], op
     settings = {p.name: options.get(p.name, p.default) for p in named}
     fields: dict[str, Any] = outcome._asdict()
     fields["targets"] = _named(fields.pop("score"), outcome.scores)
-    fields["findings"] += fields.pop("remarks") + _about(outcome, row, settings, shared.last)
-    return Explanation(
-        method=name, settings=MappingProxyType(settings), seconds=seconds, versions=MappingProxyType(_versions()), **fields
-    )
+    found = [each for each in outcome.findings if each.kind != "no gradient" or Need.GRADIENTS in row.needs]  # of this method
+    lost = {each.layer for each in found if each.kind == "no gradient"}
+    about = [each for each in _about(outcome, row, settings, shared.last) if each.layer not in lost]
+    fields["findings"] = (*found, *fields.pop("remarks"), *about)
+    return Explanation(method=name, settings=MappingProxyType(settings), seconds=seconds, versions=MappingProxyType(_versions()), **fields)
 
 
 def _named(score: Score, scores: Tensor) -> tuple[tuple[str, ...], ...]:

@@ -24,7 +24,19 @@ ROOMS = {
     ".layouts": ("layouts",),
     "model": (
         *("memory", "randomness", "guard", "private_copy", "restore", "prepare", "torch_errors", "ports", "capture", "inputs"),
-        *("agreement", "tape", "recording", "attention", "linear_head", "layers", "gradients", "forward", "head", "deeplift"),
+        *(
+            "agreement",
+            "tape",
+            "recording",
+            "attention",
+            "linear_head",
+            "layers",
+            "graph_ends",
+            "gradients",
+            "forward",
+            "head",
+            "deeplift",
+        ),
     ),
     "sweep": (
         *("options", "folding", "runner", "kernel", "scoring", "changes", "gaussian_process", "search", "low_precision"),

@@ -1,7 +1,7 @@
 """Methods that follow the attention of transformers. They take no layer, because they use all layers."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from camfn.model.attention import Attention, Blocks, Nudge, attended, blocks_of,
 from camfn.model.capture import Captured, tap_from
 from camfn.model.forward import Task, begin, check_differentiable, from_output, run_checked
 from camfn.model.gradients import Of, Pullback, each_target, last_gradient, with_pullback
+from camfn.model.graph_ends import Reason
 from camfn.model.prepare import Model, opened
 from camfn.model.torch_errors import ForwardError
 
@@ -280,7 +281,14 @@ def _explain_attention(
     if gradients:
         check_differentiable(task.private)
     blocks = _blocks(task) if per_block else Blocks([], 1)
-    captured, back = with_pullback(functools.partial(_run, task, blocks, held), task.state, task.batch.x, None)
+
+    def lost(layers: Sequence[int], why: Callable[[int, str], Reason]) -> None:
+        for layer in layers:
+            reason = why(layer, f"attention layer {layer}")
+            if layer >= start % count and (reason.cut or layer == count - 1):
+                raise CamError(f"{reason.sentence}; attention layers are counted from 0, and start= leaves out the first ones")
+
+    captured, back = with_pullback(functools.partial(_run, task, blocks, held), task.state, task.batch.x, None, lost)
     output, also = captured.output
     count = len(captured.seen)
     found = explained(from_output(task, output), target, drawing)

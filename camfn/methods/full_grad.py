@@ -1,5 +1,6 @@
 """FullGrad: what the input and every bias of the network contribute to the score."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.capture import Captured, calls_from
 from camfn.model.forward import Forward, Task, begin, check_differentiable, from_output, without_graph
 from camfn.model.gradients import Of, Pullback, each_target, with_pullback
+from camfn.model.graph_ends import Reason
 from camfn.model.inputs import pick, with_input
 
 FullGradForm = Literal["authors", "pytorch-grad-cam"]
@@ -133,7 +135,11 @@ def _decompose(model: nn.Module, x: Inputs, state: State | None) -> FullGradPart
         (output, seen), called = calls_from(task.model.borrow(), [*biases])(state, moved, rest)
         return Captured(output, (image, *seen))
 
-    (output, _), pullback = with_pullback(run, task.state, task.batch.x, None)
+    def lost(numbers: Sequence[int], why: Callable[[int, str], Reason]) -> None:
+        if 0 in numbers:  # a bias may be that of another output
+            raise CamError(why(0, "the input").sentence)
+
+    (output, _), pullback = with_pullback(run, task.state, task.batch.x, None, lost)
     return FullGradParts(from_output(task, output), pullback, [biases[name] for name in called])
 
 

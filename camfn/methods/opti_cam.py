@@ -1,6 +1,6 @@
 """Opti-CAM, which optimizes its weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,14 +10,15 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from camfn import _compat
-from camfn._errors import CamError
+from camfn._errors import CamError, layer_called
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target, wide
 from camfn.formulas import maps, masks, weights
 from camfn.layouts import Read
 from camfn.methods._common import Drawing, Explained, explained, weighed
 from camfn.methods.registry import Cost, Need, Outcome, method
-from camfn.model.forward import Forward, check_differentiable, look, without_graph
+from camfn.model.forward import Forward, check_differentiable, look, lost_at, lost_layers, without_graph
 from camfn.model.gradients import gradient_of, ungraphed
+from camfn.model.graph_ends import Reason
 from camfn.model.inputs import Key, rows_of
 from camfn.sweep.kernel import Kernel, Rows
 from camfn.sweep.options import Sweep, checked, counter
@@ -91,7 +92,7 @@ def opti_cam(
         runner, tick = runner_of(forward, found.score, options, forwards), counter(options.progress, forwards)
         room = Room(min(runner.room.chunk, chunk_of(forward, options, _CHUNK)), "images")
         climb = partial(weights.opti_cam, steps=steps, rate=rate)
-        sites = [_Site(found, runner, part) for part in found.reads]
+        sites = [_Site(found, runner, part, name) for part, name in zip(found.reads, forward.layers)]
         outcome = weighed(found, [_weights(site, climb, room, partial(_tell, tick, steps)) for site in sites])
         tick(None)
         room.tell()
@@ -109,6 +110,7 @@ class _Site(NamedTuple):
     found: Explained
     runner: Runner
     read: Read
+    layer: str
 
 
 def _bare(forward: Forward) -> Forward:
@@ -123,12 +125,16 @@ def _bare(forward: Forward) -> Forward:
 @_compat.eager
 def _weights(site: _Site, climb: Callable[..., Tensor], room: Room, tick: Callable[[int | None], None]) -> Tensor:
     """The weights of each image and target, `(n, t, c)`."""
-    values, targets = site.read.values, site.found.clean.shape[1]
+    values, targets, forward = site.read.values, site.found.clean.shape[1], site.found.forward
     n, c, _ = values.shape
+    at_layer = lost_at(forward.task, len(set(forward.layers)) > 1, lambda name: f"the masks of {layer_called(name)}")
+
+    def lost(names: Sequence[str], why: Callable[[str, str], Reason]) -> None:
+        at_layer([site.layer], lambda _, what: why(names[0], what))
 
     def found(rows: Rows) -> Tensor:
         u = torch.zeros(len(rows["image"]), c, dtype=wide(values.dtype), device=values.device)
-        return climb(gradient_of(partial(_height, site, rows)), u)
+        return climb(gradient_of(partial(_height, site, rows), lost), u)
 
     def rows(index: Tensor) -> Rows:
         return {"image": torch.div(index, targets, rounding_mode="floor"), "target": index % targets}
@@ -140,12 +146,14 @@ def _weights(site: _Site, climb: Callable[..., Tensor], room: Room, tick: Callab
                 "the layer's output has NaN or infinite values: opti_cam cannot make masks of them; choose an earlier layer"
             )
         raise CamError("opti_cam came to scores that are not finite: try a smaller rate=, or another target")
-    return each.reshape(n, targets, c)
+    found_one = site.layer not in lost_layers(forward)
+    return each.reshape(n, targets, c) if found_one else each.new_zeros(n, targets, c)
 
 
 def _height(site: _Site, rows: Rows, u: Tensor) -> Tensor:
     """The objective that Adam maximizes: the sum of the scores of images masked with their maps."""
-    (found, runner, part), pixels, image = site, site.found.forward.image, rows["image"]
+    found, runner, part, _ = site
+    pixels, image = found.forward.image, rows["image"]
     levels = maps.combine(torch.softmax(u, -1)[:, None], part.values.index_select(0, image))[:, 0]
     size, dtype = tuple(pixels.shape[2:]), part.values.dtype
     each = vmap(lambda level: masks.opti_cam(level, part.grid, size, dtype))(levels)

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from camfn import _compat
 from camfn._types import Inputs, State
 from camfn.model.capture import Captured
-from camfn.model.torch_errors import about_gradient, is_reentrant, refuse_once, refuse_quantizing
+from camfn.model.graph_ends import GraphEnds, Reason, end_of
+from camfn.model.torch_errors import about_gradient, is_reentrant, refuse_once
 from camfn.targets import Score, score_rows
 
 Of = Callable[[Any], Tensor]
@@ -39,24 +40,29 @@ class Pullback(NamedTuple):
 Run = Callable[..., Captured]
 """The tapped model, `(state, x, nudge)`. A nudge is a tensor for each layer, or a function from the layer's output to one."""
 
+Lost = Callable[[Sequence[Any], Callable[[Any, str], Reason]], None]
+"""What to do where no gradient reaches some layers: it is called with their names, and with a function that says why.
+
+`why(name, what)` is the reason for one layer, which it calls `what`. It runs the model once or twice."""
+
 
 @_compat.eager
-def with_pullback(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pullback]:
+def with_pullback(run: Run, state: State, x: Inputs, names: Sequence[str] | None, lost: Lost) -> tuple[Captured, Pullback]:
     """Run the clean forward pass, and return its pullback to the layers. The returned output has no graph.
 
     If `names` is `None`, the forward pass determines the number of layers. They are named 0, 1, ... in order, and `run` gets
-    one nudge for all of them.
+    one nudge for all of them. The gradient at a layer that no gradient reaches is zeros, unless `lost` raises.
     """
-    captured, pullback = (_by_vjp if _compat.transformed() else _by_graph)(run, state, x, names)
+    captured, pullback = _by_vjp(run, state, x, names) if _compat.transformed() else _by_graph(run, state, x, names, lost)
     return captured, pullback.through(about_gradient())
 
 
-def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pullback]:
+def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None, lost: Lost) -> tuple[Captured, Pullback]:
     """By an autograd graph from zero nudges to the output. State and inputs are detached, so earlier layers record no graph."""
     zeros: dict[Any, Tensor] = {}
 
     def zero(name: Any, value: Tensor) -> Tensor:
-        made = torch.zeros_like(value, requires_grad=True)
+        made = _leaf_like(value)
         zeros.setdefault(name, made)  # a checkpointed block runs again in the backward pass, with new nudges
         return made
 
@@ -72,7 +78,13 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
 
     def gradients(of: Of, at: dict[Any, Tensor] = zeros) -> dict[Any, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
-            return _gradients(of(output), at, lambda: run(state, x, None))
+            return filled(of, at, _gradients(of(output), at))
+
+    def filled(of: Of, at: dict[Any, Tensor], found: dict[Any, Tensor | None]) -> dict[Any, Tensor]:
+        missing = [name for name, slope in found.items() if slope is None]
+        if missing:
+            lost(missing, functools.partial(reason_at, lambda nudge: of(run(state, x, nudge).output), names or [*zeros]))
+        return {name: torch.zeros_like(at[name]) if slope is None else slope for name, slope in found.items()}
 
     def last(of: Of) -> Tensor:
         return next(iter(gradients(of, dict([*zeros.items()][-1:])).values()))
@@ -80,36 +92,66 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
     def curvatures(of: Of) -> dict[Any, tuple[Tensor, Tensor]]:
         with torch.inference_mode(False), torch.enable_grad():
             total = of(output)
-            slopes = _gradients(total, zeros, lambda: run(state, x, None), graph=True)
+            slopes = filled(of, zeros, _gradients(total, zeros, graph=True))
             refuse_once(total)
             products = {name: (slope * values[name]).sum() for name, slope in slopes.items()}
-            hvps = {name: _gradients(product, {name: zeros[name]}, None)[name] for name, product in products.items()}
-        return {name: (slope.detach(), hvps[name]) for name, slope in slopes.items()}
+            hvps = {name: _gradients(product, {name: zeros[name]})[name] for name, product in products.items()}
+        return {
+            name: (slope.detach(), torch.zeros_like(slope) if (hvp := hvps[name]) is None else hvp)
+            for name, slope in slopes.items()
+        }
 
     detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
     values = dict(zip(zeros if names is None else names, (value.detach() for value in seen)))
     return Captured(detached, tuple(values.values())), Pullback(gradients, last, curvatures)
 
 
-def _gradients(
-    total: Tensor, zeros: dict[Any, Tensor], again: Callable[[], Any] | None, graph: bool = False
-) -> dict[Any, Tensor]:
-    """Gradients of `total`; zeros if it does not depend on a leaf differentiably, as a count does not.
+def _leaf_like(value: Tensor) -> Tensor:
+    """Zeros that a graph begins at, also where the model switched the graph off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return torch.zeros_like(value, requires_grad=True)
 
-    `again` runs the model to find out whether a missing gradient is due to quantization, which is an error.
-    """
-    found: Any = (None,) * len(zeros)
+
+def reason_at(scored: Callable[[Any], Tensor], names: Sequence[Any], name: Any, what: str) -> Reason:
+    """Say why no gradient of a score reaches one of the layers. `scored` is a function from nudges to the score."""
+
+    def score(moved: Callable[[Tensor], Tensor]) -> Tensor:
+        at = iter(names)
+
+        def nudge(value: Tensor) -> Tensor:
+            return moved(value) if next(at, None) == name else torch.zeros_like(value)
+
+        each = tuple(moved if own == name else None for own in names)
+        return scored(each if isinstance(name, str) else nudge)
+
+    def follow(mode: GraphEnds) -> Tensor:
+        def leaf(value: Tensor) -> Tensor:
+            mode.leaf = _leaf_like(value)
+            return mode.leaf
+
+        return score(leaf)
+
+    return end_of(what, follow, lambda: score(_ramp))
+
+
+def _ramp(value: Tensor) -> Tensor:
+    """Values that are visibly another activation, added to it."""
+    steps = torch.linspace(0, 1, value.numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
+    return steps * (1 + value.detach().abs().amax())
+
+
+def _gradients(total: Tensor, leaves: dict[Any, Tensor], graph: bool = False) -> dict[Any, Tensor | None]:
+    """Gradients of `total`; `None` at a leaf that it does not depend on differentiably."""
+    found: Any = (None,) * len(leaves)
     if total.requires_grad:
-        leaves = tuple(zeros.values())
+        at = tuple(leaves.values())
         try:
-            found = torch.autograd.grad(total, leaves, retain_graph=True, create_graph=graph, allow_unused=True)
+            found = torch.autograd.grad(total, at, retain_graph=True, create_graph=graph, allow_unused=True)
         except RuntimeError as error:
             if graph or not is_reentrant(error):
                 raise
-            found = _by_backward(total, leaves)
-    if again is not None and any(slope is None for slope in found):
-        refuse_quantizing(again)
-    return {name: torch.zeros_like(zeros[name]) if slope is None else slope for name, slope in zip(zeros, found)}
+            found = _by_backward(total, at)
+    return dict(zip(leaves, found))
 
 
 def _by_backward(total: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -189,15 +231,28 @@ def last_gradient(pullback: Pullback, output: Any, score: Score) -> Tensor:
     return pullback.last(_sums(output, score)[0])
 
 
-def gradient_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The gradient of a scalar function: by a graph that begins at its argument, or, under a transform, by `grad`."""
+def gradient_of(function: Callable[[Tensor], Tensor], lost: Lost) -> Callable[[Tensor], Tensor]:
+    """The gradient of a scalar function: by a graph that begins at its argument, or, under a transform, by `grad`.
+
+    Where no gradient reaches the argument, it is zeros, unless `lost` raises. Its name there is "".
+    """
     if _compat.transformed():
         return about_gradient()(grad(function))
+
+    def why(at: Tensor, name: str, what: str) -> Reason:
+        def follow(mode: GraphEnds) -> Tensor:
+            mode.leaf = at
+            return function(at)
+
+        return end_of(what, follow, lambda: function(at.detach() + _ramp(at)))
 
     def slope(at: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             at = at.detach().clone().requires_grad_()
-            return _gradients(function(at), {0: at}, lambda: function(at))[0]
+            found = _gradients(function(at), {"": at})[""]
+            if found is None:
+                lost([""], functools.partial(why, at))
+            return torch.zeros_like(at) if found is None else found
 
     return about_gradient()(slope)
 
@@ -208,6 +263,12 @@ def _sums(output: Any, score: Score) -> list[Of]:
         rows = tree_map(torch.clone, score.rows)  # inference tensors cannot enter a graph
     targets = score_rows(score.of, output, rows).shape[1]
     return [lambda output, t=t: score_rows(score.of, output, rows)[:, t].sum() for t in range(targets)]
+
+
+def total_of(output: Any, score: Score) -> Of:
+    """The function from an output to the sum of all targets' scores."""
+    each = _sums(output, score)
+    return lambda output: torch.stack([of(output) for of in each]).sum()
 
 
 def ungraphed(leaf: Any) -> Any:
