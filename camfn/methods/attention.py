@@ -55,7 +55,8 @@ def attention_rollout(
     output if attention alone moved information between tokens. It is class-agnostic: all targets get the same map.
 
     Supported are vision transformers of torchvision, timm and transformers, with or without fused attention, in which every
-    layer attends from all tokens to all tokens.
+    layer attends from all tokens to all tokens. Tokens that attention masks exclude as keys for every query, such as padding,
+    have no relevance: their value in the map is 0.
 
     **Arguments**
 
@@ -388,5 +389,7 @@ def _on_patches(found: Attentive, rows: list[Relevances], backwards: int) -> Out
     if isinstance(layout, str) and layout != "auto":
         raise CamError(f'layout={layout!r}: attention is over tokens, say where they lie by "auto" or camfn.layouts.tokens()')
     where = layouts.tokens() if layout == "auto" else layout
+    padding = ~attention.attended(found.attention.seen)  # tokens that masks exclude have no relevance
+    rows = [torch.where(padding, 0, row) for row in rows]
     patches = read_layer(explained.forward, "attention", torch.stack(rows, 2), where)
     return drawn(explained, [patches.values], [patches.grid])._replace(backwards=backwards)
