@@ -205,7 +205,7 @@ def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], forward: 
         return ()
     found: list[Finding] = []
     if "recipe" in settings:
-        found += diagnostics.about_weights(outcome.weights, outcome.layers)
+        found += diagnostics.about_weights([each.detach() for each in outcome.weights], outcome.layers)
     if forward is not None and Need.ACTIVATIONS in row.needs:
         reads = [read_layer(forward, *each, settings["layout"]) for each in zip(forward.layers, forward.activations)]
         found += diagnostics.about_activations([part.values for part in reads], forward.layers)

@@ -286,10 +286,12 @@ def _explain_attention(
     def lost(layers: Sequence[int], why: Callable[[int, str], Reason]) -> None:
         for layer in layers:
             reason = why(layer, f"attention layer {layer}")
-            if layer >= start % count and (reason.cut or layer == count - 1):
+            if reason.sentence and layer >= start % count and (reason.cut or layer == count - 1):
                 raise CamError(f"{reason.sentence}; attention layers are counted from 0, and start= leaves out the first ones")
 
-    captured, back = with_pullback(functools.partial(_run, task, blocks, held), task.state, task.batch.x, None, lost)
+    run = functools.partial(_run, task, blocks, held)
+    constants = held or per_block
+    captured, back = with_pullback(run, task.state, task.batch.x, None, lost, graphed=task.graphed, constants=constants)
     output, also = captured.output
     count = len(captured.seen)
     found = explained(from_output(task, output), target, drawing)

@@ -101,7 +101,7 @@ def full_grad(
         raise CamError(
             f'layout must be "auto" in full_grad, because the type of a layer determines its layout; found {layout!r}'
         )
-    with without_graph():
+    with without_graph(x, state):
         parts = _decompose(model, x, state)
         forward, spatial = parts.forward, parts.forward.size
         found = explained(forward, target, Drawing(relu, size, normalize, layout))
@@ -114,7 +114,9 @@ def full_grad(
 
         made = each_target(joined, forward.output, found.score)
         outcome = drawn(found, [torch.stack([part.flatten(1) for part, _ in made], 1)], [spatial])
-        remarks = _left_out(found.clean, torch.stack([total for _, total in made], 1)) if found.score.linear else ()
+        remarks = (
+            _left_out(found.clean.detach(), torch.stack([total.detach() for _, total in made], 1)) if found.score.linear else ()
+        )
     return outcome._replace(backwards=found.clean.numel(), remarks=remarks)
 
 
@@ -136,10 +138,11 @@ def _decompose(model: nn.Module, x: Inputs, state: State | None) -> FullGradPart
         return Captured(output, (image, *seen))
 
     def lost(numbers: Sequence[int], why: Callable[[int, str], Reason]) -> None:
-        if 0 in numbers:  # a bias may be that of another output
-            raise CamError(why(0, "the input").sentence)
+        sentence = why(0, "the input").sentence if 0 in numbers else ""  # a bias may be that of another output
+        if sentence:
+            raise CamError(sentence)
 
-    (output, _), pullback = with_pullback(run, task.state, task.batch.x, None, lost)
+    (output, _), pullback = with_pullback(run, task.state, task.batch.x, None, lost, graphed=task.graphed)
     return FullGradParts(from_output(task, output), pullback, [biases[name] for name in called])
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from camfn.layouts import Read
 from camfn.methods._common import Drawing, Explained, explained, weighed
 from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.forward import Forward, check_differentiable, look, lost_at, lost_layers, without_graph
-from camfn.model.gradients import gradient_of, ungraphed
+from camfn.model.gradients import gradient_of, recomputed, ungraphed
 from camfn.model.graph_ends import Reason
 from camfn.model.inputs import Key, rows_of
 from camfn.sweep.kernel import Kernel, Rows
@@ -64,8 +64,8 @@ def opti_cam(
     - `rate`: Adam's learning rate.
     - `sweep`: a `camfn.Sweep`. Only chunk (images at once, 8 by default), memory, fold and progress have an effect.
 
-    The other arguments, the returned maps and the errors are those of `camfn.score_cam`. Under `torch.func.grad` and `jvp`,
-    maps are differentiable with respect to `x` and `state`, through all steps.
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`. Maps are
+    differentiable with respect to `x` and `state`, through all steps.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -84,7 +84,7 @@ def opti_cam(
     if not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
         raise CamError(f"opti_cam needs a finite rate > 0, found {rate!r}")
     options = checked(sweep)._replace(compile=False, dtype=None)
-    with torch.inference_mode(False), without_graph():
+    with torch.inference_mode(False), without_graph(x, state):
         forward = _bare(look(model, layer, x, state, masked, masks=True))
         check_differentiable(forward.task.private)
         found = explained(forward, target, Drawing(relu, size, normalize, layout, combine))
@@ -112,10 +112,16 @@ class _Site(NamedTuple):
     read: Read
     layer: str
 
+    def moved(self, state: State, x: Inputs, values: Tensor, of: Any) -> "_Site":
+        """The same layer with other tensors of the same values: the state, the inputs, the activation, the targets' rows."""
+        forward, score = self.found.forward.moved(state, x), self.found.score._replace(rows=of)
+        found = self.found._replace(forward=forward, score=score)
+        return self._replace(found=found, runner=self.runner._replace(state=state), read=self.read._replace(values=values))
+
 
 def _bare(forward: Forward) -> Forward:
     """Detach all tensors in a plain call, because each step builds its own graph."""
-    if _compat.transformed():
+    if _compat.transformed() or forward.task.graphed:
         return forward
     task = forward.task
     x, state, activations = (tree_map(ungraphed, part) for part in (task.batch.x, task.state, forward.activations))
@@ -132,9 +138,12 @@ def _weights(site: _Site, climb: Callable[..., Tensor], room: Room, tick: Callab
     def lost(names: Sequence[str], why: Callable[[str, str], Reason]) -> None:
         at_layer([site.layer], lambda _, what: why(names[0], what))
 
-    def found(rows: Rows) -> Tensor:
+    def climbed(state: State, x: Inputs, values: Tensor, of: Any, rows: Rows) -> Tensor:
         u = torch.zeros(len(rows["image"]), c, dtype=wide(values.dtype), device=values.device)
-        return climb(gradient_of(partial(_height, site, rows), lost), u)
+        return climb(gradient_of(partial(_height, site.moved(state, x, values, of), rows), lost), u)
+
+    def found(rows: Rows) -> Tensor:
+        return recomputed(climbed, site.runner.state, forward.batch.x, values, site.found.score.rows, rows)
 
     def rows(index: Tensor) -> Rows:
         return {"image": torch.div(index, targets, rounding_mode="floor"), "target": index % targets}

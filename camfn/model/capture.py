@@ -53,6 +53,42 @@ def state_of(model: nn.Module | Prepared) -> State:
     return dict(opened(model).borrow().tensors)
 
 
+@prepares
+def parameters_of(model: nn.Module | Prepared) -> State:
+    """The model's floating-point parameters by name: the model's own, which are trained.
+
+    They are the part of `camfn.state_of` that has a derivative. The rest are buffers: running statistics, and counts, which are
+    integers. A map whose `state=` holds these parameters has a graph, and `backward` adds to their `grad`.
+
+    Args:
+        model: a module, or a model prepared by `camfn.prepare`.
+
+    Returns:
+        A new dict from names to the parameters themselves, not detached. The names are those of `camfn.state_of`.
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    >>> state, parameters = camfn.state_of(model), camfn.parameters_of(model)
+    >>> sorted(set(state) - set(parameters))
+    ['1.num_batches_tracked', '1.running_mean', '1.running_var']
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> def total(parameters):
+    ...     return camfn.grad_cam(model, "2", x, 3, state={**state, **parameters}).sum()
+    >>> gradients = torch.func.grad(total)(parameters)
+    >>> total(parameters).backward()
+    >>> torch.allclose(model[0].weight.grad, gradients["0.weight"], atol=1e-6)
+    True
+    """
+    private = opened(model).borrow()
+    found: State = {}
+    for key, parameter in private.original.named_parameters():
+        name = next((private.aliases[known] for known in without_wrappers(key) if known in private.aliases), None)
+        if name is not None and parameter.is_floating_point():
+            found.setdefault(name, parameter)
+    return found
+
+
 def resolve_state(private: PrivateCopy, state: Mapping[str, Tensor] | None) -> State:
     """Complete `state`: one entry for each tensor of the model, under its first name. `None` is the model's own state."""
     if state is None:

@@ -43,7 +43,7 @@ def multipliers(forward: Forward, layer: str, activation: Tensor, score: Score) 
     head = head_of(forward.task, layer, forward.batch.x, zeros, lambda head: _gives_clean(head, forward, activation))
     given = activation, head.handed(forward.task.state, forward.batch.x), score.rows
     with torch.inference_mode(False):
-        activation, handed, rows = given if _compat.transformed() else tree_map(ungraphed, given)
+        activation, handed, rows = given if forward.task.graphed or _compat.transformed() else tree_map(ungraphed, given)
         found = _multipliers(head, layer, activation, handed, score._replace(rows=rows))
     if not _compat.transformed() and not any(bool(each.any()) for each in found):
         tell_lost(forward, layer, score)

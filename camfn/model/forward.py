@@ -40,6 +40,7 @@ class Task(NamedTuple):
     state: State
     batch: Batch
     facts: dict[Any, Any]  # facts about the model that this call has found; see `once`
+    graphed: bool = False  # whether the maps have a graph: see `has_graph`
 
     def with_image(self, image: Tensor) -> "Task":
         """The task with another image, and without facts."""
@@ -62,6 +63,10 @@ class Forward(NamedTuple):
         """The inputs."""
         return self.task.batch
 
+    def moved(self, state: State, x: Inputs) -> "Forward":
+        """The same forward pass with other tensors for the state and the inputs, of the same values."""
+        return self._replace(task=self.task._replace(state=state, batch=self.batch._replace(x=x)))
+
     @property
     def n(self) -> int:
         """Number of images."""
@@ -83,9 +88,17 @@ def from_output(task: Task, output: Any) -> Forward:
     return Forward(task, (), False, output, (), Companions(task.batch.key, task.batch.n), task.batch.n)
 
 
-def without_graph() -> AbstractContextManager[Any]:
-    """Disable the autograd graph in a plain call. A transform needs it."""
-    return nullcontext() if _compat.transformed() else torch.no_grad()
+def has_graph(x: Inputs, state: State | None) -> bool:
+    """Whether the maps of a plain call have a graph: grad mode is on, and a tensor of `x` or `state` requires grad."""
+    if _compat.transformed() or not torch.is_grad_enabled():
+        return False
+    leaves = tree_flatten((plain(x), plain(state)))[0]
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+
+
+def without_graph(x: Inputs, state: State | None) -> AbstractContextManager[Any]:
+    """Disable the autograd graph in a call whose maps have none. A transform needs it."""
+    return nullcontext() if _compat.transformed() or has_graph(x, state) else torch.no_grad()
 
 
 class Shared(Call):
@@ -123,7 +136,7 @@ class _Question(NamedTuple):
     x: Inputs
     state: State | None
     masked: Key
-    masks: bool  # whether the method masks an input; its maps then have no graph
+    masks: bool  # whether the method masks an input
     graph: bool = False  # whether gradients are needed
     taps: bool = True  # whether a layer is explained
 
@@ -163,13 +176,15 @@ def _look(model: Call, question: _Question) -> tuple[Forward, Pullback | None]:
     distinct = list(dict.fromkeys(names))
     # Under a transform, tensors that the model writes to must be created inside it: each run then makes its own copy.
     run = tapped(task, distinct, None if _compat.transformed() else task.private)
-    if graph or (masks and _compat.is_differentiated(task.batch.image)):
+    if graph or task.graphed or (masks and _compat.is_differentiated(task.batch.image)):
         check_differentiable(task.private)
     pullback = None
     if graph:
-        captured, pullback = with_pullback(run, task.state, task.batch.x, distinct, lost_at(task, len(distinct) > 1))
+        captured, pullback = with_pullback(
+            run, task.state, task.batch.x, distinct, lost_at(task, len(distinct) > 1), graphed=task.graphed
+        )
     else:
-        with without_graph() if masks else nullcontext():
+        with without_graph(x, state) if masks else nullcontext():
             captured = run(task.state, task.batch.x)
     activations = tuple(captured.seen[distinct.index(name)] for name in names)
     companions = _companions(task, captured.output)
@@ -280,7 +295,7 @@ def again(forward: Forward, image: Tensor, *, unfused: bool = False) -> tuple[Fo
         return attention_written_out(lambda: run(state, x, nudge))
 
     lost = lost_at(forward.task, len(names) > 1)
-    captured, pullback = with_pullback(openly if unfused else run, task.state, task.batch.x, names, lost)
+    captured, pullback = with_pullback(openly if unfused else run, task.state, task.batch.x, names, lost, graphed=task.graphed)
     activations = tuple(captured.seen[names.index(name)] for name in forward.layers)
     return forward._replace(task=task, output=captured.output, activations=activations), pullback
 
@@ -295,7 +310,7 @@ def begin(
     batch = check(x, masked, full, masks)
     if masks or not named:
         _check_frames(private, batch.image)
-    return Task(call, private, full, batch, {})
+    return Task(call, private, full, batch, {}, has_graph(batch.x, full))
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -47,18 +48,34 @@ Lost = Callable[[Sequence[Any], Callable[[Any, str], Reason]], None]
 
 
 @_compat.eager
-def with_pullback(run: Run, state: State, x: Inputs, names: Sequence[str] | None, lost: Lost) -> tuple[Captured, Pullback]:
-    """Run the clean forward pass, and return its pullback to the layers. The returned output has no graph.
+def with_pullback(
+    run: Run, state: State, x: Inputs, names: Sequence[str] | None, lost: Lost, *, graphed: bool, constants: bool = False
+) -> tuple[Captured, Pullback]:
+    """Run the clean forward pass, and return its pullback to the layers.
 
     If `names` is `None`, the forward pass determines the number of layers. They are named 0, 1, ... in order, and `run` gets
     one nudge for all of them. The gradient at a layer that no gradient reaches is zeros, unless `lost` raises.
+
+    If `graphed`, output, activations and gradients have a graph; otherwise they have one only under a transform. `constants`
+    says that `run` holds tensors constant (`_compat.constant`): for the gradients here, and not for the graph of the map.
     """
-    captured, pullback = _by_vjp(run, state, x, names) if _compat.transformed() else _by_graph(run, state, x, names, lost)
+    if _compat.transformed() or (graphed and constants):
+        captured, pullback = _by_vjp(run, state, x, names, lost)
+    else:
+        captured, pullback = _by_graph(run, *((state, x) if graphed else _ungraphed(state, x)), names, lost, graphed)
     return captured, pullback.through(about_gradient())
 
 
-def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None, lost: Lost) -> tuple[Captured, Pullback]:
-    """By an autograd graph from zero nudges to the output. State and inputs are detached, so earlier layers record no graph."""
+def _ungraphed(state: State, x: Inputs) -> tuple[State, Inputs]:
+    """State and inputs without a graph, so that the layers before the first nudge record none."""
+    with torch.inference_mode(False):
+        return {name: ungraphed(tensor) for name, tensor in state.items()}, tree_map(ungraphed, x)
+
+
+def _by_graph(
+    run: Run, state: State, x: Inputs, names: Sequence[str] | None, lost: Lost, graphed: bool
+) -> tuple[Captured, Pullback]:
+    """By an autograd graph from zero nudges to the output."""
     zeros: dict[Any, Tensor] = {}
 
     def zero(name: Any, value: Tensor) -> Tensor:
@@ -70,20 +87,20 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None, lo
         return zero(len(zeros), value)
 
     nudge = next_zero if names is None else tuple(functools.partial(zero, name) for name in names)
-
     with torch.inference_mode(False), torch.enable_grad():
-        state = {name: ungraphed(tensor) for name, tensor in state.items()}
-        x = tree_map(ungraphed, x)
         output, seen = run(state, x, nudge)
 
     def gradients(of: Of, at: dict[Any, Tensor] = zeros) -> dict[Any, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
-            return filled(of, at, _gradients(of(output), at))
+            return found_at(of, of(output), at, graphed)
 
-    def filled(of: Of, at: dict[Any, Tensor], found: dict[Any, Tensor | None]) -> dict[Any, Tensor]:
+    def found_at(of: Of, total: Tensor, at: dict[Any, Tensor], graph: bool) -> dict[Any, Tensor]:
+        found = _gradients(total, at, graph)
+        if graph:
+            refuse_once(total)
         missing = [name for name, slope in found.items() if slope is None]
         if missing:
-            lost(missing, functools.partial(reason_at, lambda nudge: of(run(state, x, nudge).output), names or [*zeros]))
+            lost(missing, _reasons(run, (state, x), of, names or [*zeros]))
         return {name: torch.zeros_like(at[name]) if slope is None else slope for name, slope in found.items()}
 
     def last(of: Of) -> Tensor:
@@ -91,19 +108,25 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None, lo
 
     def curvatures(of: Of) -> dict[Any, tuple[Tensor, Tensor]]:
         with torch.inference_mode(False), torch.enable_grad():
-            total = of(output)
-            slopes = filled(of, zeros, _gradients(total, zeros, graph=True))
-            refuse_once(total)
+            slopes = found_at(of, of(output), zeros, True)
             products = {name: (slope * values[name]).sum() for name, slope in slopes.items()}
-            hvps = {name: _gradients(product, {name: zeros[name]})[name] for name, product in products.items()}
-        return {
-            name: (slope.detach(), torch.zeros_like(slope) if (hvp := hvps[name]) is None else hvp)
-            for name, slope in slopes.items()
-        }
+            hvps = {name: _gradients(product, {name: zeros[name]}, graphed)[name] for name, product in products.items()}
+        pairs = {name: (slope, torch.zeros_like(slope) if hvps[name] is None else hvps[name]) for name, slope in slopes.items()}
+        return cast(Any, tree_map(bare, pairs))
 
-    detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
-    values = dict(zip(zeros if names is None else names, (value.detach() for value in seen)))
-    return Captured(detached, tuple(values.values())), Pullback(gradients, last, curvatures)
+    bare = (lambda leaf: leaf) if graphed else _detached
+    values = dict(zip(zeros if names is None else names, map(bare, seen)))
+    return Captured(tree_map(bare, output), tuple(values.values())), Pullback(gradients, last, curvatures)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _reasons(run: Run, given: tuple[State, Inputs], of: Of, names: Sequence[Any]) -> Callable[[Any, str], Reason]:
+    """The function that says why no gradient of `of` reaches a layer."""
+    state, x = _ungraphed(*given)
+    return functools.partial(reason_at, lambda nudge: of(run(state, x, nudge).output), names)
 
 
 def _leaf_like(value: Tensor) -> Tensor:
@@ -140,7 +163,7 @@ def _ramp(value: Tensor) -> Tensor:
     return steps * (1 + value.detach().abs().amax())
 
 
-def _gradients(total: Tensor, leaves: dict[Any, Tensor], graph: bool = False) -> dict[Any, Tensor | None]:
+def _gradients(total: Tensor, leaves: dict[Any, Tensor], graph: bool) -> dict[Any, Tensor | None]:
     """Gradients of `total`; `None` at a leaf that it does not depend on differentiably."""
     found: Any = (None,) * len(leaves)
     if total.requires_grad:
@@ -163,25 +186,33 @@ def _by_backward(total: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor | No
     return found
 
 
-def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pullback]:
+def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str] | None, lost: Lost) -> tuple[Captured, Pullback]:
     """By `vjp`: the gradient can be differentiated and mapped over. One more forward pass finds the layers' shapes."""
-    zeros = tuple(map(torch.zeros_like, run(state, x, None).seen))
+    with torch.no_grad() if not _compat.transformed() else nullcontext():
+        zeros = tuple(map(torch.zeros_like, run(state, x, None).seen))
     captured, back = _pulled(run, state, x, zeros)
     named = range(len(zeros)) if names is None else names
+
+    def told(of: Of, slopes: Sequence[Tensor], at: Sequence[Any]) -> Sequence[Tensor]:
+        missing = [] if _compat.transformed() else [name for name, slope in zip(at, slopes) if not bool(slope.any())]
+        if missing:  # or zeros, which the reason tells
+            with torch.enable_grad():
+                lost(missing, _reasons(run, (state, x), of, named))
+        return slopes
 
     def along(of: Of, i: int, nudge: Tensor) -> Tensor:
         slopes = _pulled(run, state, x, (*zeros[:i], nudge, *zeros[i + 1 :]))[1](of)
         return (slopes[i] * captured.seen[i]).sum()
 
     def gradients(of: Of) -> dict[Any, Tensor]:
-        return dict(zip(named, back(of)))
+        return dict(zip(named, told(of, back(of), named)))
 
     def last(of: Of) -> Tensor:
-        return back(of)[-1]
+        return told(of, back(of)[-1:], named[-1:])[0]
 
     def curvatures(of: Of) -> dict[Any, tuple[Tensor, Tensor]]:
         hvps = (grad(functools.partial(along, of, i))(zero) for i, zero in enumerate(zeros))
-        return dict(zip(named, zip(back(of), hvps)))
+        return dict(zip(named, zip(told(of, back(of), named), hvps)))
 
     return captured, Pullback(gradients, last, curvatures)
 
@@ -232,11 +263,11 @@ def last_gradient(pullback: Pullback, output: Any, score: Score) -> Tensor:
 
 
 def gradient_of(function: Callable[[Tensor], Tensor], lost: Lost) -> Callable[[Tensor], Tensor]:
-    """The gradient of a scalar function: by a graph that begins at its argument, or, under a transform, by `grad`.
+    """The gradient of a scalar function: by a graph that begins at its argument, or, where it needs one itself, by `grad`.
 
     Where no gradient reaches the argument, it is zeros, unless `lost` raises. Its name there is "".
     """
-    if _compat.transformed():
+    if _compat.transformed() or torch.is_grad_enabled():
         return about_gradient()(grad(function))
 
     def why(at: Tensor, name: str, what: str) -> Reason:
@@ -249,7 +280,7 @@ def gradient_of(function: Callable[[Tensor], Tensor], lost: Lost) -> Callable[[T
     def slope(at: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             at = at.detach().clone().requires_grad_()
-            found = _gradients(function(at), {"": at})[""]
+            found = _gradients(function(at), {"": at}, False)[""]
             if found is None:
                 lost([""], functools.partial(why, at))
             return torch.zeros_like(at) if found is None else found
@@ -269,6 +300,44 @@ def total_of(output: Any, score: Score) -> Of:
     """The function from an output to the sum of all targets' scores."""
     each = _sums(output, score)
     return lambda output: torch.stack([of(output) for of in each]).sum()
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`function(*arguments)`, whose graph holds the arguments alone: the function runs again in the backward pass.
+
+    The arguments are pytrees. The function must take every tensor with a graph from them. torch's own checkpoints do not work
+    here, since they have no `vmap` inside.
+    """
+    leaves, tree = tree_flatten(arguments)
+    graphed = torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+    if _compat.transformed() or not graphed:
+        return function(*arguments)
+
+    def run(*tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        return function(*tree_unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree))
+
+    return _Recomputed.apply(run, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))  # pyright: ignore[reportReturnType]
+
+
+class _Recomputed(torch.autograd.Function):
+    """A function of tensors that keeps no graph of its own. Its backward has a derivative too."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(*tensors)
+        return run(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]: torch gives `*slopes`
+        further, needed = torch.is_grad_enabled(), ctx.needs_input_grad[1:]
+        with torch.enable_grad():
+            # Views, so that the gradient at one argument leaves out what another has to do with it.
+            own = [tensor.view_as(tensor) if needs else tensor for tensor, needs in zip(ctx.saved_tensors, needed)]
+            at = [tensor for tensor, needs in zip(own, needed) if needs]
+            found = iter(torch.autograd.grad(ctx.run(*own), at, slope, create_graph=further, allow_unused=True))
+        return None, *(next(found) if needs else None for needs in needed)
 
 
 def ungraphed(leaf: Any) -> Any:
