@@ -155,6 +155,24 @@ def test_each_chunk_runs_again_in_the_backward_pass():
     assert sorted(RUNS) == [1, 3, 3, 3]
 
 
+def test_the_copy_that_runs_again_is_lent_to_no_other_call():
+    class Known(Smooth):
+        def forward(self, x: Tensor) -> Tensor:
+            RUNS.append(id(self))
+            return super().forward(x)
+
+    net, x = camfn.prepare(Known()), image().requires_grad_()
+    found = camfn.score_cam(net, "features", x, 1)
+    RUNS.clear()
+    for _ in range(3):
+        camfn.score_cam(net, "features", image(), 1)
+    others = {*RUNS}
+    RUNS.clear()
+    weighted(found).backward()
+    assert RUNS
+    assert not others & {*RUNS}
+
+
 @pytest.mark.parametrize("method", ["score_cam", "ablation_cam", "opti_cam", "grad_cam"])
 def test_the_backward_pass_may_come_after_other_calls(method):
     """A private copy that runs again in the backward pass must not have been lent to another call."""
