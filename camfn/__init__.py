@@ -47,7 +47,7 @@ from camfn.methods import (
     ss_cam,
     xgrad_cam,
 )
-from camfn.model.capture import Captured, pure, state_of, tap
+from camfn.model.capture import Captured, parameters_of, pure, state_of, tap
 from camfn.model.head import Head, head
 from camfn.model.layers import Candidate, candidate_layers
 from camfn.model.prepare import Prepared, prepare
@@ -102,6 +102,7 @@ __all__ = [
     "metrics",
     "multi_scale",
     "opti_cam",
+    "parameters_of",
     "poly_cam",
     "prepare",
     "pure",

@@ -67,7 +67,7 @@ def factorize(
       linear head this is the linear layer applied to the vector.
     - `classes`, `error` and `layer`.
 
-    The batch is factorized as one matrix, so the concepts of an image depend on the other images. Under a transform, the
+    The batch is factorized as one matrix, so the concepts of an image depend on the other images. The
     derivative goes through the sweeps but not through the start.
 
     **Raises** `CamError` if there are fewer channels, or positions in the batch, than concepts, or if no value is positive.
@@ -86,7 +86,7 @@ def factorize(
     """
     if is_several(layer):
         raise CamError("factorize takes one layer: found a sequence of them")
-    with _compat.unnarrowed(), without_graph():
+    with _compat.unnarrowed(), without_graph(x, state):
         seen = explain_layer(model, layer, x, target, state, Drawing(False, size, False, layout, axes))
         forward, (part,) = seen.forward, seen.reads
         # in units of its size, so that squares do not overflow or underflow
@@ -116,7 +116,7 @@ def _positive_part(activation: Tensor, concepts: int, layer: str) -> Tensor:
         )
     above = torch.relu(values)
     if not _compat.transformed():
-        all_, kept = (float(each.square().sum()) for each in (values, above))
+        all_, kept = (float(each.detach().square().sum()) for each in (values, above))
         if not math.isfinite(all_):
             raise CamError(
                 f"layer {layer!r} has NaN or infinite values, which have no factors: choose an earlier layer, or find "

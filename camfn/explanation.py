@@ -1,16 +1,17 @@
 """Maps with the scores, weights, cost and findings behind them."""
 
 import inspect
+import pickle
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from camfn import _compat
 from camfn._errors import CamError, closest
@@ -25,8 +26,53 @@ from camfn.model.prepare import opened
 from camfn.targets import Score, names
 
 
+class ReadOnly(Mapping[str, Any]):
+    """A mapping that cannot be changed. Unlike `types.MappingProxyType`, it can be pickled.
+
+    In a pickle, a tensor has no graph, and the name of a value stands for the value if it cannot be pickled (a lambda).
+
+    >>> import pickle
+    >>> settings = ReadOnly({"steps": 3, "layout": lambda activation: activation})
+    >>> pickle.loads(pickle.dumps(settings))
+    {'steps': 3, 'layout': '<lambda>'}
+    """
+
+    def __init__(self, items: Mapping[str, Any]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ReadOnly, (tree_map(_picklable, self._items),)
+
+
+def _picklable(leaf: Any) -> Any:
+    """A tensor without its graph, another value as it is, or the name of a value that cannot be pickled."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach()
+    try:
+        pickle.dumps(leaf)
+    except Exception:  # each type has its own error
+        return getattr(leaf, "__name__", repr(leaf))
+    return leaf
+
+
 class Explanation(NamedTuple):
-    """The result of `explain`: the maps, with scores, weights, settings, cost and findings."""
+    """The result of `explain`: the maps, with scores, weights, settings, cost and findings.
+
+    It can be pickled, copied, saved by `torch.save`, and returned by a worker of a `DataLoader`. The copy has no graph. A
+    setting that cannot be pickled, such as a lambda, is replaced by its name.
+    """
 
     maps: Maps
     method: str
@@ -49,6 +95,12 @@ class Explanation(NamedTuple):
     def notes(self) -> tuple[str, ...]:
         """The sentences of the findings."""
         return tuple(finding.sentence for finding in self.findings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        def bare(leaf: Any) -> Any:
+            return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+        return Explanation, tuple(tree_map(bare, tuple(self)))
 
 
 @overload
@@ -111,7 +163,8 @@ def prepared(
     if stray:
         raise CamError(f"{', '.join(rows)} {'has' if len(rows) == 1 else 'have'} no option {', '.join(map(repr, stray))}")
     layers = {name: layer if row.of_layer else None for name, row in rows.items()}
-    with Shared(opened(model).prepared, x, any(Need.GRADIENTS in row.needs for row in rows.values())) as shared:
+    graph = any(Need.GRADIENTS in row.needs for row in rows.values())
+    with Shared(opened(model).prepared, x, graph=graph, several=len(rows) > 1) as shared:
         yield [partial(_card, shared, name, rows[name], (layers[name], x, target), given[name]) for name in method]
 
 
@@ -134,10 +187,11 @@ def _card(shared: Shared, name: str, row: Method, arguments: tuple[Any, ...], op
     settings = {p.name: options.get(p.name, p.default) for p in named}
     fields: dict[str, Any] = outcome._asdict()
     fields["targets"] = _named(fields.pop("score"), outcome.scores)
-    fields["findings"] += fields.pop("remarks") + _about(outcome, row, settings, shared.last)
-    return Explanation(
-        method=name, settings=MappingProxyType(settings), seconds=seconds, versions=MappingProxyType(_versions()), **fields
-    )
+    found = [each for each in outcome.findings if each.kind != "no gradient" or Need.GRADIENTS in row.needs]  # of this method
+    lost = {each.layer for each in found if each.kind == "no gradient"}
+    about = [each for each in _about(outcome, row, settings, shared.last) if each.layer not in lost]
+    fields["findings"] = (*found, *fields.pop("remarks"), *about)
+    return Explanation(method=name, settings=ReadOnly(settings), seconds=seconds, versions=ReadOnly(_versions()), **fields)
 
 
 def _named(score: Score, scores: Tensor) -> tuple[tuple[str, ...], ...]:
@@ -151,7 +205,7 @@ def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], forward: 
         return ()
     found = [Finding("about the target", "", 1.0, remark) for remark in outcome.score.remarks]
     if "recipe" in settings:
-        found += diagnostics.about_weights(outcome.weights, outcome.layers)
+        found += diagnostics.about_weights([each.detach() for each in outcome.weights], outcome.layers)
     if forward is not None and Need.ACTIVATIONS in row.needs:
         reads = [read_layer(forward, *each, settings["layout"]) for each in zip(forward.layers, forward.activations)]
         found += diagnostics.about_activations([part.values for part in reads], forward.layers)

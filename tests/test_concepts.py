@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vmap
+from torch.func import grad, jvp, vmap
 
 import camfn
 from camfn import CamError
@@ -184,11 +184,23 @@ def test_under_autocast_the_factors_are_made_in_float32():
 
 
 def test_the_same_call_gives_the_same_and_keeps_no_graph():
-    net, x = small_net(), inputs(2).requires_grad_()
+    net, x = small_net(), inputs(2)
     one, other = (camfn.factorize(net, "act", x) for _ in range(2))
     for a, b in zip(one[:3], other[:3]):
         assert torch.equal(a, b)
         assert not a.requires_grad
+
+
+def test_the_graph_of_a_plain_call_has_the_gradient_of_transforms():
+    net, x = small_net(), inputs(2)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        found = camfn.factorize(net, "act", x, 1, concepts=2)
+        return found.maps.square().sum() + found.scores.sum()
+
+    own = x.clone().requires_grad_()
+    total(own).backward()
+    close(own.grad, grad(total)(x))
 
 
 def test_mapped_each_image_has_concepts_of_its_own():

@@ -1,10 +1,16 @@
 """The card: what it tells, what several methods share, and the findings, each on a network that is made to show it."""
 
+import copy
+import inspect
+import pickle
+import typing
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import camfn
+from camfn._types import Maps
 from camfn.formulas import diagnostics
 from camfn.formulas.diagnostics import Finding
 from tests.oracles.closeness import close
@@ -231,3 +237,87 @@ def test_a_card_made_under_a_transform_has_no_names():
 
     torch.func.grad(maps)(x)
     assert kept[0].targets == ()
+
+
+# ------------------------------------------------------------------------------------------------------ copies of a card
+
+
+def halved(activation: Tensor) -> Tensor:
+    """A layout that can be pickled."""
+    return activation[:, :3]
+
+
+def loaded(card: camfn.Explanation, folder) -> dict[str, camfn.Explanation]:
+    torch.save(card, folder / "card.pt")
+    return {
+        "pickle": pickle.loads(pickle.dumps(card)),
+        "copy": copy.copy(card),
+        "deepcopy": copy.deepcopy(card),
+        "save": torch.load(folder / "card.pt", weights_only=False),
+    }
+
+
+def test_a_card_is_the_same_after_it_was_pickled_copied_and_saved(tmp_path):
+    options = {"layout": halved, "num_samples": 2, "sweep": camfn.Sweep(chunk=2)}
+    card = camfn.explain(small_net(), "features", inputs(), 3, method="is_cam", **options)
+    for found in loaded(card, tmp_path).values():
+        assert type(found) is camfn.Explanation
+        for name in ("method", "layers", "grids", "targets", "forwards", "findings", "notes", "seconds"):
+            assert getattr(found, name) == getattr(card, name)
+        assert dict(found.settings) == dict(card.settings)
+        assert dict(found.versions) == dict(card.versions)
+        for name in ("maps", "scores", "classes"):
+            assert torch.equal(getattr(found, name), getattr(card, name))
+        assert torch.equal(found.weights[0], card.weights[0])
+        with pytest.raises(TypeError):
+            found.settings["num_samples"] = 3
+
+
+def test_the_name_stands_for_a_setting_that_cannot_be_pickled(tmp_path):
+    seen = []
+    sweep = camfn.Sweep(progress=lambda done, total: seen.append(done))
+    card = camfn.explain(small_net(), "features", inputs(), 3, layout=lambda activation: activation, sweep=sweep)
+    assert callable(card.settings["layout"])
+    for way, found in loaded(card, tmp_path).items():
+        if way != "copy":
+            assert (found.settings["layout"], found.settings["sweep"].progress) == ("<lambda>", "<lambda>")
+            assert found.settings["sweep"]._replace(progress=False) == camfn.Sweep()
+            assert torch.equal(found.maps, card.maps)
+
+
+def test_a_setting_with_a_graph_is_pickled_without_it():
+    net = small_net()
+    state = {**camfn.state_of(net), **{name: 1 * parameter for name, parameter in net.named_parameters()}}
+    card = camfn.explain(net, "features", inputs(), 3, method="mean_cam", state=state)
+    found = copy.deepcopy(card)
+    assert not any(tensor.requires_grad for tensor in (found.maps, *found.settings["state"].values()))
+    assert card.settings["state"] is state
+
+
+class Cards(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i: int) -> camfn.Explanation:
+        torch.set_num_threads(1)
+        x = inputs()[i : i + 1].requires_grad_()
+        return camfn.explain(small_net(), "features", x, 3, method="mean_cam", layout=lambda activation: activation)
+
+
+def test_a_worker_of_a_data_loader_returns_cards():
+    loader = torch.utils.data.DataLoader(Cards(), batch_size=None, num_workers=1, timeout=120)
+    for i, found in enumerate(loader):
+        assert torch.equal(found.maps, Cards()[i].maps)
+
+
+# --------------------------------------------------------------------------------------------------- what help says
+
+
+@pytest.mark.parametrize("name", [*camfn.METHODS, "smooth", "integrate", "augment"])
+def test_a_method_says_that_it_returns_maps(name):
+    function = getattr(camfn, name) if name in camfn.METHODS else getattr(camfn, name)(camfn.grad_cam)
+    assert inspect.signature(function).return_annotation == Maps
+    assert typing.get_type_hints(function)["return"] == Maps
+    parameters = [*inspect.signature(function).parameters]
+    assert parameters[:4] == ["model", "layer", "x", "target"]
+    assert "normalize" in parameters

@@ -17,26 +17,15 @@ METHODS_PAGE = PACKAGE.parent / "docs" / "methods.md"
 ROOMS = {
     "": ("_version", "_errors", "_types", "_compat", "_paths"),
     "formulas": (
-        *(
-            "probabilities",
-            "scaling",
-            "resampling",
-            "components",
-            "factorization",
-            "masks",
-            "noise",
-            "maps",
-            "weights",
-            "attention",
-        ),
-        "diagnostics",
+        *("probabilities", "scaling", "resampling", "components", "factorization", "masks", "noise", "maps", "weights"),
+        *("attention", "diagnostics"),
     ),
     "targets": ("outputs", "scores", "algebra", "classes", "dense", "embeddings", "detections"),
     ".layouts": ("layouts",),
     "model": (
         *("memory", "randomness", "guard", "private_copy", "restore", "prepare", "torch_errors", "ports", "capture", "axes"),
         *("inputs", "agreement", "tape", "recording", "attention", "linear_head", "entrance", "positions", "task", "layers"),
-        *("gradients", "forward", "head", "deeplift"),
+        *("graph_ends", "gradients", "forward", "head", "deeplift"),
     ),
     "sweep": (
         *("options", "folding", "runner", "kernel", "scoring", "changes", "gaussian_process", "search", "low_precision"),

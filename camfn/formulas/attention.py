@@ -7,6 +7,7 @@ needed, so these functions multiply a row vector by the layers, from the last to
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from camfn._types import Attentions, Relevances, wide
@@ -36,6 +37,16 @@ def row_of(gradient: Attentions, query: int) -> Relevances:
     others = torch.zeros_like(readers(gradient))
     query = query % gradient.shape[2]
     return torch.cat([others[:, :query], others[:, :1] + 1, others[:, query + 1 :]], 1)
+
+
+def attended(seen: Sequence[Attentions]) -> Bool[Tensor, "n k"]:
+    """The tokens that some query attends to, in some head of some layer. Masks exclude the others, such as padding.
+
+    >>> import torch
+    >>> attended([torch.tensor([[[[0.5, 0.5, 0.0], [0.2, 0.8, 0.0], [0.1, 0.9, 0.0]]]])]).tolist()
+    [[True, True, False]]
+    """
+    return torch.stack([(attention > 0).any(2).any(1) for attention in seen]).any(0)
 
 
 def attention_rollout(seen: Sequence[Attentions], row: Relevances) -> Relevances:

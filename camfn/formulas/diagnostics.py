@@ -1,6 +1,6 @@
 """Findings about maps that carry little information: a value and a sentence each. Functions of tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -132,6 +132,11 @@ def about_activations(activations: Sequence[Activations], layers: Sequence[str])
     return tuple(found)
 
 
+def about_lost(reasons: Mapping[str, str]) -> tuple[Finding, ...]:
+    """Find layers that no gradient reaches. `reasons` has a sentence for each."""
+    return tuple(Finding("no gradient", name, 1.0, f"{reason}; the map is zeros") for name, reason in reasons.items())
+
+
 def about_gradients(gradients: Sequence[Gradients], layers: Sequence[str]) -> tuple[Finding, ...]:
     """Find gradients that are zero, or the same at every position."""
     return tuple(
@@ -148,8 +153,9 @@ def _zero_gradient(name: str, slopes: Gradients) -> list[Finding]:
         return []
     part = "the gradient" if none == 1 else f"{none:.0%} of the gradients"
     sentence = (
-        f"{part} at layer {name!r} is zero throughout: the target does not depend on this layer there (the last block of a "
-        "transformer whose head reads only the class token? a saturated or clipped score? a branch of another output?)"
+        f"{part} at layer {name!r} is zero throughout, though the graph is whole: no small change of the layer changes the "
+        "score (a ReLU after the layer that is zero everywhere? a saturated or clipped score? the last block of a transformer "
+        "whose head reads only the class token?)"
     )
     return [Finding("no gradient", name, none, sentence)]
 

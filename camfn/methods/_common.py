@@ -13,11 +13,11 @@ from camfn import _compat, layouts
 from camfn._errors import CamError
 from camfn._types import Activations, Combine, FlatMaps, Gradients, Inputs, Layers, Layout, Size, State, Target, Weights, wide
 from camfn.formulas import maps
-from camfn.formulas.diagnostics import about_maps
+from camfn.formulas.diagnostics import about_lost, about_maps
 from camfn.formulas.scaling import rescale
 from camfn.layouts import Form, Read
 from camfn.methods.registry import Outcome
-from camfn.model.forward import Forward, Shared, another_batch, first_nonfinite, look, look_with_gradients
+from camfn.model.forward import Forward, Shared, another_batch, first_nonfinite, look, look_with_gradients, lost_layers
 from camfn.model.gradients import Pullback, each_target
 from camfn.model.inputs import Batch
 from camfn.model.layers import clues_of, placed_forms
@@ -179,6 +179,8 @@ def drawn(found: Explained, signed: Sequence[FlatMaps], grids: Sequence[tuple[in
     each = tuple(m[:, 0] for m in shaped) if found.score.single else tuple(shaped)
     names = forward.layers or ("",)  # without a layer, the map is of the input
     findings = () if _compat.transformed() else about_maps(signed, names, drawing.relu, forward.activations)
+    lost = about_lost(lost_layers(forward))
+    findings = (*lost, *(finding for finding in findings if finding.layer not in [each.layer for each in lost]))
     result = each if forward.several else each[0]
     at = forward.layers, tuple(grids), found.score.classes, found.clean, found.score
     return Outcome(result, *at, (), forward.forwards, 0, findings)

@@ -68,7 +68,7 @@ def ablation_cam(
     Desai & Ramaswamy, Ablation-CAM, WACV 2020 (doi 10.1109/WACV45572.2020.9093360). The same as
     pytorch-grad-cam's `AblationCAM`.
     """
-    with without_graph():
+    with without_graph(x, state):
         found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
         swept = _swept(found, sweep, _without_channel, _channels)
         each = [_drops(part, numbers, scored) for part, numbers, scored in zip(found.reads, swept.wanted, swept.scored)]
@@ -123,7 +123,7 @@ def recipro_cam(
     if window not in (None, "gaussian"):
         raise CamError(f'window must be None or "gaussian", found {window!r}')
     steps = (1.0, 0.0) if window is None else (0.5, 0.25, 0.0)
-    with without_graph():
+    with without_graph(x, state):
         found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes))
         swept = _swept(found, sweep, lambda part: _around_position(part, steps), _positions)
         return _counted(drawn(found, [maps.recipro_cam(scored.scores) for scored in swept.scored]), swept)
@@ -171,7 +171,7 @@ def lift_cam(
     Jung & Oh, Towards Better Explanations of Class Activation Mapping, ICCV 2021 (arXiv 2102.05228); the rule:
     Shrikumar et al., 2017 (arXiv 1704.02685).
     """
-    with without_graph():
+    with without_graph(x, state):
         found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
         forward, drawing = found.forward, found.drawing
         check_differentiable(forward.task.private)

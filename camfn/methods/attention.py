@@ -1,7 +1,7 @@
 """Methods that follow the attention of transformers. They take no layer, because they use all layers."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from camfn.model.attention import Attention, Blocks, Nudge, attended, blocks_of,
 from camfn.model.capture import Captured, tap_from
 from camfn.model.forward import check_differentiable, from_output, run_checked
 from camfn.model.gradients import Of, Pullback, each_target, last_gradient, with_pullback
+from camfn.model.graph_ends import Reason
 from camfn.model.prepare import Model, opened
 from camfn.model.task import Task, begin
 from camfn.model.torch_errors import ForwardError
@@ -56,7 +57,8 @@ def attention_rollout(
     output if attention alone moved information between tokens. It is class-agnostic: all targets get the same map.
 
     Supported are vision transformers of torchvision, timm and transformers, with or without fused attention, in which every
-    layer attends from all tokens to all tokens.
+    layer attends from all tokens to all tokens. Tokens that attention masks exclude as keys for every query, such as padding,
+    have no relevance: their value in the map is 0.
 
     **Arguments**
 
@@ -286,7 +288,16 @@ def _explain_attention(
     if gradients:
         check_differentiable(task.private)
     blocks = _blocks(task) if per_block else Blocks([], 1)
-    captured, back = with_pullback(functools.partial(_run, task, blocks, held), task.state, task.batch.x, None)
+
+    def lost(layers: Sequence[int], why: Callable[[int, str], Reason]) -> None:
+        for layer in layers:
+            reason = why(layer, f"attention layer {layer}")
+            if reason.sentence and layer >= start % count and (reason.cut or layer == count - 1):
+                raise CamError(f"{reason.sentence}; attention layers are counted from 0, and start= leaves out the first ones")
+
+    run = functools.partial(_run, task, blocks, held)
+    constants = held or per_block
+    captured, back = with_pullback(run, task.state, task.batch.x, None, lost, graphed=task.graphed, constants=constants)
     output, also = captured.output
     count = len(captured.seen)
     found = explained(from_output(task, output), target, drawing)
@@ -386,5 +397,7 @@ def _on_patches(found: Attentive, rows: list[Relevances], backwards: int) -> Out
     if isinstance(layout, str) and layout != "auto":
         raise CamError(f'layout={layout!r}: attention is over tokens, say where they lie by "auto" or camfn.layouts.tokens()')
     where = layouts.tokens() if layout == "auto" else layout
+    padding = ~attention.attended(found.attention.seen)  # tokens that masks exclude have no relevance
+    rows = [torch.where(padding, 0, row) for row in rows]
     patches = read_layer(explained.forward, "attention", torch.stack(rows, 2), where)
     return drawn(explained, [patches.values], [patches.grid])._replace(backwards=backwards)

@@ -87,7 +87,7 @@ def smooth_grad_cam_pp(
     Omeiza et al., Smooth Grad-CAM++, 2019 (arXiv 1908.01224).
     """
     check_noise("smooth_grad_cam_pp", num_samples, std, seed)
-    with without_graph():
+    with without_graph(x, state):
         forward = look(model, layer, x, state, masked, axes, masks=True)
         found = explained(forward, target, Drawing(relu, size, normalize, layout, axes, combine))
         held: list[Any] = [None] * len(found.reads)
@@ -151,7 +151,7 @@ def cameras(
     Jalwana et al., CAMERAS, CVPR 2021 (arXiv 2106.10649).
     """
     factors = _checked_factors(factors)
-    with without_graph():
+    with without_graph(x, state):
         forward, pullback = look_with_gradients(model, layer, x, state, masked, axes, masks=True)
         own = explained(forward, target, Drawing(relu, size, normalize, layout, axes))
         graded = Graded(own, gradients_of(own, pullback))

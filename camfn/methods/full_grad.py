@@ -1,5 +1,6 @@
 """FullGrad: what the input and every bias of the network contribute to the score."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.capture import Captured, calls_from
 from camfn.model.forward import Forward, check_differentiable, from_output, without_graph
 from camfn.model.gradients import Of, Pullback, each_target, with_pullback
+from camfn.model.graph_ends import Reason
 from camfn.model.inputs import pick, with_input
 from camfn.model.task import Task, begin
 
@@ -101,7 +103,7 @@ def full_grad(
         raise CamError(
             f'layout must be "auto" in full_grad, because the type of a layer determines its layout; found {layout!r}'
         )
-    with without_graph():
+    with without_graph(x, state):
         parts = _decompose(begin(model, x, state, None, axes))
         forward, spatial = parts.forward, parts.forward.size
         found = explained(forward, target, Drawing(relu, size, normalize, layout, axes))
@@ -114,7 +116,9 @@ def full_grad(
 
         made = each_target(joined, forward.output, found.score)
         outcome = drawn(found, [torch.stack([part.flatten(1) for part, _ in made], 1)], [spatial])
-        remarks = _left_out(found.clean, torch.stack([total for _, total in made], 1)) if found.score.linear else ()
+        remarks = (
+            _left_out(found.clean.detach(), torch.stack([total.detach() for _, total in made], 1)) if found.score.linear else ()
+        )
     return outcome._replace(backwards=found.clean.numel(), remarks=remarks)
 
 
@@ -134,7 +138,12 @@ def _decompose(task: Task) -> FullGradParts:
         (output, seen), called = calls_from(task.model.borrow(), [*biases])(state, moved, rest)
         return Captured(output, (image, *seen))
 
-    (output, _), pullback = with_pullback(run, task.state, task.batch.x, None)
+    def lost(numbers: Sequence[int], why: Callable[[int, str], Reason]) -> None:
+        sentence = why(0, "the input").sentence if 0 in numbers else ""  # a bias may be that of another output
+        if sentence:
+            raise CamError(sentence)
+
+    (output, _), pullback = with_pullback(run, task.state, task.batch.x, None, lost, graphed=task.graphed)
     return FullGradParts(from_output(task, output), pullback, [biases[name] for name in called])
 
 

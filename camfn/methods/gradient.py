@@ -46,8 +46,7 @@ def grad_cam(
 
     - `combine`: `"sum"`, or `"eigen"` for the first component of `w_k A_k` instead of their sum (`camfn.maps.component`).
 
-    The other arguments, the returned maps and the errors are those of `camfn.score_cam`. The maps of a plain call have no
-    graph. Under `torch.func.grad` and `jvp` they are differentiable with respect to `x` and `state`.
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
     >>> import camfn, torch
     >>> from torch import nn

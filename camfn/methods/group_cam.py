@@ -81,7 +81,7 @@ def group_cam(
     _check_groups(groups, percentile)
     kernel, sigma = checked_blur(blur)
     forward, pullback = look_with_gradients(model, layer, x, state, masked, axes, masks=True)
-    with without_graph():
+    with without_graph(x, state):
         drawing, spatial = Drawing(relu, size, normalize, layout, axes), tuple(forward.image.shape[2:])
         gradients = gradients_of(explained(forward, target, drawing), pullback)
         del pullback  # free the graph before the sweep
@@ -169,7 +169,7 @@ def score_cam_pp(
     Chen et al., ScoreCAM++: Gated Score-Weighted Visual Explanations for CNNs, 2024 (arXiv 2404.19341).
     """
     forward = look(model, layer, x, state, masked, axes, masks=True)
-    with without_graph():
+    with without_graph(x, state):
         found = explained(forward, as_probabilities(target), Drawing(relu, size, normalize, layout, axes))
         swept = sweep_in_full("score_cam_pp", forward, found.score, found.reads, Variation(form="tanh"), sweep)
         each, sizes = [weights.score_cam(part.scores, "score") for part in swept], _sizes(found)

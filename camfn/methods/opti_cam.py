@@ -1,8 +1,8 @@
 """Opti-CAM, which optimizes its weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +10,15 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from camfn import _compat
-from camfn._errors import CamError
+from camfn._errors import CamError, layer_called
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target, wide
 from camfn.formulas import maps, masks, weights
 from camfn.layouts import Read
 from camfn.methods._common import Drawing, Explained, explained, weighed
 from camfn.methods.registry import Cost, Need, Outcome, method
-from camfn.model.forward import Forward, check_differentiable, look, without_graph
-from camfn.model.gradients import gradient_of, ungraphed
+from camfn.model.forward import Forward, check_differentiable, look, lost_at, lost_layers, without_graph
+from camfn.model.gradients import gradient_of, recomputed, ungraphed
+from camfn.model.graph_ends import Reason
 from camfn.model.inputs import Key, rows_of
 from camfn.sweep.kernel import Kernel, Rows
 from camfn.sweep.options import Sweep, checked, counter
@@ -64,8 +65,8 @@ def opti_cam(
     - `rate`: Adam's learning rate.
     - `sweep`: a `camfn.Sweep`. Only chunk (images at once, 8 by default), memory, fold and progress have an effect.
 
-    The other arguments, the returned maps and the errors are those of `camfn.score_cam`. Under `torch.func.grad` and `jvp`,
-    maps are differentiable with respect to `x` and `state`, through all steps.
+    The other arguments, the returned maps and the errors are those of `camfn.score_cam`. Maps are
+    differentiable with respect to `x` and `state`, through all steps.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -84,7 +85,7 @@ def opti_cam(
     if not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
         raise CamError(f"opti_cam needs a finite rate > 0, found {rate!r}")
     options = checked(sweep)._replace(compile=False, dtype=None)
-    with torch.inference_mode(False), without_graph():
+    with torch.inference_mode(False), without_graph(x, state):
         forward = _bare(look(model, layer, x, state, masked, axes, masks=True))
         check_differentiable(forward.task.private)
         found = explained(forward, target, Drawing(relu, size, normalize, layout, axes, combine))
@@ -92,7 +93,7 @@ def opti_cam(
         runner, tick = runner_of(forward, found.score, options, forwards), counter(options.progress, forwards)
         room = Room(min(runner.room.chunk, chunk_of(forward, options, _CHUNK)), "images")
         climb = partial(weights.opti_cam, steps=steps, rate=rate)
-        sites = [_Site(found, runner, part) for part in found.reads]
+        sites = [_Site(found, runner, part, name) for part, name in zip(found.reads, forward.layers)]
         outcome = weighed(found, [_weights(site, climb, room, partial(_tell, tick, steps)) for site in sites])
         tick(None)
         room.tell()
@@ -110,11 +111,18 @@ class _Site(NamedTuple):
     found: Explained
     runner: Runner
     read: Read
+    layer: str
+
+    def moved(self, state: State, x: Inputs, values: Tensor, of: Any) -> "_Site":
+        """The same layer with other tensors of the same values: the state, the inputs, the activation, the targets' rows."""
+        forward, score = self.found.forward.moved(state, x), self.found.score._replace(rows=of)
+        found = self.found._replace(forward=forward, score=score)
+        return self._replace(found=found, runner=self.runner._replace(state=state), read=self.read._replace(values=values))
 
 
 def _bare(forward: Forward) -> Forward:
     """Detach all tensors in a plain call, because each step builds its own graph."""
-    if _compat.transformed():
+    if _compat.transformed() or forward.task.graphed:
         return forward
     task = forward.task
     x, state, activations = (tree_map(ungraphed, part) for part in (task.batch.x, task.state, forward.activations))
@@ -124,12 +132,19 @@ def _bare(forward: Forward) -> Forward:
 @_compat.eager
 def _weights(site: _Site, climb: Callable[..., Tensor], room: Room, tick: Callable[[int | None], None]) -> Tensor:
     """The weights of each image and target, `(n, t, c)`."""
-    values, targets = site.read.values, site.found.clean.shape[1]
+    values, targets, forward = site.read.values, site.found.clean.shape[1], site.found.forward
     n, c, _ = values.shape
+    at_layer = lost_at(forward.task, len(set(forward.layers)) > 1, lambda name: f"the masks of {layer_called(name)}")
+
+    def lost(names: Sequence[str], why: Callable[[str, str], Reason]) -> None:
+        at_layer([site.layer], lambda _, what: why(names[0], what))
+
+    def climbed(state: State, x: Inputs, values: Tensor, of: Any, rows: Rows) -> Tensor:
+        u = torch.zeros(len(rows["image"]), c, dtype=wide(values.dtype), device=values.device)
+        return climb(gradient_of(partial(_height, site.moved(state, x, values, of), rows), lost), u)
 
     def found(rows: Rows) -> Tensor:
-        u = torch.zeros(len(rows["image"]), c, dtype=wide(values.dtype), device=values.device)
-        return climb(gradient_of(partial(_height, site, rows)), u)
+        return recomputed(climbed, site.runner.state, forward.batch.x, values, site.found.score.rows, rows)
 
     def rows(index: Tensor) -> Rows:
         return {"image": torch.div(index, targets, rounding_mode="floor"), "target": index % targets}
@@ -141,12 +156,14 @@ def _weights(site: _Site, climb: Callable[..., Tensor], room: Room, tick: Callab
                 "the layer's output has NaN or infinite values: opti_cam cannot make masks of them; choose an earlier layer"
             )
         raise CamError("opti_cam came to scores that are not finite: try a smaller rate=, or another target")
-    return each.reshape(n, targets, c)
+    found_one = site.layer not in lost_layers(forward)
+    return each.reshape(n, targets, c) if found_one else each.new_zeros(n, targets, c)
 
 
 def _height(site: _Site, rows: Rows, u: Tensor) -> Tensor:
     """The objective that Adam maximizes: the sum of the scores of images masked with their maps."""
-    (found, runner, part), pixels, image = site, site.found.forward.image, rows["image"]
+    found, runner, part, _ = site
+    pixels, image = found.forward.image, rows["image"]
     levels = maps.combine(torch.softmax(u, -1)[:, None], part.values.index_select(0, image))[:, 0]
     size, dtype = tuple(pixels.shape[2:]), part.values.dtype
     each = vmap(lambda level: masks.opti_cam(level, part.grid, size, dtype))(levels)

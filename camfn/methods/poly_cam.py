@@ -84,7 +84,7 @@ def poly_cam(
     forward = look(model, names, x, state, masked, axes, masks=True)
     if layer is None:  # return the finest map only; choosing the layers took one more forward pass
         forward = forward._replace(several=False, forwards=forward.forwards + forward.n)
-    with without_graph():
+    with without_graph(x, state):
         found = explained(forward, as_probabilities(target), Drawing(relu, size, normalize, layout, axes))
         grids = [part.grid for part in found.reads]
         _check_order(forward.layers, grids)

@@ -1,6 +1,7 @@
 """The table of methods, and the decorator that makes a public function and its row in the table."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from enum import Enum
 from types import MappingProxyType
@@ -150,6 +151,8 @@ def published(of: Callable[P, Outcome], of_layer: bool) -> Callable[P, Maps]:
             warn(finding.sentence)
         return outcome.maps
 
+    # `functools.wraps` would show the signature of the inner function, which returns an Outcome.
     function.__annotations__ = {**of.__annotations__, "return": Maps}
+    vars(function)["__signature__"] = inspect.signature(of).replace(return_annotation=Maps)
     vars(function).update(run=run, of_layer=of_layer)
     return function

@@ -77,7 +77,7 @@ def rise(
     if not isinstance(cells, int) or cells < 1 or not 0 < probability <= 1:
         raise CamError(f"rise needs a whole number of cells >= 1 and a probability in (0, 1]; found {cells!r}, {probability!r}")
     forward = look(model, None, x, state, masked, axes, masks=True, taps=False)
-    with without_graph():
+    with without_graph(x, state):
         image, spatial = forward.image, tuple(forward.image.shape[2:])
         checked_size(size, forward.batch, len(spatial))
         found = explained(forward, as_probabilities(target), Drawing(relu, size, normalize, layout, axes))

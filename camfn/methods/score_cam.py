@@ -17,7 +17,7 @@ from camfn.model.gradients import Pullback
 from camfn.model.inputs import Key
 from camfn.sweep.budget import Limits, Order, checked_limits, rows_within, sweep_some
 from camfn.sweep.low_precision import sweep_narrow
-from camfn.sweep.options import Sweep, checked, usable
+from camfn.sweep.options import Sweep, checked, refuse_with_graph, usable
 from camfn.sweep.scoring import Scoring, Swept, plan, sweep_all, sweep_layers
 
 
@@ -83,11 +83,12 @@ def score_cam(
     - `normalize`: `False` returns the map without min-max normalization.
 
     **Returns** maps `(n, *grid)`, or `(n, t, *grid)` for several targets, in float32 or wider. They lie in [0, 1] unless
-    `normalize=False`. The maps of a plain call have no graph, even if `x.requires_grad`. Under `torch.func.grad` and `jvp` they
-    are differentiable with respect to `x` and `state`.
+    `normalize=False`. Under `torch.func.grad` and `jvp` they are differentiable with respect to `x` and `state`. In a plain
+    call they have a graph if grad mode is on and `x`, or a tensor of `state`, requires grad.
 
     **Raises** `CamError` for invalid arguments, with what was found and what to do. `budget` and `tolerance` depend on values,
-    so they raise under a transform. Maps that are flat, not finite, or nowhere positive before their ReLU raise a `CamWarning`.
+    so they raise under a transform, and for maps with a graph. Maps that are flat, not finite, or nowhere positive before their
+    ReLU raise a `CamWarning`.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -257,7 +258,8 @@ def _looked(
 def _swept(looked: tuple[Forward, Pullback | None], target: Target, how: _How) -> Outcome:
     """Sweep the masked inputs and weight the channels by their scores."""
     (variation, limits, sweep, drawing), (forward, pullback) = how, looked
-    with without_graph():
+    with without_graph(forward.batch.x, forward.task.state):
+        refuse_with_graph(forward.task.graphed, sweep, limits.any)
         found = explained(forward, target, drawing, variation.recipe.score)
         gradients = [None] * len(found.reads) if pullback is None else gradients_of(found, pullback)
         del looked, pullback  # free the graph before the sweep

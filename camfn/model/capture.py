@@ -14,10 +14,10 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from camfn import _compat
-from camfn._errors import CamError, closest
+from camfn._errors import CamError, closest, layer_called
 from camfn._types import Inputs, Layer, State
 from camfn.model.guard import Allowed, Guard, input_called
-from camfn.model.ports import Ports, check_recording, is_several, resolve_layers, watched
+from camfn.model.ports import Ports, is_several, resolve_layers, unrecorded, watched
 from camfn.model.prepare import Call, Prepared, opened, prepare, prepares, restarted
 from camfn.model.private_copy import PrivateCopy, refuse_cached, without_wrappers
 from camfn.model.torch_errors import Given, about_forward
@@ -51,6 +51,42 @@ def state_of(model: nn.Module | Prepared) -> State:
     {'weight': (2, 3), 'bias': (2,)}
     """
     return dict(opened(model).borrow().tensors)
+
+
+@prepares
+def parameters_of(model: nn.Module | Prepared) -> State:
+    """The model's floating-point parameters by name: the model's own, which are trained.
+
+    They are the part of `camfn.state_of` that has a derivative. The rest are buffers: running statistics, and counts, which are
+    integers. A map whose `state=` holds these parameters has a graph, and `backward` adds to their `grad`.
+
+    Args:
+        model: a module, or a model prepared by `camfn.prepare`.
+
+    Returns:
+        A new dict from names to the parameters themselves, not detached. The names are those of `camfn.state_of`.
+
+    >>> import camfn, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    >>> state, parameters = camfn.state_of(model), camfn.parameters_of(model)
+    >>> sorted(set(state) - set(parameters))
+    ['1.num_batches_tracked', '1.running_mean', '1.running_var']
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> def total(parameters):
+    ...     return camfn.grad_cam(model, "2", x, 3, state={**state, **parameters}).sum()
+    >>> gradients = torch.func.grad(total)(parameters)
+    >>> total(parameters).backward()
+    >>> torch.allclose(model[0].weight.grad, gradients["0.weight"], atol=1e-6)
+    True
+    """
+    private = opened(model).borrow()
+    found: State = {}
+    for key, parameter in private.original.named_parameters():
+        name = next((private.aliases[known] for known in without_wrappers(key) if known in private.aliases), None)
+        if name is not None and parameter.is_floating_point():
+            found.setdefault(name, parameter)
+    return found
 
 
 def resolve_state(private: PrivateCopy, state: Mapping[str, Tensor] | None) -> State:
@@ -92,7 +128,7 @@ def _is_one(a: Tensor, b: Tensor) -> bool:
 # -------------------------------------------------------------------------------------------------- one forward pass
 
 
-class _Run(nn.Module):
+class Tapped(nn.Module):
     """One forward pass of the private copy with its ports set. It returns the output and what the ports saw."""
 
     def __init__(self, model: nn.Module, ports: Ports) -> None:
@@ -100,6 +136,10 @@ class _Run(nn.Module):
         self.model = model
         self.ports = ports
         self.narrowed = _compat.narrowed_as_called()
+
+    def name_of(self, module: nn.Module) -> str | None:
+        """The name of a module of the private copy; empty for the model itself, `None` for one that is not registered."""
+        return next((name for name, own in self.ports.modules.items() if own is module), None)
 
     def forward(self, x: Inputs, nudges: Sequence[Tensor | None], swaps: Sequence[Tensor | None]) -> Any:
         self.ports.set(nudges, swaps)
@@ -114,7 +154,7 @@ class _Run(nn.Module):
 
 
 def _run(
-    run: _Run,
+    run: Tapped,
     private: PrivateCopy,
     state: State,
     x: Inputs,
@@ -144,7 +184,7 @@ def _run(
 
 
 def _compiled_run(
-    run: _Run, private: PrivateCopy, state: State, x: Inputs, ports: tuple[Any, Any], fresh: bool
+    run: Tapped, private: PrivateCopy, state: State, x: Inputs, ports: tuple[Any, Any], fresh: bool
 ) -> tuple[Any, Any]:
     """`_run` under a compiler: without the guard, which it cannot trace, and by `functional_call`, which it can."""
     copies = private.buffers | private.written
@@ -166,7 +206,7 @@ def copied(leaf: Any) -> Any:
 
 def pure_from(private: PrivateCopy, *, guarded: bool = True, fresh: bool = False) -> Callable[[State, Inputs], Any]:
     """`pure` for a given private copy and complete states. `fresh` inputs are made for one run, and are not copied."""
-    run = _Run(private.module, Ports(private, ()))
+    run = Tapped(private.module, Ports(private, ()))
 
     def call(state: State, x: Inputs) -> Any:
         return _run(run, private, state, x, guarded=guarded, fresh=fresh)[0]
@@ -215,7 +255,7 @@ def pure(model: nn.Module | Prepared) -> Callable[[State, Inputs], Any]:
 def tap_from(private: PrivateCopy, names: Sequence[str], *, guarded: bool = True) -> Callable[..., Captured]:
     """`tap` for a given private copy and complete states. Its layers get ports: do not use it for anything else."""
     ports = Ports(private, names)
-    run = _Run(private.module, ports)
+    run = Tapped(private.module, ports)
 
     def call(state: State, x: Inputs, nudge: Any = None, swap: Any = None) -> Captured:
         nothing = (None,) * len(names)
@@ -310,8 +350,8 @@ def calls_from(private: PrivateCopy, names: Sequence[str]) -> Callable[..., tupl
         def nudged(args: tuple[Any, ...], out: Tensor) -> Tensor:
             if over:  # a checkpointed block runs again in the backward pass
                 return out + torch.zeros_like(out, requires_grad=True) if callable(nudges) else out
-            if callable(nudges):
-                check_recording(name)
+            if callable(nudges) and (not torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
+                raise CamError(unrecorded(layer_called(name)))
             nudge: Any = nudges(out) if callable(nudges) else nudges and nudges[len(seen)]
             called.append(name)
             seen.append(out.clone())

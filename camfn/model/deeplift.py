@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from camfn import _compat
 from camfn._errors import CamError, layer_called
 from camfn._types import wide
-from camfn.model.forward import Forward
+from camfn.model.forward import Forward, tell_lost
 from camfn.model.gradients import ungraphed
 from camfn.model.head import Head, agree, head_of
 from camfn.model.tape import Operation, Value, leaves, mapped
@@ -43,8 +43,11 @@ def multipliers(forward: Forward, layer: str, activation: Tensor, score: Score) 
     head = head_of(forward.task, layer, forward.batch.x, zeros, lambda head: _gives_clean(head, forward, activation))
     given = activation, head.handed(forward.task.state, forward.batch.x), score.rows
     with torch.inference_mode(False):
-        activation, handed, rows = given if _compat.transformed() else tree_map(ungraphed, given)
-        return _multipliers(head, layer, activation, handed, score._replace(rows=rows))
+        activation, handed, rows = given if forward.task.graphed or _compat.transformed() else tree_map(ungraphed, given)
+        found = _multipliers(head, layer, activation, handed, score._replace(rows=rows))
+    if not _compat.transformed() and not any(bool(each.any()) for each in found):
+        tell_lost(forward, layer, score)
+    return found
 
 
 def _gives_clean(head: Head, forward: Forward, activation: Tensor) -> bool:
@@ -105,7 +108,7 @@ _AFFINE = _NORMS | _named(
     """
     add sub rsub neg mul div sum mean cumsum mm bmm mv dot addmm addmv baddbmm linear convolution cat stack getitem view
     _unsafe_view reshape expand permute transpose t squeeze unsqueeze slice select narrow split split_with_sizes chunk unbind
-    clone alias detach contiguous repeat roll flip as_strided diagonal index index_select gather where constant_pad_nd
+    clone alias contiguous repeat roll flip as_strided diagonal index index_select gather where constant_pad_nd
     reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pixel_shuffle
     pixel_unshuffle im2col col2im unfold upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d
     upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
@@ -141,8 +144,8 @@ def _ruled(operation: Operation, known: list[Any], layer: str) -> Three:
     name = "getitem" if target is operator.getitem else target.overloadpacket.__name__
     moving = {i for i, argument in enumerate(operation.args) if _moves(argument, known)}
     dtype: Any = operation.kwargs.get("dtype", torch.float32)
-    if name == "_to_copy" and dtype.is_floating_point:
-        return known[operation.args[0]]  # casts are dropped: the whole head runs in one dtype
+    if name == "detach" or (name == "_to_copy" and dtype.is_floating_point):
+        return known[operation.args[0]]  # the same values; casts are dropped, since the whole head runs in one dtype
     if name in _CURVES and moving == {0}:
         return _curve(target, *(_given(operation, known, i) for i in range(3)))
     if name in _POOLS or (name in ("amax", "max") and moving == {0}):

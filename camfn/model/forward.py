@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from camfn import _compat
-from camfn._errors import CamError, RefusedError, warn
+from camfn._errors import CamError, RefusedError, layer_called, warn
 from camfn._types import Inputs, Layers, State
 from camfn.model.agreement import is_close
 from camfn.model.attention import unfused as attention_written_out
 from camfn.model.capture import Captured, pure_from, tap_from, watch
-from camfn.model.gradients import Pullback, Run, with_pullback
+from camfn.model.gradients import Lost, Pullback, Run, reason_at, total_of, ungraphed, with_pullback
+from camfn.model.graph_ends import Reason
 from camfn.model.inputs import Batch, Companions, Key, beside, check_inputs, key_of, plain, raw, rows_of
 from camfn.model.layers import choose
 from camfn.model.linear_head import is_convolution
@@ -27,9 +28,9 @@ from camfn.model.ports import is_several, resolve_layers
 from camfn.model.prepare import Call, Model, Prepared, opened
 from camfn.model.private_copy import PrivateCopy
 from camfn.model.randomness import refusing_draws
-from camfn.model.task import Task, begin, once
+from camfn.model.task import Task, begin, has_graph, once
 from camfn.model.torch_errors import WITHOUT_GRADIENTS, quantized_in
-from camfn.targets import repeats
+from camfn.targets import Score, repeats
 
 
 class Forward(NamedTuple):
@@ -47,6 +48,10 @@ class Forward(NamedTuple):
     def batch(self) -> Batch:
         """The inputs."""
         return self.task.batch
+
+    def moved(self, state: State, x: Inputs) -> "Forward":
+        """The same forward pass with other tensors for the state and the inputs, of the same values."""
+        return self._replace(task=self.task._replace(state=state, batch=self.batch._replace(x=x)))
 
     @property
     def n(self) -> int:
@@ -69,17 +74,18 @@ def from_output(task: Task, output: Any) -> Forward:
     return Forward(task, (), False, output, (), Companions(task.batch.pixels, task.batch.n), task.batch.n)
 
 
-def without_graph() -> AbstractContextManager[Any]:
-    """Disable the autograd graph in a plain call. A transform needs it."""
-    return nullcontext() if _compat.transformed() else torch.no_grad()
+def without_graph(x: Inputs, state: State | None) -> AbstractContextManager[Any]:
+    """Disable the autograd graph in a call whose maps have none. A transform needs it."""
+    return nullcontext() if _compat.transformed() or has_graph(x, state) else torch.no_grad()
 
 
 class Shared(Call):
     """A call in which several methods share the clean forward pass of one input, and its gradients."""
 
-    def __init__(self, prepared: Prepared, x: Inputs, graph: bool) -> None:
+    def __init__(self, prepared: Prepared, x: Inputs, *, graph: bool, several: bool) -> None:
         super().__init__(prepared)
         self.x, self.graph = x, graph
+        self.several = several  # whether there are several methods: one that fails should not end the others
         self.seen: dict[Any, tuple[Forward, Pullback | None]] = {}
         self.last: Forward | None = None
 
@@ -109,7 +115,7 @@ class _Question(NamedTuple):
     state: State | None
     masked: Key
     axes: str | None
-    masks: bool  # whether the method masks an input; its maps then have no graph
+    masks: bool  # whether the method masks an input
     graph: bool = False  # whether gradients are needed
     taps: bool = True  # whether a layer is explained
 
@@ -164,13 +170,15 @@ def _look(model: Call, question: _Question) -> tuple[Forward, Pullback | None]:
     distinct = list(dict.fromkeys(names))
     # Under a transform, tensors that the model writes to must be created inside it: each run then makes its own copy.
     run = tapped(task, distinct, None if _compat.transformed() else task.private)
-    if graph or (masks and _compat.is_differentiated(task.batch.image)):
+    if graph or task.graphed or (masks and _compat.is_differentiated(task.batch.image)):
         check_differentiable(task.private)
     pullback = None
     if graph:
-        captured, pullback = with_pullback(run, task.state, task.batch.x, distinct)
+        captured, pullback = with_pullback(
+            run, task.state, task.batch.x, distinct, lost_at(task, len(distinct) > 1), graphed=task.graphed
+        )
     else:
-        with without_graph() if masks else nullcontext():
+        with without_graph(x, state) if masks else nullcontext():
             captured = run(task.state, task.batch.x)
     activations = tuple(captured.seen[distinct.index(name)] for name in names)
     companions = _companions(task, captured.output)
@@ -229,11 +237,47 @@ def another_batch(forward: Forward) -> tuple[Any, int] | None:
     return find() if _compat.transformed() else once(forward.task, "another batch", find)
 
 
+def lost_at(task: Task, several: bool, called: Callable[[str], str] = layer_called) -> Lost:
+    """What to do at a layer that no gradient reaches: raise an error, or, in a call of several layers or methods, note it.
+
+    The map of such a layer is zeros, and `lost_layers` tells the reason.
+    """
+
+    def lost(names: Sequence[str], why: Callable[[str, str], Reason]) -> None:
+        for name in names:
+            reason = task.facts.get((_LOST, name)) or why(name, called(name)).sentence
+            if reason and not several and not (isinstance(task.model, Shared) and task.model.several):
+                raise CamError(reason)
+            task.facts[_LOST, name] = reason
+
+    return lost
+
+
+def tell_lost(forward: Forward, name: str, score: Score) -> None:
+    """Do the same for a layer whose weights were found without a gradient, and are zeros, if no gradient reaches it."""
+    task = forward.task
+    with torch.inference_mode(False), torch.enable_grad():
+        state, x = tree_map(ungraphed, (task.state, task.batch.x))
+        run, of = tapped(task, [name]), total_of(forward.output, score)
+        why = partial(reason_at, lambda nudge: of(run(state, x, nudge).output), [name])
+        lost_at(task, len(set(forward.layers)) > 1)([name], why)
+
+
+def lost_layers(forward: Forward) -> dict[str, str]:
+    """The layers that no gradient of this call has reached, each with the reason in a sentence."""
+    found = {key[1]: sentence for key, sentence in forward.task.facts.items() if isinstance(key, tuple) and key[0] == _LOST}
+    return {name: found[name] for name in forward.layers if found.get(name)}
+
+
+_LOST = "no gradient"
+
+
 def tapped(task: Task, names: Sequence[str], private: PrivateCopy | None = None) -> Run:
-    """The model with ports at these layers. A given private copy serves one run only; without one, each run gets a new one."""
+    """The model with ports at these layers. A given private copy serves the first run; every other run gets a new one."""
+    given = [] if private is None else [private]
 
     def run(state: State, x: Inputs, nudge: Any = None) -> Captured:
-        return run_checked(tap_from(private or task.model.borrow(), names), task, (state, x), nudge)
+        return run_checked(tap_from(given.pop() if given else task.model.borrow(), names), task, (state, x), nudge)
 
     return run
 
@@ -248,7 +292,8 @@ def again(forward: Forward, image: Tensor, *, unfused: bool = False) -> tuple[Fo
     def openly(state: State, x: Inputs, nudge: Any = None) -> Captured:
         return attention_written_out(lambda: run(state, x, nudge))
 
-    captured, pullback = with_pullback(openly if unfused else run, task.state, task.batch.x, names)
+    lost = lost_at(forward.task, len(names) > 1)
+    captured, pullback = with_pullback(openly if unfused else run, task.state, task.batch.x, names, lost, graphed=task.graphed)
     activations = tuple(captured.seen[names.index(name)] for name in forward.layers)
     return forward._replace(task=task, output=captured.output, activations=activations), pullback
 

@@ -2,17 +2,19 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.func import grad, vjp
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from camfn import _compat
 from camfn._types import Inputs, State
 from camfn.model.capture import Captured
-from camfn.model.torch_errors import about_gradient, is_reentrant, refuse_once, refuse_quantizing
+from camfn.model.graph_ends import GraphEnds, Reason, end_of
+from camfn.model.torch_errors import about_gradient, is_reentrant, refuse_once
 from camfn.targets import Score, flatten, score_rows
 
 Of = Callable[[Any], Tensor]
@@ -39,24 +41,45 @@ class Pullback(NamedTuple):
 Run = Callable[..., Captured]
 """The tapped model, `(state, x, nudge)`. A nudge is a tensor for each layer, or a function from the layer's output to one."""
 
+Lost = Callable[[Sequence[Any], Callable[[Any, str], Reason]], None]
+"""What to do where no gradient reaches some layers: it is called with their names, and with a function that says why.
+
+`why(name, what)` is the reason for one layer, which it calls `what`. It runs the model once or twice."""
+
 
 @_compat.eager
-def with_pullback(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pullback]:
-    """Run the clean forward pass, and return its pullback to the layers. The returned output has no graph.
+def with_pullback(
+    run: Run, state: State, x: Inputs, names: Sequence[str] | None, lost: Lost, *, graphed: bool, constants: bool = False
+) -> tuple[Captured, Pullback]:
+    """Run the clean forward pass, and return its pullback to the layers.
 
     If `names` is `None`, the forward pass determines the number of layers. They are named 0, 1, ... in order, and `run` gets
-    one nudge for all of them.
+    one nudge for all of them. The gradient at a layer that no gradient reaches is zeros, unless `lost` raises.
+
+    If `graphed`, output, activations and gradients have a graph; otherwise they have one only under a transform. `constants`
+    says that `run` holds tensors constant (`_compat.constant`): for the gradients here, and not for the graph of the map.
     """
-    captured, pullback = (_by_vjp if _compat.transformed() else _by_graph)(run, state, x, names)
+    if _compat.transformed() or (graphed and constants):
+        captured, pullback = _by_vjp(run, state, x, names, lost)
+    else:
+        captured, pullback = _by_graph(run, *((state, x) if graphed else _ungraphed(state, x)), names, lost, graphed)
     return captured, pullback.through(about_gradient())
 
 
-def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pullback]:
-    """By an autograd graph from zero nudges to the output. State and inputs are detached, so earlier layers record no graph."""
+def _ungraphed(state: State, x: Inputs) -> tuple[State, Inputs]:
+    """State and inputs without a graph, so that the layers before the first nudge record none."""
+    with torch.inference_mode(False):
+        return {name: ungraphed(tensor) for name, tensor in state.items()}, tree_map(ungraphed, x)
+
+
+def _by_graph(
+    run: Run, state: State, x: Inputs, names: Sequence[str] | None, lost: Lost, graphed: bool
+) -> tuple[Captured, Pullback]:
+    """By an autograd graph from zero nudges to the output."""
     zeros: dict[Any, Tensor] = {}
 
     def zero(name: Any, value: Tensor) -> Tensor:
-        made = torch.zeros_like(value, requires_grad=True)
+        made = _leaf_like(value)
         zeros.setdefault(name, made)  # a checkpointed block runs again in the backward pass, with new nudges
         return made
 
@@ -64,53 +87,95 @@ def _by_graph(run: Run, state: State, x: Inputs, names: Sequence[str] | None) ->
         return zero(len(zeros), value)
 
     nudge = next_zero if names is None else tuple(functools.partial(zero, name) for name in names)
-
     with torch.inference_mode(False), torch.enable_grad():
-        state = {name: ungraphed(tensor) for name, tensor in state.items()}
-        x = tree_map(ungraphed, x)
         output, seen = run(state, x, nudge)
 
     def gradients(of: Of, at: dict[Any, Tensor] = zeros) -> dict[Any, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
-            return _gradients(of(output), at, lambda: run(state, x, None))
+            return found_at(of, of(output), at, graphed)
+
+    def found_at(of: Of, total: Tensor, at: dict[Any, Tensor], graph: bool) -> dict[Any, Tensor]:
+        found = _gradients(total, at, graph)
+        if graph:
+            refuse_once(total)
+        missing = [name for name, slope in found.items() if slope is None]
+        if missing:
+            lost(missing, _reasons(run, (state, x), of, names or [*zeros]))
+        return {name: torch.zeros_like(at[name]) if slope is None else slope for name, slope in found.items()}
 
     def last(of: Of) -> Tensor:
         return next(iter(gradients(of, dict([*zeros.items()][-1:])).values()))
 
     def curvatures(of: Of) -> dict[Any, tuple[Tensor, Tensor]]:
         with torch.inference_mode(False), torch.enable_grad():
-            total = of(output)
-            slopes = _gradients(total, zeros, lambda: run(state, x, None), graph=True)
-            refuse_once(total)
+            slopes = found_at(of, of(output), zeros, True)
             products = {name: (slope * values[name]).sum() for name, slope in slopes.items()}
-            hvps = {name: _gradients(product, {name: zeros[name]}, None)[name] for name, product in products.items()}
-        return {name: (slope.detach(), hvps[name]) for name, slope in slopes.items()}
+            hvps = {name: _gradients(product, {name: zeros[name]}, graphed)[name] for name, product in products.items()}
+        pairs = {name: (slope, torch.zeros_like(slope) if hvps[name] is None else hvps[name]) for name, slope in slopes.items()}
+        return cast(Any, tree_map(bare, pairs))
 
+    bare = (lambda leaf: leaf) if graphed else _detached
     leaves, rebuilt = flatten(output)
-    detached = rebuilt(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    values = dict(zip(zeros if names is None else names, (value.detach() for value in seen)))
-    return Captured(detached, tuple(values.values())), Pullback(gradients, last, curvatures)
+    values = dict(zip(zeros if names is None else names, map(bare, seen)))
+    return Captured(rebuilt(map(bare, leaves)), tuple(values.values())), Pullback(gradients, last, curvatures)
 
 
-def _gradients(
-    total: Tensor, zeros: dict[Any, Tensor], again: Callable[[], Any] | None, graph: bool = False
-) -> dict[Any, Tensor]:
-    """Gradients of `total`; zeros if it does not depend on a leaf differentiably, as a count does not.
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
-    `again` runs the model to find out whether a missing gradient is due to quantization, which is an error.
-    """
-    found: Any = (None,) * len(zeros)
+
+def _reasons(run: Run, given: tuple[State, Inputs], of: Of, names: Sequence[Any]) -> Callable[[Any, str], Reason]:
+    """The function that says why no gradient of `of` reaches a layer."""
+    state, x = _ungraphed(*given)
+    return functools.partial(reason_at, lambda nudge: of(run(state, x, nudge).output), names)
+
+
+def _leaf_like(value: Tensor) -> Tensor:
+    """Zeros that a graph begins at, also where the model switched the graph off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return torch.zeros_like(value, requires_grad=True)
+
+
+def reason_at(scored: Callable[[Any], Tensor], names: Sequence[Any], name: Any, what: str) -> Reason:
+    """Say why no gradient of a score reaches one of the layers. `scored` is a function from nudges to the score."""
+
+    def score(moved: Callable[[Tensor], Tensor]) -> Tensor:
+        at = iter(names)
+
+        def nudge(value: Tensor) -> Tensor:
+            return moved(value) if next(at, None) == name else torch.zeros_like(value)
+
+        each = tuple(moved if own == name else None for own in names)
+        return scored(each if isinstance(name, str) else nudge)
+
+    def follow(mode: GraphEnds) -> Tensor:
+        def leaf(value: Tensor) -> Tensor:
+            mode.leaf = _leaf_like(value)
+            return mode.leaf
+
+        return score(leaf)
+
+    return end_of(what, follow, lambda: score(_ramp))
+
+
+def _ramp(value: Tensor) -> Tensor:
+    """Values that are visibly another activation, added to it."""
+    steps = torch.linspace(0, 1, value.numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
+    return steps * (1 + value.detach().abs().amax())
+
+
+def _gradients(total: Tensor, leaves: dict[Any, Tensor], graph: bool) -> dict[Any, Tensor | None]:
+    """Gradients of `total`; `None` at a leaf that it does not depend on differentiably."""
+    found: Any = (None,) * len(leaves)
     if total.requires_grad:
-        leaves = tuple(zeros.values())
+        at = tuple(leaves.values())
         try:
-            found = torch.autograd.grad(total, leaves, retain_graph=True, create_graph=graph, allow_unused=True)
+            found = torch.autograd.grad(total, at, retain_graph=True, create_graph=graph, allow_unused=True)
         except RuntimeError as error:
             if graph or not is_reentrant(error):
                 raise
-            found = _by_backward(total, leaves)
-    if again is not None and any(slope is None for slope in found):
-        refuse_quantizing(again)
-    return {name: torch.zeros_like(zeros[name]) if slope is None else slope for name, slope in zip(zeros, found)}
+            found = _by_backward(total, at)
+    return dict(zip(leaves, found))
 
 
 def _by_backward(total: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -122,25 +187,33 @@ def _by_backward(total: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor | No
     return found
 
 
-def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str] | None) -> tuple[Captured, Pullback]:
+def _by_vjp(run: Run, state: State, x: Inputs, names: Sequence[str] | None, lost: Lost) -> tuple[Captured, Pullback]:
     """By `vjp`: the gradient can be differentiated and mapped over. One more forward pass finds the layers' shapes."""
-    zeros = tuple(map(torch.zeros_like, run(state, x, None).seen))
+    with torch.no_grad() if not _compat.transformed() else nullcontext():
+        zeros = tuple(map(torch.zeros_like, run(state, x, None).seen))
     captured, back = _pulled(run, state, x, zeros)
     named = range(len(zeros)) if names is None else names
+
+    def told(of: Of, slopes: Sequence[Tensor], at: Sequence[Any]) -> Sequence[Tensor]:
+        missing = [] if _compat.transformed() else [name for name, slope in zip(at, slopes) if not bool(slope.any())]
+        if missing:  # or zeros, which the reason tells
+            with torch.enable_grad():
+                lost(missing, _reasons(run, (state, x), of, named))
+        return slopes
 
     def along(of: Of, i: int, nudge: Tensor) -> Tensor:
         slopes = _pulled(run, state, x, (*zeros[:i], nudge, *zeros[i + 1 :]))[1](of)
         return (slopes[i] * captured.seen[i]).sum()
 
     def gradients(of: Of) -> dict[Any, Tensor]:
-        return dict(zip(named, back(of)))
+        return dict(zip(named, told(of, back(of), named)))
 
     def last(of: Of) -> Tensor:
-        return back(of)[-1]
+        return told(of, back(of)[-1:], named[-1:])[0]
 
     def curvatures(of: Of) -> dict[Any, tuple[Tensor, Tensor]]:
         hvps = (grad(functools.partial(along, of, i))(zero) for i, zero in enumerate(zeros))
-        return dict(zip(named, zip(back(of), hvps)))
+        return dict(zip(named, zip(told(of, back(of), named), hvps)))
 
     return captured, Pullback(gradients, last, curvatures)
 
@@ -190,15 +263,28 @@ def last_gradient(pullback: Pullback, output: Any, score: Score) -> Tensor:
     return pullback.last(_sums(output, score)[0])
 
 
-def gradient_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The gradient of a scalar function: by a graph that begins at its argument, or, under a transform, by `grad`."""
-    if _compat.transformed():
+def gradient_of(function: Callable[[Tensor], Tensor], lost: Lost) -> Callable[[Tensor], Tensor]:
+    """The gradient of a scalar function: by a graph that begins at its argument, or, where it needs one itself, by `grad`.
+
+    Where no gradient reaches the argument, it is zeros, unless `lost` raises. Its name there is "".
+    """
+    if _compat.transformed() or torch.is_grad_enabled():
         return about_gradient()(grad(function))
+
+    def why(at: Tensor, name: str, what: str) -> Reason:
+        def follow(mode: GraphEnds) -> Tensor:
+            mode.leaf = at
+            return function(at)
+
+        return end_of(what, follow, lambda: function(at.detach() + _ramp(at)))
 
     def slope(at: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             at = at.detach().clone().requires_grad_()
-            return _gradients(function(at), {0: at}, lambda: function(at))[0]
+            found = _gradients(function(at), {"": at}, False)[""]
+            if found is None:
+                lost([""], functools.partial(why, at))
+            return torch.zeros_like(at) if found is None else found
 
     return about_gradient()(slope)
 
@@ -209,6 +295,50 @@ def _sums(output: Any, score: Score) -> list[Of]:
         rows = tree_map(torch.clone, score.rows)  # inference tensors cannot enter a graph
     targets = score_rows(score.of, output, rows).shape[1]
     return [lambda output, t=t: score_rows(score.of, output, rows)[:, t].sum() for t in range(targets)]
+
+
+def total_of(output: Any, score: Score) -> Of:
+    """The function from an output to the sum of all targets' scores."""
+    each = _sums(output, score)
+    return lambda output: torch.stack([of(output) for of in each]).sum()
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`function(*arguments)`, whose graph holds the arguments alone: the function runs again in the backward pass.
+
+    The arguments are pytrees. The function must take every tensor with a graph from them. torch's own checkpoints do not work
+    here, since they have no `vmap` inside.
+    """
+    leaves, tree = tree_flatten(arguments)
+    graphed = torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+    if _compat.transformed() or not graphed:
+        return function(*arguments)
+
+    def run(*tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        return function(*tree_unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree))
+
+    return _Recomputed.apply(run, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))  # pyright: ignore[reportReturnType]
+
+
+class _Recomputed(torch.autograd.Function):
+    """A function of tensors that keeps no graph of its own. Its backward has a derivative too."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(*tensors)
+        return run(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]: torch gives `*slopes`
+        further, needed = torch.is_grad_enabled(), ctx.needs_input_grad[1:]
+        with torch.enable_grad():
+            # Views, so that the gradient at one argument leaves out what another has to do with it.
+            own = [tensor.view_as(tensor) if needs else tensor for tensor, needs in zip(ctx.saved_tensors, needed)]
+            at = [tensor for tensor, needs in zip(own, needed) if needs]
+            found = iter(torch.autograd.grad(ctx.run(*own), at, slope, create_graph=further, allow_unused=True))
+        return None, *(next(found) if needs else None for needs in needed)
 
 
 def ungraphed(leaf: Any) -> Any:

@@ -274,6 +274,11 @@ _SHARES_MEMORY = frozenset(("numpy", "__array__", "__dlpack__"))
 """Functions that share a tensor's memory with code that may write to it."""
 
 
+def is_metadata(traits: Traits) -> bool:
+    """Return True for functions that tell the shape, the dtype or the like of a tensor, and read no value."""
+    return traits is _METADATA
+
+
 @functools.cache
 def traits_of(func: Any) -> Traits:
     """Return the traits of a torch function, from its name and signature."""

@@ -38,7 +38,10 @@ class Head(NamedTuple):
 
     def at(self, state: State, x: Inputs) -> Callable[[Tensor], Any]:
         """The head as a function of the value alone, for a complete state. The front runs once, here."""
-        handed = self.handed(state, x)
+        return self.onward(self.handed(state, x))
+
+    def onward(self, handed: list[Tensor]) -> Callable[[Tensor], Any]:
+        """The head as a function of the value alone, for the other arguments of the rest."""
         return lambda value: self.unflatten(self.record.rest(value, *handed))
 
     def handed(self, state: State, x: Inputs) -> list[Tensor]:

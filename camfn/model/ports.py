@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from camfn import _compat
@@ -237,9 +236,7 @@ def _apply(port: Port, out: Any) -> Any:
     if port.swap is None and port.nudge is None:
         return out
     nudge: Any = port.nudge
-    if callable(nudge):
-        check_recording(port.name)
-        nudge = nudge(value)
+    nudge = nudge(value) if callable(nudge) else nudge
     return _put(out, part, value.clone() if nudge is None else value + nudge)
 
 
@@ -253,14 +250,13 @@ def _apply_unseen(port: Port, out: Any) -> Any:
     return _put(out, part, value.clone() if nudge is None else value + nudge)
 
 
-def check_recording(name: str) -> None:
-    """Raise CamError if autograd is off where the layer runs. A gradient there would silently be zero."""
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        raise CamError(
-            f"{layer_called(name)} runs where the model records no gradient (torch.no_grad, inference_mode, or "
-            "torch.utils.checkpoint with use_reentrant=True): choose a later layer, switch that off, or use a method "
-            "without gradients, such as camfn.score_cam"
-        )
+def unrecorded(what: str) -> str:
+    """Return the message for a layer that runs where autograd is off."""
+    return (
+        f"{what} runs where the model records no gradient (torch.no_grad, inference_mode, or "
+        "torch.utils.checkpoint with use_reentrant=True): choose a later layer, switch that off, or use a method "
+        "without gradients, such as camfn.score_cam"
+    )
 
 
 def _dequantized(port: Port, value: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
+from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Inputs, State
 from camfn.model.capture import pure_from, resolve_state
 from camfn.model.entrance import axes_of
-from camfn.model.inputs import Batch, Key, check, raw, with_raw
+from camfn.model.inputs import Batch, Key, check, plain, raw, with_raw
 from camfn.model.prepare import Call, Model, opened
 from camfn.model.private_copy import PrivateCopy
 
@@ -23,11 +25,20 @@ class Task(NamedTuple):
     state: State
     batch: Batch
     facts: dict[Any, Any]  # facts about the model that this call has found; see `once`
+    graphed: bool = False  # whether the maps have a graph: see `has_graph`
 
     def with_image(self, image: Tensor) -> "Task":
         """The task with another image, and without the facts that depend on values."""
-        kept = {key: fact for key, fact in self.facts.items() if key[0] == "forms"}
+        kept = {key: fact for key, fact in self.facts.items() if key[:1] == ("forms",)}
         return self._replace(batch=self.batch.with_image(image), facts=kept)
+
+
+def has_graph(x: Inputs, state: State | None) -> bool:
+    """Whether the maps of a plain call have a graph: grad mode is on, and a tensor of `x` or `state` requires grad."""
+    if _compat.transformed() or not torch.is_grad_enabled():
+        return False
+    leaves = tree_flatten((plain(x), plain(state)))[0]
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
 
 
 def begin(
@@ -44,7 +55,7 @@ def begin(
         batch = batch._replace(pixels=batch.pixels._replace(axes=found))
     if masks and batch.pixels.axes.unclear:
         raise CamError(batch.pixels.axes.unclear)
-    return Task(call, private, full, batch, {})
+    return Task(call, private, full, batch, {}, has_graph(batch.x, full))
 
 
 def _plain_run(call: Call, x: Inputs, key: Key) -> Callable[[Tensor], Any]:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from camfn import _compat
@@ -78,14 +77,6 @@ def about_record(modules: Mapping[str, nn.Module], after: str) -> Iterator[None]
         raise ForwardError(f"{said}: use a method that runs the whole model, such as camfn.grad_cam") from error
 
 
-def refuse_quantizing(forward: Callable[[], Any]) -> None:
-    """Raise CamError if the forward quantizes a tensor. Called when the score has no gradient."""
-    with torch.no_grad(), _Quantizing() as mode:
-        forward()
-    if mode.found:
-        raise CamError(f"the score has no gradient, since the model quantizes ({mode.found}): {WITHOUT_GRADIENTS}")
-
-
 WITHOUT_GRADIENTS = "use a method without gradients, such as camfn.score_cam or camfn.mean_cam, or the unquantized model"
 
 
@@ -112,18 +103,6 @@ _ONCE = (
     "once_differentiable: use a method of first derivatives, such as camfn.grad_cam, or remove the mark if the backward can be "
     "differentiated"
 )
-
-
-class _Quantizing(TorchFunctionMode):
-    """Find the first function that quantizes a tensor or computes with quantized ones."""
-
-    found = ""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name.startswith("quantize_per") or "quantized" in str(getattr(func, "_qualified_op_name", "")):
-            self.found = self.found or name
-        return func(*args, **(kwargs or {}))
 
 
 def quantized_in(modules: Mapping[str, nn.Module]) -> str:

@@ -6,6 +6,7 @@ changes.
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,13 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from camfn import _compat
 from camfn._errors import CamError, RefusedError
-from camfn._types import Inputs
+from camfn._types import Inputs, State
 from camfn.layouts import Read
 from camfn.model.agreement import is_close
 from camfn.model.attention import unfused
 from camfn.model.capture import Captured, tap_from
 from camfn.model.forward import Forward
+from camfn.model.gradients import recomputed
 from camfn.model.head import Head, head_of
 from camfn.model.inputs import rows_of
 from camfn.model.memory import is_exhausted
@@ -118,7 +120,11 @@ class _Sweeper:
     @functools.cached_property
     def run(self) -> Callable[..., Captured]:
         """The model with ports at the layer."""
-        return tap_from(self.forward.task.model.borrow(), [self.layer])
+        private = self.forward.task.model.borrow()
+        private.twins.in_graph |= (
+            self.forward.task.graphed
+        )  # it runs again in the backward pass, and must not be lent meanwhile
+        return tap_from(private, [self.layer])
 
 
 class _Site(NamedTuple):
@@ -134,9 +140,9 @@ class _Site(NamedTuple):
         """The clean activation of the image, `(c, p)`."""
         return self.read.values[self.image]
 
-    def inputs(self, count: int) -> Inputs:
+    def inputs(self, count: int, forward: Forward | None = None) -> Inputs:
         """The image `count` times, with its companion inputs."""
-        forward, numbers = self.sweeper.forward, self.number.expand(count)
+        forward, numbers = forward or self.sweeper.forward, self.number.expand(count)
         if isinstance(forward.batch.x, list):  # the images may differ in size
             return [forward.batch.x[self.image].clone() for _ in range(count)]
         return rows_of(forward.batch.x, forward.companions, numbers, forward.image.index_select(0, numbers))
@@ -145,10 +151,9 @@ class _Site(NamedTuple):
         """Activations `(b, c, p)` in the layer's own shape."""
         return self.read.restore(values, self.number.expand(len(values)))
 
-    def scores(self, output: Any, count: int) -> Tensor:
-        """The scores `(count, t)` of an output for `count` activations."""
-        score = self.sweeper.score
-        return score_rows(score.of, output, rows_at(score.rows, self.number.expand(count)))
+    def scores(self, output: Any, count: int, targets: Any) -> Tensor:
+        """The scores `(count, t)` of an output for `count` activations, by the rows of the targets."""
+        return score_rows(self.sweeper.score.of, output, rows_at(targets, self.number.expand(count)))
 
 
 def _kernel(site: _Site, chunk: int) -> Kernel:
@@ -179,14 +184,18 @@ def _by_head(site: _Site, count: int) -> Callable[[Tensor], Tensor] | None:
     if head is None:
         return None
     sweeper.forwards += head.record.around
-    onward = head.at(sweeper.forward.task.state, x)
-    return lambda values: site.scores(onward(site.restored(values)), count)
+    handed = head.handed(sweeper.forward.task.state, x)
+
+    def scores(handed: list[Tensor], targets: Any, value: Tensor) -> Tensor:
+        return site.scores(head.onward(handed)(value), count, targets)
+
+    return lambda values: recomputed(scores, handed, sweeper.score.rows, site.restored(values))
 
 
 def _recorded(site: _Site, x: Inputs, count: int) -> Head | None:
     """Record the head; `None` if it cannot be recorded, or may not hold for other activations."""
     forward, layer = site.sweeper.forward, site.sweeper.layer
-    halves = site.restored(_halved(site, count))
+    halves = site.restored(_halved(site, count)).detach()
     try:
         head = head_of(forward.task, layer, x, halves, lambda head: _holds(head, site, x, count))
         return None if head.record.unseen else head
@@ -215,8 +224,10 @@ def _checking(site: _Site, count: int) -> Tensor:
 def _holds(head: Head, site: _Site, x: Inputs, count: int) -> bool:
     """Whether the head gives the clean output for the clean activation."""
     forward = site.sweeper.forward
-    found = _sample(head.at(forward.task.state, x)(site.restored(_checking(site, count))), 0, count, site.sweeper.score)
-    clean = _sample(forward.output, site.image, forward.n, site.sweeper.score)
+    score = site.sweeper.score
+    with nullcontext() if _compat.transformed() else torch.no_grad():
+        found = _sample(head.at(forward.task.state, x)(site.restored(_checking(site, count))), 0, count, score)
+    clean = _sample(forward.output, site.image, forward.n, score)
     return 0 < len(found) == len(clean) and all(is_close(a, b, 1000) for a, b in zip(found, clean))
 
 
@@ -237,6 +248,8 @@ def _by_swap(site: _Site, values: Tensor) -> Tensor:
     If `vmap` fails, the activations run one at a time, under a transform as one batch.
     """
     sweeper = site.sweeper
+    if sweeper.forward.task.graphed:
+        return _by_swap_recomputed(site, values)
     if sweeper.maps:
         mapped = vmap(lambda value: _swapped(site, value[None])[0])
         try:
@@ -253,8 +266,26 @@ def _by_swap(site: _Site, values: Tensor) -> Tensor:
     return torch.cat([_swapped(site, part) for part in parts])
 
 
+def _by_swap_recomputed(site: _Site, values: Tensor) -> Tensor:
+    """The same for scores with a graph: one activation at a time, and again in the backward pass."""
+    sweeper = site.sweeper
+    forward = sweeper.forward
+
+    def scores(state: State, x: Inputs, targets: Any, wholes: list[Tensor]) -> Tensor:
+        return torch.cat([_swapped_whole(site, forward.moved(state, x), targets, whole) for whole in wholes])
+
+    sweeper.forwards += len(values)
+    wholes = [site.restored(value[None]) for value in values]
+    return recomputed(scores, forward.task.state, forward.batch.x, sweeper.score.rows, wholes)
+
+
 def _swapped(site: _Site, values: Tensor) -> Tensor:
     """Score the model with the activations `(b, c, p)` swapped in, and the image repeated for each of them."""
-    count = len(values)
-    output = site.sweeper.run(site.sweeper.forward.task.state, site.inputs(count), None, (site.restored(values),)).output
-    return site.scores(output, count)
+    whole = site.restored(values)
+    return _swapped_whole(site, site.sweeper.forward, site.sweeper.score.rows, whole, len(values))
+
+
+def _swapped_whole(site: _Site, forward: Forward, targets: Any, whole: Tensor, count: int = 1) -> Tensor:
+    """The same for activations in the layer's own shape."""
+    output = site.sweeper.run(forward.task.state, site.inputs(count, forward), None, (whole,)).output
+    return site.scores(output, count, targets)

@@ -19,6 +19,7 @@ from camfn._errors import warn
 from camfn._types import Inputs, State
 from camfn.formulas.masks import Rule, masked_input
 from camfn.model.forward import Forward
+from camfn.model.gradients import recomputed
 from camfn.model.inputs import Companions, pick, rows_of
 from camfn.model.memory import is_exhausted
 from camfn.model.prepare import Slot, shapes, weakly
@@ -84,9 +85,12 @@ def kernel_of(forward: Forward, runner: Runner, score: Score, rule: Rule, grid: 
     x = forward.batch.with_image(image).x
     scorer = Scorer(runner.call(), score.of, forward.companions)
     arguments = (scorer, rule, runner.state, x, score.rows)
-    eager = Kernel(functools.partial(body, *arguments), False)
-    guarded = functools.partial(body, scorer._replace(call=runner.call(guarded=True)), *arguments[1:])
-    eager = eager._replace(guarded=guarded)
+    watched = scorer._replace(call=runner.call(guarded=True))
+    if forward.task.graphed:
+        runner.private.twins.in_graph = True  # it runs again in the backward pass, and must not be lent meanwhile
+        calls = (functools.partial(recomputed, functools.partial(body, own), *arguments[1:]) for own in (scorer, watched))
+        return Kernel(next(calls), False, guarded=next(calls))
+    eager = Kernel(functools.partial(body, *arguments), False, guarded=functools.partial(body, watched, *arguments[1:]))
     if options.compile is False or _compat.transformed():
         return eager
     key = _key(forward, runner, score, rule, grid)
@@ -101,7 +105,7 @@ def kernel_of(forward: Forward, runner: Runner, score: Score, rule: Rule, grid: 
         # A graph holds only if the same tensors are one object. Here those in the copy are never the objects in the state.
         with torch.inference_mode(False):
             runner.private.put({name: _plain(tensor).detach() for name, tensor in runner.state.items()})
-        return Kernel(functools.partial(_call_compiled, slot, body, arguments), True, guarded=guarded)
+        return Kernel(functools.partial(_call_compiled, slot, body, arguments), True, guarded=eager.guarded)
 
     if options.compile is True or forward.task.model.prepared.has(key):
         return compiled()

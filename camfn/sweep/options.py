@@ -68,6 +68,21 @@ def checked(options: Sweep) -> Sweep:
     return options
 
 
+def refuse_with_graph(graphed: bool, options: Sweep, budgeted: bool = False) -> None:
+    """Raise `CamError` for options without a derivative, if the maps have a graph."""
+    given = {
+        "budget= or tolerance=": budgeted,
+        f"Sweep(dtype={options.dtype})": options.dtype is not None,
+        "Sweep(compile=True)": options.compile is True,
+    }
+    for said, is_given in given.items():
+        if graphed and is_given:
+            raise CamError(
+                f"the map has a graph, since x or a tensor of state= requires grad, and {said} has no derivative: leave it "
+                "out, or call under torch.no_grad()"
+            )
+
+
 def usable(options: Sweep, device: torch.device, own: torch.dtype) -> Sweep:
     """Drop a dtype that would not be faster on this device, with a warning."""
     if options.dtype in (None, own) or _compat.transformed():

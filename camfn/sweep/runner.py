@@ -102,7 +102,7 @@ def runner_of(forward: Forward, score: Score, options: Sweep, rows: int) -> Runn
 
 def _rewritten(forward: Forward, own: Runner, rows: int) -> Iterator[Runner]:
     """Yield rewritten copies, fastest first: with folded batch norms and channels last, then with only one of them."""
-    if not own.folded or rows < _WORTH or rows * second_of(forward).found.reuse < _REUSED:
+    if forward.task.graphed or not own.folded or rows < _WORTH or rows * second_of(forward).found.reuse < _REUSED:
         return
     folds, images = second_of(forward).found.folds, any(tensor.ndim == 4 for tensor in own.state.values())
     for merged, spread in dict.fromkeys(((bool(folds), images), (bool(folds), False), (False, images))):

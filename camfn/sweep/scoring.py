@@ -19,7 +19,7 @@ from camfn.model.forward import Forward, first_nonfinite
 from camfn.model.inputs import rows_of
 from camfn.model.memory import is_exhausted
 from camfn.sweep.kernel import Kernel, Rows, kernel_of, mask_row
-from camfn.sweep.options import Sweep, checked, counter, pays
+from camfn.sweep.options import Sweep, checked, counter, pays, refuse_with_graph
 from camfn.sweep.runner import Room, Runner, runner_of
 from camfn.targets import Score, score_rows
 
@@ -98,6 +98,7 @@ def sweep_layers(
     rows: int,
 ) -> list[Swept]:
     """Sweep each layer's plan by the function in `ways`; `rows` masked inputs in all. All layers share one runner."""
+    refuse_with_graph(forward.task.graphed, options)
     runner, tick = runner_of(forward, score, options, rows), counter(options.progress, rows)
     found = [way(Scoring(forward, runner, score, todo, variation, options, tick)) for todo, way in zip(plans, ways)]
     tick(None)

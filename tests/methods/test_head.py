@@ -593,10 +593,10 @@ def test_where_memory_runs_out_the_chunk_is_halved(method, monkeypatch):
     net, x = two_layers(), inputs(2)
     expected = raw(method, net, "1", x)
     largest = 5 if method == "recipro_cam" else 2
-    at = heads.Head.at
+    inner = heads.Head.onward
 
-    def hungry(head, state, inputs):
-        onward = at(head, state, inputs)
+    def hungry(head, handed):
+        onward = inner(head, handed)
 
         def call(value):
             if len(value) > largest:
@@ -605,7 +605,7 @@ def test_where_memory_runs_out_the_chunk_is_halved(method, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(heads.Head, "at", hungry)
+    monkeypatch.setattr(heads.Head, "onward", hungry)
     monkeypatch.setattr(changes, "_holds", lambda *args: True)
     with pytest.warns(camfn.CamWarning, match="memory ran out at .* changed activations per forward"):
         found = raw(method, two_layers(), "1", x)

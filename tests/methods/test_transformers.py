@@ -379,7 +379,7 @@ def test_narrow_dtypes(method, dtype):
 @every_method
 @pytest.mark.parametrize("name", ["timm", "torchvision"])
 def test_it_is_pure(method, name):
-    model, x = vit(name).train(), inputs(2, side=32).requires_grad_()
+    model, x = vit(name).train(), inputs(2, side=32)
     state, drawn = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     found = raw(method, model, x)
     assert not found.requires_grad
@@ -388,7 +388,7 @@ def test_it_is_pure(method, name):
     assert model.training
     assert all(module.training for module in model.modules())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert x.grad is None
+    assert raw(method, model, x.clone().requires_grad_()).requires_grad
     assert torch.equal(raw(method, model, x), found)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -577,3 +577,56 @@ def test_what_cannot_be_recorded_is_mapped_over_without_fused_attention(method):
     finally:
         torch.set_warn_always(always)
     close(found, expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- padding
+
+
+class Padded(nn.Module):
+    """A transformer over patches of which the last five are masked out, or left out altogether."""
+
+    def __init__(self, masked: bool, mask: str = "src_key_padding_mask") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.token = nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.randn(1, 1, 16))
+        self.blocks = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+        self.head, self.masked, self.mask = nn.Linear(16, 5), masked, mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x).flatten(2).mT], 1)
+        if not self.masked:
+            return self.head(self.blocks(tokens[:, :-5])[:, 0])
+        count = tokens.shape[1]
+        padding = torch.arange(count) >= count - 5
+        if self.mask == "mask":  # the smallest number of the dtype, as transformers writes it
+            given = torch.zeros(count, count, dtype=x.dtype).masked_fill(padding, torch.finfo(x.dtype).min)
+        else:
+            given = padding.expand(len(x), -1)
+        return self.head(self.blocks(tokens, **{self.mask: given})[:, 0])
+
+
+OF_ATTENTION = [name for name, row in camfn.METHODS.items() if camfn.methods.Need.ATTENTION in row.needs]
+
+
+@pytest.mark.parametrize("mask", ["src_key_padding_mask", "mask"])
+@pytest.mark.parametrize("method", OF_ATTENTION)
+def test_tokens_that_are_masked_out_have_no_relevance(method, mask):
+    x = inputs(2, side=24)
+    padded = raw(method, Padded(True, mask).double(), x, [3, 1])
+    assert padded.shape == (2, 6, 6)
+    assert not padded.flatten(1)[:, -5:].any()
+    assert padded.flatten(1)[:, :-5].any()
+    if method != "legrad":  # whose mean token has the padding in it
+        row = camfn.layouts.tokens((1, 31), 1)
+        close(padded.flatten(1)[:, :-5], raw(method, Padded(False).double(), x, [3, 1], layout=row).flatten(1))
+
+
+def test_a_mask_of_some_queries_excludes_no_token():
+    class Causal(Padded):
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = torch.cat([self.embed(x).flatten(2).mT, self.token.expand(len(x), -1, -1)], 1)
+            above = torch.ones(37, 37, dtype=torch.bool).triu(1)
+            return self.head(self.blocks(tokens, mask=above)[:, -1])
+
+    found = raw("attention_rollout", Causal(True).double(), inputs(2, side=24), [3, 1], layout=camfn.layouts.tokens((1, 37), 0))
+    assert (found > 0).all()

@@ -484,7 +484,7 @@ def test_one_channel_and_flat_images(limits, method):
 @pytest.mark.parametrize("method", SWEPT)
 @pytest.mark.parametrize("limits", [{"budget": 0.4}, {"tolerance": 0.3}])
 def test_the_same_arguments_give_the_same_and_nothing_is_changed(method, limits):
-    net, x = small_net(channels=16).train(), inputs(2).requires_grad_()
+    net, x = small_net(channels=16).train(), inputs(2)
     net.fc.weight.grad = torch.ones_like(net.fc.weight)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     random, kept = torch.get_rng_state(), x.detach().clone()
