@@ -15,16 +15,15 @@ from camfn.model.inputs import Batch, with_input
 Seen = dict[str, Tensor]
 """Activations by name."""
 
-_VALUES = 128
-"""The least number of positions, over all changed images, whose changes are compared."""
-_IMAGES = 16
-"""The most changed images. A grid of a few cells needs more of them than a fine one."""
-_LEAST, _MARGIN, _SPREAD = 0.1, 0.15, 3.0
-"""A form fits if its correlation is at least `_LEAST`, and is taken if it exceeds all others by `_MARGIN`. Both are at least
-`_SPREAD` standard deviations of the correlation of unrelated values, which is `1 / sqrt(number of values)`."""
-
-_FOLLOWS = 0.9
-"""The correlation, over the images, from which a token follows a cell."""
+_FIRST, _MORE, _MOST = 128, 2048, 64
+"""The least number of positions over all changed images: in the first look, which tells nearly always, and in the second. The
+most changed images: a grid of a few cells needs more of them than a fine one."""
+_CLEAR, _APART = 0.5, 0.3
+"""The correlation from which a form is taken at the first look, and its least distance from that of all others."""
+_SPREAD = 3.0
+"""The same for the second look, in standard deviations of the correlation of unrelated values, `1 / sqrt(their number)`."""
+_FOLLOWS, _FEW = 0.9, 8
+"""The correlation, over the images, from which a token follows a cell, and the least number of images to say so."""
 
 
 class _Changes(NamedTuple):
@@ -45,24 +44,39 @@ def placed(run: Callable[[Batch], Seen], batch: Batch, forms: dict[str, list[For
 
     Returns, for each layer, the form that fits best, no form if none fits, and all that fit if none is clearly the best.
     """
+    clear, doubtful = _looked(run, batch, forms, _FIRST)
+    return clear | _looked(run, batch, doubtful, _MORE)[0]
+
+
+def _looked(
+    run: Callable[[Batch], Seen], batch: Batch, forms: dict[str, list[Form]], values: int
+) -> tuple[dict[str, list[Form]], dict[str, list[Form]]]:
+    """Look at the layers: those that are clear, with their forms, and those that are not. The second look leaves no doubt."""
     by_grid: dict[tuple[int, ...], dict[str, list[Form]]] = {}
     for name, some in forms.items():
         finest = max((form.grid for form in some), key=math.prod)
         by_grid.setdefault(finest, {})[name] = some
-    found = dict(forms)
+    clear, doubtful = {}, {}
     for grid, layers in by_grid.items():
         if batch.size is None or any(len(form.grid) != len(batch.size) for some in layers.values() for form in some):
-            continue  # no place of the input is known for their positions
-        changes = _changes(batch, grid)
+            clear |= layers  # no place of the input is known for their positions
+            continue
+        changes = _changes(batch, grid, values)
         seen = _changed(run, batch, changes.images, list(layers))
         for name, some in layers.items():
-            found[name] = _fitting({form: _agreement(form, seen[name], changes) for form in some}, len(changes.places))
-    return found
+            scores = {form: _agreement(form, seen[name], changes) for form in some}
+            if values == _MORE:
+                clear[name] = _fitting(scores, _SPREAD / math.sqrt(len(changes.places) * math.prod(grid)))
+            elif found := _fitting(scores, _CLEAR, _APART):
+                clear[name] = found
+            if name not in clear or len(clear[name]) > 1:
+                doubtful[name] = some
+    return clear, doubtful
 
 
-def _changes(batch: Batch, grid: Sequence[int]) -> _Changes:
+def _changes(batch: Batch, grid: Sequence[int], values: int) -> _Changes:
     """Noise, and the same noise with some of the grid's cells changed."""
-    count = min(_IMAGES, max(1, math.ceil(_VALUES / math.prod(grid))))
+    count = min(_MOST, max(1 if values == _FIRST else 8, math.ceil(values / math.prod(grid))))
     size, generator = batch.image.shape[1:], torch.Generator().manual_seed(0)
     noise = torch.rand(1, *size, generator=generator)
     cells = torch.rand(count, 1, *grid, generator=generator)
@@ -87,7 +101,8 @@ def _changed(run: Callable[[Batch], Seen], batch: Batch, images: Tensor, names: 
 def _agreement(form: Form, seen: list[Tensor], changes: _Changes) -> float:
     """The correlation of the change at each position with the share of its cell that was changed.
 
-    It is 0 if a token outside the grid follows one cell through the images: such a token belongs to a grid.
+    It is 0 if a token outside the grid follows one cell through the images: such a token belongs to a grid. With several
+    images, both are compared without the means of each image and each position: some positions change more than others.
     """
     whole = form._replace(prefix=0, suffix=0)
     values = torch.cat([view_of(whole, part) for part in seen])[: len(changes.images)].to(torch.float32)
@@ -96,14 +111,20 @@ def _agreement(form: Form, seen: list[Tensor], changes: _Changes) -> float:
     cells = pool(changes.places, form.grid).flatten(1)
     inside = slice(form.prefix, moved.shape[1] - form.suffix)
     others = torch.cat([moved[:, : inside.start], moved[:, inside.stop :]], 1).mT
-    if len(cells) >= _IMAGES // 2 and any(float(correlation(o, c)) > _FOLLOWS for o in others for c in cells.mT):
+    if len(cells) >= _FEW and any(float(correlation(o, c)) > _FOLLOWS for o in others for c in cells.mT):
         return 0.0
-    return float(correlation(moved[:, inside].flatten(), cells.flatten()))
+    return float(correlation(_centered(moved[:, inside]).flatten(), _centered(cells).flatten()))
 
 
-def _fitting(scores: dict[Form, float], images: int) -> list[Form]:
-    """The forms whose correlation is high: the best one alone if it is clear."""
-    best = max(scores, key=lambda form: scores[form])
-    spread = _SPREAD / math.sqrt(images * math.prod(best.grid))
-    fit = [form for form, score in scores.items() if score >= max(_LEAST, spread)]
-    return [form for form in fit if scores[best] - scores[form] < max(_MARGIN, spread)]
+def _centered(values: Tensor) -> Tensor:
+    """Values `(images, positions)` without the means of each image and each position."""
+    if len(values) < _FEW:
+        return values
+    return values - values.mean(0) - values.mean(1, keepdim=True) + values.mean()
+
+
+def _fitting(scores: dict[Form, float], least: float, apart: float | None = None) -> list[Form]:
+    """The forms whose correlation is at least this: the best one alone if it is that far from the others."""
+    best = max(scores.values())
+    apart = least if apart is None else apart
+    return [form for form, score in scores.items() if score >= least and best - score < apart]
