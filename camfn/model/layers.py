@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,8 @@ class Candidate(NamedTuple):
     """The spatial size of its output."""
     chosen: bool
     """Whether `layer=None` chooses this layer."""
+    why: str
+    """Why it is chosen, or why not."""
 
 
 @prepares
@@ -45,13 +48,16 @@ def candidate_layers(
 ) -> tuple[Candidate, ...]:
     """List the layers that can be explained, and mark the one that `layer=None` chooses. Takes one forward pass.
 
-    The chosen layer is the last one with a grid, with three exceptions:
+    The chosen layer is the last one with a grid, with these exceptions:
 
-    - If a class token precedes the others, it is the block before the last: after the last block, only the class token matters.
-    - If a layer returns a pyramid of grids, as in detectors, it is before that layer, unless a linear head takes what follows.
-    - A layer with one channel for each class is an output, not a feature, and is not chosen.
+    - If other tokens stand beside the grid, as a class token does, it is the block before the last: after the last block, only
+      these tokens matter.
+    - If a layer returns a pyramid of grids, or is given one, as the heads of detectors are, it is before that layer, unless a
+      linear head takes what follows.
+    - A layer with one channel for each class is an output, not a feature, and is not chosen. An embedding has no classes.
 
-    Layers that do not run, and layers whose shape fits several layouts or none, are not listed.
+    Layers that do not run, layers whose shape fits several layouts or none, and layers whose positions do not follow those of
+    the input, such as learned queries, are not listed.
 
     Args:
         model: a module, or a model prepared by `camfn.prepare`.
@@ -75,8 +81,12 @@ def candidate_layers(
     1 ReLU (6, 6) True
     """
     found = _outputs(begin(model, x, state, masked, axes))
-    chosen = _chosen(found) if found.all else None
-    return tuple(Candidate(out.name, out.kind, out.shape, out.form.grid, out is chosen) for out in found.all)
+    if not found.all:
+        return ()
+    chosen, why = _chosen(found)
+    return tuple(
+        Candidate(out.name, out.kind, out.shape, out.form.grid, out is chosen, why.get(out.name, _EARLIER)) for out in found.all
+    )
 
 
 class Choice(NamedTuple):
@@ -91,9 +101,8 @@ def choose(task: Task) -> Choice:
     found = _outputs(task)
     if not found.all:
         raise CamError(none_on_a_grid(task.model, task.batch.size))
-    chosen = _chosen(found)
-    why = "last block but one: after the last, only the class token counts" if chosen.form.prefix else "last layer on a grid"
-    return Choice(chosen.name, why)
+    chosen, why = _chosen(found)
+    return Choice(chosen.name, why[chosen.name])
 
 
 def stages(task: Task) -> tuple[str, ...]:
@@ -105,7 +114,7 @@ def stages(task: Task) -> tuple[str, ...]:
     found = _outputs(task)
     if not found.all:
         raise CamError(none_on_a_grid(task.model, task.batch.size))
-    last = _chosen(found)
+    last, _ = _chosen(found)
     usable = [out for out in found.all[: found.all.index(last)] if out.lone and out.form.channels not in found.classes]
     ends = [last]
     while finer := [out for out in usable if all(side > after for side, after in zip(out.form.grid, ends[0].form.grid))]:
@@ -131,11 +140,12 @@ class _Output(NamedTuple):
     """An output tensor of a layer that has a grid."""
 
     name: str
+    layer: str
     kind: str
     shape: Sides
     form: Form
     lone: bool  # whether the layer ran once and returned only this tensor
-    pyramid: bool  # whether this layer, or one before it, returned a pyramid of grids
+    pyramid: bool  # whether it follows a layer that returned a pyramid of grids, or is inside one that is given one
 
 
 class _Outputs(NamedTuple):
@@ -162,34 +172,58 @@ class _Seen(NamedTuple):
     lone: bool
 
 
+class _Watched(NamedTuple):
+    """The clean forward pass, layer by layer."""
+
+    output: Any
+    runs: list[list[_Seen]]  # of each run of a layer, in the order of execution
+    given: dict[str, list[Sides]]  # the shapes of the tensors that each layer is given
+
+
 def _outputs(task: Task) -> _Outputs:
     modules = dict(task.model.borrow().module.named_modules())
     clues = clues_of(modules[""], task.batch)
-    output, runs = _watched(task)
+    output, runs, given = _watched(task)
     forms = {seen.name: _forms_on_grid(seen.shape, task.batch, clues) for run in runs for seen in run}
-    forms |= placed_forms(task, {name: some for name, some in forms.items() if in_doubt(some)})
+    doubtful = {name: some for name, some in forms.items() if in_doubt(some)}
+    sure = any(len(some) == 1 for name, some in forms.items() if name not in doubtful)
+    forms |= placed_forms(task, doubtful, False)
+    if not sure and not any(len(forms[name]) == 1 for name in doubtful):
+        forms |= placed_forms(task, doubtful)  # a small or a random network, with no candidate at the first look
+    takers = [f"{name}." for name, shapes in given.items() if _is_pyramid(shapes, task.batch, clues)]
     found: list[_Output] = []
     pyramid = False
     for run in runs:
         clear = [(seen, forms[seen.name][0]) for seen in run if len(forms[seen.name]) == 1]
         pyramid = pyramid or len({form.grid for _, form in clear}) >= _LEVELS
-        found += [
-            _Output(seen.name, type(modules[seen.layer]).__name__, seen.shape, form, seen.lone, pyramid) for seen, form in clear
-        ]
+        for seen, form in clear:
+            inside = pyramid or seen.layer.startswith(tuple(takers))
+            found.append(
+                _Output(seen.name, seen.layer, type(modules[seen.layer]).__name__, seen.shape, form, seen.lone, inside)
+            )
     count = Counter(run[0].layer for run in runs if run)
     classes = _classes_of(output, task.batch.n)
     linear = {name: taken for name, module in modules.items() if (taken := sides(module)) is not None}
     heads = {inside for name, (inside, outside) in linear.items() if outside in classes - {1} and count[name] == 1}
-    return _Outputs(found, classes, heads, {inside for inside, _ in linear.values()}, clues, modules)
+    outputs = classes if _is_dense(output) else classes - _features(found, modules)
+    return _Outputs(found, outputs, heads, {inside for inside, _ in linear.values()}, clues, modules)
 
 
-def _watched(task: Task) -> tuple[Any, list[list[_Seen]]]:
-    """Run the model, and return its output and the tensors of each run of a layer, in the order of execution."""
+def _is_pyramid(shapes: list[Sides], batch: Batch, clues: Clues) -> bool:
+    """Whether tensors of these shapes have grids of several sizes."""
+    forms = (_forms_on_grid(shape, batch, clues) for shape in shapes if len(shapes) >= _LEVELS)
+    return len({some[0].grid for some in forms if len(some) == 1}) >= _LEVELS
+
+
+def _watched(task: Task) -> _Watched:
+    """Run the model, and collect what each layer is given and returns."""
+    taken: dict[str, list[Sides]] = {}
     count: Counter[str] = Counter()
     given: list[tuple[str, int, dict[tuple[str, ...], Sides]]] = []
 
     def see(name: str, args: tuple[Any, ...], out: object) -> None:
         count[name] += 1
+        taken[name] = [tuple(tensor.shape) for _, tensor in tensors_of(args)] if name else []
         given.append((name, count[name], {part: tuple(tensor.shape) for part, tensor in tensors_of(out)}))
 
     with torch.no_grad():
@@ -200,7 +234,8 @@ def _watched(task: Task) -> tuple[Any, list[list[_Seen]]]:
         place = Place(name, call if count[name] > 1 else None, part if len(shapes) > 1 or len(part) > 1 else ())
         return _Seen(str(place), name, shapes[part], count[name] == len(shapes) == 1)
 
-    return output, [[seen(name, call, part, shapes) for part in shapes] for name, call, shapes in given if name]
+    runs = [[seen(name, call, part, shapes) for part in shapes] for name, call, shapes in given if name]
+    return _Watched(output, runs, taken)
 
 
 def _forms_on_grid(shape: Sides, batch: Batch, clues: Clues) -> list[Form]:
@@ -210,7 +245,7 @@ def _forms_on_grid(shape: Sides, batch: Batch, clues: Clues) -> list[Form]:
     return [form for form in forms if math.prod(form.grid) > 1 and axes in (None, len(form.grid))]
 
 
-def placed_forms(task: Task, forms: dict[str, list[Form]]) -> dict[str, list[Form]]:
+def placed_forms(task: Task, forms: dict[str, list[Form]], twice: bool = True) -> dict[str, list[Form]]:
     """Keep the forms of each layer whose positions follow the input's, by forward passes of changed inputs.
 
     The inputs are noise and the state is the model's own under a transform, so the forms are the same there. Where the model
@@ -227,7 +262,7 @@ def placed_forms(task: Task, forms: dict[str, list[Form]]) -> dict[str, list[For
 
     try:
         with _compat.outside_transforms(), torch.inference_mode(False), torch.no_grad():
-            return placed(run, task.batch, forms)
+            return placed(run, task.batch, forms, twice)
     except Exception as error:
         if is_exhausted(error) or isinstance(error, RefusedError):
             raise
@@ -241,29 +276,66 @@ def _classes_of(output: Any, n: int) -> set[int]:
         return {1, *(part.shape[1] for _, part in tensors_of(output) if part.ndim > 2 and part.shape[0] == n)}
 
 
+def _is_dense(output: Any) -> bool:
+    """Whether the model's output has a grid, as that of a segmentation model."""
+    try:
+        return logits_of(output).ndim > 2
+    except CamError:
+        return True
+
+
+def _features(found: list[_Output], modules: dict[str, nn.Module]) -> set[int]:
+    """Widths of several layers with weights. An output of one of them is an embedding: a class layer is alone in its width."""
+    weighted = [out for out in found if any(True for _ in modules[out.layer].parameters(recurse=False))]
+    return {width for width, count in Counter(out.form.channels for out in weighted).items() if count > 1}
+
+
 # ------------------------------------------------------------------------------------------------------ the choice
 
 
-def _chosen(outputs: _Outputs) -> _Output:
-    """The last layer, as in torchcam; but not the model itself, class maps, pyramids, or the last block with a class token."""
+_EARLIER = "an earlier layer"
+_LAST = "the last layer on a grid"
+_BEFORE_LAST = "the last block but one: after the last, only the tokens beside the grid count"
+
+
+def _chosen(outputs: _Outputs) -> tuple[_Output, dict[str, str]]:
+    """The last layer, as in torchcam, that no rule leaves out; and why it is chosen, and others are not, by name.
+
+    A rule that would leave out all layers is not applied.
+    """
     found, classes, heads, linear, clues, modules = outputs
     known = clues.first | clues.last
-    for usable in (
-        lambda out: out.lone and not is_auxiliary(out.name),
-        lambda out: out.form.channels in heads or not out.pyramid,
-        lambda out: out.form.channels not in classes,
+    rules: dict[str, Callable[[_Output], bool]] = {
+        "it runs several times, or returns several tensors": lambda out: out.lone,
+        "it belongs to an auxiliary head": lambda out: not is_auxiliary(out.name),
+        "it belongs to a head, which takes grids of several sizes": lambda out: out.form.channels in heads or not out.pyramid,
+        "it is an output, with a channel for each class": lambda out: out.form.channels not in classes,
         # Attention weights have the axes of an image, with the heads as channels; no layer has that width. The concatenation
         # of branches may have a width that only the following linear layer has.
-        lambda out: (
+        "no layer has its number of channels, as with attention weights": lambda out: (
             len(out.shape) == 3
             or out.form.channels in (clues.last if out.form.last else clues.first)
             or out.form.channels in linear - known
         ),
-    ):
-        found = [out for out in found if usable(out)] or found
-    if any(out.form.prefix and out.form.grid in clues.grids for out in found):
-        found = [out for out in found if out.form.grid in clues.grids]  # drops the tokens of a text
-    return _before_the_last_block(found, modules) if found[-1].form.prefix else found[-1]
+        "its tokens are not those of the patches": lambda out: not patches or out.form.grid in clues.grids,
+    }
+    patches = False
+    why: dict[str, str] = {}
+    for reason, usable in rules.items():
+        patches = any(_has_extra(out) and out.form.grid in clues.grids for out in found)
+        if kept := [out for out in found if usable(out)]:
+            why |= {out.name: reason for out in found if out not in kept}
+            found = kept
+    if not _has_extra(found[-1]):
+        return found[-1], {**why, found[-1].name: _LAST}
+    chosen = _before_the_last_block(found, modules)
+    later = found[found.index(chosen) + 1 :]
+    return chosen, {**why, **{out.name: "it is after the last block but one" for out in later}, chosen.name: _BEFORE_LAST}
+
+
+def _has_extra(out: _Output) -> bool:
+    """Whether other tokens stand beside the grid."""
+    return out.form.prefix + out.form.suffix > 0
 
 
 def _before_the_last_block(found: list[_Output], modules: dict[str, nn.Module]) -> _Output:
@@ -273,9 +345,9 @@ def _before_the_last_block(found: list[_Output], modules: dict[str, nn.Module]) 
         parent, own = modules[out.name.rpartition(".")[0]], modules[out.name]
         return isinstance(parent, (nn.Sequential, nn.ModuleList)) and any(own.children())
 
-    blocks = [out for out in found if out.form.prefix and out.name in modules and is_block(out)]
+    blocks = [out for out in found if _has_extra(out) and out.name in modules and is_block(out)]
     same = [out for out in blocks if (out.kind, out.name.count(".")) == (blocks[-1].kind, blocks[-1].name.count("."))]
-    without = [out for out in found if not out.form.prefix]  # the class token may be added after the other blocks
+    without = [out for out in found if not _has_extra(out)]  # the class token may be added after the other blocks
     return (same[:-1] or without or found)[-1]
 
 

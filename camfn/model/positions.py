@@ -18,7 +18,7 @@ Seen = dict[str, Tensor]
 _FIRST, _MORE, _MOST = 128, 2048, 64
 """The least number of positions over all changed images: in the first look, which tells nearly always, and in the second. The
 most changed images: a grid of a few cells needs more of them than a fine one."""
-_CLEAR, _APART = 0.5, 0.3
+_CLEAR, _APART = 0.35, 0.25
 """The correlation from which a form is taken at the first look, and its least distance from that of all others."""
 _SPREAD = 3.0
 """The same for the second look, in standard deviations of the correlation of unrelated values, `1 / sqrt(their number)`."""
@@ -33,7 +33,7 @@ class _Changes(NamedTuple):
     places: Tensor  # (d, 1, *size): 1 where the image is changed
 
 
-def placed(run: Callable[[Batch], Seen], batch: Batch, forms: dict[str, list[Form]]) -> dict[str, list[Form]]:
+def placed(run: Callable[[Batch], Seen], batch: Batch, forms: dict[str, list[Form]], twice: bool) -> dict[str, list[Form]]:
     """Keep the forms of each layer whose positions follow the input's.
 
     An image is changed in some of the cells of a form's grid. In the true form, the same cells change most: their change
@@ -41,11 +41,12 @@ def placed(run: Callable[[Batch], Seen], batch: Batch, forms: dict[str, list[For
 
     - `run(batch)`: the activations by name.
     - `forms`: for each layer, the forms to choose from.
+    - `twice`: whether to look again, at more images, at layers that one look leaves in doubt. Without it, they get no form.
 
     Returns, for each layer, the form that fits best, no form if none fits, and all that fit if none is clearly the best.
     """
     clear, doubtful = _looked(run, batch, forms, _FIRST)
-    return clear | _looked(run, batch, doubtful, _MORE)[0]
+    return clear | (_looked(run, batch, doubtful, _MORE)[0] if twice else dict.fromkeys(doubtful, []))
 
 
 def _looked(
@@ -110,10 +111,15 @@ def _agreement(form: Form, seen: list[Tensor], changes: _Changes) -> float:
     pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(form.grid)]
     cells = pool(changes.places, form.grid).flatten(1)
     inside = slice(form.prefix, moved.shape[1] - form.suffix)
-    others = torch.cat([moved[:, : inside.start], moved[:, inside.stop :]], 1).mT
-    if len(cells) >= _FEW and any(float(correlation(o, c)) > _FOLLOWS for o in others for c in cells.mT):
+    others = torch.cat([moved[:, : inside.start], moved[:, inside.stop :]], 1)
+    if len(cells) >= _FEW and bool((_standard(others).mT @ _standard(cells) > _FOLLOWS).any()):
         return 0.0
     return float(correlation(_centered(moved[:, inside]).flatten(), _centered(cells).flatten()))
+
+
+def _standard(values: Tensor) -> Tensor:
+    """Columns without their mean, of length 1: their products are correlations."""
+    return F.normalize(values - values.mean(0), dim=0)
 
 
 def _centered(values: Tensor) -> Tensor:
