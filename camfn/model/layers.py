@@ -293,9 +293,9 @@ def _features(found: list[_Output], modules: dict[str, nn.Module]) -> set[int]:
 # ------------------------------------------------------------------------------------------------------ the choice
 
 
-_EARLIER = "an earlier layer"
-_LAST = "the last layer on a grid"
-_BEFORE_LAST = "the last block but one: after the last, only the tokens beside the grid count"
+_EARLIER = "earlier layer"
+_LAST = "last layer on a grid"
+_BEFORE_LAST = "last block but one: after the last, only the tokens beside the grid count"
 
 
 def _chosen(outputs: _Outputs) -> tuple[_Output, dict[str, str]]:
@@ -347,8 +347,16 @@ def _before_the_last_block(found: list[_Output], modules: dict[str, nn.Module]) 
 
     blocks = [out for out in found if _has_extra(out) and out.name in modules and is_block(out)]
     same = [out for out in blocks if (out.kind, out.name.count(".")) == (blocks[-1].kind, blocks[-1].name.count("."))]
+    if same and same[-1].name != _last_child(same[-1].name, modules):
+        return same[-1]  # the last block does not show its positions, or is left out for another reason
     without = [out for out in found if not _has_extra(out)]  # the class token may be added after the other blocks
     return (same[:-1] or without or found)[-1]
+
+
+def _last_child(name: str, modules: dict[str, nn.Module]) -> str:
+    """The name of the last module in the list that has this one."""
+    parent = name.rpartition(".")[0]
+    return f"{parent}.{[*modules[parent]._modules][-1]}".lstrip(".")
 
 
 # ------------------------------------------------------------------------------------------------------- the clues

@@ -335,6 +335,6 @@ def other_targets(output: Any) -> str:
     found = found_in(output, _LOGITS)
     if found is None or not found.is_floating_point():
         return ""
-    if found.ndim > 2:
+    if found.ndim > 3 or (found.ndim == 3 and isinstance(output, Tensor)):
         return "; targets.segmentation(c=...) explains a class over the pixels of an output (n, classes, *grid)"
     return "; targets.regression(...) explains an output that is not a class"
