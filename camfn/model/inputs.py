@@ -56,7 +56,7 @@ def check(x: Any, masked: Key, axes: str | None, state: State, masks: bool) -> B
     """Validate the inputs. `masks` says that the method masks the pixels."""
     x = plain(x)
     key = key_of(x, masked, masks)
-    n = check_inputs(x, key, state, masks)
+    n = check_inputs(x, key, state, masks and axes is None)
     return Batch(x, Pixels(key, _named_axes(x, key, axes)), n)
 
 

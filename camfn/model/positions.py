@@ -95,10 +95,16 @@ def _agreement(form: Form, seen: list[Tensor], changes: _Changes) -> float:
     pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(form.grid)]
     cells = pool(changes.places, form.grid).flatten(1)
     inside = slice(form.prefix, moved.shape[1] - form.suffix)
-    others = torch.cat([moved[:, : inside.start], moved[:, inside.stop :]], 1).mT
-    if len(cells) >= _IMAGES // 2 and any(float(correlation(o, c)) > _FOLLOWS for o in others for c in cells.mT):
+    own, others = moved[:, inside], torch.cat([moved[:, : inside.start], moved[:, inside.stop :]], 1)
+    if len(cells) >= _IMAGES // 2 and any(_follows(other, own, cells) for other in others.mT):
         return 0.0
-    return float(correlation(moved[:, inside].flatten(), cells.flatten()))
+    return float(correlation(own.flatten(), cells.flatten()))
+
+
+def _follows(other: Tensor, own: Tensor, cells: Tensor) -> bool:
+    """Whether a token follows one cell, and better than the position that the form has there. A class token may attend to one."""
+    pairs = zip(own.mT, cells.mT)
+    return any(float(correlation(other, cell)) > max(_FOLLOWS, float(correlation(mine, cell))) for mine, cell in pairs)
 
 
 def _fitting(scores: dict[Form, float], images: int) -> list[Form]:
