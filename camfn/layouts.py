@@ -92,6 +92,7 @@ def read(
     layer: str,
     batch: int,
     clues: Callable[[], Clues] = Clues,
+    *,
     placed: Callable[[list[Form]], list[Form]] = list,
 ) -> Read:
     """Read an activation as `(n, c, p)`.

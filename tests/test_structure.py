@@ -15,7 +15,7 @@ PACKAGE = Path(camfn.__file__).parent
 METHODS_PAGE = PACKAGE.parent / "docs" / "methods.md"
 
 ROOMS = {
-    "": ("_version", "_errors", "_types", "_compat", "_paths"),
+    "": ("_version", "_errors", "_types", "_compat", "_paths", "_axes"),
     "formulas": (
         *(
             "probabilities",
@@ -34,7 +34,7 @@ ROOMS = {
     "targets": ("outputs", "scores", "algebra", "classes", "dense", "embeddings", "detections"),
     ".layouts": ("layouts",),
     "model": (
-        *("memory", "randomness", "guard", "private_copy", "restore", "prepare", "torch_errors", "ports", "capture", "axes"),
+        *("memory", "randomness", "guard", "private_copy", "restore", "prepare", "torch_errors", "ports", "capture"),
         *("inputs", "agreement", "tape", "recording", "attention", "linear_head", "entrance", "positions", "task", "layers"),
         *("gradients", "forward", "head", "deeplift"),
     ),

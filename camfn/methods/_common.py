@@ -97,7 +97,7 @@ def read_layer(forward: Forward, name: str, activation: Tensor, layout: Layout) 
     def placed(forms: list[Form]) -> list[Form]:
         return once(task, ("forms", name, *forms), lambda: placed_forms(task, {name: forms})[name])
 
-    return layouts.read(activation, layout, forward.size, name, forward.n, clues, placed)
+    return layouts.read(activation, layout, forward.size, name, forward.n, clues, placed=placed)
 
 
 def clean_scores(forward: Forward, score: Score) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from camfn import _compat
-from camfn.model.axes import Axes, unclear_of, usual
+from camfn._axes import Axes, unclear_of, usual
 from camfn.model.linear_head import is_convolution
 
 _MOST = 6
@@ -193,9 +193,9 @@ def _letters(entrance: _Entrance, where: dict[int, _Place], shape: Sequence[int]
 
 
 def _may_be_mixed(entrance: _Entrance, length: int, sides: int) -> bool:
-    """Whether an axis that reaches everything may be that of the channels: it is alone, or a convolution has found the others."""
+    """Whether an axis that reaches everything may be the channels': it is a single one, or a convolution found the others."""
     width = entrance.given.shape[entrance.channel]
-    return (length == 1 and width == 1) or (sides > 0 and width in (1, length)) or (length == 1 and sides > 0)
+    return (sides > 0 and width in (1, length)) or (length == 1 and (sides > 0 or width == 1))
 
 
 def _by_convolution(sides: int, where: dict[int, int | None], channels: list[int]) -> dict[int, str] | None:

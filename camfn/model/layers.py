@@ -14,7 +14,7 @@ from camfn._errors import CamError, RefusedError
 from camfn._types import Inputs, State
 from camfn.layouts import Clues, Form, Sides, forms_of, in_doubt
 from camfn.model.capture import tap_from, watch
-from camfn.model.inputs import Batch, Key
+from camfn.model.inputs import Batch, Key, sample
 from camfn.model.linear_head import is_auxiliary, is_convolution, sides
 from camfn.model.memory import is_exhausted
 from camfn.model.ports import Place, tensors_of
@@ -227,7 +227,7 @@ def placed_forms(task: Task, forms: dict[str, list[Form]]) -> dict[str, list[For
 
     try:
         with _compat.outside_transforms(), torch.inference_mode(False), torch.no_grad():
-            return placed(run, task.batch, forms)
+            return placed(run, task.batch._replace(x=sample(task.batch.x)) if own else task.batch, forms)
     except Exception as error:
         if is_exhausted(error) or isinstance(error, RefusedError):
             raise

@@ -1,7 +1,8 @@
 """The positions of a layer, as forward passes show them: which of them follow a change of the input at the same place."""
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,9 @@ def placed(run: Callable[[Batch], Seen], batch: Batch, forms: dict[str, list[For
         changes = _changes(batch, grid)
         seen = _changed(run, batch, changes.images, list(layers))
         for name, some in layers.items():
-            found[name] = _fitting({form: _agreement(form, seen[name], changes) for form in some}, len(changes.places))
+            fit = _fitting({form: _agreement(form, seen[name], changes) for form in some}, len(changes.places))
+            # A layer with the axes of an image is no list of queries. Where each position depends on all, its axes are open.
+            found[name] = fit if fit or any(form.tokens for form in some) else some
     return found
 
 
@@ -87,7 +90,8 @@ def _changed(run: Callable[[Batch], Seen], batch: Batch, images: Tensor, names: 
 def _agreement(form: Form, seen: list[Tensor], changes: _Changes) -> float:
     """The correlation of the change at each position with the share of its cell that was changed.
 
-    It is 0 if a token outside the grid follows one cell through the images: such a token belongs to a grid.
+    It is 0 if a token outside the grid follows one cell through the images: such a token belongs to a grid. It is 0, too, if
+    the positions follow the cells in another order than that of rows.
     """
     whole = form._replace(prefix=0, suffix=0)
     values = torch.cat([view_of(whole, part) for part in seen])[: len(changes.images)].to(torch.float32)
@@ -98,11 +102,27 @@ def _agreement(form: Form, seen: list[Tensor], changes: _Changes) -> float:
     own, others = moved[:, inside], torch.cat([moved[:, : inside.start], moved[:, inside.stop :]], 1)
     if len(cells) >= _IMAGES // 2 and any(_follows(other, own, cells) for other in others.mT):
         return 0.0
-    return float(correlation(own.flatten(), cells.flatten()))
+    found = float(correlation(own.flatten(), cells.flatten()))
+    rival = max((float(correlation(own.flatten(), cells[:, order].flatten())) for order in _other_orders(form.grid)), default=0)
+    return 0.0 if rival - found >= max(_MARGIN, _SPREAD / math.sqrt(cells.numel())) else found
+
+
+def _other_orders(grid: Sequence[int]) -> Iterator[Tensor]:
+    """The cells of a grid in the orders that layers use beside that of rows: of other axes first, and window by window.
+
+    Some cells keep their place in these orders, so that rows correlate with them.
+    """
+    cells, axes = torch.arange(math.prod(grid)).reshape(grid), range(len(grid))
+    for order in itertools.permutations(axes):
+        yield cells.permute(order).flatten()
+    for window in itertools.product(*([side for side in range(1, most + 1) if most % side == 0] for most in grid)):
+        apart = [side for most, each in zip(grid, window) for side in (most // each, each)]
+        inside = [2 * axis + 1 for axis in axes]
+        yield cells.reshape(apart).permute(*(2 * axis for axis in axes), *inside).flatten()
 
 
 def _follows(other: Tensor, own: Tensor, cells: Tensor) -> bool:
-    """Whether a token follows one cell, and better than the position that the form has there. A class token may attend to one."""
+    """Whether a token follows one cell better than the position of the form there. A class token may attend to one cell."""
     pairs = zip(own.mT, cells.mT)
     return any(float(correlation(other, cell)) > max(_FOLLOWS, float(correlation(mine, cell))) for mine, cell in pairs)
 
