@@ -17,7 +17,7 @@ def of_widths(first=(), last=(), axes=(), grids=()) -> Clues:
 
 
 def read(shape, spatial, clues=Clues(), layout="auto", n=2, placed=list):
-    return layouts.read(torch.zeros(shape), layout, spatial, "layer", n, lambda: clues, placed)
+    return layouts.read(torch.zeros(shape), layout, spatial, "layer", n, lambda: clues, placed=placed)
 
 
 def first_of(forms):
