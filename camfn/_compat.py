@@ -93,6 +93,15 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def sample_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the plain tensor inside functorch's wrappers: for each `vmap` around it, its first sample."""
+    if not _functorch.is_functorch_wrapped_tensor(tensor):
+        return tensor
+    inside = sample_of(_functorch.get_unwrapped(tensor))
+    axis = _functorch.maybe_get_bdim(tensor)
+    return inside.select(axis, 0) if axis >= 0 else inside
+
+
 def storage_id(tensor: torch.Tensor) -> Any:
     """Return an identifier of a tensor's memory, independent of its shape and of transforms."""
     plain = unwrapped(tensor)

@@ -15,7 +15,7 @@ PACKAGE = Path(camfn.__file__).parent
 METHODS_PAGE = PACKAGE.parent / "docs" / "methods.md"
 
 ROOMS = {
-    "": ("_version", "_errors", "_types", "_compat", "_paths"),
+    "": ("_version", "_errors", "_types", "_compat", "_paths", "_axes"),
     "formulas": (
         *("probabilities", "scaling", "resampling", "components", "factorization", "masks", "noise", "maps", "weights"),
         *("attention", "diagnostics"),
@@ -23,7 +23,7 @@ ROOMS = {
     "targets": ("outputs", "scores", "algebra", "classes", "dense", "embeddings", "detections"),
     ".layouts": ("layouts",),
     "model": (
-        *("memory", "randomness", "guard", "private_copy", "restore", "prepare", "torch_errors", "ports", "capture", "axes"),
+        *("memory", "randomness", "guard", "private_copy", "restore", "prepare", "torch_errors", "ports", "capture"),
         *("inputs", "agreement", "tape", "recording", "attention", "linear_head", "entrance", "positions", "task", "layers"),
         *("graph_ends", "gradients", "forward", "head", "deeplift"),
     ),

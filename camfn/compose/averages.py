@@ -35,8 +35,8 @@ def smooth(
     - `seed`: an int, or a `torch.Generator`, which is copied and not advanced. The images of a batch share their noise.
 
     **Returns** a method like any other. It takes the arguments that all methods share (see `camfn.score_cam`), and those of the
-    given method. `masked=` selects the image among several inputs. The target is resolved once, on the clean input: `None`
-    means the class predicted there, for all samples.
+    given method. `masked=` selects the image among several inputs, and `axes=` names its axes. The target is resolved once, on
+    the clean input: `None` means the class predicted there, for all samples.
 
     **Raises** `CamError` for invalid options, and for a function that is not a method.
 
@@ -76,7 +76,7 @@ def integrate(method: Callable[..., Maps], steps: int = 20, baseline: float | Te
 
     - `method`: as in `camfn.smooth`.
     - `steps`: N.
-    - `baseline`: a number, or a tensor that broadcasts to the input.
+    - `baseline`: a number, or a tensor that broadcasts to the input, in the input's own order of axes.
 
     **Returns** a method like any other, and **raises** `CamError`, both as `camfn.smooth`.
 

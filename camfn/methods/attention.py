@@ -13,13 +13,14 @@ from camfn import _compat, layouts
 from camfn._errors import CamError
 from camfn._types import Inputs, Layers, Layout, Relevances, Size, State, Target
 from camfn.formulas import attention
-from camfn.methods._common import Drawing, Explained, drawn, explained, read_layer, without_layer
+from camfn.methods._common import Drawing, Explained, drawn, explained, without_layer
 from camfn.methods.registry import Cost, Need, Outcome, method
 from camfn.model.attention import Attention, Blocks, Nudge, attended, blocks_of, self_attention
 from camfn.model.capture import Captured, tap_from
 from camfn.model.forward import check_differentiable, from_output, run_checked
 from camfn.model.gradients import Of, Pullback, each_target, last_gradient, with_pullback
 from camfn.model.graph_ends import Reason
+from camfn.model.layers import clues_of, placed_tokens
 from camfn.model.prepare import Model, opened
 from camfn.model.task import Task, begin
 from camfn.model.torch_errors import ForwardError
@@ -399,5 +400,8 @@ def _on_patches(found: Attentive, rows: list[Relevances], backwards: int) -> Out
     where = layouts.tokens() if layout == "auto" else layout
     padding = ~attention.attended(found.attention.seen)  # tokens that masks exclude have no relevance
     rows = [torch.where(padding, 0, row) for row in rows]
-    patches = read_layer(explained.forward, "attention", torch.stack(rows, 2), where)
+    forward = explained.forward
+    clues = functools.partial(clues_of, forward.task.private.module, forward.batch)
+    placed = functools.partial(placed_tokens, forward.task)
+    patches = layouts.read(torch.stack(rows, 2), where, forward.size, "attention", forward.n, clues, placed=placed)
     return drawn(explained, [patches.values], [patches.grid])._replace(backwards=backwards)

@@ -72,6 +72,7 @@ def smooth_grad_cam_pp(
     - `seed`: an int, or a `torch.Generator`, which is copied and not advanced. All images of a batch share the noise. On the
       CPU it is what torchcam draws for one image after `torch.manual_seed(seed)`.
     - `masked`: the key or index of the input to add noise to. The default is the only floating-point input with spatial axes.
+    - `axes`: the order of its axes, as in `camfn.score_cam`.
 
     The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
@@ -133,6 +134,7 @@ def cameras(
     - `factors`: multipliers of the input's sides, beside the input itself. The default is 324/224, 424/224 ... 924/224: the
       authors' sizes for inputs of 224 pixels.
     - `masked`: the key or index of the input to resize. The default is the only floating-point input with spatial axes.
+    - `axes`: the order of its axes, as in `camfn.score_cam`. All axes but those of the images and channels are resized.
 
     The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 

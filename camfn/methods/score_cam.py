@@ -56,13 +56,17 @@ def score_cam(
     - `layer`: a dotted name, the module itself, a sequence of layers (for a tuple of maps), or `None`. For `None`, a layer is
       chosen as in `camfn.candidate_layers`, and a warning names it. `"layer:0"` or `"layer:key"` is one element of a layer's
       output, `"layer@2"` is its second call.
-    - `x`: the input with the batch first, `(n, k, *size)` with one to three spatial axes; a tuple for `model(*x)`; a mapping
-      for `model(**x)`; or, for detectors, a list of images `(k, *size)` of one size.
+    - `x`: the input with the batch first; a tuple for `model(*x)`; a mapping for `model(**x)`; or, for detectors, a list of
+      images `(k, *size)` of one size.
     - `target`: the score to explain. `None` means the class predicted on the clean input. Classes are an int, n ints, a long
       tensor `(n,)` or `(n, t)`, or `"all"`. An integer means the model's raw output for that class. Other targets are those of
       `camfn.targets` and their sums, a callable that maps ONE sample's output to a scalar or `(t,)`, and a list with one target
       per image.
     - `masked`: the key or index of the input to mask. The default is the only floating-point input with spatial axes.
+    - `axes`: the order of the axes of the input with the pixels, with one letter for each: `"n"` images first, at most one
+      `"c"` channels, and others from `"t"` time, `"d"` depth, `"h"` and `"w"`, as in `"nhwc"`, `"ntchw"` or `"nct"`. Masks
+      and sizes cover all but `n` and `c`, flips turn `w`, blurs and `camfn.multi_scale` leave `t`. `None` finds the order at
+      the first layers that know their channels. Maps have the order t, d, h, w.
     - `recipe`: a name in `camfn.RECIPES`, or a `camfn.Recipe`. It selects the variant where papers and libraries differ.
     - `budget`: the share of the non-constant channels to score, in (0, 1]. 1.0 gives the exact map. The other scores are
       predicted from the head's gradient and from channels with similar masks.

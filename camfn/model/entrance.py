@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from camfn import _compat
-from camfn.model.axes import Axes, unclear_of, usual
+from camfn._axes import Axes, unclear_of, usual
 from camfn.model.linear_head import is_convolution
 
 _MOST = 6
@@ -59,15 +59,15 @@ class _Entrances(TorchFunctionMode):
 def axes_of(model: nn.Module, image: Tensor, run: Run) -> Axes:
     """The order of the axes of `image`, the input as the model takes it.
 
-    An input of the usual order, whose second axis alone has the channels of the first convolution, needs no forward pass. In
-    all other cases, `run(image)` is called once for each axis, and stops at the first layers. It gets an image of the same
-    shape with half of the axis changed.
+    An input of the usual order, whose second axis alone has the channels of some layer, needs no forward pass. In all other
+    cases, `run(image)` is called a few times for each axis, and stops at the first layers. It gets an image of the same shape
+    with half of the axis changed.
     """
     if image.ndim < 3:
         return usual(image.ndim)
+    widths = _widths(model)
     conv = next(filter(is_convolution, model.modules()), None)
-    sides = list(image.shape[1:])
-    if _fits(image, conv) and sides.count(sides[0]) == 1:
+    if _fits(image, conv) and not widths & {*image.shape[2:]}:
         return usual(image.ndim)
     letters = None if _compat.compiling() else _observed(image, run)
     if letters is not None:
@@ -78,6 +78,13 @@ def axes_of(model: nn.Module, image: Tensor, run: Run) -> Axes:
 _WAYS = {3: ("ncw", "ntc", "nhw"), 4: ("nchw", "nhwc"), 5: ("ncdhw", "ndhwc", "ntchw")}
 
 
+def _widths(model: nn.Module) -> set[int]:
+    """The channel counts that layers take."""
+    names = ("in_channels", "in_features", "input_size", "embed_dim")
+    found = (getattr(module, name, None) for module in model.modules() for name in names)
+    return {width for width in found if isinstance(width, int)}
+
+
 def _fits(image: Tensor, conv: Any) -> bool:
     """Whether an image of the usual order has the convolution's channels."""
     return conv is not None and image.ndim == len(conv.kernel_size) + 2 and image.shape[1] == conv.in_channels
@@ -85,23 +92,40 @@ def _fits(image: Tensor, conv: Any) -> bool:
 
 def _is_usual(image: Tensor, conv: Any) -> bool:
     """Whether the usual order is the only one that fits the shape, where no layer shows the axes."""
+    if _fits(image, conv) and image.shape[1] not in image.shape[2:]:
+        return True
     return image.ndim == 4 and image.shape[-1] not in (1, 3, 4) and not _fits(image.movedim(-1, 1), conv)
+
+
+_RANGES = (1.0, 255.0)
+"""The ranges of the noise. A model that rounds or thresholds bytes sees nothing of a change between 0 and 1."""
 
 
 def _observed(image: Tensor, run: Run) -> str | None:
     """The letters of the axes, by forward passes of changed images; None if they do not show."""
     with _compat.outside_transforms(), torch.no_grad():
-        noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0)).to(image.device, image.dtype)
-        try:
-            base = _entrances(noise, run)
-            changed = {axis: _entrances(_half_changed(noise, axis), run) for axis in range(1, image.ndim)}
-        except Exception:  # the clean forward pass will say what is wrong
-            return None
+        for most in _RANGES:
+            drawn = torch.rand(2, *image.shape, generator=torch.Generator().manual_seed(0))
+            low, high = (most * torch.stack([0.4 * drawn[0], 0.6 + 0.4 * drawn[1]])).to(image.device, image.dtype)
+            try:
+                if (letters := _shown(low, high, run)) is not None:
+                    return letters
+            except Exception:  # the clean forward pass will say what is wrong
+                return None
+    return None
+
+
+def _shown(image: Tensor, other: Tensor, run: Run) -> str | None:
+    """The letters that the first layers show. No value of `other` is near that of `image`, and they differ by no constant."""
+    base = _entrances(image, run)
+    halves = {axis: [_entrances(_mixed(image, other, axis, half), run) for half in (0, 1)] for axis in range(1, image.ndim)}
     for number, entrance in enumerate(base):
-        others = {axis: found[number] for axis, found in changed.items() if len(found) > number}
-        if len(others) < len(changed) or any(other.given.shape != entrance.given.shape for other in others.values()):
+        if any(len(found) <= number for pair in halves.values() for found in pair):
             return None  # the forward pass took another way
-        where = {axis: _moved(entrance.given != other.given) for axis, other in others.items()}
+        given = {axis: [found[number].given for found in pair] for axis, pair in halves.items()}
+        if any(other.shape != entrance.given.shape for pair in given.values() for other in pair):
+            return None
+        where = {axis: _found(entrance.given, *pair) for axis, pair in given.items()}
         if (letters := _letters(entrance, where, image.shape)) is not None:
             return letters
     return None
@@ -117,12 +141,24 @@ def _entrances(image: Tensor, run: Run) -> list[_Entrance]:
     return mode.found
 
 
-def _half_changed(image: Tensor, axis: int) -> Tensor:
-    """The image with the first half of one axis changed; all of an axis of length 1."""
-    changed = image.clone()
-    some = changed.narrow(axis, 0, (image.shape[axis] + 1) // 2)
-    some.copy_(1 - some)
-    return changed
+def _mixed(image: Tensor, other: Tensor, axis: int, half: int) -> Tensor:
+    """The image with one half of one axis taken from another; all of an axis of length 1."""
+    place = torch.arange(image.shape[axis], device=image.device)
+    first = place < (len(place) + 1) // 2
+    taken = first if half == 0 or len(place) == 1 else ~first
+    return torch.where(taken.reshape(-1, *[1] * (image.ndim - axis - 1)), other, image)
+
+
+class _Place(NamedTuple):
+    """Where a layer finds an axis of the input."""
+
+    axis: int | None  # the layer's axis; None if the axis is not found in one alone
+    mixed: bool  # whether both halves of the axis reach all that the layer gets, as after a mean over it
+
+
+def _found(base: Tensor, first: Tensor, second: Tensor) -> _Place:
+    differs = base != first
+    return _Place(_moved(differs), bool(differs.any()) and bool((base != second).any()))
 
 
 def _moved(differs: Tensor) -> int | None:
@@ -135,34 +171,45 @@ def _moved(differs: Tensor) -> int | None:
     return alone[0] if len(alone) == 1 else None
 
 
-def _letters(entrance: _Entrance, where: dict[int, int | None], shape: Sequence[int]) -> str | None:
+def _letters(entrance: _Entrance, where: dict[int, _Place], shape: Sequence[int]) -> str | None:
     """The letters of the input's axes, from the axis of the entrance at which each was found."""
     function, given, channel = entrance
-    channels = [axis for axis, place in where.items() if place == channel]
-    lost = [axis for axis, place in where.items() if place is None]
-    if not channels and given.shape[channel] == 1 and len(lost) == 1 and shape[lost[0]] == 1:
-        channels = lost  # the only channel
-    if len(channels) > 1 or (not channels and (lost or given.shape[channel] != 1)):
+    sides = _CONVOLUTIONS.get(function, 0)
+    channels = [axis for axis, place in where.items() if place.axis == channel]
+    lost = [axis for axis, place in where.items() if place.axis is None]
+    if not channels and len(lost) == 1 and where[lost[0]].mixed and _may_be_mixed(entrance, shape[lost[0]], sides):
+        channels = lost  # the only channel, or channels of which each depends on all, as after a layer norm
+    single = bool(sides) and given.shape[channel] == 1  # so frames may be taken one by one
+    if len(channels) > 1 or (not channels and (any(where[axis].mixed or not single for axis in lost) or not sides)):
         return None
-    letters = {0: "n", **dict.fromkeys(channels, "c")}
-    rest = [axis for axis in where if axis not in channels]
-    named = _by_convolution(_CONVOLUTIONS.get(function, 0), {axis: where[axis] for axis in rest}, channels)
-    if named is None:
-        named = _by_order(rest, function in _RECURRENT)
+    rest = {axis: place.axis for axis, place in where.items() if axis not in channels}
+    named = _by_convolution(sides, rest, channels) if sides else None
+    if named is None and channels:
+        named = _by_order([*rest], function in _RECURRENT)
     if named is None or len(set(named.values())) < len(rest):
         return None
-    letters.update(named)
+    letters = {0: "n", **dict.fromkeys(channels, "c"), **named}
     return "".join(letters[axis] for axis in range(len(shape)))
 
 
+def _may_be_mixed(entrance: _Entrance, length: int, sides: int) -> bool:
+    """Whether an axis that reaches everything may be the channels': it is a single one, or a convolution found the others."""
+    width = entrance.given.shape[entrance.channel]
+    return (sides > 0 and width in (1, length)) or (length == 1 and (sides > 0 or width == 1))
+
+
 def _by_convolution(sides: int, where: dict[int, int | None], channels: list[int]) -> dict[int, str] | None:
-    """The letters by the convolution's own axes. Axes that it takes as its batch are time, as are those before the channels."""
-    if not sides or None in where.values() or len(set(where.values())) < len(where):
-        return None
-    names = dict(enumerate({1: "w", 2: "hw", 3: "dhw"}[sides], 2)) | {0: "t"}
+    """The letters by the convolution's own axes. Frames that it takes one by one, or as its batch, are time.
+
+    So is an axis alone before the channels, as in `(n, t, c, h, w)`.
+    """
+    letters = {1: "w", 2: "hw", 3: "dhw"}[sides]
+    names: dict[int | None, str] = {**dict(enumerate(letters, 2)), 0: "t", None: "t"}
+    if not {*range(2, sides + 2)} <= {*where.values()}:
+        return None  # it does not find its own axes in the input
     found = {axis: names[place] for axis, place in where.items() if place in names}
-    early = [axis for axis in found if channels and axis < channels[0]]
-    return {axis: "t" if letter == "d" and axis in early else letter for axis, letter in found.items()}
+    alone = channels == [2]
+    return {axis: "t" if letter == "d" and alone and axis == 1 else letter for axis, letter in found.items()}
 
 
 def _by_order(rest: list[int], recurrent: bool) -> dict[int, str] | None:

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from camfn import _compat
+from camfn._axes import Axes, checked_axes, usual
 from camfn._errors import CamError
 from camfn._types import Inputs, State
-from camfn.model.axes import Axes, checked_axes, usual
 
 Key = str | int | None
 """The key of the input with the pixels; `None` if x is the only input."""
@@ -56,7 +56,7 @@ def check(x: Any, masked: Key, axes: str | None, state: State, masks: bool) -> B
     """Validate the inputs. `masks` says that the method masks the pixels."""
     x = plain(x)
     key = key_of(x, masked, masks)
-    n = check_inputs(x, key, state, masks)
+    n = check_inputs(x, key, state, masks and axes is None)
     return Batch(x, Pixels(key, _named_axes(x, key, axes)), n)
 
 
@@ -72,6 +72,11 @@ def _name_of(key: Key) -> str:
 def plain(x: Any) -> Any:
     """Convert a mapping to a dict: pytrees do not know every mapping."""
     return dict(x) if isinstance(x, Mapping) else x
+
+
+def sample(x: Inputs) -> Inputs:
+    """The inputs without the wrappers of transforms, for forward passes outside of them."""
+    return tree_map(lambda leaf: _compat.sample_of(leaf).detach() if isinstance(leaf, Tensor) else leaf, x)
 
 
 def raw(x: Inputs, key: Key) -> Tensor:
@@ -203,7 +208,10 @@ def check_inputs(x: Inputs, key: Key, state: State, masks: bool) -> int:
     if image.shape[0] == 0:
         raise CamError(f"{where} is an empty batch, {shape}: there is nothing to explain")
     if masks and image.ndim < 3:
-        raise CamError(f"{where} has shape {shape}: masking needs (n, channels, *size), with at least one spatial axis")
+        raise CamError(
+            f"{where} has shape {shape}: masking needs (n, channels, *size), with at least one spatial axis; if there are no "
+            'channels, pass axes=, such as axes="nt" for raw sound'
+        )
     _check_devices(x, state)
     if not _compat.transformed():
         for i, part in enumerate(x if isinstance(x, list) else [image]):

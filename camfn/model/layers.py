@@ -15,7 +15,7 @@ from camfn._errors import CamError, RefusedError
 from camfn._types import Inputs, State
 from camfn.layouts import Clues, Form, Sides, forms_of, in_doubt
 from camfn.model.capture import tap_from, watch
-from camfn.model.inputs import Batch, Key
+from camfn.model.inputs import Batch, Key, sample
 from camfn.model.linear_head import is_auxiliary, is_convolution, sides
 from camfn.model.memory import is_exhausted
 from camfn.model.ports import Place, tensors_of
@@ -262,11 +262,24 @@ def placed_forms(task: Task, forms: dict[str, list[Form]], twice: bool = True) -
 
     try:
         with _compat.outside_transforms(), torch.inference_mode(False), torch.no_grad():
-            return placed(run, task.batch, forms, twice)
+            return placed(run, task.batch._replace(x=sample(task.batch.x)) if own else task.batch, forms, twice)
     except Exception as error:
         if is_exhausted(error) or isinstance(error, RefusedError):
             raise
         return forms
+
+
+def placed_tokens(task: Task, forms: list[Form]) -> list[Form]:
+    """Keep the forms of the model's tokens, by layers that return as many; all forms if no such layer shows its positions."""
+    counts = {math.prod(form.grid) + form.prefix + form.suffix for form in forms}
+    n = task.batch.n
+    several: dict[str, list[Form]] = {}
+    for seen in (seen for run in _watched(task).runs for seen in run if len(seen.shape) == 3):
+        for axis in (0, 1):
+            if seen.shape[axis] in counts and seen.shape[1 - axis] == n:
+                several[seen.name] = [form._replace(channels=seen.shape[2], sequence=axis == 0) for form in forms]
+    found = [kept[0] for kept in placed_forms(task, several, False).values() if len(kept) == 1]
+    return [form for form in forms if found and (form.prefix, form.grid) == (found[0].prefix, found[0].grid)] or forms
 
 
 def _classes_of(output: Any, n: int) -> set[int]:

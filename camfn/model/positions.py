@@ -1,14 +1,14 @@
 """The positions of a layer, as forward passes show them: which of them follow a change of the input at the same place."""
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camfn.formulas.scaling import correlation
 from camfn.layouts import Form, view_of
 from camfn.model.inputs import Batch, with_input
 
@@ -22,6 +22,8 @@ _CLEAR, _APART = 0.35, 0.25
 """The correlation from which a form is taken at the first look, and its least distance from that of all others."""
 _SPREAD = 3.0
 """The same for the second look, in standard deviations of the correlation of unrelated values, `1 / sqrt(their number)`."""
+_MARGIN = 0.15
+"""How much better the positions must follow another order of the cells, at least, for the form to be none."""
 _FOLLOWS, _FEW = 0.9, 8
 """The correlation, over the images, from which a token follows a cell, and the least number of images to say so."""
 
@@ -46,7 +48,7 @@ def placed(run: Callable[[Batch], Seen], batch: Batch, forms: dict[str, list[For
     Returns, for each layer, the form that fits best, no form if none fits, and all that fit if none is clearly the best.
     """
     clear, doubtful = _looked(run, batch, forms, _FIRST)
-    return clear | (_looked(run, batch, doubtful, _MORE)[0] if twice else dict.fromkeys(doubtful, []))
+    return clear | (_looked(run, batch, doubtful, _MORE)[0] if twice else {name: [] for name in doubtful})
 
 
 def _looked(
@@ -67,7 +69,9 @@ def _looked(
         for name, some in layers.items():
             scores = {form: _agreement(form, seen[name], changes) for form in some}
             if values == _MORE:
-                clear[name] = _fitting(scores, _SPREAD / math.sqrt(len(changes.places) * math.prod(grid)))
+                fit = _fitting(scores, _SPREAD / math.sqrt(len(changes.places) * math.prod(grid)))
+                # A layer with the axes of an image is no list of queries: where all places count alike, its axes are open.
+                clear[name] = fit if fit or any(form.tokens for form in some) else some
             elif found := _fitting(scores, _CLEAR, _APART):
                 clear[name] = found
             if name not in clear or len(clear[name]) > 1:
@@ -102,8 +106,8 @@ def _changed(run: Callable[[Batch], Seen], batch: Batch, images: Tensor, names: 
 def _agreement(form: Form, seen: list[Tensor], changes: _Changes) -> float:
     """The correlation of the change at each position with the share of its cell that was changed.
 
-    It is 0 if a token outside the grid follows one cell through the images: such a token belongs to a grid. With several
-    images, both are compared without the means of each image and each position: some positions change more than others.
+    It is 0 if a token outside the grid follows one cell through the images, since such a token belongs to a grid; and if the
+    positions follow the cells in another order than that of rows. With several
     """
     whole = form._replace(prefix=0, suffix=0)
     values = torch.cat([view_of(whole, part) for part in seen])[: len(changes.images)].to(torch.float32)
@@ -111,10 +115,33 @@ def _agreement(form: Form, seen: list[Tensor], changes: _Changes) -> float:
     pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(form.grid)]
     cells = pool(changes.places, form.grid).flatten(1)
     inside = slice(form.prefix, moved.shape[1] - form.suffix)
-    others = torch.cat([moved[:, : inside.start], moved[:, inside.stop :]], 1)
-    if len(cells) >= _FEW and bool((_standard(others).mT @ _standard(cells) > _FOLLOWS).any()):
+    own, others = moved[:, inside], torch.cat([moved[:, : inside.start], moved[:, inside.stop :]], 1)
+    if len(cells) >= _FEW and _follow(others, own, cells):
         return 0.0
-    return float(correlation(_centered(moved[:, inside]).flatten(), _centered(cells).flatten()))
+    own, cells = _centered(own), _centered(cells)
+    orders = torch.stack([cells[:, order].flatten() for order in ([*range(cells.shape[1])], *_other_orders(form.grid))], 1)
+    found, *rivals = (_standard(own.flatten()[:, None]).mT @ _standard(orders))[0].tolist()
+    return 0.0 if max(rivals) - found >= max(_MARGIN, _SPREAD / math.sqrt(cells.numel())) else found
+
+
+def _other_orders(grid: Sequence[int]) -> Iterator[Tensor]:
+    """The cells of a grid in the orders that layers use beside that of rows: of other axes first, and window by window.
+
+    Some cells keep their place in these orders, so that rows correlate with them.
+    """
+    cells, axes = torch.arange(math.prod(grid)).reshape(grid), range(len(grid))
+    for order in itertools.permutations(axes):
+        yield cells.permute(order).flatten()
+    for window in itertools.product(*([side for side in range(1, most + 1) if most % side == 0] for most in grid)):
+        apart = [side for most, each in zip(grid, window) for side in (most // each, each)]
+        inside = [2 * axis + 1 for axis in axes]
+        yield cells.reshape(apart).permute(*(2 * axis for axis in axes), *inside).flatten()
+
+
+def _follow(others: Tensor, own: Tensor, cells: Tensor) -> bool:
+    """Whether a token follows one cell better than the position of the form there. A class token may attend to one cell."""
+    mine = (_standard(own) * _standard(cells)).sum(0)
+    return bool((_standard(others).mT @ _standard(cells) > mine.clamp(min=_FOLLOWS)).any())
 
 
 def _standard(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from camfn._errors import CamError
 from camfn._types import Inputs, State
 from camfn.model.capture import pure_from, resolve_state
 from camfn.model.entrance import axes_of
-from camfn.model.inputs import Batch, Key, check, plain, raw, with_raw
+from camfn.model.inputs import Batch, Key, check, plain, raw, sample, with_raw
 from camfn.model.prepare import Call, Model, opened
 from camfn.model.private_copy import PrivateCopy
 
@@ -59,11 +59,11 @@ def begin(
 
 
 def _plain_run(call: Call, x: Inputs, key: Key) -> Callable[[Tensor], Any]:
-    """The model with its own state, as a function of one of its inputs."""
+    """The model with its own state, as a function of one of its inputs. It runs outside of transforms."""
 
     def run(value: Tensor) -> Any:
         private = call.borrow()
-        return pure_from(private)(dict(private.tensors), with_raw(x, key, value))
+        return pure_from(private)(dict(private.tensors), with_raw(sample(x), key, value))
 
     return run
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from camfn import _compat
+from camfn._axes import Axes, checked_axes
 from camfn._errors import CamError
 from camfn._types import Target, wide
 from camfn.targets.algebra import Named
@@ -26,11 +27,14 @@ class Segmentation(Named):
     mask: Any
     classes: Any
     reduce: Reduce
+    axes: str | None
 
     def resolve(self, clean: Clean) -> Score:
         """Find the classes and masks. The rows are the classes `(n, t)` and masks `(n, t, *grid)` or `(n, 1, *grid)`."""
         clean.refuse_probabilities("targets.segmentation")
         y = clean.tensor(logits_of)
+        if self.axes is not None:
+            y = checked_axes(self.axes, y.ndim, "the output").first(y)
         if y.ndim < 3 or y.shape[0] != clean.n:
             raise CamError(
                 f"targets.segmentation wants logits (n={clean.n}, classes, *grid), and the model's have shape {tuple(y.shape)}"
@@ -47,11 +51,11 @@ class Segmentation(Named):
             if not _compat.transformed() and not bool(masks.flatten(2).any(-1).all()):
                 image, t = (~masks.flatten(2).any(-1)).nonzero()[0].tolist()
                 raise CamError(f"class {int(classes[image, t])} is predicted nowhere on image {image}: pass a mask=")
-        kind = Kind(read_logits, _of_segmentation, _names_of_segmentation, (self.reduce,), clean.way)
+        kind = Kind(read_logits, _of_segmentation, _names_of_segmentation, (self.reduce, self.axes), clean.way)
         return Score(kind, (classes, masks), single, classes)
 
 
-def segmentation(mask: Any = None, c: Any = None, *, reduce: Reduce = "mean") -> Target:
+def segmentation(mask: Any = None, c: Any = None, *, reduce: Reduce = "mean", axes: str | None = None) -> Target:
     """The mean logit of class `c` over the pixels of a mask.
 
         sum_p m_p y_cp / sum_p m_p
@@ -64,8 +68,11 @@ def segmentation(mask: Any = None, c: Any = None, *, reduce: Reduce = "mean") ->
     - `reduce`: `"mean"`, or `"sum"` for the sum without the division. Gradient methods give the same normalized map for
       both. Methods that take a softmax over scores, such as Score-CAM, need the mean: the softmax of sums over thousands of
       pixels gives one channel all the weight.
+    - `axes`: the order of the axes of the logits, such as `"nhwc"`; the letters are those of `camfn.score_cam`. `None` is
+      `(n, classes, *grid)`. Masks have the order t, d, h, w.
 
-    Raises `CamError` if `reduce` is neither, or later if the mask is empty, not in [0, 1], or of another shape than the grid.
+    Raises `CamError` if `reduce` or `axes` is invalid, or later if `axes` does not fit the logits, or if the mask is empty, not
+    in [0, 1], or of another shape than the grid.
 
     Vinogradova et al., Seg-Grad-CAM, AAAI 2020 (arXiv 2002.11434), use the sum, and so does pytorch-grad-cam.
 
@@ -78,7 +85,9 @@ def segmentation(mask: Any = None, c: Any = None, *, reduce: Reduce = "mean") ->
     """
     if reduce not in ("mean", "sum"):
         raise CamError(f'targets.segmentation with reduce={reduce!r}: it must be "mean" or "sum"')
-    return Segmentation(mask, c, reduce)
+    if axes is not None:
+        checked_axes(axes, len(str(axes)), "the output")
+    return Segmentation(mask, c, reduce, axes)
 
 
 # ------------------------------------------------------------------------------------------------------- the masks
@@ -130,15 +139,16 @@ def _at_grid(mask: Tensor, grid: Sequence[int]) -> Tensor:
     return F.interpolate(mask[None, None], size=tuple(grid), mode="area")[0, 0]
 
 
-def _of_segmentation(reduce: Reduce, y: Tensor, row: tuple[Tensor, Tensor]) -> Tensor:
+def _of_segmentation(reduce: Reduce, axes: str | None, y: Tensor, row: tuple[Tensor, Tensor]) -> Tensor:
     classes, masks = row
+    y = y if axes is None else Axes(axes).first(y[None])[0]
     if masks.shape[1:] != y.shape[1:]:  # the input may be a resized one, as in CAMERAS
         masks = F.interpolate(masks[None], size=y.shape[1:], mode="area")[0]
     scores = (y.to(wide(y.dtype)).index_select(0, classes) * masks).flatten(1).sum(1)
     return scores / masks.flatten(1).sum(1) if reduce == "mean" else scores
 
 
-def _names_of_segmentation(reduce: Reduce, row: tuple[Tensor, Tensor]) -> list[str]:
+def _names_of_segmentation(reduce: Reduce, axes: str | None, row: tuple[Tensor, Tensor]) -> list[str]:
     classes, masks = row
     pixels = masks.flatten(1).sum(1).expand(len(classes)).tolist()
     return [f"{reduce} of logit {c} over {size:.4g} pixels" for c, size in zip(classes.tolist(), pixels)]

@@ -304,20 +304,33 @@ habit("block", "dropout that does not", "", run="z = torch.nn.functional.dropout
 # ------------------------------------------------------------------------------------------------------- the input
 
 PLAIN_X = {"args": "x", "x": "IMAGES", "run": ""}
-habit(
-    "input",
-    "channels-last input",
-    PLAIN_X,
-    x="IMAGES.permute(0, 2, 3, 1).contiguous()",
-    run="x = x.permute(0, 3, 1, 2)",
-)
-habit(
-    "input",
-    "images without a channel axis",
-    {"x": "IMAGES[:, :1]", "run": "x = x.expand(-1, 3, -1, -1)"},
-    x="IMAGES[:, 0]",
-    run="x = x[:, None].expand(-1, 3, -1, -1)",
-)
+GRAY = {"x": "IMAGES[:, :1]", "run": "x = x.expand(-1, 3, -1, -1)", "options": ""}
+for told, axes in (("", {}), (", told", {"last": "axes='nhwc'", "turned": "axes='nhcw'", "gray": "axes='nhw'"})):
+    some = {name: {"options": text} for name, text in axes.items()}
+    habit(
+        "input",
+        f"channels-last input{told}",
+        {**PLAIN_X, "options": ""},
+        x="IMAGES.permute(0, 2, 3, 1).contiguous()",
+        run="x = x.permute(0, 3, 1, 2)",
+        **some.get("last", {}),
+    )
+    habit(
+        "input",
+        f"channels between height and width{told}",
+        {**PLAIN_X, "options": ""},
+        x="IMAGES.transpose(1, 2)",
+        run="x = x.transpose(1, 2)",
+        **some.get("turned", {}),
+    )
+    habit(
+        "input",
+        f"images without a channel axis{told}",
+        GRAY,
+        x="IMAGES[:, 0]",
+        run="x = x[:, None].expand(-1, 3, -1, -1)",
+        **some.get("gray", {}),
+    )
 habit("input", "flat input", PLAIN_X, x="IMAGES.flatten(1)", run="x = x.unflatten(1, (3, 8, 12))")
 habit("input", "mapping", PLAIN_X, x="{'pixels': IMAGES}", args="pixels", run="x = pixels")
 habit(

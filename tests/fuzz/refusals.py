@@ -75,7 +75,6 @@ REFUSALS = (
 )
 
 _LISTS = "closures of functions without a module are shared, and a list in one is the caller's"
-_AXES = "the axes of an input that is not (n, channels, *size)"
 _PARTS = "outputs with parts that have no row for each image, or are no entries for each image"
 _OUTPUTS = "an output of a class that torch's pytree does not know is not looked into"
 _MAPPED = "legrad maps the model by vmap, and torch's errors come through"
@@ -86,8 +85,6 @@ _NO_GRADIENT = "the score has no gradient, and its map is made of zeros, without
 
 KNOWN = (
     *(Row(name, METHODS, "_hooks[", _LISTS) for name in ("hook that records", "layer with a hook that records")),
-    Row("channels-last input", METHODS, "", _AXES),
-    Row("images without a channel axis", METHODS, "", _AXES),
     Row("module in a dict, made in inference mode", METHODS, "Inference tensors cannot be saved", _INFERENCE),
     Row("list", METHODS, "stack expects each tensor to be equal size", _PARTS),
     Row("loss beside logits", METHODS, "Got in_dim=0 for some input", _PARTS),

@@ -1,4 +1,4 @@
-"""The order of an input's axes. Inside camfn the input with the pixels is `(n, c, *size)`, in the order t, d, h, w."""
+"""The order of a tensor's axes. Inside camfn the input with the pixels is `(n, c, *size)`, in the order t, d, h, w."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ _USUAL = {1: "n", 2: "nc", 3: "ncw", 4: "nchw", 5: "ncdhw"}
 
 
 class Axes(NamedTuple):
-    """One letter for each axis of an input: n images, c channels, t time, d depth, h height, w width."""
+    """One letter for each axis of a tensor: n images, c channels, t time, d depth, h height, w width."""
 
     letters: str  # as the caller writes them; "" if their order is not known
     unclear: str = ""  # then why, and what to pass
@@ -62,7 +62,7 @@ def checked_axes(axes: str, ndim: int, where: str) -> Axes:
     valid = isinstance(axes, str) and axes[:1] == "n" and len(set(axes)) == len(axes) and set(axes[1:]) <= {"c", *_SPATIAL}
     if not valid or not set(axes) & set(_SPATIAL):
         raise CamError(
-            f'axes={axes!r} must have one letter for each axis of the input: "n" first, at most one "c", and the others from '
+            f'axes={axes!r} must have one letter for each axis of {where}: "n" first, at most one "c", and the others from '
             '"t", "d", "h" and "w", as in "nhwc", "ntchw" or "nct"'
         )
     if len(axes) != ndim:
