@@ -24,8 +24,9 @@ _SPREAD = 3.0
 """The same for the second look, in standard deviations of the correlation of unrelated values, `1 / sqrt(their number)`."""
 _MARGIN = 0.15
 """How much better the positions must follow another order of the cells, at least, for the form to be none."""
-_FOLLOWS, _FEW = 0.9, 8
-"""The correlation, over the images, from which a token follows a cell, and the least number of images to say so."""
+_FOLLOWS, _EQUAL, _FEW = 0.9, 0.01, 8
+"""The correlation, over the images, from which a token follows a cell, the difference of two that are as good, and the least
+number of images to say so."""
 
 
 class _Changes(NamedTuple):
@@ -118,7 +119,7 @@ def _agreement(form: Form, seen: list[Tensor], changes: _Changes) -> float:
     own, others = moved[:, inside], torch.cat([moved[:, : inside.start], moved[:, inside.stop :]], 1)
     if len(cells) >= _FEW and _follow(others, own, cells):
         return 0.0
-    own, cells = _centered(own), _centered(cells)
+    own, cells = _centered(_decibels(own)), _centered(cells)
     orders = torch.stack([cells[:, order].flatten() for order in ([*range(cells.shape[1])], *_other_orders(form.grid))], 1)
     found, *rivals = (_standard(own.flatten()[:, None]).mT @ _standard(orders))[0].tolist()
     return 0.0 if max(rivals) - found >= max(_MARGIN, _SPREAD / math.sqrt(cells.numel())) else found
@@ -139,14 +140,19 @@ def _other_orders(grid: Sequence[int]) -> Iterator[Tensor]:
 
 
 def _follow(others: Tensor, own: Tensor, cells: Tensor) -> bool:
-    """Whether a token follows one cell better than the position of the form there. A class token may attend to one cell."""
+    """Whether a token follows one cell as well as the position of the form there. A class token may attend to one cell."""
     mine = (_standard(own) * _standard(cells)).sum(0)
-    return bool((_standard(others).mT @ _standard(cells) > mine.clamp(min=_FOLLOWS)).any())
+    return bool((_standard(others).mT @ _standard(cells) > (mine - _EQUAL).clamp(min=_FOLLOWS)).any())
 
 
 def _standard(values: Tensor) -> Tensor:
     """Columns without their mean, of length 1: their products are correlations."""
     return F.normalize(values - values.mean(0), dim=0)
+
+
+def _decibels(changes: Tensor) -> Tensor:
+    """Logarithms of changes, in which the factors of an image and of a position are sums, and can be taken out."""
+    return torch.log(changes + 1e-6 * changes.amax().clamp(min=1e-30))
 
 
 def _centered(values: Tensor) -> Tensor:
