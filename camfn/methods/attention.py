@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from camfn import _compat, layouts
 from camfn._errors import CamError
@@ -22,6 +21,7 @@ from camfn.model.gradients import Of, Pullback, each_target, last_gradient, with
 from camfn.model.prepare import Model, opened
 from camfn.model.task import Task, begin
 from camfn.model.torch_errors import ForwardError
+from camfn.targets import flatten
 
 
 class Attentive(NamedTuple):
@@ -337,11 +337,11 @@ def _block_outputs(model: Model, blocks: Blocks, given: Any, state: State, x: In
     tap = tap_from(opened(model).borrow(), blocks.names[-1:])
     means = torch.stack([attention.mean_token(tokens, blocks.axis) for tokens in given])
     leaves: list[Any] = []
-    spec: Any = None
+    rebuilt: Any = None
 
     def output_of(tokens: Tensor) -> list[Tensor]:
-        nonlocal leaves, spec
-        leaves, spec = tree_flatten(tap(state, x, None, (tokens,)).output)
+        nonlocal leaves, rebuilt
+        leaves, rebuilt = flatten(tap(state, x, None, (tokens,)).output)
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     # `vmap` maps over the means only, so the blocks before the last run once. Fused attention has no batching rule.
@@ -355,7 +355,7 @@ def _block_outputs(model: Model, blocks: Blocks, given: Any, state: State, x: In
     def outputs() -> Iterator[Any]:
         for parts in zip(*tensors):
             rest = iter(parts)
-            yield tree_unflatten([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+            yield rebuilt([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
     return tuple(outputs())
 

@@ -20,6 +20,7 @@ from camfn.model.guard import Origins, Watcher
 from camfn.model.prepare import Call, Prepared, opened
 from camfn.model.private_copy import PrivateCopy, with_slots
 from camfn.model.randomness import TURNS
+from camfn.targets import flatten
 
 
 class Fold(NamedTuple):
@@ -72,7 +73,7 @@ def find_folds(model: nn.Module | Prepared | Call, state: State, x: Inputs) -> F
 
     with torch.inference_mode(False), torch.no_grad(), TURNS, origins, watcher:
         output = watch(model, state, x, see)
-    given = {watcher.name_of(leaf) for leaf in tree_flatten(output)[0]}
+    given = {watcher.name_of(leaf) for leaf in flatten(output)[0]}
     lone = [fold for fold in pairs if watcher.consumers[fold.conv] == [F.batch_norm] and fold.conv not in given]
     folds = tuple(fold for fold in lone if runs[fold.conv] == runs[fold.norm] == 1)
     seen_whole = not (watcher.reads or origins.reads or origins.unseen)

@@ -1,6 +1,8 @@
 """Methods that follow attention, held to loops written from the papers on attention that plain hooks caught."""
 
+import collections
 import copy
+import dataclasses
 import math
 import threading
 import warnings
@@ -364,6 +366,34 @@ def test_a_call_runs_the_model_once_and_legrad_once_more_for_its_blocks(method):
 
 
 @every_method
+class Within(nn.Module):
+    """A model whose output is what `wrap` makes of the logits."""
+
+    def __init__(self, net: nn.Module, wrap: Callable):
+        super().__init__()
+        self.net, self.wrap = net, wrap
+
+    def forward(self, x: Tensor):
+        return self.wrap(self.net(x))
+
+
+class Fields(collections.OrderedDict):
+    """A class that torch's pytree does not know, as the outputs of transformers."""
+
+
+@dataclasses.dataclass
+class Answer:
+    loss: None
+    logits: Tensor
+
+
+@every_method
+@pytest.mark.parametrize("wrap", [lambda y: Fields(loss=y.mean(), logits=y), lambda y: Answer(None, y)])
+def test_an_output_of_any_class_is_opened(method, wrap):
+    model, x, where = vit("timm"), inputs(2, side=32), camfn.layouts.tokens((4, 4), 1)
+    close(raw(method, Within(model, wrap), x, layout=where), raw(method, model, x, layout=where))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_dtypes(method, dtype):
     model, x = vit("timm"), inputs(2, side=32)
