@@ -76,7 +76,6 @@ REFUSALS = (
 
 _LISTS = "closures of functions without a module are shared, and a list in one is the caller's"
 _AXES = "the axes of an input that is not (n, channels, *size)"
-_PARTS = "outputs with parts that have no row for each image, or are no entries for each image"
 _MAPPED = "legrad maps the model by vmap, and torch's errors come through"
 _INFERENCE = "an unregistered module of inference tensors gets no tensors that a graph may save"
 _BATCHED = "masked inputs run as one batch, although the forward is seen reading a value of the batch"
@@ -88,8 +87,6 @@ KNOWN = (
     Row("channels-last input", METHODS, "", _AXES),
     Row("images without a channel axis", METHODS, "", _AXES),
     Row("module in a dict, made in inference mode", METHODS, "Inference tensors cannot be saved", _INFERENCE),
-    Row("list", METHODS, "stack expects each tensor to be equal size", _PARTS),
-    Row("loss beside logits", METHODS, "Got in_dim=0 for some input", _PARTS),
     *(
         Row(name, frozenset({"legrad"}), "another error", _MAPPED)
         for name in (
