@@ -113,7 +113,6 @@ KNOWN = (
         "forward without gradients", frozenset({"ag_cam", "gradient_attention", "opti_cam"}), "the twin: differs", _NO_GRADIENT
     ),
     Row("branch on the batch", needing("masked inputs", "head"), "the twin: differs", _BATCHED),
-    Row("loop over samples", _LIFT, "lift_cam has no rule for aten.squeeze_", "a change of shape in place is as affine as any"),
 )
 """Faults of camfn that are not mended yet. Each is seen to fail; the table is to be empty."""
 

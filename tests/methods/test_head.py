@@ -321,6 +321,10 @@ FOLLOWED = {  # each with something after it that is not affine, so that a wrong
     "adaptive max-pooling": lambda h: F.adaptive_max_pool2d(h, 2).tanh(),
     "maximum over positions": lambda h: h.amax((2, 3), keepdim=True).tanh(),
     "maximum over one axis": lambda h: h.max(3).values[..., None].tanh(),
+    "one image at a time": lambda h: torch.stack(
+        [F.avg_pool2d(F.conv2d(one, torch.ones(4, 4, 1, 1).to(h)), 2) for one in h]
+    ).tanh(),
+    "changes of shape in place": lambda h: h.mul(2).unsqueeze_(1).squeeze_(1).transpose_(2, 3).swapaxes_(2, 3).sigmoid(),
     "average pooling": lambda h: F.avg_pool2d(h, 2).tanh(),
     "pooling with the channels last": lambda h: F.adaptive_avg_pool2d(h.movedim(1, -1).contiguous().movedim(-1, 1), 1).tanh(),
     "adaptive average pooling": lambda h: F.adaptive_avg_pool2d(h, 3).tanh(),
