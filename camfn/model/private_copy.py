@@ -142,8 +142,14 @@ def _copy_tensor(tensor: Tensor, twins: Twins) -> Tensor:
     if isinstance(tensor, nn.Parameter) and twins.live:
         return tensor
     twins.own_tensors = True
-    twin = twins[id(tensor)] = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+    twin = twins[id(tensor)] = _own_tensor(tensor, not isinstance(tensor, nn.Parameter))
     return twin
+
+
+def _own_tensor(tensor: Tensor, written: bool) -> Tensor:
+    """Return a tensor that a graph may save: a copy if a forward may write to it, or if it was made in inference mode."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone() if written or tensor.is_inference() else tensor.detach()
 
 
 def _empty_like(value: Any, twins: Twins) -> Any:
@@ -469,7 +475,7 @@ def _detach_unregistered(module: nn.Module, twins: Twins) -> None:
             own = twin.__dict__[kind]
             for key, tensor in own.items():
                 if tensor is not None:
-                    own[key] = tensor.detach().clone() if kind == "_buffers" else tensor.detach()
+                    own[key] = _own_tensor(tensor, kind == "_buffers")
 
 
 def _filled_in(private: PrivateCopy) -> PrivateCopy:

@@ -77,7 +77,6 @@ REFUSALS = (
 _LISTS = "closures of functions without a module are shared, and a list in one is the caller's"
 _AXES = "the axes of an input that is not (n, channels, *size)"
 _MAPPED = "legrad maps the model by vmap, and torch's errors come through"
-_INFERENCE = "an unregistered module of inference tensors gets no tensors that a graph may save"
 _BATCHED = "masked inputs run as one batch, although the forward is seen reading a value of the batch"
 _BIASES = "full_grad leaves out the biases of modules that no registered module holds"
 _NO_GRADIENT = "the score has no gradient, and its map is made of zeros, without an error"
@@ -86,7 +85,6 @@ KNOWN = (
     *(Row(name, METHODS, "_hooks[", _LISTS) for name in ("hook that records", "layer with a hook that records")),
     Row("channels-last input", METHODS, "", _AXES),
     Row("images without a channel axis", METHODS, "", _AXES),
-    Row("module in a dict, made in inference mode", METHODS, "Inference tensors cannot be saved", _INFERENCE),
     *(
         Row(name, frozenset({"legrad"}), "another error", _MAPPED)
         for name in (

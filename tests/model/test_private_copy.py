@@ -3,6 +3,7 @@
 import gc
 import inspect
 import os
+import types
 
 import pytest
 import torch
@@ -182,6 +183,36 @@ def test_its_map_is_that_of_plain_hooks(kind):
         assert_close(found, by_hand(model, layer, 1), 1e-12)
     else:
         assert_close(found, by_hand(Net(), layer, 1), 1e-12)
+
+
+class FromInferenceMode(Net):
+    """What the state does not reach, made in inference mode: a layer in a list, a parameter, and a plain tensor."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.inference_mode():
+            self.held = [nn.Conv2d(6, 6, 1, dtype=torch.float64), nn.Parameter(torch.full((6, 1, 1), 2.0)), torch.ones(6, 1, 1)]
+
+    def forward(self, x):
+        conv, gain, shift = self.held
+        return self.head(conv(self.act(self.conv(x))).tanh() * gain * (shift + 0.5))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("method", ["grad_cam", "shapley_cam", "lift_cam", "opti_cam"])
+def test_unregistered_tensors_of_inference_mode_enter_a_graph(method, inside):
+    model = FromInferenceMode()
+    options = {"layout": "channels_first", "normalize": False}
+    with torch.inference_mode(inside):
+        found = getattr(camfn, method)(model, "conv", X, 1, **options)
+    model.held = nn.ParameterList([nn.Parameter(t.clone()) for t in (*model.held[0].parameters(), *model.held[1:])])
+    model.forward = types.MethodType(with_held_tensors, model)
+    assert_close(found, getattr(camfn, method)(model, "conv", X, 1, **options), 1e-12)
+
+
+def with_held_tensors(self, x):
+    weight, bias, gain, shift = self.held
+    return self.head(F.conv2d(self.act(self.conv(x)), weight, bias).tanh() * gain * (shift + 0.5))
 
 
 def test_no_subclass_is_made():
