@@ -130,6 +130,29 @@ def _unfollowed_message(what: str) -> str:
     )
 
 
+class Followed(TorchFunctionMode):
+    """Refuse convolutions, linear layers and batch norms that are not of the private copy, for a method that needs all."""
+
+    def __init__(self, kinds: tuple[type, ...], own: Iterable[Any]) -> None:
+        super().__init__()
+        self.kinds, self.own = kinds, {id(module) for module in own}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "").startswith(("conv", "linear", "batch_norm")):
+            layer = _calling_module()
+            if isinstance(layer, self.kinds) and id(layer) not in self.own:
+                raise RefusedError(_unfollowed_message(f"a {type(layer).__name__}"))
+        return func(*args, **(kwargs or {}))
+
+
+def _calling_module() -> Any:
+    """Return the module whose method calls the function that a mode sees."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), torch.nn.Module):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
+
+
 class Watcher(TorchFunctionMode):
     """Record which functions take the followed tensors, and whether a value is read in Python."""
 

@@ -66,6 +66,12 @@ class PrivateCopy(NamedTuple):
         paths = self.paths()
         return {path: module for path, module in self.modules.items() if paths[id(module)] == path}
 
+    def unregistered(self) -> dict[str, nn.Module]:
+        """Return the modules that no registered module holds, in a dict or a closure, by their class and number."""
+        registered = {id(module) for module in self.modules.values()}
+        found = {id(twin): twin for _, twin in self.twins.modules if id(twin) not in registered}
+        return {f"{type(twin).__name__} {i}, which is not registered": twin for i, twin in enumerate(found.values())}
+
 
 ATOMS = frozenset(
     (
@@ -210,7 +216,14 @@ def _copy_weakref(value: "weakref.ref[Any]", twins: Twins) -> Any:
 
 
 def _copy_method(value: types.MethodType, twins: Twins) -> types.MethodType:
-    return types.MethodType(value.__func__, _copy(value.__self__, twins))
+    module = value.__self__
+    # A bound `forward` would go past the ports, which lie in that of the copy's instance.
+    bound = isinstance(module, nn.Module) and value.__func__ is type(module).forward and "forward" not in vars(module)
+    return types.MethodType(_forward if bound else value.__func__, _copy(module, twins))
+
+
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module.forward(*args, **kwargs)
 
 
 def _copy_partial(value: "functools.partial[Any]", twins: Twins) -> Any:

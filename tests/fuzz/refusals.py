@@ -44,6 +44,12 @@ REFUSALS = (
         "dropout that does not", METHODS, "draws random numbers in eval mode", "gotchas.md: a map of what is drawn anew is none"
     ),
     Row("forward replaced by a function", METHODS, "was replaced on the instance", "a copy would run the caller's forward"),
+    Row(
+        "module in a global",
+        frozenset({"full_grad"}),
+        "does not follow",
+        "methods.md: full_grad needs the biases of all layers",
+    ),
     Row("layer in a list", OF_LAYER, "is not a registered submodule", "a layer is a name, and this one has none"),
     Row("layer whose weight is used", OF_LAYER, "did not run in this forward", "no layer gave the activation"),
     Row("forward without gradients", _GRADIENTS, "records no gradient", "there is no gradient"),
@@ -78,7 +84,6 @@ _LISTS = "closures of functions without a module are shared, and a list in one i
 _AXES = "the axes of an input that is not (n, channels, *size)"
 _MAPPED = "legrad maps the model by vmap, and torch's errors come through"
 _BATCHED = "masked inputs run as one batch, although the forward is seen reading a value of the batch"
-_BIASES = "full_grad leaves out the biases of modules that no registered module holds"
 _NO_GRADIENT = "the score has no gradient, and its map is made of zeros, without an error"
 
 KNOWN = (
@@ -91,20 +96,6 @@ KNOWN = (
             *("gradient inside", "running average", "write under a mask", "branch on a sample", "branch on the batch"),
             *("channels last in memory", "item of a sample", "NumPy"),
             *("assertion on values", "companion that is written to", "companion that all images share"),
-        )
-    ),
-    *(
-        Row(name, frozenset({"full_grad"}), "the twin: differs", _BIASES)
-        for name in (
-            *(
-                "module in a dict",
-                "module in a list",
-                "module in a tuple in a dict",
-                "module in a closure",
-                "module in a partial",
-            ),
-            *("module as a default argument", "module's bound method", "module in a dataclass", "module in a named tuple"),
-            *("module in slots", "module in __dict__", "module in a global"),
         )
     ),
     Row(

@@ -185,6 +185,21 @@ def test_its_map_is_that_of_plain_hooks(kind):
         assert_close(found, by_hand(Net(), layer, 1), 1e-12)
 
 
+class ByMethod(Net):
+    def __init__(self):
+        super().__init__()
+        self.run = self.act.forward
+
+    def forward(self, x):
+        return self.head(self.run(self.conv(x)))
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "score_cam", "recipro_cam"])
+def test_a_port_lies_in_a_forward_that_is_kept_as_a_bound_method(method):
+    for model in (ByMethod(), camfn.prepare(ByMethod())):
+        assert_close(getattr(camfn, method)(model, "act", X, 1), getattr(camfn, method)(Net(), "act", X, 1), 1e-12)
+
+
 class FromInferenceMode(Net):
     """What the state does not reach, made in inference mode: a layer in a list, a parameter, and a plain tensor."""
 
