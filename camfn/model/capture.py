@@ -278,7 +278,11 @@ def tap(model: nn.Module | Prepared, layer: Layer | Sequence[Layer]) -> Callable
 
 def watch(model: nn.Module | Prepared | Call, state: State, x: Inputs, see: Callable[[str, tuple[Any, ...], Any], None]) -> Any:
     """Run the model once, and call `see(name, arguments, output)` for every module, innermost first. Returns the output."""
-    private = opened(model).borrow()
+    return watch_from(opened(model).borrow(), state, x, see)
+
+
+def watch_from(private: PrivateCopy, state: State, x: Inputs, see: Callable[[str, tuple[Any, ...], Any], None]) -> Any:
+    """`watch` for a given private copy. Its modules are wrapped: do not use it for anything else."""
 
     def passes(name: str) -> Callable[[tuple[Any, ...], Any], Any]:
         def show(args: tuple[Any, ...], out: Any) -> Any:

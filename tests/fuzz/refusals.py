@@ -83,7 +83,6 @@ REFUSALS = (
 _LISTS = "closures of functions without a module are shared, and a list in one is the caller's"
 _AXES = "the axes of an input that is not (n, channels, *size)"
 _MAPPED = "legrad maps the model by vmap, and torch's errors come through"
-_BATCHED = "masked inputs run as one batch, although the forward is seen reading a value of the batch"
 _NO_GRADIENT = "the score has no gradient, and its map is made of zeros, without an error"
 
 KNOWN = (
@@ -101,7 +100,6 @@ KNOWN = (
     Row(
         "forward without gradients", frozenset({"ag_cam", "gradient_attention", "opti_cam"}), "the twin: differs", _NO_GRADIENT
     ),
-    Row("branch on the batch", needing("masked inputs", "head"), "the twin: differs", _BATCHED),
 )
 """Faults of camfn that are not mended yet. Each is seen to fail; the table is to be empty."""
 
