@@ -82,21 +82,12 @@ REFUSALS = (
 
 _LISTS = "closures of functions without a module are shared, and a list in one is the caller's"
 _AXES = "the axes of an input that is not (n, channels, *size)"
-_MAPPED = "legrad maps the model by vmap, and torch's errors come through"
 _NO_GRADIENT = "the score has no gradient, and its map is made of zeros, without an error"
 
 KNOWN = (
     *(Row(name, METHODS, "_hooks[", _LISTS) for name in ("hook that records", "layer with a hook that records")),
     Row("channels-last input", METHODS, "", _AXES),
     Row("images without a channel axis", METHODS, "", _AXES),
-    *(
-        Row(name, frozenset({"legrad"}), "another error", _MAPPED)
-        for name in (
-            *("gradient inside", "running average", "write under a mask", "branch on a sample", "branch on the batch"),
-            *("channels last in memory", "item of a sample", "NumPy"),
-            *("assertion on values", "companion that is written to", "companion that all images share"),
-        )
-    ),
     Row(
         "forward without gradients", frozenset({"ag_cam", "gradient_attention", "opti_cam"}), "the twin: differs", _NO_GRADIENT
     ),
