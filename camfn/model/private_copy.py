@@ -100,14 +100,14 @@ def _copy(value: Any, twins: Twins) -> Any:
     """Copy `value` so that every module it reaches is a copy.
 
     Bound methods, partials and closures must refer to the copies. Otherwise the caller's batch norm would run in train mode
-    and update its statistics. Functions that reach no module and no tensor are shared, and so keep their identity. Containers
-    are always copied: a model that counts its calls in one must not count ours.
+    and update its statistics. Functions that reach no module, no tensor and no mutable container are shared, and so keep their
+    identity. Containers are always copied: a model that counts its calls in one must not count ours.
     """
     if type(value) in ATOMS:
         return value
     if id(value) in twins:
         return twins[id(value)]
-    if isinstance(value, _SHARED_IF_NO_MODULE) and not _reaches_module(value):
+    if isinstance(value, _SHARED_IF_STILL) and not _reaches(list(held(value)), _STATEFUL):
         return value
     return _copier_of(value.__class__)(value, twins)  # not `type`: the `__class__` of a weak proxy is that of its module
 
@@ -219,6 +219,8 @@ def _copy_method(value: types.MethodType, twins: Twins) -> types.MethodType:
     module = value.__self__
     # A bound `forward` would go past the ports, which lie in that of the copy's instance.
     bound = isinstance(module, nn.Module) and value.__func__ is type(module).forward and "forward" not in vars(module)
+    if id(module) not in twins and _copier_of(module.__class__) is _copy_object:
+        return types.MethodType(value.__func__, _copy_object(module, twins, called=True))
     return types.MethodType(_forward if bound else value.__func__, _copy(module, twins))
 
 
@@ -245,16 +247,20 @@ def _copy_function(function: types.FunctionType, twins: Twins) -> types.Function
     return twin
 
 
-_SHARED_IF_NO_MODULE = (types.FunctionType, functools.partial)
+_SHARED_IF_STILL = (types.FunctionType, functools.partial)
+"""Types that are shared, and keep their identity, unless they lead to a module, a tensor or a mutable container."""
+
+_STATEFUL = (nn.Module, Tensor, dict, list, set, bytearray, deque)
+"""What a forward may change, or must find as a copy."""
 
 
-def _reaches_module(value: Any) -> bool:
-    """Return True if a Python object reaches a module or a tensor."""
+def _reaches(values: list[Any], kinds: tuple[type, ...]) -> bool:
+    """Return True if one of the values is of these kinds, or leads to one."""
     seen: set[int] = set()
-    waiting = [value]
+    waiting = [*values]
     while waiting:
         found = waiting.pop()
-        if isinstance(found, (nn.Module, Tensor)):
+        if isinstance(found, kinds):
             return True
         if type(found) in ATOMS or id(found) in seen:
             continue
@@ -263,11 +269,12 @@ def _reaches_module(value: Any) -> bool:
     return False
 
 
-def _copy_object(value: Any, twins: Twins) -> Any:
+def _copy_object(value: Any, twins: Twins, called: bool = False) -> Any:
     fields = attributes(value)
-    # Sentinels are compared by identity, so objects that reach no module are shared. An object with a destructor is shared
-    # too: that of a copy would close the caller's file.
-    if not fields or hasattr(type(value), "__del__") or not _reaches_module(value):
+    kinds = _STATEFUL if called or callable(value) else (nn.Module, Tensor)
+    # Sentinels are compared by identity, so objects that reach no module are shared, unless a call fills what they hold. An
+    # object with a destructor is shared too: that of a copy would close the caller's file.
+    if not fields or hasattr(type(value), "__del__") or not _reaches([item for _, item in fields], kinds):
         return value
     try:
         twin = object.__new__(type(value))
@@ -284,6 +291,7 @@ _COPIERS: tuple[tuple[Any, Callable[[Any, Twins], Any]], ...] = (
     (Tensor, _copy_tensor),
     (dict, _copy_dict),
     ((list, set, deque), _copy_mutable),
+    (bytearray, lambda value, twins: twins.setdefault(id(value), type(value)(value))),
     ((tuple, frozenset), _copy_immutable),
     (weakref.ref, _copy_weakref),
     (types.MethodType, _copy_method),

@@ -80,12 +80,10 @@ REFUSALS = (
     Row("attention by bmm", _ATTENTION, "over windows or groups of tokens", "heads in the axis of the batch look like windows"),
 )
 
-_LISTS = "closures of functions without a module are shared, and a list in one is the caller's"
 _AXES = "the axes of an input that is not (n, channels, *size)"
 _NO_GRADIENT = "the score has no gradient, and its map is made of zeros, without an error"
 
 KNOWN = (
-    *(Row(name, METHODS, "_hooks[", _LISTS) for name in ("hook that records", "layer with a hook that records")),
     Row("channels-last input", METHODS, "", _AXES),
     Row("images without a channel axis", METHODS, "", _AXES),
     Row(

@@ -1,5 +1,7 @@
 """The private copy is the model where a forward asks for identity, class or hooks."""
 
+import collections
+import functools
 import gc
 import inspect
 import os
@@ -183,6 +185,41 @@ def test_its_map_is_that_of_plain_hooks(kind):
         assert_close(found, by_hand(model, layer, 1), 1e-12)
     else:
         assert_close(found, by_hand(Net(), layer, 1), 1e-12)
+
+
+class Recorder:
+    def __init__(self, kept):
+        self.kept = kept
+
+    def __call__(self, *given) -> None:
+        put(self.kept)
+
+
+COUNTED = {
+    "object": Recorder,
+    "bound method": lambda kept: Recorder(kept).__call__,
+    "closure": lambda kept: lambda module, args, out: put(kept),
+    "default": lambda kept: lambda module, args, out, kept=kept: put(kept),
+    "partial": lambda kept: functools.partial(lambda kept, module, args, out: put(kept), kept),
+    "function in a closure": lambda kept: (lambda inner: lambda module, args, out: inner())(lambda: put(kept)),
+}
+
+
+def put(kept) -> None:
+    getattr(kept, "append", getattr(kept, "add", None) or (lambda one: kept.update({one: one})))(1)
+
+
+@pytest.mark.parametrize("make", [list, dict, set, collections.deque, bytearray])
+@pytest.mark.parametrize("kind", COUNTED)
+@pytest.mark.parametrize("method", ["grad_cam", "score_cam"])
+def test_a_container_that_a_hook_fills_is_not_filled_by_a_call(kind, make, method):
+    model, kept = Net(), make()
+    model.act.register_forward_hook(COUNTED[kind](kept))
+    for called in (model, camfn.prepare(model)):
+        getattr(camfn, method)(called, "act", X, 1)
+        assert not kept
+    model(X)
+    assert kept
 
 
 class ByMethod(Net):
