@@ -88,9 +88,9 @@ def runner_of(forward: Forward, score: Score, options: Sweep, rows: int) -> Runn
     asks = options.fold == "auto" and min(rows, own.room.chunk) > 1
     if asks and (asked := second_of(forward).found.asks):
         warn(
-            "the model's output for an input depends on the others of its batch, unless the value that it reads of its input in "
-            f"Python ({asked}) decides nothing: the sweep runs the model on one input at a time (slower); Sweep(fold=True) runs it in batches nonetheless, and "
-            "Sweep(chunk=1) skips this warning"
+            "the model's output for an input depends on the others of its batch, unless the value that it reads of its input "
+            f"in Python ({asked}) decides nothing: the sweep runs the model on one input at a time (slower); Sweep(fold=True) "
+            "runs it in batches nonetheless, and Sweep(chunk=1) skips this warning"
         )
         return own._replace(room=Room(1))
     for found in _rewritten(forward, own, rows):
