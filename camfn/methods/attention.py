@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from camfn import _compat, layouts
-from camfn._errors import CamError
+from camfn._errors import CamError, RefusedError
 from camfn._types import Inputs, Layers, Layout, Relevances, Size, State, Target
 from camfn.formulas import attention
 from camfn.methods._common import Drawing, Explained, drawn, explained, without_layer
@@ -21,9 +20,10 @@ from camfn.model.forward import check_differentiable, from_output, run_checked
 from camfn.model.gradients import Of, Pullback, each_target, last_gradient, with_pullback
 from camfn.model.graph_ends import Reason
 from camfn.model.layers import clues_of, placed_tokens
+from camfn.model.memory import is_exhausted
 from camfn.model.prepare import Model, opened
 from camfn.model.task import Task, begin
-from camfn.model.torch_errors import ForwardError
+from camfn.targets import flatten
 
 
 class Attentive(NamedTuple):
@@ -184,7 +184,7 @@ def legrad(
 
     The cost is two forward passes for each image, and one backward pass for each target. The first forward pass gives the
     output of every block, the second evaluates the heads. In addition, each call runs its first image once more to find the
-    blocks.
+    blocks. A model that `vmap` cannot map, as it reads values in Python, runs once for each block instead of the second pass.
 
     The arguments, the returned maps and the errors are those of `camfn.attention_rollout`. There is no `query`, because the map
     is the mean over all rows.
@@ -324,7 +324,7 @@ def _blocks(task: Task) -> Blocks:
     """Find the transformer's blocks, by one forward pass of the first image."""
 
     def find(state: State, x: Inputs, nudge: Any) -> Captured:
-        return Captured(blocks_of(task.model, state, x), ())
+        return Captured(blocks_of(task.model, state, x, task.batch.n), ())
 
     return run_checked(find, task, (task.state, task.batch.x)).output
 
@@ -348,28 +348,50 @@ def _block_outputs(model: Model, blocks: Blocks, given: Any, state: State, x: In
     """The model's outputs with the mean token of each block in place of all tokens of the last block."""
     tap = tap_from(opened(model).borrow(), blocks.names[-1:])
     means = torch.stack([attention.mean_token(tokens, blocks.axis) for tokens in given])
-    leaves: list[Any] = []
-    spec: Any = None
 
-    def output_of(tokens: Tensor) -> list[Tensor]:
-        nonlocal leaves, spec
-        leaves, spec = tree_flatten(tap(state, x, None, (tokens,)).output)
+    def output_of(tokens: Tensor) -> Any:
+        return tap(state, x, None, (tokens,)).output
+
+    # `vmap` maps over the means only, so the blocks before the last run once.
+    try:
+        return _mapped_outputs(output_of, means)
+    except Exception as error:  # what the model does cannot be mapped, such as a branch on a value or a custom Function
+        if is_exhausted(error) or isinstance(error, RefusedError):
+            raise
+        mapping = error
+    try:
+        return tuple(attended(functools.partial(output_of, mean))[0] for mean in means)
+    except RuntimeError as error:
+        if isinstance(error, CamError) or not _compat.transformed():
+            raise
+        raise CamError(
+            f"legrad scores the model once for each block, and under this transform the model runs neither for all of them at "
+            f"once ({_line(mapping)}) nor for one after another ({_line(error)}): call camfn.legrad without the transform"
+        ) from error
+
+
+def _mapped_outputs(output_of: Callable[[Tensor], Any], means: Tensor) -> tuple[Any, ...]:
+    """The output for each of the means, by `vmap`. Fused attention has no batching rule."""
+    leaves: list[Any] = []
+    rebuilt: Any = None
+
+    def tensors_of(tokens: Tensor) -> list[Tensor]:
+        nonlocal leaves, rebuilt
+        leaves, rebuilt = flatten(output_of(tokens))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    # `vmap` maps over the means only, so the blocks before the last run once. Fused attention has no batching rule.
-    try:
-        tensors, _ = attended(lambda: vmap(output_of)(means))
-    except ForwardError:  # a custom Function that cannot be mapped
-        if _compat.transformed():
-            raise
-        tensors = [torch.stack(parts) for parts in zip(*(attended(lambda mean=mean: output_of(mean))[0] for mean in means))]
+    tensors, _ = attended(lambda: vmap(tensors_of)(means))
 
     def outputs() -> Iterator[Any]:
         for parts in zip(*tensors):
             rest = iter(parts)
-            yield tree_unflatten([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+            yield rebuilt([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
     return tuple(outputs())
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _row(gradient: Tensor, query: int | None) -> Relevances:

@@ -16,7 +16,7 @@ from camfn.formulas import maps
 from camfn.formulas.diagnostics import Finding
 from camfn.methods._common import Drawing, checked_size, drawn, explained, without_layer
 from camfn.methods.registry import Cost, Need, Outcome, method
-from camfn.model.capture import Captured, calls_from
+from camfn.model.capture import Captured, calls_from, layers_of
 from camfn.model.forward import Forward, check_differentiable, from_output, without_graph
 from camfn.model.gradients import Of, Pullback, each_target, with_pullback
 from camfn.model.graph_ends import Reason
@@ -68,8 +68,9 @@ def full_grad(
     together. U upsamples linearly (with aligned corners) to the input's size, which is also the size of the map. The cost is
     one forward pass, and for each target one backward pass to the input.
 
-    The biases are those of convolutions, linear layers and batch norms. A batch norm's bias is `b - m w / sqrt(v + eps)`, the
-    constant that it adds in eval mode. The map leaves out layers without positions, as the authors' code does.
+    The biases are those of convolutions, linear layers and batch norms, registered or held in a list, a closure or an object. A
+    layer that only a global leads to is an error. A batch norm's bias is `b - m w / sqrt(v + eps)`, the constant that it adds
+    in eval mode. The map leaves out layers without positions, as the authors' code does.
 
     If the network has no other biases and is piecewise linear, the contributions are complete:
     `s = sum x * ds/dx + sum_l sum b_l * ds/dz_l` for a logit s. Other layers (SiLU, GELU, layer norm, attention) have implicit
@@ -125,7 +126,7 @@ def full_grad(
 def _decompose(task: Task) -> FullGradParts:
     """Run the clean forward pass, and collect the biases in the order of execution."""
     check_differentiable(task.private)
-    every = {name: _bias_of(task, name, module) for name, module in task.private.distinct().items()}
+    every = {name: _bias_of(task, name, module) for name, module in layers_of(task.private).items()}
     biases = {name: bias for name, bias in every.items() if bias is not None}
     called: tuple[str, ...] = ()
 
@@ -135,7 +136,7 @@ def _decompose(task: Task) -> FullGradParts:
         own: Any = nudge(image) if callable(nudge) else nudge and nudge[0]
         moved = x if own is None else with_input(x, task.batch.pixels, image + own)
         rest = nudge if callable(nudge) else nudge and nudge[1:]
-        (output, seen), called = calls_from(task.model.borrow(), [*biases])(state, moved, rest)
+        (output, seen), called = calls_from(task.model.borrow(), [*biases], _KINDS)(state, moved, rest)
         return Captured(output, (image, *seen))
 
     def lost(numbers: Sequence[int], why: Callable[[int, str], Reason]) -> None:
@@ -147,13 +148,21 @@ def _decompose(task: Task) -> FullGradParts:
     return FullGradParts(from_output(task, output), pullback, [biases[name] for name in called])
 
 
+_KINDS = (_ConvNd, nn.Linear, _BatchNorm)
+"""The layers whose biases are counted."""
+
+
 def _bias_of(task: Task, name: str, module: nn.Module) -> Bias | None:
     """The constant that the layer adds to a linear function of its input, if any."""
-    if not isinstance(module, (_ConvNd, nn.Linear, _BatchNorm)):
+    if not isinstance(module, _KINDS):
         return None
 
     def own(leaf: str) -> Tensor | None:
-        tensor = task.state.get(task.private.aliases.get(f"{name}.{leaf}", ""))
+        full = f"{name}.{leaf}" if name else leaf
+        if name in task.private.modules:
+            tensor = task.state.get(task.private.aliases.get(full, ""))
+        else:
+            tensor = {**module._parameters, **module._buffers}.get(leaf)
         return None if tensor is None else tensor.to(wide(tensor.dtype))
 
     bias, mean, variance = own("bias"), own("running_mean"), own("running_var")
@@ -189,6 +198,6 @@ def _left_out(clean: Tensor, total: Tensor) -> tuple[Finding, ...]:
         return ()
     sentence = (
         f"full_grad's parts differ from the score by up to {worst:.0%} of the larger: the network has layers whose bias varies "
-        "with the input (SiLU, GELU, layer norm, attention), or is not a registered tensor, and the map leaves these out"
+        "with the input (SiLU, GELU, layer norm, attention), or is not that of a layer, and the map leaves these out"
     )
     return (Finding("parts left out", "", worst, sentence),)

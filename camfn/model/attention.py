@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Inputs, State, wide
-from camfn.model.capture import watch
+from camfn.model.capture import copied, watch
 from camfn.model.prepare import Call, Prepared
 
 T = TypeVar("T")
@@ -98,10 +98,15 @@ class Blocks(NamedTuple):
 
 
 @_compat.eager
-def blocks_of(model: nn.Module | Prepared | Call, state: State, x: Inputs) -> Blocks:
-    """Find the blocks, by a forward pass of the first image."""
+def blocks_of(model: nn.Module | Prepared | Call, state: State, x: Inputs, n: int) -> Blocks:
+    """Find the blocks, by a forward pass of the first of the n images. Companion inputs without n rows are shared."""
+
+    def row(leaf: Any) -> Any:
+        rows = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == (1 if isinstance(x, list) else n)
+        return leaf[:1].clone() if rows else copied(leaf)
+
     batch: Any = [image[None] for image in x[:1]] if isinstance(x, list) else x
-    first = tree_map(lambda leaf: leaf[:1].clone() if isinstance(leaf, Tensor) else leaf, batch)
+    first = tree_map(row, batch)
     first = [image[0] for image in first] if isinstance(x, list) else first
     return _find_blocks(model, state, first)
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from camfn import _compat
 from camfn._errors import CamError, closest, layer_called
 from camfn._types import Inputs, Layer, State
-from camfn.model.guard import Allowed, Guard, input_called
+from camfn.model.guard import Allowed, Followed, Guard, input_called
 from camfn.model.ports import Ports, is_several, resolve_layers, unrecorded, watched
 from camfn.model.prepare import Call, Prepared, opened, prepare, prepares, restarted
 from camfn.model.private_copy import PrivateCopy, refuse_cached, without_wrappers
@@ -318,7 +318,11 @@ def tap(model: nn.Module | Prepared, layer: Layer | Sequence[Layer]) -> Callable
 
 def watch(model: nn.Module | Prepared | Call, state: State, x: Inputs, see: Callable[[str, tuple[Any, ...], Any], None]) -> Any:
     """Run the model once, and call `see(name, arguments, output)` for every module, innermost first. Returns the output."""
-    private = opened(model).borrow()
+    return watch_from(opened(model).borrow(), state, x, see)
+
+
+def watch_from(private: PrivateCopy, state: State, x: Inputs, see: Callable[[str, tuple[Any, ...], Any], None]) -> Any:
+    """`watch` for a given private copy. Its modules are wrapped: do not use it for anything else."""
 
     def passes(name: str) -> Callable[[tuple[Any, ...], Any], Any]:
         def show(args: tuple[Any, ...], out: Any) -> Any:
@@ -333,9 +337,19 @@ def watch(model: nn.Module | Prepared | Call, state: State, x: Inputs, see: Call
     return pure_from(private)(state, x)
 
 
+def layers_of(private: PrivateCopy) -> dict[str, nn.Module]:
+    """Return each module once by its name, with those that are not registered."""
+    return {**private.distinct(), **private.unregistered()}
+
+
 @_compat.eager
-def calls_from(private: PrivateCopy, names: Sequence[str]) -> Callable[..., tuple[Captured, tuple[str, ...]]]:
+def calls_from(
+    private: PrivateCopy, names: Sequence[str], kinds: tuple[type, ...]
+) -> Callable[..., tuple[Captured, tuple[str, ...]]]:
     """`tap_from` for every call of these layers, in the order of execution. A layer may run several times, or not at all.
+
+    The names are those of `layers_of`, which has unregistered layers too. A layer of these kinds that the copy does not hold
+    raises `CamError`.
 
     A nudge is a tensor for each call, or a function from a layer's output to one. The function also returns the name of the
     layer of each call.
@@ -359,15 +373,17 @@ def calls_from(private: PrivateCopy, names: Sequence[str]) -> Callable[..., tupl
 
         return nudged
 
+    layers = layers_of(private)
     for name in names:
-        watched(private.modules[name], passes(name))
+        watched(layers[name], passes(name))
 
     def call(state: State, x: Inputs, nudge: Any = None) -> tuple[Captured, tuple[str, ...]]:
         nonlocal nudges, over
         nudges, over = nudge, False
         seen.clear()
         called.clear()
-        output, over = inner(state, x), True
+        with Followed(kinds, layers.values()):
+            output, over = inner(state, x), True
         return Captured(output, tuple(seen)), tuple(called)
 
     return call

@@ -139,8 +139,6 @@ _POOLS = {"max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "adaptive_
 def _ruled(operation: Operation, known: list[Any], layer: str) -> Three:
     """Apply the rule for an operation."""
     target: Any = operation.target
-    if target is torch.ops.aten.as_strided_.default:  # adaptive pooling applies it to its own result with channels last
-        target = torch.ops.aten.as_strided.default
     name = "getitem" if target is operator.getitem else target.overloadpacket.__name__
     moving = {i for i, argument in enumerate(operation.args) if _moves(argument, known)}
     dtype: Any = operation.kwargs.get("dtype", torch.float32)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from camfn import _compat
 from camfn._errors import CamError, RefusedError, layer_called, warn
@@ -30,7 +30,7 @@ from camfn.model.private_copy import PrivateCopy
 from camfn.model.randomness import refusing_draws
 from camfn.model.task import Task, begin, has_graph, once
 from camfn.model.torch_errors import WITHOUT_GRADIENTS, quantized_in
-from camfn.targets import Score, repeats
+from camfn.targets import Score, flatten, repeats
 
 
 class Forward(NamedTuple):
@@ -333,7 +333,7 @@ def _generators() -> dict[str, Any]:
 
 
 def _plain_tensors(output: Any) -> list[Tensor]:
-    leaves = (_compat.unwrapped(leaf) for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
+    leaves = (_compat.unwrapped(leaf) for leaf in flatten(output)[0] if isinstance(leaf, Tensor))
     return [leaf.detach() for leaf in leaves if leaf.is_floating_point()]
 
 
@@ -392,7 +392,7 @@ def first_nonfinite(task: Task, x: Inputs) -> str:
     found: list[str] = []
 
     def see(name: str, args: tuple[Any, ...], out: Any) -> None:
-        leaves = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        leaves = [leaf for leaf in flatten(out)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         if not found and not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
             found.append(name)
 

@@ -130,12 +130,36 @@ def _unfollowed_message(what: str) -> str:
     )
 
 
-class Watcher(TorchFunctionMode):
-    """Record which functions take the followed tensors, and whether a value is read in Python."""
+class Followed(TorchFunctionMode):
+    """Refuse convolutions, linear layers and batch norms that are not of the private copy, for a method that needs all."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: tuple[type, ...], own: Iterable[Any]) -> None:
+        super().__init__()
+        self.kinds, self.own = kinds, {id(module) for module in own}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "").startswith(("conv", "linear", "batch_norm")):
+            layer = _calling_module()
+            if isinstance(layer, self.kinds) and id(layer) not in self.own:
+                raise RefusedError(_unfollowed_message(f"a {type(layer).__name__}"))
+        return func(*args, **(kwargs or {}))
+
+
+def _calling_module() -> Any:
+    """Return the module whose method calls the function that a mode sees."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), torch.nn.Module):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
+
+
+class Watcher(TorchFunctionMode):
+    """Record which functions take the followed tensors, and whether a value is read in Python. `origins` are told of it."""
+
+    def __init__(self, origins: "Origins") -> None:
         super().__init__()
         self.reads = False
+        self.origins = origins
         self.consumers: dict[str, list[Any]] = {}  # name of a followed tensor -> the functions that took it
         self._names: dict[int, str] = {}  # id of a living tensor -> its name
 
@@ -154,7 +178,9 @@ class Watcher(TorchFunctionMode):
         kwargs = kwargs or {}
         traits = traits_of(func)
         if traits is not _METADATA:
-            self.reads = self.reads or traits.reads
+            if traits.reads:
+                self.reads = True
+                self.origins.read(traits.name, (args, kwargs))
             for leaf in tree_flatten((args, kwargs))[0] if self._names else ():
                 if id(leaf) in self._names:
                     self.consumers[self._names[id(leaf)]].append(func)
@@ -162,29 +188,58 @@ class Watcher(TorchFunctionMode):
 
 
 class Origins(Ledger):
-    """Record whether sizes or Python numbers depend on values (`reads`), and whether an operation takes a tensor of unknown
-    origin (`unseen`).
+    """Record whether sizes or Python numbers depend on values (`reads`), also on those of the input (`asks`), and whether an
+    operation takes a tensor of unknown origin (`unseen`).
 
-    The origin is unknown if no recorded operation made the tensor and it is not `known`. Another thread, NumPy or a cache may
-    have made it.
+    The origin is unknown if no recorded operation made the tensor, and it is neither `fixed` nor of the `inputs`. Another
+    thread, NumPy or a cache may have made it. It may hang on the input.
     """
 
-    def __init__(self, known: Iterable[Any]) -> None:
+    def __init__(self, fixed: Iterable[Any], inputs: Iterable[Any]) -> None:
         super().__init__()
         self.reads = self.unseen = False
-        self._known = [leaf for leaf in known if isinstance(leaf, Tensor)]  # kept alive, so that their memory is not reused
-        self._given = {_compat.storage_id(leaf) for leaf in self._known}
+        self.asks = ""  # the function that read a value which hangs on the input
+        given = [[leaf for leaf in leaves if isinstance(leaf, Tensor)] for leaves in (fixed, inputs)]
+        self._kept = given  # alive, so that their memory is not reused
+        self._fixed, moving = (
+            {_compat.storage_id(leaf) for leaf in leaves} for leaves in given
+        )  # memory that hangs on no input
+        self._given = self._fixed | moving
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.reads = self.reads or reads_values(func, args)
+        if reads_values(func, args):
+            self.reads = True
+            self.read(str(func), (args, kwargs))
         fresh = func is torch.ops.aten.lift_fresh.default and _compat.owns_memory(args[0])  # from `torch.tensor` of numbers
-        if not fresh:
-            leaves = (leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor))
-            self.unseen = self.unseen or not all(self._is_known(_compat.storage_id(leaf)) for leaf in leaves)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        given = set() if fresh else _memory((args, kwargs))
+        self.unseen = self.unseen or not all(map(self._is_known, given))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        made = _memory(out) | {_compat.storage_id(leaf) for leaf in _written(func, args, kwargs)}
+        if given <= self._fixed:
+            self._fixed |= made
+        else:
+            self._fixed -= made
+        return out
+
+    def read(self, name: str, given: Any) -> None:
+        """Record that a function reads a value of these tensors in Python."""
+        if not _memory(given) <= self._fixed:
+            self.asks = self.asks or name
 
     def _is_known(self, storage: Any) -> bool:
         return storage in self._given or self._holders[storage] > 0
+
+
+def _memory(value: Any) -> set[Any]:
+    """Return the memory of the tensors in a value."""
+    return {_compat.storage_id(leaf) for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)}
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the tensors that an operation writes to."""
+    given = {**dict(zip((argument.name for argument in func._schema.arguments), args)), **(kwargs or {})}
+    written = [argument.name for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    return [leaf for name in written for leaf in _tensors(given.get(name))]
 
 
 def reads_values(func: Any, args: Any) -> bool:

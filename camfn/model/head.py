@@ -1,7 +1,5 @@
 """The head: the part of the model after a layer as a function, recorded with the layer's output swapped in."""
 
-import dataclasses
-import functools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -21,7 +19,7 @@ from camfn.model.recording import Record, record
 from camfn.model.tape import leaves
 from camfn.model.task import Task
 from camfn.model.torch_errors import Given, about_forward, about_record
-from camfn.targets.outputs import fields_of, flatten, is_record
+from camfn.targets.outputs import flatten, form_of
 
 
 class Head(NamedTuple):
@@ -194,30 +192,21 @@ def _record(private: PrivateCopy, state: State, name: str, x: Inputs, value: Ten
     run = tap_from(private, [name])
     leaves, tree = tree_flatten((state, x, value))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    spec: Any = None
-    whole: Any = None  # for a dataclass output: an instance with empty fields
+    output: Any = None
 
     def flat(*tensors: Tensor) -> list[Any]:
-        nonlocal spec, whole
+        nonlocal output
         given = list(leaves)
         for place, tensor in zip(places, tensors):
             given[place] = tensor
         own, inputs, swap = tree_unflatten(given, tree)
         output = run(own, inputs, None, (swap,)).output
-        if is_record(output):
-            output, whole = fields_of(output), dataclasses.replace(output, **dict.fromkeys(fields_of(output)))
-        out, spec = tree_flatten(output)
-        return out
+        return flatten(output)[0]
 
     with about_record(private.modules, layer_called(name)):
         made = record(flat, _tensors(state), _tensors(x), value, layer_called(name), private.own_tensors())
-    return made, functools.partial(_unflatten, spec, whole)
+    return made, form_of(output)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
-
-
-def _unflatten(spec: Any, whole: Any, out: Any) -> Any:
-    output = tree_unflatten(out, spec)
-    return output if whole is None else dataclasses.replace(whole, **output)

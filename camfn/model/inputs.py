@@ -113,11 +113,15 @@ def with_raw(x: Inputs, key: Key, value: Tensor) -> Inputs:
     return tuple(value if i == key else item for i, item in enumerate(x))
 
 
+def companions_of(x: Inputs, key: Key) -> list[Tensor]:
+    """The tensors of the companion inputs."""
+    leaves = [] if key is None else tree_flatten(_without(x, key))[0]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
 def beside(x: Inputs, key: Key, rows: int) -> list[Tensor]:
     """The companion inputs with this many rows."""
-    if key is None:
-        return []
-    return [leaf for leaf in tree_flatten(_without(x, key))[0] if _has_rows(leaf, rows)]
+    return [leaf for leaf in companions_of(x, key) if _has_rows(leaf, rows)]
 
 
 def rows_of(x: Inputs, companions: Companions, image: Tensor, masked: Tensor) -> Inputs:

@@ -18,12 +18,13 @@ Seen = dict[str, Tensor]
 _FIRST, _MORE, _MOST = 128, 2048, 64
 """The least number of positions over all changed images: in the first look, which tells nearly always, and in the second. The
 most changed images: a grid of a few cells needs more of them than a fine one."""
-_CLEAR, _APART = 0.35, 0.25
-"""The correlation from which a form is taken at the first look, and its least distance from that of all others."""
-_SPREAD = 3.0
-"""The same for the second look, in standard deviations of the correlation of unrelated values, `1 / sqrt(their number)`."""
-_MARGIN = 0.15
-"""How much better the positions must follow another order of the cells, at least, for the form to be none."""
+_CLEAR, _APART, _MARGIN = 0.35, 0.25, 0.15
+"""The correlation from which a form is taken at the first look, and its least distance from that of other forms, at the first
+and at the second look. Another order of the cells must be better by as much for the form to be none."""
+_ORDERS, _SPREAD = 200, 4.0
+"""The number of random orders of the cells, and how many of their standard deviations the true order must stand out."""
+_SMALL, _STRONG = 8, 0.5
+"""A grid of so few cells has few orders: there the correlation itself must be this high."""
 _FOLLOWS, _EQUAL, _FEW = 0.9, 0.01, 8
 """The correlation, over the images, from which a token follows a cell, the difference of two that are as good, and the least
 number of images to say so."""
@@ -70,7 +71,7 @@ def _looked(
         for name, some in layers.items():
             scores = {form: _agreement(form, seen[name], changes) for form in some}
             if values == _MORE:
-                fit = _fitting(scores, _SPREAD / math.sqrt(len(changes.places) * math.prod(grid)))
+                fit = _fitting(scores, 0.0, _MARGIN)
                 # A layer with the axes of an image is no list of queries: where all places count alike, its axes are open.
                 clear[name] = fit if fit or any(form.tokens for form in some) else some
             elif found := _fitting(scores, _CLEAR, _APART):
@@ -107,8 +108,9 @@ def _changed(run: Callable[[Batch], Seen], batch: Batch, images: Tensor, names: 
 def _agreement(form: Form, seen: list[Tensor], changes: _Changes) -> float:
     """The correlation of the change at each position with the share of its cell that was changed.
 
-    It is 0 if a token outside the grid follows one cell through the images, since such a token belongs to a grid; and if the
-    positions follow the cells in another order than that of rows. With several
+    It is 0 if tokens outside the grid follow its cells through the images, since they belong to a grid themselves; and if the
+    positions follow the cells in another order than that of rows, or no better than in a random one. Some images and some
+    positions change more than others: with several images, this is taken out.
     """
     whole = form._replace(prefix=0, suffix=0)
     values = torch.cat([view_of(whole, part) for part in seen])[: len(changes.images)].to(torch.float32)
@@ -120,9 +122,24 @@ def _agreement(form: Form, seen: list[Tensor], changes: _Changes) -> float:
     if len(cells) >= _FEW and _follow(others, own, cells):
         return 0.0
     own, cells = _centered(_decibels(own)), _centered(cells)
-    orders = torch.stack([cells[:, order].flatten() for order in ([*range(cells.shape[1])], *_other_orders(form.grid))], 1)
-    found, *rivals = (_standard(own.flatten()[:, None]).mT @ _standard(orders))[0].tolist()
-    return 0.0 if max(rivals) - found >= max(_MARGIN, _SPREAD / math.sqrt(cells.numel())) else found
+    found, *rivals = _correlations(own, cells, [torch.arange(cells.shape[1]), *_other_orders(form.grid)]).tolist()
+    return found if max(rivals) - found < _MARGIN and _stands_out(found, own, cells) else 0.0
+
+
+def _correlations(own: Tensor, cells: Tensor, orders: Sequence[Tensor]) -> Tensor:
+    """The correlation of the positions' changes with those of the cells, in each of these orders."""
+    ordered = torch.stack([cells[:, order].flatten() for order in orders], 1)
+    return (_standard(own.flatten()[:, None]).mT @ _standard(ordered))[0]
+
+
+def _stands_out(found: float, own: Tensor, cells: Tensor) -> bool:
+    """Whether the correlation is more than chance: more than in random orders of the cells."""
+    if cells.shape[1] <= _SMALL:
+        return found >= _STRONG
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(cells.shape[1], generator=generator) for _ in range(_ORDERS)]
+    chance = _correlations(own, cells, orders)
+    return found - float(chance.mean()) >= _SPREAD * float(chance.std())
 
 
 def _other_orders(grid: Sequence[int]) -> Iterator[Tensor]:
@@ -140,9 +157,10 @@ def _other_orders(grid: Sequence[int]) -> Iterator[Tensor]:
 
 
 def _follow(others: Tensor, own: Tensor, cells: Tensor) -> bool:
-    """Whether a token follows one cell as well as the position of the form there. A class token may attend to one cell."""
+    """Whether tokens follow two cells or more as well as the positions of the form there. A class token may attend to one."""
     mine = (_standard(own) * _standard(cells)).sum(0)
-    return bool((_standard(others).mT @ _standard(cells) > (mine - _EQUAL).clamp(min=_FOLLOWS)).any())
+    followed = (_standard(others).mT @ _standard(cells) > (mine - _EQUAL).clamp(min=_FOLLOWS)).any(0)
+    return int(followed.sum()) > 1
 
 
 def _standard(values: Tensor) -> Tensor:
@@ -162,8 +180,7 @@ def _centered(values: Tensor) -> Tensor:
     return values - values.mean(0) - values.mean(1, keepdim=True) + values.mean()
 
 
-def _fitting(scores: dict[Form, float], least: float, apart: float | None = None) -> list[Form]:
-    """The forms whose correlation is at least this: the best one alone if it is that far from the others."""
+def _fitting(scores: dict[Form, float], least: float, apart: float) -> list[Form]:
+    """The forms whose correlation is more than this: the best one alone if it is that far from the others."""
     best = max(scores.values())
-    apart = least if apart is None else apart
-    return [form for form, score in scores.items() if score >= least and best - score < apart]
+    return [form for form, score in scores.items() if score > least and best - score < apart]

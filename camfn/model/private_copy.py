@@ -66,6 +66,12 @@ class PrivateCopy(NamedTuple):
         paths = self.paths()
         return {path: module for path, module in self.modules.items() if paths[id(module)] == path}
 
+    def unregistered(self) -> dict[str, nn.Module]:
+        """Return the modules that no registered module holds, in a dict or a closure, by their class and number."""
+        registered = {id(module) for module in self.modules.values()}
+        found = {id(twin): twin for _, twin in self.twins.modules if id(twin) not in registered}
+        return {f"{type(twin).__name__} {i}, which is not registered": twin for i, twin in enumerate(found.values())}
+
 
 ATOMS = frozenset(
     (
@@ -94,14 +100,14 @@ def _copy(value: Any, twins: Twins) -> Any:
     """Copy `value` so that every module it reaches is a copy.
 
     Bound methods, partials and closures must refer to the copies. Otherwise the caller's batch norm would run in train mode
-    and update its statistics. Functions that reach no module and no tensor are shared, and so keep their identity. Containers
-    are always copied: a model that counts its calls in one must not count ours.
+    and update its statistics. Functions that reach no module, no tensor and no mutable container are shared, and so keep their
+    identity. Containers are always copied: a model that counts its calls in one must not count ours.
     """
     if type(value) in ATOMS:
         return value
     if id(value) in twins:
         return twins[id(value)]
-    if isinstance(value, _SHARED_IF_NO_MODULE) and not _reaches_module(value):
+    if isinstance(value, _SHARED_IF_STILL) and not _reaches(list(held(value)), _STATEFUL):
         return value
     return _copier_of(value.__class__)(value, twins)  # not `type`: the `__class__` of a weak proxy is that of its module
 
@@ -142,8 +148,14 @@ def _copy_tensor(tensor: Tensor, twins: Twins) -> Tensor:
     if isinstance(tensor, nn.Parameter) and twins.live:
         return tensor
     twins.own_tensors = True
-    twin = twins[id(tensor)] = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+    twin = twins[id(tensor)] = _own_tensor(tensor, not isinstance(tensor, nn.Parameter))
     return twin
+
+
+def _own_tensor(tensor: Tensor, written: bool) -> Tensor:
+    """Return a tensor that a graph may save: a copy if a forward may write to it, or if it was made in inference mode."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone() if written or tensor.is_inference() else tensor.detach()
 
 
 def _empty_like(value: Any, twins: Twins) -> Any:
@@ -204,7 +216,16 @@ def _copy_weakref(value: "weakref.ref[Any]", twins: Twins) -> Any:
 
 
 def _copy_method(value: types.MethodType, twins: Twins) -> types.MethodType:
-    return types.MethodType(value.__func__, _copy(value.__self__, twins))
+    module = value.__self__
+    # A bound `forward` would go past the ports, which lie in that of the copy's instance.
+    bound = isinstance(module, nn.Module) and value.__func__ is type(module).forward and "forward" not in vars(module)
+    if id(module) not in twins and _copier_of(module.__class__) is _copy_object:
+        return types.MethodType(value.__func__, _copy_object(module, twins, called=True))
+    return types.MethodType(_forward if bound else value.__func__, _copy(module, twins))
+
+
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module.forward(*args, **kwargs)
 
 
 def _copy_partial(value: "functools.partial[Any]", twins: Twins) -> Any:
@@ -226,16 +247,20 @@ def _copy_function(function: types.FunctionType, twins: Twins) -> types.Function
     return twin
 
 
-_SHARED_IF_NO_MODULE = (types.FunctionType, functools.partial)
+_SHARED_IF_STILL = (types.FunctionType, functools.partial)
+"""Types that are shared, and keep their identity, unless they lead to a module, a tensor or a mutable container."""
+
+_STATEFUL = (nn.Module, Tensor, dict, list, set, bytearray, deque)
+"""What a forward may change, or must find as a copy."""
 
 
-def _reaches_module(value: Any) -> bool:
-    """Return True if a Python object reaches a module or a tensor."""
+def _reaches(values: list[Any], kinds: tuple[type, ...]) -> bool:
+    """Return True if one of the values is of these kinds, or leads to one."""
     seen: set[int] = set()
-    waiting = [value]
+    waiting = [*values]
     while waiting:
         found = waiting.pop()
-        if isinstance(found, (nn.Module, Tensor)):
+        if isinstance(found, kinds):
             return True
         if type(found) in ATOMS or id(found) in seen:
             continue
@@ -244,11 +269,12 @@ def _reaches_module(value: Any) -> bool:
     return False
 
 
-def _copy_object(value: Any, twins: Twins) -> Any:
+def _copy_object(value: Any, twins: Twins, called: bool = False) -> Any:
     fields = attributes(value)
-    # Sentinels are compared by identity, so objects that reach no module are shared. An object with a destructor is shared
-    # too: that of a copy would close the caller's file.
-    if not fields or hasattr(type(value), "__del__") or not _reaches_module(value):
+    kinds = _STATEFUL if called or callable(value) else (nn.Module, Tensor)
+    # Sentinels are compared by identity, so objects that reach no module are shared, unless a call fills what they hold. An
+    # object with a destructor is shared too: that of a copy would close the caller's file.
+    if not fields or hasattr(type(value), "__del__") or not _reaches([item for _, item in fields], kinds):
         return value
     try:
         twin = object.__new__(type(value))
@@ -265,6 +291,7 @@ _COPIERS: tuple[tuple[Any, Callable[[Any, Twins], Any]], ...] = (
     (Tensor, _copy_tensor),
     (dict, _copy_dict),
     ((list, set, deque), _copy_mutable),
+    (bytearray, lambda value, twins: twins.setdefault(id(value), type(value)(value))),
     ((tuple, frozenset), _copy_immutable),
     (weakref.ref, _copy_weakref),
     (types.MethodType, _copy_method),
@@ -469,7 +496,7 @@ def _detach_unregistered(module: nn.Module, twins: Twins) -> None:
             own = twin.__dict__[kind]
             for key, tensor in own.items():
                 if tensor is not None:
-                    own[key] = tensor.detach().clone() if kind == "_buffers" else tensor.detach()
+                    own[key] = _own_tensor(tensor, kind == "_buffers")
 
 
 def _filled_in(private: PrivateCopy) -> PrivateCopy:

@@ -119,7 +119,7 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         given, named = mapped(self.part_of, tuple(args)), mapped(self.part_of, kwargs)
         hangs = frozenset().union(*(part.step.hangs for part in _parts((given, named))))
-        self.steps.append(_Step("call", func, given, named, hangs, reads_values(func, args)))
+        self.steps.append(_Step("call", _IN_PLACE_VIEWS.get(func, func), given, named, hangs, reads_values(func, args)))
         self.bind(out, _Part(self.steps[-1]))
         return out
 
@@ -167,6 +167,26 @@ class _PythonSide(TorchFunctionMode):
             self.recorder.read(func, args[0])
         return func(*args, **(kwargs or {}))
 
+
+def _in_place_views() -> dict[Any, Any]:
+    """Return the operations that change a tensor's shape in place, and those that return the result as another tensor.
+
+    `functionalize` replaces them where the model calls them, but not where torch's own kernels do.
+    """
+
+    def arguments(operation: Any) -> list[str]:
+        return [str(argument.type) for argument in operation._schema.arguments]
+
+    found: dict[Any, Any] = {}
+    for name in ("as_strided", "detach", "squeeze", "swapaxes", "swapdims", "t", "transpose", "unsqueeze"):
+        others, packet = getattr(torch.ops.aten, name), getattr(torch.ops.aten, f"{name}_")
+        for operation in (getattr(packet, overload) for overload in packet.overloads()):
+            twins = (getattr(others, overload) for overload in others.overloads())
+            found[operation] = next(twin for twin in twins if arguments(twin) == arguments(operation))
+    return found
+
+
+_IN_PLACE_VIEWS = _in_place_views()
 
 _READS = frozenset(("numpy", "__array__", "__dlpack__", "tolist"))
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.utils._pytree import tree_flatten, tree_map
 
 from camfn import _compat
 from camfn._errors import CamError, RefusedError
@@ -31,8 +30,7 @@ from camfn.sweep.kernel import Kernel, Rows
 from camfn.sweep.options import Sweep
 from camfn.sweep.runner import Room, chunk_of, free_share
 from camfn.sweep.scoring import in_chunks
-from camfn.targets import Score, rows_at, score_rows
-from camfn.targets.outputs import fields_of, is_record
+from camfn.targets import Score, flatten, rows_at, score_rows
 
 CHUNK = 64
 """Changed activations per forward pass of the head: it is small, and reads its weights once for all of them."""
@@ -237,8 +235,7 @@ def _sample(output: Any, i: int, count: int, score: Score) -> list[Tensor]:
     def row(leaf: Any) -> Any:
         return leaf[i] if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == count else leaf
 
-    output = fields_of(output) if is_record(output) else output
-    leaves = tree_flatten(output[i] if score.of.way == "entries" else tree_map(row, output))[0]
+    leaves = flatten(output[i])[0] if score.of.way == "entries" else map(row, flatten(output)[0])
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

@@ -6,6 +6,7 @@ state are only read.
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
 from camfn._types import Inputs, State, wide
-from camfn.model.capture import watch
+from camfn.model.capture import watch_from
 from camfn.model.guard import Origins, Watcher
 from camfn.model.prepare import Call, Prepared, opened
 from camfn.model.private_copy import PrivateCopy, with_slots
 from camfn.model.randomness import TURNS
+from camfn.targets import flatten
 
 
 class Fold(NamedTuple):
@@ -36,6 +38,7 @@ class Found(NamedTuple):
     reuse: float  # output positions per convolution weight, averaged over the weights: how much a copy of the weights pays
     output: Any
     bytes: int  # peak memory of the forward pass
+    asks: str  # the function that read a value of the input in Python, or a size that depends on one; or ""
 
 
 def _passed(x: Tensor) -> Tensor:
@@ -43,20 +46,21 @@ def _passed(x: Tensor) -> Tensor:
     return x
 
 
-def find_folds(model: nn.Module | Prepared | Call, state: State, x: Inputs) -> Found:
+def find_folds(model: nn.Module | Prepared | Call, state: State, x: Inputs, fixed: Sequence[Tensor] = ()) -> Found:
     """Find the pairs that can be folded, by one forward pass.
 
     Both layers are plain and run once, and the convolution's output goes to the norm and nowhere else. If the forward reads a
     value in Python, it may branch differently for a masked input, and what another thread or NumPy computes is not seen: in
-    these cases no pair is returned.
+    these cases no pair is returned. `fixed`: inputs that are the same in all forward passes.
     """
     private = opened(model).borrow()
     modules, uses = private.distinct(), Counter(private.slots.values())
     pairs: list[Fold] = []
     runs: Counter[str] = Counter()
     weights, used = 0, 0
-    watcher = Watcher()
-    origins = Origins((*state.values(), *tree_flatten(x)[0], *private.own_tensors()))
+    inputs = [leaf for leaf in tree_flatten(x)[0] if all(leaf is not same for same in fixed)]
+    origins = Origins((*state.values(), *private.own_tensors(), *fixed), inputs)
+    watcher = Watcher(origins)
 
     def see(name: str, args: tuple[Any, ...], out: Any) -> None:
         runs[name] += 1
@@ -71,12 +75,12 @@ def find_folds(model: nn.Module | Prepared | Call, state: State, x: Inputs) -> F
             pairs.append(Fold(str(watcher.name_of(args[0])), name))
 
     with torch.inference_mode(False), torch.no_grad(), TURNS, origins, watcher:
-        output = watch(model, state, x, see)
-    given = {watcher.name_of(leaf) for leaf in tree_flatten(output)[0]}
+        output = watch_from(private, state, x, see)
+    given = {watcher.name_of(leaf) for leaf in flatten(output)[0]}
     lone = [fold for fold in pairs if watcher.consumers[fold.conv] == [F.batch_norm] and fold.conv not in given]
     folds = tuple(fold for fold in lone if runs[fold.conv] == runs[fold.norm] == 1)
     seen_whole = not (watcher.reads or origins.reads or origins.unseen)
-    return Found(folds if seen_whole else (), used / max(1, weights), output, origins.peak)
+    return Found(folds if seen_whole else (), used / max(1, weights), output, origins.peak, origins.asks)
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -28,7 +28,8 @@ class Sweep(NamedTuple):
             (`camfn.sweep.options.pays`).
         fold: `True` runs the model on the chunk as one batch. `False` maps over the chunk with `vmap`, so that the model sees
             one row at a time: for models whose samples are not independent. `"auto"` finds out in each call, by two forward
-            passes on three images in all (more if their outputs disagree); under a transform it is `True`.
+            passes on three images in all (more if their outputs disagree); under a transform it is `True`. A model that reads
+            a value of its input in Python runs on one row at a time, since it may decide by it for the whole batch.
         dtype: `torch.bfloat16` or `torch.float16` runs the sweep in this dtype. It is faster if the processor has instructions
             for it and few channels carry the map. Those channels are scored again in full precision, until three standard
             errors of the others' rounding are below 0.02 of the min-max normalized map: at most a quarter of the channels,

@@ -14,7 +14,7 @@ from camfn._types import Inputs, State
 from camfn.model.agreement import is_close
 from camfn.model.capture import pure_from
 from camfn.model.forward import Forward
-from camfn.model.inputs import rows_of
+from camfn.model.inputs import beside, companions_of, rows_of
 from camfn.model.memory import free_bytes, is_exhausted
 from camfn.model.private_copy import PrivateCopy
 from camfn.model.task import once
@@ -86,6 +86,13 @@ def runner_of(forward: Forward, score: Score, options: Sweep, rows: int) -> Runn
     if _compat.transformed():
         return own
     asks = options.fold == "auto" and min(rows, own.room.chunk) > 1
+    if asks and (asked := second_of(forward).found.asks):
+        warn(
+            "the model's output for an input depends on the others of its batch, unless the value that it reads of its input "
+            f"in Python ({asked}) decides nothing: the sweep runs the model on one input at a time (slower); Sweep(fold=True) "
+            "runs it in batches nonetheless, and Sweep(chunk=1) skips this warning"
+        )
+        return own._replace(room=Room(1))
     for found in _rewritten(forward, own, rows):
         if _agrees(found, forward, score, _LOOSE, pair=asks):
             return found
@@ -169,7 +176,11 @@ def second_of(forward: Forward) -> Second:
 
     def find() -> Second:
         image = 0.5 * _image(forward).flip(tuple(range(2, forward.image.ndim)))
-        return Second(image, find_folds(forward.task.model, forward.task.state, _first(forward, image.clone())))
+        x = _first(forward, image.clone())
+        given, pixels, n = forward.batch
+        shared = n == 1 or not beside(given, pixels.key, forward.companions.rows)
+        fixed = companions_of(x, pixels.key) if shared else []
+        return Second(image, find_folds(forward.task.model, forward.task.state, x, fixed))
 
     return once(forward.task, "second", find)
 

@@ -12,6 +12,7 @@ from itertools import islice
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -109,6 +110,17 @@ def flatten(value: Any, top: bool = True) -> tuple[list[Any], Callable[[Iterable
         return _with_parts(value, {key: made(islice(given, len(leaves))) for key, (leaves, made) in inner.items()})
 
     return [leaf for leaves, _ in inner.values() for leaf in leaves], rebuilt
+
+
+def form_of(output: Any) -> Callable[[Iterable[Any]], Any]:
+    """Return the second result of `flatten`, without the tensors of the output: it can be kept."""
+    leaves, rebuilt = flatten(output)
+    return flatten(rebuilt(map(_blank, leaves)))[1]
+
+
+def _blank(leaf: Any) -> Any:
+    """Return a tensor of the same shape, dtype and device that holds one number, since a container may check these."""
+    return torch.empty((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf
 
 
 def shown(value: Any, depth: int = 3) -> str:

@@ -44,10 +44,16 @@ REFUSALS = (
         "dropout that does not", METHODS, "draws random numbers in eval mode", "gotchas.md: a map of what is drawn anew is none"
     ),
     Row("forward replaced by a function", METHODS, "was replaced on the instance", "a copy would run the caller's forward"),
+    Row(
+        "module in a global",
+        frozenset({"full_grad"}),
+        "does not follow",
+        "methods.md: full_grad needs the biases of all layers",
+    ),
     Row("layer in a list", OF_LAYER, "is not a registered submodule", "a layer is a name, and this one has none"),
     Row("layer whose weight is used", OF_LAYER, "did not run in this forward", "no layer gave the activation"),
-    Row("forward without gradients", _GRADIENTS, "records no gradient", "there is no gradient"),
-    Row("layer under no_grad", _GRADIENTS, "records no gradient", "there is no gradient"),
+    Row("forward without gradients", _GRADIENTS, "no gradient reaches", "there is no gradient"),
+    Row("layer under no_grad", _GRADIENTS, "no gradient reaches", "there is no gradient"),
     Row("checkpoint", _ATTENTION, "checkpoints its activations", _CHECKPOINT),
     Row("two heads", frozenset({"cam"}), "no layer named 'fc'", "methods.md: a linear head is a single layer"),
     Row("flat input", _MASKS, "masking needs (n, channels, *size)", "there are no axes to mask"),
@@ -74,53 +80,7 @@ REFUSALS = (
     Row("attention by bmm", _ATTENTION, "over windows or groups of tokens", "heads in the axis of the batch look like windows"),
 )
 
-_LISTS = "closures of functions without a module are shared, and a list in one is the caller's"
-_PARTS = "outputs with parts that have no row for each image, or are no entries for each image"
-_OUTPUTS = "an output of a class that torch's pytree does not know is not looked into"
-_MAPPED = "legrad maps the model by vmap, and torch's errors come through"
-_INFERENCE = "an unregistered module of inference tensors gets no tensors that a graph may save"
-_BATCHED = "masked inputs run as one batch, although the forward is seen reading a value of the batch"
-_BIASES = "full_grad leaves out the biases of modules that no registered module holds"
-_NO_GRADIENT = "the score has no gradient, and its map is made of zeros, without an error"
-
-KNOWN = (
-    *(Row(name, METHODS, "_hooks[", _LISTS) for name in ("hook that records", "layer with a hook that records")),
-    Row("module in a dict, made in inference mode", METHODS, "Inference tensors cannot be saved", _INFERENCE),
-    Row("list", METHODS, "stack expects each tensor to be equal size", _PARTS),
-    Row("loss beside logits", METHODS, "Got in_dim=0 for some input", _PARTS),
-    *(Row(name, _LIFT, "the twin: differs", _OUTPUTS) for name in ("model output", "model output with a loss")),
-    *(
-        Row(name, frozenset({"legrad"}), "stack expects a non-empty TensorList", _OUTPUTS)
-        for name in ("model output", "model output with a loss", "dataclass")
-    ),
-    *(
-        Row(name, frozenset({"legrad"}), "another error", _MAPPED)
-        for name in (
-            *("gradient inside", "running average", "write under a mask", "branch on a sample", "branch on the batch"),
-            *("channels last in memory", "item of a sample", "NumPy"),
-            *("assertion on values", "companion that is written to", "companion that all images share"),
-        )
-    ),
-    *(
-        Row(name, frozenset({"full_grad"}), "the twin: differs", _BIASES)
-        for name in (
-            *(
-                "module in a dict",
-                "module in a list",
-                "module in a tuple in a dict",
-                "module in a closure",
-                "module in a partial",
-            ),
-            *("module as a default argument", "module's bound method", "module in a dataclass", "module in a named tuple"),
-            *("module in slots", "module in __dict__", "module in a global"),
-        )
-    ),
-    Row(
-        "forward without gradients", frozenset({"ag_cam", "gradient_attention", "opti_cam"}), "the twin: differs", _NO_GRADIENT
-    ),
-    Row("branch on the batch", needing("masked inputs", "head"), "the twin: differs", _BATCHED),
-    Row("loop over samples", _LIFT, "lift_cam has no rule for aten.squeeze_", "a change of shape in place is as affine as any"),
-)
+KNOWN: tuple[Row, ...] = ()
 """Faults of camfn that are not mended yet. Each is seen to fail; the table is to be empty."""
 
 

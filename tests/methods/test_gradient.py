@@ -6,6 +6,7 @@ test sees that the methods differ.
 """
 
 import copy
+import functools
 import itertools
 import math
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import jvp
+from torch.func import jvp, vmap
 
 import camfn
 from tests.oracles.closeness import assert_close, close
@@ -590,6 +591,86 @@ def test_full_grad_is_complete(make, dims):
     close(total, scores, size=max(part.abs().max() for part in parts) * parts[0][0].numel())
     assert float((parts[0].flatten(1).sum(1) - scores).abs().min()) > 1e-2  # without biases it is not
     assert not any("full_grad" in note for note in camfn.explain(net, None, x, CLASSES, method="full_grad").notes)
+
+
+class Holds:
+    __slots__ = ("layer",)
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+
+LED_TO: dict[str, nn.Module] = {}
+
+
+class Hidden(nn.Module):
+    """A convolution and a batch norm in something that is no module."""
+
+    def __init__(self, hold):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+        conv, norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.all = [seeded(nn.Sequential(self.stem, conv, norm, self.fc)).double().eval()]
+        self.parts = hold(conv), hold(norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm = self.parts
+        return self.fc(norm(conv(self.stem(x))).relu().mean((2, 3)))
+
+
+HOLDS = {
+    "list": lambda layer: _Called([layer], lambda held: held[0]),
+    "dict": lambda layer: _Called({"layer": layer}, lambda held: held["layer"]),
+    "slots": lambda layer: _Called(Holds(layer), lambda held: held.layer),
+    "closure": lambda layer: lambda z: layer(z),
+    "partial": lambda layer: functools.partial(lambda of, z: of(z), layer),
+    "default": lambda layer: lambda z, of=layer: of(z),
+    "bound method": lambda layer: layer.forward,
+    "Sequential": lambda layer: _Called((nn.Sequential(layer),), lambda held: held[0]),
+}
+
+
+class _Called:
+    def __init__(self, held, of):
+        self.held, self.of = held, of
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.of(self.held)(z)
+
+
+@pytest.mark.parametrize("kind", HOLDS)
+@pytest.mark.parametrize("prepared", [False, True])
+def test_full_grad_counts_the_biases_of_layers_that_are_not_registered(kind, prepared):
+    net, x = Hidden(HOLDS[kind]), inputs(2)
+    stem, conv, norm, fc = net.all.pop()
+    plain = nn.Sequential(stem, conv, norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), fc)
+    expected = camfn.full_grad(plain, None, x, [1, 2], normalize=False)
+    for _ in range(2):
+        close(camfn.full_grad(camfn.prepare(net) if prepared else net, None, x, [1, 2], normalize=False), expected)
+    assert not any("full_grad" in note for note in camfn.explain(net, None, x, [1, 2], method="full_grad").notes)
+    each = vmap(lambda image: camfn.full_grad(net, None, image[None], 1, normalize=False)[0])(x)
+    close(each, camfn.full_grad(plain, None, x, 1, normalize=False))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_full_grad_refuses_a_layer_that_only_a_global_leads_to(index):
+    def hold(layer: nn.Module):
+        if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)[index]):
+            LED_TO["layer"] = layer
+            return lambda z: LED_TO["layer"](z)
+        return layer.forward
+
+    net = Hidden(hold)
+    net.all.clear()
+    with pytest.raises(camfn.CamError, match=f"reached a {'BatchNorm2d' if index else 'Conv2d'}, .*register the module"):
+        camfn.full_grad(net, None, inputs(2), 1)
+
+
+def test_full_grad_counts_the_bias_of_a_model_that_is_one_layer():
+    conv, x = seeded(nn.Conv2d(3, 4, 1)).double(), inputs(2)
+    score = lambda y: y[1].sum()  # noqa: E731
+    close(camfn.full_grad(conv, None, x, score), camfn.full_grad(nn.Sequential(conv), None, x, score))
 
 
 def test_full_grad_says_what_its_parts_leave_out():

@@ -1,8 +1,11 @@
 """Ablation-, Recipro- and LIFT-CAM against closed forms, loops with a plain hook, and peers where these are right."""
 
+import collections
 import copy
+import dataclasses
 import functools
 import itertools
+import types
 
 import pytest
 import torch
@@ -318,6 +321,10 @@ FOLLOWED = {  # each with something after it that is not affine, so that a wrong
     "adaptive max-pooling": lambda h: F.adaptive_max_pool2d(h, 2).tanh(),
     "maximum over positions": lambda h: h.amax((2, 3), keepdim=True).tanh(),
     "maximum over one axis": lambda h: h.max(3).values[..., None].tanh(),
+    "one image at a time": lambda h: torch.stack(
+        [F.avg_pool2d(F.conv2d(one, torch.ones(4, 4, 1, 1).to(h)), 2) for one in h]
+    ).tanh(),
+    "changes of shape in place": lambda h: h.mul(2).unsqueeze_(1).squeeze_(1).transpose_(2, 3).swapaxes_(2, 3).sigmoid(),
     "average pooling": lambda h: F.avg_pool2d(h, 2).tanh(),
     "pooling with the channels last": lambda h: F.adaptive_avg_pool2d(h.movedim(1, -1).contiguous().movedim(-1, 1), 1).tanh(),
     "adaptive average pooling": lambda h: F.adaptive_avg_pool2d(h, 3).tanh(),
@@ -329,6 +336,66 @@ FOLLOWED = {  # each with something after it that is not affine, so that a wrong
     "smooth functions": lambda h: F.gelu(h) + F.silu(h) + F.softplus(h) + F.elu(h) + F.mish(h),
     "where": lambda h: torch.where(torch.arange(8) % 2 == 0, h, 0).sigmoid(),
 }
+
+
+class Fields(collections.OrderedDict):
+    """An output whose entries are attributes, as that of transformers: a class that torch's pytree does not know."""
+
+    def __getattr__(self, name: str):
+        return self[name] if name in self else super().__getattribute__(name)
+
+
+@dataclasses.dataclass
+class Row:
+    logits: Tensor
+    others: list
+
+
+class Plain:
+    def __init__(self, logits: Tensor):
+        self.logits = logits
+
+
+WRAPPED = {
+    "ordered dict": lambda y: Fields(logits=y, other={"y": y}),
+    "dataclass": lambda y: Row(y, [y, None]),
+    "frozen inside": lambda y: types.MappingProxyType({"logits": y}),
+    "object": Plain,
+    "namespace": lambda y: types.SimpleNamespace(logits=y),
+}
+
+
+class Wrapped(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.net, self.wrap = seeded(After(FOLLOWED["in place"])), wrap
+
+    def forward(self, x: Tensor):
+        return self.wrap(self.net(x))
+
+
+@pytest.mark.parametrize("method", AT_LAYER)
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_an_output_of_any_class_is_opened(kind, method):
+    net, x = Wrapped(WRAPPED[kind]), inputs(2)
+    found = raw(method, net, "net.conv", x)
+    close(found, raw(method, net.net, "conv", x))
+    assert found.abs().amax() > 1e-3
+    prepared = camfn.prepare(net)
+    for _ in range(2):
+        assert torch.equal(raw(method, prepared, "net.conv", x), found)
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_head_returns_an_output_of_the_model_s_class_and_keeps_no_tensor_of_it(kind):
+    net, x = Wrapped(WRAPPED[kind]), inputs(2)
+    _, seen = camfn.tap(net, "net.conv")(camfn.state_of(net), x)
+    head = camfn.head(net, "net.conv", x, seen)
+    found, expected = head(camfn.state_of(net), x, seen), net(x)
+    assert type(found) is (dict if kind == "frozen inside" else type(expected))
+    close(camfn.targets.logits_of(found), camfn.targets.logits_of(expected))
+    kept = [leaf for leaf in camfn.targets.flatten(head.unflatten([None] * 9))[0] if isinstance(leaf, Tensor)]
+    assert not kept
 
 
 def difference(net: nn.Module, layer: str, x: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Methods that follow attention, held to loops written from the papers on attention that plain hooks caught."""
 
+import collections
 import copy
+import dataclasses
 import math
 import threading
 import warnings
@@ -364,6 +366,78 @@ def test_a_call_runs_the_model_once_and_legrad_once_more_for_its_blocks(method):
 
 
 @every_method
+class Within(nn.Module):
+    """A model whose output is what `wrap` makes of the logits."""
+
+    def __init__(self, net: nn.Module, wrap: Callable):
+        super().__init__()
+        self.net, self.wrap = net, wrap
+
+    def forward(self, x: Tensor):
+        return self.wrap(self.net(x))
+
+
+def branch(y):
+    return torch.stack([one * (1 if one.mean() > 0 else 1.5) for one in y])
+
+
+def masked_write(y):
+    y = y.clone()
+    y[y < 0] *= 0.1
+    return y
+
+
+UNMAPPED = {
+    "branch": (branch, lambda y: torch.where(y.mean(1, keepdim=True) > 0, y, 1.5 * y)),
+    "masked write": (masked_write, lambda y: torch.where(y < 0, 0.1 * y, y)),
+    "NumPy": (
+        lambda y: y * torch.from_numpy(1 + y.detach().numpy().max(1, keepdims=True)),
+        lambda y: y * (1 + y.detach().amax(1, keepdim=True)),
+    ),
+    "item": (lambda y: torch.stack([one * one[0].item() for one in y]), lambda y: y * y[:, :1].detach()),
+}
+
+
+@pytest.mark.parametrize("kind", UNMAPPED)
+def test_legrad_of_what_cannot_be_mapped_is_that_of_a_loop_over_blocks(kind):
+    odd, plain = (Within(vit("timm"), wrap) for wrap in UNMAPPED[kind])
+    x, where = inputs(2, side=32), camfn.layouts.tokens((4, 4), 1)
+    expected = raw("legrad", plain, x, layout=where)
+    close(raw("legrad", odd, x, layout=where), expected)
+    assert torch.equal(raw("legrad", odd, x, layout=where), raw("legrad", odd, x, layout=where))
+
+
+def test_legrad_with_a_companion_that_has_no_rows():
+    class Gained(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = vit("timm")
+
+        def forward(self, x, gain):
+            return self.net(x * gain)
+
+    x, where = inputs(2, side=32), camfn.layouts.tokens((4, 4), 1)
+    found = raw("legrad", Gained(), (x, torch.tensor(1.5, dtype=x.dtype)), layout=where)
+    close(found, raw("legrad", vit("timm"), 1.5 * x, layout=where))
+
+
+class Fields(collections.OrderedDict):
+    """A class that torch's pytree does not know, as the outputs of transformers."""
+
+
+@dataclasses.dataclass
+class Answer:
+    loss: None
+    logits: Tensor
+
+
+@every_method
+@pytest.mark.parametrize("wrap", [lambda y: Fields(loss=y.mean(), logits=y), lambda y: Answer(None, y)])
+def test_an_output_of_any_class_is_opened(method, wrap):
+    model, x, where = vit("timm"), inputs(2, side=32), camfn.layouts.tokens((4, 4), 1)
+    close(raw(method, Within(model, wrap), x, layout=where), raw(method, model, x, layout=where))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_dtypes(method, dtype):
     model, x = vit("timm"), inputs(2, side=32)

@@ -489,7 +489,7 @@ BLOCKS = {
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_blocks_around_attention(name):
     model, x = vit(name), inputs(1, side=32)
-    found, axis = blocks_of(model, camfn.state_of(model), x)
+    found, axis = blocks_of(model, camfn.state_of(model), x, len(x))
     assert axis == 1
     if BLOCKS[name]:
         assert found == [BLOCKS[name].format(i) for i in range(3)]
@@ -511,4 +511,4 @@ def test_blocks_that_are_not_in_a_row():
 
     model = randomised(Three())
     with pytest.raises(camfn.CamError, match=r"3 attention layers are not in one row.*found 'pair.0', 'pair.1', 'other'"):
-        blocks_of(model, camfn.state_of(model), inputs(1, side=8)[:, :, 0])
+        blocks_of(model, camfn.state_of(model), inputs(1, side=8)[:, :, 0], 1)

@@ -1,8 +1,11 @@
 """The private copy is the model where a forward asks for identity, class or hooks."""
 
+import collections
+import functools
 import gc
 import inspect
 import os
+import types
 
 import pytest
 import torch
@@ -182,6 +185,86 @@ def test_its_map_is_that_of_plain_hooks(kind):
         assert_close(found, by_hand(model, layer, 1), 1e-12)
     else:
         assert_close(found, by_hand(Net(), layer, 1), 1e-12)
+
+
+class Recorder:
+    def __init__(self, kept):
+        self.kept = kept
+
+    def __call__(self, *given) -> None:
+        put(self.kept)
+
+
+COUNTED = {
+    "object": Recorder,
+    "bound method": lambda kept: Recorder(kept).__call__,
+    "closure": lambda kept: lambda module, args, out: put(kept),
+    "default": lambda kept: lambda module, args, out, kept=kept: put(kept),
+    "partial": lambda kept: functools.partial(lambda kept, module, args, out: put(kept), kept),
+    "function in a closure": lambda kept: (lambda inner: lambda module, args, out: inner())(lambda: put(kept)),
+}
+
+
+def put(kept) -> None:
+    getattr(kept, "append", getattr(kept, "add", None) or (lambda one: kept.update({one: one})))(1)
+
+
+@pytest.mark.parametrize("make", [list, dict, set, collections.deque, bytearray])
+@pytest.mark.parametrize("kind", COUNTED)
+@pytest.mark.parametrize("method", ["grad_cam", "score_cam"])
+def test_a_container_that_a_hook_fills_is_not_filled_by_a_call(kind, make, method):
+    model, kept = Net(), make()
+    model.act.register_forward_hook(COUNTED[kind](kept))
+    for called in (model, camfn.prepare(model)):
+        getattr(camfn, method)(called, "act", X, 1)
+        assert not kept
+    model(X)
+    assert kept
+
+
+class ByMethod(Net):
+    def __init__(self):
+        super().__init__()
+        self.run = self.act.forward
+
+    def forward(self, x):
+        return self.head(self.run(self.conv(x)))
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "score_cam", "recipro_cam"])
+def test_a_port_lies_in_a_forward_that_is_kept_as_a_bound_method(method):
+    for model in (ByMethod(), camfn.prepare(ByMethod())):
+        assert_close(getattr(camfn, method)(model, "act", X, 1), getattr(camfn, method)(Net(), "act", X, 1), 1e-12)
+
+
+class FromInferenceMode(Net):
+    """What the state does not reach, made in inference mode: a layer in a list, a parameter, and a plain tensor."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.inference_mode():
+            self.held = [nn.Conv2d(6, 6, 1, dtype=torch.float64), nn.Parameter(torch.full((6, 1, 1), 2.0)), torch.ones(6, 1, 1)]
+
+    def forward(self, x):
+        conv, gain, shift = self.held
+        return self.head(conv(self.act(self.conv(x))).tanh() * gain * (shift + 0.5))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("method", ["grad_cam", "shapley_cam", "lift_cam", "opti_cam"])
+def test_unregistered_tensors_of_inference_mode_enter_a_graph(method, inside):
+    model = FromInferenceMode()
+    options = {"layout": "channels_first", "normalize": False}
+    with torch.inference_mode(inside):
+        found = getattr(camfn, method)(model, "conv", X, 1, **options)
+    model.held = nn.ParameterList([nn.Parameter(t.clone()) for t in (*model.held[0].parameters(), *model.held[1:])])
+    model.forward = types.MethodType(with_held_tensors, model)
+    assert_close(found, getattr(camfn, method)(model, "conv", X, 1, **options), 1e-12)
+
+
+def with_held_tensors(self, x):
+    weight, bias, gain, shift = self.held
+    return self.head(F.conv2d(self.act(self.conv(x)), weight, bias).tanh() * gain * (shift + 0.5))
 
 
 def test_no_subclass_is_made():

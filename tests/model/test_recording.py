@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import CamError, _compat
+from camfn.model import recording
 from camfn.model.memory import Ledger
 from tests.oracles.tiny import BOTH, NEAR, Net, agree, filled, off, prepared, raw
 from tests.oracles.tiny import images as images_of
@@ -91,6 +92,32 @@ def test_a_record_computes_what_the_model_does():
         assert off(found, want) <= NEAR
         assert torch.equal(found["b"][1], want["b"][1])
         assert torch.equal(found["c"], value)
+
+
+IN_PLACE = {
+    "as_strided_": ((3, 1), (1, 1)),
+    "squeeze_": (),
+    "squeeze_.dim": (1,),
+    "squeeze_.dims": ([1],),
+    "swapaxes_": (0, 1),
+    "swapdims_": (0, 1),
+    "t_": (),
+    "transpose_": (0, 1),
+    "unsqueeze_": (1,),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_change_of_shape_in_place_is_recorded_as_the_view(name):
+    """As where a kernel of torch makes it: `functionalize` does not see that."""
+    packet, _, overload = name.partition(".")
+    change = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    value, recorder = torch.arange(3.0)[:, None], recording._Recorder(())
+    with recorder:
+        changed = change(value * 2, *IN_PLACE[name])
+    step = recorder.parts[id(changed)].step
+    assert not step.target.overloadpacket.__name__.endswith("_")
+    assert torch.equal(step.target(value * 2, *IN_PLACE[name]), changed)
 
 
 def test_a_record_frees_each_value_after_its_last_use():

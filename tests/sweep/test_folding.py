@@ -1,7 +1,9 @@
 """Batch norms merged into convolutions, weights with the channels last: the model's function stays as it is, to rounding."""
 
+import dataclasses
 import functools
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -283,6 +285,18 @@ def test_what_cannot_be_merged_is_left(kind):
     folds, call, state = merged(model, x)
     assert folds == ()
     close(call(state, x), in_eval(model, x), kind)
+
+
+@pytest.mark.parametrize("wrap", [lambda **parts: types.SimpleNamespace(**parts), lambda **parts: Parts(**parts), dict])
+def test_an_output_returned_in_an_object_is_not_merged(wrap):
+    model = seeded(Wired(lambda net, x: wrap(y=net.norm(y := net.conv(x)), also=y)))
+    assert find_folds(model, camfn.state_of(model), images(1, channels=4)).folds == ()
+
+
+@dataclasses.dataclass
+class Parts:
+    y: Tensor
+    also: Tensor
 
 
 RIGHT = {

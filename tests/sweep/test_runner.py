@@ -220,6 +220,77 @@ class OneByOne(Functional):
 CROSSED = [MeanOfBatch, LastRow, Reversed, TrainNorm, TrainNormWithStatistics, NoStatistics, LargestOfBatch]
 
 
+class Branches(Functional):
+    """Reads a number of its batch in Python, and decides by it for all of the batch."""
+
+    level = 0.0
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+        self.register_buffer("kept", torch.zeros((), dtype=torch.float64))
+
+    def between(self, y):
+        GIVEN.append(y)
+        return y if self.number(self, y) > self.level else -y
+
+
+GIVEN: list[Tensor] = []
+
+
+def by_buffer(model: nn.Module, y: Tensor) -> Tensor:
+    return model.kept.copy_(y.mean())
+
+
+def by_out(model: nn.Module, y: Tensor) -> Tensor:
+    return torch.sum(y.flatten(), 0, out=torch.zeros((), dtype=y.dtype)) / y.numel()
+
+
+NUMBERS = {
+    "a comparison": lambda model, y: y.mean(),
+    "item": lambda model, y: y.mean().item(),
+    "NumPy": lambda model, y: y.detach().numpy().mean(),
+    "tolist": lambda model, y: sum(y.flatten().tolist()) / y.numel(),
+    "a size": lambda model, y: len(y[y > 0.3]) / y.numel(),
+    "a buffer that is written to": by_buffer,
+    "out=": by_out,
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_what_a_batch_decides_by_a_value_is_decided_for_each_input_alone(kind):
+    """The level is the median of the masked inputs' numbers, so that both ways are taken."""
+    model, x = seeded(Branches(NUMBERS[kind])), images(1)
+    GIVEN.clear()
+    loop_maps(model, LAYER, x, 3)
+    numbers = sorted(float(model.number(model, y)) for y in GIVEN if len(y) == 1)
+    model.level = (numbers[len(numbers) // 2] + numbers[len(numbers) // 2 - 1]) / 2
+    expected = loop_maps(model, LAYER, x, 3)
+    SEEN.clear()
+    with pytest.warns(camfn.CamWarning, match="reads of its input in Python .*one input at a time") as caught:
+        close(signed_maps(model, LAYER, x, 3), expected)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert set(batches()) == {1}
+    folded = signed_maps(model, LAYER, x, 3, sweep=Sweep(fold=True))
+    assert (folded - expected).abs().max() > 1e-6, "the batch decides the same"
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_value_of_a_companion_that_all_images_share_is_read_in_batches(fixed):
+    class Scaled(Watched):
+        def forward(self, x, gain):
+            return super().forward(x if bool(gain.sum() > 0) else -x)
+
+    model, x = seeded(Scaled()), images(4)
+    gain = torch.tensor(1.0 if fixed else [1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        signed_maps(model, LAYER, (x, gain), 3, sweep=Sweep(chunk=16))
+    assert (16 in batches()) == fixed
+    assert len(caught) == (not fixed)
+
+
 @pytest.mark.parametrize("cls", [*CROSSED, OneByOne])
 def test_dependent_rows_are_found_out_with_one_warning(cls):
     model, x = seeded(cls()), images(1)
@@ -380,13 +451,6 @@ class Root(Functional):
         return x.sqrt()
 
 
-class Checks(Functional):
-    def before(self, x):
-        if not bool(((x >= 0) & (x <= 1)).all()):
-            raise ValueError("pixels are in [0, 1]")
-        return x
-
-
 class Palette(Functional):
     """Looks its pixels up."""
 
@@ -414,7 +478,38 @@ class NotFinite(Functional):
         return torch.cat([y[:, :4], torch.full_like(y[:, 4:], -torch.inf)], 1)
 
 
-@pytest.mark.parametrize("cls", [Watched, InPlace, Root, Checks, Palette, Sparse, NotFinite])
+class ReadsItsState(Functional):
+    """Values of a parameter, a buffer, a plain tensor and shapes, and of what is made of these."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.scales = [torch.tensor(2.0, dtype=torch.float64)]
+
+    def before(self, x):
+        self.calls += 1
+        steps = torch.arange(x.shape[2], dtype=x.dtype)
+        gain = (self.scales[0] * steps.sum() + self.calls).item()
+        return x * gain if bool(self.fc.bias.abs().sum() > 0) and steps.max() > 1 else -x
+
+
+class ReadsNumPy(Functional):
+    def before(self, x):
+        return x * float(self.fc.weight.detach().numpy().max())
+
+
+class Forgets(Functional):
+    """Memory of the input is free, and may be that of what is read."""
+
+    def before(self, x):
+        x = (x * 2).sub(1)
+        return x * torch.ones(x.shape[1:]).sum().item()
+
+
+STILL = [ReadsItsState, ReadsNumPy, Forgets]
+
+
+@pytest.mark.parametrize("cls", [Watched, InPlace, Root, Palette, Sparse, NotFinite, *STILL])
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("n", [1, 4])
 def test_independent_rows_are_run_in_batches_without_a_word(cls, inference, n):
