@@ -121,7 +121,7 @@ def _agreement(form: Form, seen: list[Tensor], changes: _Changes) -> float:
     own, others = moved[:, inside], torch.cat([moved[:, : inside.start], moved[:, inside.stop :]], 1)
     if len(cells) >= _FEW and _follow(others, own, cells):
         return 0.0
-    own, cells = _centered(_decibels(own)), _centered(cells)
+    own, cells = _centered(own), _centered(cells)
     found, *rivals = _correlations(own, cells, [torch.arange(cells.shape[1]), *_other_orders(form.grid)]).tolist()
     return found if max(rivals) - found < _MARGIN and _stands_out(found, own, cells) else 0.0
 
@@ -166,11 +166,6 @@ def _follow(others: Tensor, own: Tensor, cells: Tensor) -> bool:
 def _standard(values: Tensor) -> Tensor:
     """Columns without their mean, of length 1: their products are correlations."""
     return F.normalize(values - values.mean(0), dim=0)
-
-
-def _decibels(changes: Tensor) -> Tensor:
-    """Logarithms of changes, in which the factors of an image and of a position are sums, and can be taken out."""
-    return torch.log(changes + 1e-6 * changes.amax().clamp(min=1e-30))
 
 
 def _centered(values: Tensor) -> Tensor:
