@@ -40,10 +40,11 @@ class _Stop(BaseException):
 
 
 class _Entrances(TorchFunctionMode):
-    """Collect the first entrances of a forward pass, and stop it."""
+    """Collect the first entrances of a forward pass, and stop it. A convolution of the image itself needs no other."""
 
-    def __init__(self) -> None:
+    def __init__(self, image: Tensor) -> None:
         super().__init__()
+        self.image = image
         self.found: list[_Entrance] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,9 +52,15 @@ class _Entrances(TorchFunctionMode):
         if axis is not None and args and isinstance(args[0], Tensor):
             given = args[0].detach()
             self.found.append(_Entrance(func, given.clone(), axis % given.ndim))
-            if len(self.found) == _MOST:
+            if len(self.found) == _MOST or _takes(self.found[-1], self.image):
                 raise _Stop
         return func(*args, **(kwargs or {}))
+
+
+def _takes(entrance: _Entrance, image: Tensor) -> bool:
+    """Whether a convolution is given the image as it is."""
+    function, given, _ = entrance
+    return _CONVOLUTIONS.get(function) == image.ndim - 2 and given.shape == image.shape and torch.equal(given, image)
 
 
 def axes_of(model: nn.Module, image: Tensor, run: Run) -> Axes:
@@ -118,6 +125,8 @@ def _observed(image: Tensor, run: Run) -> str | None:
 def _shown(image: Tensor, other: Tensor, run: Run) -> str | None:
     """The letters that the first layers show. No value of `other` is near that of `image`, and they differ by no constant."""
     base = _entrances(image, run)
+    if base and _takes(base[-1], image):
+        return usual(image.ndim).letters
     halves = {axis: [_entrances(_mixed(image, other, axis, half), run) for half in (0, 1)] for axis in range(1, image.ndim)}
     for number, entrance in enumerate(base):
         if any(len(found) <= number for pair in halves.values() for found in pair):
@@ -132,7 +141,7 @@ def _shown(image: Tensor, other: Tensor, run: Run) -> str | None:
 
 
 def _entrances(image: Tensor, run: Run) -> list[_Entrance]:
-    mode = _Entrances()
+    mode = _Entrances(image)
     try:
         with mode:
             run(image)

@@ -1,5 +1,6 @@
 """The layers that can be explained, and the choice of one for `layer=None`."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -269,6 +270,10 @@ def placed_forms(task: Task, forms: dict[str, list[Form]], twice: bool = True) -
         return forms
 
 
+_EARLY = 3
+"""The number of layers that are asked for the places of a model's tokens. In the first ones, attention has mixed them least."""
+
+
 def placed_tokens(task: Task, forms: list[Form]) -> list[Form]:
     """Keep the forms of the model's tokens, by layers that return as many; all forms if no such layer shows its positions."""
     counts = {math.prod(form.grid) + form.prefix + form.suffix for form in forms}
@@ -278,7 +283,8 @@ def placed_tokens(task: Task, forms: list[Form]) -> list[Form]:
         for axis in (0, 1):
             if seen.shape[axis] in counts and seen.shape[1 - axis] == n:
                 several[seen.name] = [form._replace(channels=seen.shape[2], sequence=axis == 0) for form in forms]
-    found = [kept[0] for kept in placed_forms(task, several, False).values() if len(kept) == 1]
+    first = dict(itertools.islice(several.items(), _EARLY))
+    found = [kept[0] for kept in placed_forms(task, first, False).values() if len(kept) == 1]
     return [form for form in forms if found and (form.prefix, form.grid) == (found[0].prefix, found[0].grid)] or forms
 
 

@@ -1,16 +1,19 @@
 """The positions of a layer, as forward passes show them: which of them follow a change of the input at the same place."""
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from camfn._errors import RefusedError
 from camfn.layouts import Form, view_of
 from camfn.model.inputs import Batch, with_input
+from camfn.model.memory import is_exhausted
 
 Seen = dict[str, Tensor]
 """Activations by name."""
@@ -21,7 +24,7 @@ most changed images: a grid of a few cells needs more of them than a fine one.""
 _CLEAR, _APART, _MARGIN = 0.35, 0.25, 0.15
 """The correlation from which a form is taken at the first look, and its least distance from that of other forms, at the first
 and at the second look. Another order of the cells must be better by as much for the form to be none."""
-_ORDERS, _SPREAD = 200, 4.0
+_ORDERS, _SPREAD = 100, 4.0
 """The number of random orders of the cells, and how many of their standard deviations the true order must stand out."""
 _SMALL, _STRONG = 8, 0.5
 """A grid of so few cells has few orders: there the correlation itself must be this high."""
@@ -69,7 +72,7 @@ def _looked(
         changes = _changes(batch, grid, values)
         seen = _changed(run, batch, changes.images, list(layers))
         for name, some in layers.items():
-            scores = {form: _agreement(form, seen[name], changes) for form in some}
+            scores = {form: _agreement(form, seen[name], changes, 0.0 if values == _MORE else _CLEAR) for form in some}
             if values == _MORE:
                 fit = _fitting(scores, 0.0, _MARGIN)
                 # A layer with the axes of an image is no list of queries: where all places count alike, its axes are open.
@@ -94,7 +97,14 @@ def _changes(batch: Batch, grid: Sequence[int], values: int) -> _Changes:
 
 
 def _changed(run: Callable[[Batch], Seen], batch: Batch, images: Tensor, names: Sequence[str]) -> dict[str, list[Tensor]]:
-    """The activations of all images, in batches of the batch's own size, since companion inputs have its rows."""
+    """The activations of all images: in one batch, or, beside companion inputs, in batches of the batch's own size."""
+    if batch.pixels.key is None:
+        try:
+            found = run(batch._replace(x=with_input(batch.x, batch.pixels, images), n=len(images)))
+            return {name: [found[name]] for name in names}
+        except Exception as error:  # a model for one number of images
+            if is_exhausted(error) or isinstance(error, RefusedError):
+                raise
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     for start in range(0, len(images), batch.n):
         some = images[start : start + batch.n]
@@ -105,7 +115,7 @@ def _changed(run: Callable[[Batch], Seen], batch: Batch, images: Tensor, names: 
     return seen
 
 
-def _agreement(form: Form, seen: list[Tensor], changes: _Changes) -> float:
+def _agreement(form: Form, seen: list[Tensor], changes: _Changes, least: float) -> float:
     """The correlation of the change at each position with the share of its cell that was changed.
 
     It is 0 if tokens outside the grid follow its cells through the images, since they belong to a grid themselves; and if the
@@ -122,13 +132,13 @@ def _agreement(form: Form, seen: list[Tensor], changes: _Changes) -> float:
     if len(cells) >= _FEW and _follow(others, own, cells):
         return 0.0
     own, cells = _centered(own), _centered(cells)
-    found, *rivals = _correlations(own, cells, [torch.arange(cells.shape[1]), *_other_orders(form.grid)]).tolist()
-    return found if max(rivals) - found < _MARGIN and _stands_out(found, own, cells) else 0.0
+    found, *rivals = _correlations(own, cells, _usual_orders(form.grid)).tolist()
+    return found if found >= least and max(rivals) - found < _MARGIN and _stands_out(found, own, cells) else 0.0
 
 
-def _correlations(own: Tensor, cells: Tensor, orders: Sequence[Tensor]) -> Tensor:
-    """The correlation of the positions' changes with those of the cells, in each of these orders."""
-    ordered = torch.stack([cells[:, order].flatten() for order in orders], 1)
+def _correlations(own: Tensor, cells: Tensor, orders: Tensor) -> Tensor:
+    """The correlation of the positions' changes with those of the cells, in each of these orders `(r, p)`."""
+    ordered = cells[:, orders].transpose(1, 2).flatten(0, 1)
     return (_standard(own.flatten()[:, None]).mT @ _standard(ordered))[0]
 
 
@@ -136,24 +146,29 @@ def _stands_out(found: float, own: Tensor, cells: Tensor) -> bool:
     """Whether the correlation is more than chance: more than in random orders of the cells."""
     if cells.shape[1] <= _SMALL:
         return found >= _STRONG
-    generator = torch.Generator().manual_seed(0)
-    orders = [torch.randperm(cells.shape[1], generator=generator) for _ in range(_ORDERS)]
-    chance = _correlations(own, cells, orders)
+    chance = _correlations(own, cells, _random_orders(cells.shape[1]))
     return found - float(chance.mean()) >= _SPREAD * float(chance.std())
 
 
-def _other_orders(grid: Sequence[int]) -> Iterator[Tensor]:
-    """The cells of a grid in the orders that layers use beside that of rows: of other axes first, and window by window.
+@functools.lru_cache(64)
+def _random_orders(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([torch.randperm(count, generator=generator) for _ in range(_ORDERS)])
 
-    Some cells keep their place in these orders, so that rows correlate with them.
+
+@functools.lru_cache(64)
+def _usual_orders(grid: tuple[int, ...]) -> Tensor:
+    """The cells of a grid in the orders of layers: that of rows first, then that of other axes, and window by window.
+
+    Some cells keep their place in the other orders, so that rows correlate with them.
     """
     cells, axes = torch.arange(math.prod(grid)).reshape(grid), range(len(grid))
-    for order in itertools.permutations(axes):
-        yield cells.permute(order).flatten()
+    orders = [cells.permute(order).flatten() for order in itertools.permutations(axes)]
     for window in itertools.product(*([side for side in range(1, most + 1) if most % side == 0] for most in grid)):
         apart = [side for most, each in zip(grid, window) for side in (most // each, each)]
         inside = [2 * axis + 1 for axis in axes]
-        yield cells.reshape(apart).permute(*(2 * axis for axis in axes), *inside).flatten()
+        orders.append(cells.reshape(apart).permute(*(2 * axis for axis in axes), *inside).flatten())
+    return torch.stack(orders)
 
 
 def _follow(others: Tensor, own: Tensor, cells: Tensor) -> bool:
