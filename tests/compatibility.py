@@ -59,8 +59,8 @@ REASONS = {
         "attention, a product of two varying values, or a branch in Python",
     ),
     "f": (
-        r"frames come before channels",
-        "the model takes frames before channels, and camfn takes `(n, channels, *size)`: wrap the model to swap the axes",
+        r"no layer of \w+ has 3 spatial axes",
+        "the tokens of all frames lie in another order than time, height, width: pass a layer and a function as `layout=`",
     ),
     "s": (
         r"masked= must say which|needs spatial axes in the input|in \d+ ways that fit equally|no layer of \w+ has 1 spatial",
@@ -107,7 +107,7 @@ def tried(name: str, methods: Iterable[str] = tuple(camfn.METHODS)) -> Row:
     return Row(layer, " x ".join(map(str, grid)) or NONE, cells)
 
 
-_EXPECTED = re.compile(r"layer=None: '.*' (was|were) chosen|fc=None: '.*' was found")
+_EXPECTED = re.compile(r"layer=None: '.*' (was|were) chosen|fc=None: '.*' was found|the model's output for an input depends on")
 
 
 def _mark(name: str, method: str, refusal: str) -> str:
@@ -188,8 +188,8 @@ Each column is a group of methods with the same result on every network:
 
 {columns}
 {table}
-✓ means a map: it is finite, a gradient reaches the layer, and the only warning names the chosen layer. A letter means a
-`camfn.CamError` that gives the reason:
+✓ means a map: it is finite, a gradient reaches the layer, and the only warning names the chosen layer, or says that the masked
+inputs run one by one. A letter means a `camfn.CamError` that gives the reason:
 
 {reasons}
 `rise` and `full_grad` take no layer. Their maps, and those of `cameras`, have the size of the input. `poly_cam` takes the last
@@ -200,8 +200,18 @@ Maps of the attention methods are on the grid of the tokens.
 such as a class token or a norm.
 
 Pass more arguments to get some of the refused maps: `layer=` for another layer, `fc=` for the linear layer, `factors=()` for
-`cameras`. Detection tokens after the patches, as in YOLOS, look like tokens before them. Pass the positions of the patches with
-a function as `layout=`; see [layers](layers.md#where-the-channels-are).
+`cameras`. [Layers](layers.md#where-the-channels-are) says how to name a layout.
+
+Without their classifier (`num_classes=0`), 17 networks of timm get the layer that they get with it: ResNet, MobileNetV2, EfficientNet,
+RegNet, VGG, DenseNet, ConvNeXt, MobileViT, GhostNet, RepVGG, Mixer, Swin, DeiT, DINOv2, XCiT, PoolFormer and MaxViT.
+In YOLO of ultralytics 8.4, the layer is the last stage of the neck, or the last one before the pooling of a classifier:
+
+| network | layer |
+| --- | --- |
+| YOLOv8n, YOLOv8n-seg, YOLOv8n-pose | `model.21` |
+| YOLOv8n-cls | `model.9.conv` |
+| YOLO11n, YOLO11n-seg, YOLO11n-pose | `model.22` |
+| YOLO11n-cls | `model.10.conv` |
 
 These options were lowered to save time: {lowered}.
 """

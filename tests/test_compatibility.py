@@ -17,7 +17,7 @@ def told() -> dict[str, compatibility.Row]:
     columns = {mark: re.findall(r"`(\w+)`", methods) for mark, methods in re.findall(r"^- ([A-Z]): (.*)$", TEXT, re.MULTILINE)}
     head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in TEXT.splitlines() if line.startswith("|")]
     rows = {}
-    for name, layer, grid, *marks in lines:
+    for name, layer, grid, *marks in (line for line in lines if len(line) > 3):
         cells = {method: mark for column, mark in zip(head[3:], marks) for method in columns[column]}
         rows[name] = compatibility.Row(layer.strip("`"), grid, cells)
     return rows

@@ -187,10 +187,10 @@ def _outputs(task: Task) -> _Outputs:
     output, runs, given = _watched(task)
     forms = {seen.name: _forms_on_grid(seen.shape, task.batch, clues) for run in runs for seen in run}
     doubtful = {name: some for name, some in forms.items() if in_doubt(some)}
-    sure = any(len(some) == 1 for name, some in forms.items() if name not in doubtful)
     forms |= placed_forms(task, doubtful, False)
-    if not sure and not any(len(forms[name]) == 1 for name in doubtful):
-        forms |= placed_forms(task, doubtful)  # a small or a random network, with no candidate at the first look
+    # A second look costs more, and is taken after the last layer that is clear: of those before it, none would be chosen.
+    last = max((number for number, name in enumerate(forms) if len(forms[name]) == 1), default=-1)
+    forms |= placed_forms(task, {name: doubtful[name] for name in [*forms][last + 1 :] if name in doubtful})
     takers = [f"{name}." for name, shapes in given.items() if _is_pyramid(shapes, task.batch, clues)]
     found: list[_Output] = []
     pyramid = False
@@ -329,12 +329,10 @@ def _chosen(outputs: _Outputs) -> tuple[_Output, dict[str, str]]:
         "it belongs to an auxiliary head": lambda out: not is_auxiliary(out.name),
         "it belongs to a head, which takes grids of several sizes": lambda out: out.form.channels in heads or not out.pyramid,
         "it is an output, with a channel for each class": lambda out: out.form.channels not in classes,
-        # Attention weights have the axes of an image, with the heads as channels; no layer has that width. The concatenation
-        # of branches may have a width that only the following linear layer has.
+        # Attention weights have the axes of an image, with the heads as channels; no layer has that width. Keys and values
+        # together have one that no norm has. The concatenation of branches may have a width that only a linear layer takes.
         "no layer has its number of channels, as with attention weights": lambda out: (
-            len(out.shape) == 3
-            or out.form.channels in (clues.last if out.form.last else clues.first)
-            or out.form.channels in linear - known
+            out.form.channels in (clues.last if out.form.last else clues.first) or out.form.channels in linear - known
         ),
         "its tokens are not those of the patches": lambda out: not patches or out.form.grid in clues.grids,
     }
