@@ -202,8 +202,9 @@ such as a class token or a norm.
 Pass more arguments to get some of the refused maps: `layer=` for another layer, `fc=` for the linear layer, `factors=()` for
 `cameras`. [Layers](layers.md#where-the-channels-are) says how to name a layout.
 
-Without their classifier (`num_classes=0`), 17 networks of timm get the layer that they get with it: ResNet, MobileNetV2, EfficientNet,
-RegNet, VGG, DenseNet, ConvNeXt, MobileViT, GhostNet, RepVGG, Mixer, Swin, DeiT, DINOv2, XCiT, PoolFormer and MaxViT.
+Without their classifier (`num_classes=0`), 17 networks of timm get the layer that they get with it: ResNet, MobileNetV2,
+EfficientNet, RegNet, VGG, DenseNet, ConvNeXt, MobileViT, GhostNet, RepVGG, Mixer, Swin, DeiT, DINOv2, XCiT, PoolFormer and
+MaxViT.
 In YOLO of ultralytics 8.4, the layer is the last stage of the neck, or the last one before the pooling of a classifier:
 
 | network | layer |

@@ -246,13 +246,14 @@ def _forms_on_grid(shape: Sides, batch: Batch, clues: Clues) -> list[Form]:
     return [form for form in forms if math.prod(form.grid) > 1 and axes in (None, len(form.grid))]
 
 
+@_compat.eager
 def placed_forms(task: Task, forms: dict[str, list[Form]], twice: bool = True) -> dict[str, list[Form]]:
     """Keep the forms of each layer whose positions follow the input's, by forward passes of changed inputs.
 
     The inputs are noise and the state is the model's own under a transform, so the forms are the same there. Where the model
     does not accept the inputs, all forms are kept.
     """
-    if not forms or _compat.compiling():
+    if not forms:
         return forms
     own = _compat.transformed()
 
@@ -270,19 +271,30 @@ def placed_forms(task: Task, forms: dict[str, list[Form]], twice: bool = True) -
         return forms
 
 
+def _watched_plainly(task: Task) -> _Watched:
+    """The same with plain tensors, also under a transform."""
+    if not _compat.transformed():
+        return _watched(task)
+    state, x = dict(task.model.borrow().tensors), sample(task.batch.x)
+    with _compat.outside_transforms():
+        return _watched(task._replace(state=state, batch=task.batch._replace(x=x)))
+
+
 _EARLY = 3
 """The number of layers that are asked for the places of a model's tokens. In the first ones, attention has mixed them least."""
 
 
+@_compat.eager
 def placed_tokens(task: Task, forms: list[Form]) -> list[Form]:
     """Keep the forms of the model's tokens, by layers that return as many; all forms if no such layer shows its positions."""
     counts = {math.prod(form.grid) + form.prefix + form.suffix for form in forms}
     n = task.batch.n
     several: dict[str, list[Form]] = {}
-    for seen in (seen for run in _watched(task).runs for seen in run if len(seen.shape) == 3):
-        for axis in (0, 1):
-            if seen.shape[axis] in counts and seen.shape[1 - axis] == n:
-                several[seen.name] = [form._replace(channels=seen.shape[2], sequence=axis == 0) for form in forms]
+    for seen in (seen for run in _watched_plainly(task).runs for seen in run if len(seen.shape) == 3):
+        for sequence in (False, True):
+            if seen.shape[int(not sequence)] in counts and seen.shape[int(sequence)] == n:
+                own = [form._replace(channels=seen.shape[2], sequence=sequence) for form in forms]
+                several[seen.name] = several.get(seen.name, []) + own
     first = dict(itertools.islice(several.items(), _EARLY))
     found = [kept[0] for kept in placed_forms(task, first, False).values() if len(kept) == 1]
     return [form for form in forms if found and (form.prefix, form.grid) == (found[0].prefix, found[0].grid)] or forms

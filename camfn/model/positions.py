@@ -124,6 +124,9 @@ def _agreement(form: Form, seen: list[Tensor], changes: _Changes, least: float) 
     """
     whole = form._replace(prefix=0, suffix=0)
     values = torch.cat([view_of(whole, part) for part in seen])[: len(changes.images)].to(torch.float32)
+    tokens = math.prod(form.grid) + form.prefix + form.suffix
+    if len(values) < len(changes.images) or values.shape[2] != tokens:
+        return 0.0  # the layer gives one value for all images, as an embedding of positions does; or the axes are others
     moved = (values[1:] - values[:1]).norm(dim=1).cpu()
     pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(form.grid)]
     cells = pool(changes.places, form.grid).flatten(1)

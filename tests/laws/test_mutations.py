@@ -103,8 +103,8 @@ def map_always_at_the_size_of_the_input(on_grid):
 
 @mutation("layouts:read", form="cam", flipped="score_cam")
 def grid_transposed(read):
-    def transposed(*args):
-        found = read(*args)
+    def transposed(*args, **options):
+        found = read(*args, **options)
         return found._replace(grid=found.grid[::-1])
 
     return transposed
@@ -323,8 +323,9 @@ def target_of_the_first_image(resolve):
 
 @mutation("targets.classes:_of_classes", classes_permuted="score_cam")
 def score_of_the_next_class(of_classes):
-    def off_by_one(scale, sample, row):
-        return of_classes(scale, sample, (row + 1) % sample.shape[-1])
+    def off_by_one(*told):
+        *told, sample, row = told
+        return of_classes(*told, sample, (row + 1) % sample.shape[-1])
 
     return off_by_one
 

@@ -244,10 +244,10 @@ def test_of_torchvisions_networks_these_are_the_ends_of_stages(name):
     model = getattr(torchvision_models(), name)().eval()
     shape = torch.randn(1, 3, 96, 96)
     candidates = {each.name: each.grid for each in camfn.candidate_layers(model, shape)}
-    from camfn.model.inputs import Batch
     from camfn.model.layers import stages
+    from camfn.model.task import begin
 
-    found = stages(model, camfn.state_of(model), Batch(shape, None, 1))
+    found = stages(begin(model, shape, None))
     assert found == STAGES[name]
     assert [candidates[layer] for layer in found] == [(side, side) for side in (48, 24, 12, 6, 3)]
 

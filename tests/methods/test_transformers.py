@@ -297,7 +297,7 @@ def test_the_grid_and_the_prefix_can_be_said(method):
     model, x = vit("timm"), inputs(2, side=32)
     found = raw(method, model, x)
     assert torch.equal(raw(method, model, x, layout=camfn.layouts.tokens((4, 4), 1)), found)
-    assert torch.equal(raw(method, model, x, layout=camfn.layouts.tokens((2, 8))).flatten(1), found.flatten(1))
+    assert torch.equal(raw(method, model, x, layout=camfn.layouts.tokens((2, 8), 1)).flatten(1), found.flatten(1))
     assert raw(method, model, x, layout=camfn.layouts.tokens((17,), 0)).shape == (2, 17)
     turned = raw(method, model, x, layout=lambda tokens: tokens[:, 1:].mT.unflatten(2, (4, 4)).mT)
     assert torch.equal(turned, found.mT)
@@ -361,11 +361,10 @@ def test_a_call_runs_the_model_once_and_legrad_once_more_for_its_blocks(method):
     model, x = vit("timm"), inputs(1, side=32)
     model.patch_embed.register_forward_hook(lambda module, args, out: PASSED.append(len(out)))
     PASSED.clear()
-    raw(method, model, x)
+    raw(method, model, x, layout=camfn.layouts.tokens((4, 4), 1))
     assert len(PASSED) == (3 if method == "legrad" else 1)  # legrad finds its blocks in each call
 
 
-@every_method
 class Within(nn.Module):
     """A model whose output is what `wrap` makes of the logits."""
 
@@ -438,6 +437,7 @@ def test_an_output_of_any_class_is_opened(method, wrap):
     close(raw(method, Within(model, wrap), x, layout=where), raw(method, model, x, layout=where))
 
 
+@every_method
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_dtypes(method, dtype):
     model, x = vit("timm"), inputs(2, side=32)

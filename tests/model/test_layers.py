@@ -177,10 +177,10 @@ def chosen(found) -> str:
 def test_candidates_say_what_they_are():
     found = camfn.candidate_layers(FullyConvolutional(), torch.randn(2, 2, 5, 6))
     assert found == (
-        camfn.Candidate("features", "Conv2d", (2, 4, 5, 6), (5, 6), True),
-        camfn.Candidate("again@1", "Tanh", (2, 4, 5, 6), (5, 6), False),
-        camfn.Candidate("classes", "Conv2d", (2, 3, 5, 6), (5, 6), False),
-        camfn.Candidate("again@2", "Tanh", (2, 3, 5, 6), (5, 6), False),
+        camfn.Candidate("features", "Conv2d", (2, 4, 5, 6), (5, 6), True, "last layer on a grid"),
+        camfn.Candidate("again@1", "Tanh", (2, 4, 5, 6), (5, 6), False, "it runs several times, or returns several tensors"),
+        camfn.Candidate("classes", "Conv2d", (2, 3, 5, 6), (5, 6), False, "it is an output, with a channel for each class"),
+        camfn.Candidate("again@2", "Tanh", (2, 3, 5, 6), (5, 6), False, "it runs several times, or returns several tensors"),
     )
 
 
