@@ -255,7 +255,7 @@ def _looked(
 ) -> tuple[Forward, Pullback | None]:
     """Run the clean forward pass, with gradients if a budget or a tolerance needs them."""
     if how.limits.any:
-        return look_with_gradients(model, layer, x, state, masked, how.drawing.axes, masks=True)
+        return look_with_gradients(model, layer, x, state, masked, how.drawing.axes, masks=True, needed=False)
     return look(model, layer, x, state, masked, how.drawing.axes, masks=True), None
 
 

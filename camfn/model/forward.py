@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from camfn import _compat
@@ -20,15 +19,14 @@ from camfn.model.attention import unfused as attention_written_out
 from camfn.model.capture import Captured, pure_from, tap_from, watch
 from camfn.model.gradients import Lost, Pullback, Run, reason_at, total_of, ungraphed, with_pullback
 from camfn.model.graph_ends import Reason
-from camfn.model.inputs import Batch, Companions, Key, beside, check_inputs, key_of, plain, raw, rows_of
+from camfn.model.inputs import Batch, Companions, Key, beside, check_inputs, key_of, plain, rows_of
 from camfn.model.layers import choose
-from camfn.model.linear_head import is_convolution
 from camfn.model.memory import is_exhausted
 from camfn.model.ports import is_several, resolve_layers
 from camfn.model.prepare import Call, Model, Prepared, opened
 from camfn.model.private_copy import PrivateCopy
 from camfn.model.randomness import refusing_draws
-from camfn.model.task import Task, begin, has_graph, once
+from camfn.model.task import Task, begin, has_graph, once, wrong_rank
 from camfn.model.torch_errors import WITHOUT_GRADIENTS, quantized_in
 from camfn.targets import Score, flatten, repeats
 
@@ -100,7 +98,14 @@ class Shared(Call):
         given = plain(self.x)  # validate again: this method may need more than the one that ran the forward pass
         check_inputs(given, key_of(given, question.masked, question.masks), {}, question.masks)
         question = question._replace(graph=question.graph or self.graph)  # a sweep with a budget needs gradients too
-        key = question.layers, question.masked, question.axes, question.graph, question.masks and not question.graph
+        key = (
+            question.layers,
+            question.masked,
+            question.axes,
+            question.graph,
+            question.masks and not question.graph,
+            question.needed,
+        )
         if key not in self.seen:
             self.seen[key] = _look(self, question)
         self.last = self.seen[key][0]
@@ -118,6 +123,7 @@ class _Question(NamedTuple):
     masks: bool  # whether the method masks an input
     graph: bool = False  # whether gradients are needed
     taps: bool = True  # whether a layer is explained
+    needed: bool = True  # whether gradients that do not reach the layer are an error
 
     @property
     def layers(self) -> Any:
@@ -152,9 +158,13 @@ def look_with_gradients(
     axes: str | None = None,
     *,
     masks: bool = False,
+    needed: bool = True,
 ) -> tuple[Forward, Pullback]:
-    """Like `look`, and return the pullback from the output to the layers."""
-    forward, pullback = _answered(model, _Question(layer, x, state, masked, axes, masks, graph=True))
+    """Like `look`, and return the pullback from the output to the layers.
+
+    `needed=False`: the gradients are a guess that may be zero, as those that guide a budget, and no map is made of them.
+    """
+    forward, pullback = _answered(model, _Question(layer, x, state, masked, axes, masks, graph=True, needed=needed))
     assert pullback is not None
     return forward, pullback
 
@@ -164,7 +174,7 @@ def _answered(model: Model, question: _Question) -> tuple[Forward, Pullback | No
 
 
 def _look(model: Call, question: _Question) -> tuple[Forward, Pullback | None]:
-    layer, x, state, masked, axes, masks, graph, taps = question
+    layer, x, state, masked, axes, masks, graph, taps, needed = question
     task = begin(model, x, state, masked, axes, masks=masks)
     names, forwards = _layers_of(task, layer) if taps else ((), task.batch.n)
     distinct = list(dict.fromkeys(names))
@@ -175,7 +185,12 @@ def _look(model: Call, question: _Question) -> tuple[Forward, Pullback | None]:
     pullback = None
     if graph:
         captured, pullback = with_pullback(
-            run, task.state, task.batch.x, distinct, lost_at(task, len(distinct) > 1), graphed=task.graphed
+            run,
+            task.state,
+            task.batch.x,
+            distinct,
+            lost_at(task, len(distinct) > 1) if needed else _ignored,
+            graphed=task.graphed,
         )
     else:
         with without_graph(x, state) if masks else nullcontext():
@@ -235,6 +250,10 @@ def another_batch(forward: Forward) -> tuple[Any, int] | None:
     """The output for another number of images than n, and this number. The shapes tell what belongs to the images."""
     find = partial(_of_copies, forward.task, forward.companions)
     return find() if _compat.transformed() else once(forward.task, "another batch", find)
+
+
+def _ignored(names: Sequence[str], why: Callable[[str, str], Reason]) -> None:
+    """Take a missing gradient for zeros."""
 
 
 def lost_at(task: Task, several: bool, called: Callable[[str], str] = layer_called) -> Lost:
@@ -349,32 +368,17 @@ def run_checked(tap: Callable[..., Captured], task: Task, given: tuple[State, In
             raise CamError(_NO_LIST) from error
         raise
     except (RuntimeError, ValueError) as error:
-        wrong = _wrong_rank(x, task.batch.pixels.key, task.private)
+        wrong = wrong_rank(x, task.batch.pixels.key, task.private)
         if wrong and not isinstance(error, CamError):
             raise CamError(wrong) from error
         raise
     return captured
 
 
-def _first_convolution(private: PrivateCopy) -> _ConvNd | None:
-    return next(filter(is_convolution, private.module.modules()), None)
-
-
 _NO_LIST = (
     "x is a list, as a detector's images are, and the model does not take one; "
     "pass a tensor with the batch first, a tuple of inputs or a mapping of them"
 )
-
-
-def _wrong_rank(x: Inputs, key: Key, private: PrivateCopy) -> str:
-    """A message if x has the wrong number of axes for the first convolution, else "". The model may still accept x."""
-    first = _first_convolution(private)
-    if key is not None or first is None or raw(x, key).ndim == len(first.kernel_size) + 2:
-        return ""
-    return (
-        f"x has shape {tuple(raw(x, key).shape)}, and {type(first).__name__} wants {len(first.kernel_size) + 2} axes: "
-        "(n, channels, *size); is the batch axis missing? (x[None] adds one)"
-    )
 
 
 def check_differentiable(private: PrivateCopy) -> None:

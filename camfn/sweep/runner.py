@@ -86,7 +86,9 @@ def runner_of(forward: Forward, score: Score, options: Sweep, rows: int) -> Runn
     if _compat.transformed():
         return own
     asks = options.fold == "auto" and min(rows, own.room.chunk) > 1
-    if asks and (asked := second_of(forward).found.asks):
+    # A detector reads its images one by one, and takes or returns a list of them: there the test of two images has to do.
+    lists = isinstance(forward.batch.x, list) or isinstance(forward.output, list)
+    if asks and not lists and (asked := second_of(forward).found.asks):
         warn(
             "the model's output for an input depends on the others of its batch, unless the value that it reads of its input "
             f"in Python ({asked}) decides nothing: the sweep runs the model on one input at a time (slower); Sweep(fold=True) "
