@@ -99,7 +99,7 @@ def _fits(image: Tensor, conv: Any) -> bool:
 
 def _is_usual(image: Tensor, conv: Any) -> bool:
     """Whether the usual order is the only one that fits the shape, where no layer shows the axes."""
-    if _fits(image, conv) and image.shape[1] not in image.shape[2:]:
+    if max(image.shape[1:]) == 1 or (_fits(image, conv) and image.shape[1] not in image.shape[2:]):
         return True
     return image.ndim == 4 and image.shape[-1] not in (1, 3, 4) and not _fits(image.movedim(-1, 1), conv)
 
