@@ -18,6 +18,11 @@ class CamWarning(UserWarning):
     """The call returned a map, but the user should know something about it."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """Return the known names closest to `name`, for the end of a message."""
     return ", ".join(map(repr, get_close_matches(name, list(known), n=3, cutoff=0.4))) or "none is close"

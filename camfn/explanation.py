@@ -22,6 +22,7 @@ from camfn.formulas.diagnostics import Finding
 from camfn.methods import METHODS, Method, Need, Outcome
 from camfn.methods._common import read_layer
 from camfn.model.forward import Forward, Shared
+from camfn.model.gradients import detached
 from camfn.model.prepare import opened
 from camfn.targets import Score, names
 
@@ -59,7 +60,7 @@ class ReadOnly(Mapping[str, Any]):
 def _picklable(leaf: Any) -> Any:
     """A tensor without its graph, another value as it is, or the name of a value that cannot be pickled."""
     if isinstance(leaf, Tensor):
-        return leaf.detach()
+        return detached(leaf)
     try:
         pickle.dumps(leaf)
     except Exception:  # each type has its own error
@@ -97,10 +98,7 @@ class Explanation(NamedTuple):
         return tuple(finding.sentence for finding in self.findings)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        def bare(leaf: Any) -> Any:
-            return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-        return Explanation, tuple(tree_map(bare, tuple(self)))
+        return Explanation, tuple(tree_map(detached, tuple(self)))
 
 
 @overload

@@ -2,6 +2,7 @@
 
     python tests/compatibility.py            # try all of them, some minutes on one core, and show the page
     python tests/compatibility.py --write    # put it into docs/compatibility.md
+    python tests/compatibility.py --layers   # check what it says of headless networks and of ultralytics' networks
 
 A cell is what came of `camfn.explain(model, None, x, method=...)`. What is neither a map nor a refusal that `REASONS` knows
 is a fault, and no page is written.
@@ -22,6 +23,7 @@ import torch
 
 import camfn
 from tests.oracles.architectures import ARCHITECTURES, made
+from tests.oracles.libraries import torchvision_models
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
 
@@ -162,7 +164,8 @@ def page(rows: dict[str, Row]) -> str:
     libraries = ", ".join(f"{library} {_version(library)}" for library in LIBRARIES)
     sizes = {"count": len(rows), "methods": len(camfn.METHODS)}
     parts = {"columns": columns, "table": table, "reasons": reasons, "lowered": lowered, "libraries": libraries}
-    return PROSE.format(**parts, **sizes)
+    yolo = "".join(f"| {name} | `{layer}` |\n" for name, layer in YOLO.items())
+    return PROSE.format(**parts, **sizes, headless=len(HEADLESS), kinds=", ".join(HEADLESS), yolo=yolo)
 
 
 def _call(method: str, options: dict[str, Any]) -> str:
@@ -172,6 +175,79 @@ def _call(method: str, options: dict[str, Any]) -> str:
 def _version(library: str) -> str:
     """Without what a build adds."""
     return version(library).partition("+")[0]
+
+
+# ---------------------------------------------------------------------------------- the automatic layer, beside the table
+
+HEADLESS: dict[str, tuple[str, int]] = {
+    "ResNet": ("resnet18", 64),
+    "MobileNetV2": ("mobilenetv2_100", 64),
+    "EfficientNet": ("efficientnet_b0", 64),
+    "RegNet": ("regnetx_002", 64),
+    "VGG": ("vgg11", 64),
+    "DenseNet": ("densenet121", 64),
+    "ConvNeXt": ("convnext_atto", 64),
+    "MobileViT": ("mobilevit_xxs", 256),
+    "GhostNet": ("ghostnet_100", 64),
+    "RepVGG": ("repvgg_a0", 64),
+    "Mixer": ("mixer_s32_224", 224),
+    "Swin": ("swin_tiny_patch4_window7_224", 224),
+    "DeiT": ("deit_tiny_distilled_patch16_224", 224),
+    "DINOv2": ("vit_small_patch14_reg4_dinov2", 518),
+    "XCiT": ("xcit_nano_12_p16_224", 224),
+    "PoolFormer": ("poolformer_s12", 64),
+    "MaxViT": ("maxvit_rmlp_pico_rw_256", 256),
+}
+"""Networks of timm, with the side of their input, whose layer is the same with a classifier and without (`num_classes=0`)."""
+
+YOLO = {
+    **dict.fromkeys(("yolov8n", "yolov8n-seg", "yolov8n-pose"), "model.21"),
+    "yolov8n-cls": "model.9.conv",
+    **dict.fromkeys(("yolo11n", "yolo11n-seg", "yolo11n-pose"), "model.22"),
+    "yolo11n-cls": "model.10.conv",
+}
+"""The layers of ultralytics' networks."""
+
+
+def chosen(model: torch.nn.Module, side: int) -> list[str]:
+    """The layer that `layer=None` chooses."""
+    x = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return [layer.name for layer in camfn.candidate_layers(model.eval(), x) if layer.chosen]
+
+
+def with_and_without_classifier(kind: str) -> tuple[list[str], list[str]]:
+    """The layers of a network of timm with a classifier, and of its twin without."""
+    torchvision_models()
+    import timm
+
+    name, side = HEADLESS[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        models = [timm.create_model(name, **options) for options in ({}, {"num_classes": 0})]
+    first, second = (chosen(model, side) for model in models)
+    return first, second
+
+
+def yolo(name: str) -> torch.nn.Module:
+    """A network of ultralytics, with random weights."""
+    from ultralytics.nn import tasks
+
+    kinds = {"cls": "ClassificationModel", "seg": "SegmentationModel", "pose": "PoseModel"}
+    made = getattr(tasks, kinds.get(name.partition("-")[2], "DetectionModel"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return made(f"{name}.yaml", verbose=False)
+
+
+def check_automatic_layers() -> None:
+    """Check the paragraph and the table of the page that need other libraries, or much time."""
+    for kind in HEADLESS:
+        first, second = with_and_without_classifier(kind)
+        if first != second or not first:
+            raise FaultError(f"{kind}: {first} with a classifier, {second} without")
+    for name, layer in YOLO.items():
+        if chosen(yolo(name), 128) != [layer]:
+            raise FaultError(f"{name}: {chosen(yolo(name), 128)}")
 
 
 LIBRARIES = ("torch", "torchvision", "timm", "transformers")
@@ -202,17 +278,14 @@ such as a class token or a norm.
 Pass more arguments to get some of the refused maps: `layer=` for another layer, `fc=` for the linear layer, `factors=()` for
 `cameras`. [Layers](layers.md#where-the-channels-are) says how to name a layout.
 
-Without their classifier (`num_classes=0`), 17 networks of timm get the layer that they get with it: ResNet, MobileNetV2,
-EfficientNet, RegNet, VGG, DenseNet, ConvNeXt, MobileViT, GhostNet, RepVGG, Mixer, Swin, DeiT, DINOv2, XCiT, PoolFormer and
-MaxViT.
+{headless} networks of timm get the same layer with their classifier and without it (`num_classes=0`): {kinds}.
+
 In YOLO of ultralytics 8.4, the layer is the last stage of the neck, or the last one before the pooling of a classifier:
 
 | network | layer |
 | --- | --- |
-| YOLOv8n, YOLOv8n-seg, YOLOv8n-pose | `model.21` |
-| YOLOv8n-cls | `model.9.conv` |
-| YOLO11n, YOLO11n-seg, YOLO11n-pose | `model.22` |
-| YOLO11n-cls | `model.10.conv` |
+{yolo}
+`python tests/compatibility.py --layers` checks these two.
 
 These options were lowered to save time: {lowered}.
 """
@@ -220,6 +293,9 @@ These options were lowered to save time: {lowered}.
 
 def main() -> None:
     torch.set_num_threads(1)
+    if "--layers" in sys.argv[1:]:
+        check_automatic_layers()
+        return
     rows = {name: tried(name) for name in ARCHITECTURES}
     sys.stdout.write(page(rows))
     if "--write" in sys.argv[1:]:

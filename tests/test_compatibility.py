@@ -54,6 +54,24 @@ def test_what_the_page_says_comes_of_trying(name):
     assert compatibility.tried(name) == told()[name]
 
 
+@pytest.mark.parametrize("kind", ["ResNet", "MobileNetV2", "ConvNeXt", "DenseNet", "DeiT"])
+def test_an_embedding_network_gets_the_layer_of_its_classifier(kind):
+    pytest.importorskip("timm")
+    first, second = compatibility.with_and_without_classifier(kind)
+    assert first == second != []
+
+
+@pytest.mark.parametrize("name", compatibility.YOLO)
+def test_a_detector_of_ultralytics_gets_the_last_stage_of_its_neck(name):
+    torchvision_models()
+    pytest.importorskip("ultralytics")
+    assert compatibility.chosen(compatibility.yolo(name), 128) == [compatibility.YOLO[name]]
+
+
+def test_the_page_is_that_of_its_rows():
+    assert compatibility.page(told()) == TEXT
+
+
 @pytest.mark.parametrize(
     "fault", ["another error", "another refusal", "a warning", "not finite", "one position", "no gradient", "flat"]
 )

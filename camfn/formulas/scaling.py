@@ -68,18 +68,6 @@ def percentile(values: Tensor, percent: float) -> Tensor:
     return low + (place - math.floor(place)) * (high - low)
 
 
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's correlation of two tensors of one shape; 0 if one of them is constant.
-
-    >>> import torch
-    >>> correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])).item()
-    1.0
-    """
-    first, second = a - a.mean(), b - b.mean()
-    size = first.norm() * second.norm()
-    return torch.where(size > 0, (first * second).sum() / torch.where(size > 0, size, 1), 0)
-
-
 def share(maps: Tensor, axes: int) -> Tensor:
     """`L / max L` over the last `axes`; zeros where nothing is positive."""
     high = maps.amax(tuple(range(-axes, 0)), keepdim=True)

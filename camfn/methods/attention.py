@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from camfn import _compat, layouts
-from camfn._errors import CamError, RefusedError
+from camfn._errors import CamError, RefusedError, first_line
 from camfn._types import Inputs, Layers, Layout, Relevances, Size, State, Target
 from camfn.formulas import attention
 from camfn.methods._common import Drawing, Explained, drawn, explained, without_layer
@@ -366,7 +366,7 @@ def _block_outputs(model: Model, blocks: Blocks, given: Any, state: State, x: In
             raise
         raise CamError(
             f"legrad scores the model once for each block, and under this transform the model runs neither for all of them at "
-            f"once ({_line(mapping)}) nor for one after another ({_line(error)}): call camfn.legrad without the transform"
+            f"once ({first_line(mapping)}) nor for one after another ({first_line(error)}): call camfn.legrad without it"
         ) from error
 
 
@@ -388,10 +388,6 @@ def _mapped_outputs(output_of: Callable[[Tensor], Any], means: Tensor) -> tuple[
             yield rebuilt([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
     return tuple(outputs())
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _row(gradient: Tensor, query: int | None) -> Relevances:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from camfn._errors import CamError
+from camfn._errors import CamError, first_line
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target
 from camfn.formulas import maps, noise, weights
 from camfn.formulas.maps import Resized
@@ -182,7 +182,7 @@ def _at(own: Graded, factor: float) -> Graded:
     except (RuntimeError, ValueError, AssertionError) as error:
         if isinstance(error, CamError) or is_exhausted(error):
             raise
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        first = first_line(error)
         raise CamError(
             f"cameras runs the model on its input at other sizes, and the model does not accept {tuple(size)} ({first}); "
             "choose the sizes by factors=, or pass factors=() for none"

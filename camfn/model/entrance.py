@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from camfn import _compat
 from camfn._axes import Axes, unclear_of, usual
-from camfn.model.linear_head import is_convolution
+from camfn.model.linear_head import first_convolution
 
 _MOST = 6
 """The number of layers that are looked at: the first ones may belong to a companion input."""
@@ -73,7 +73,7 @@ def axes_of(model: nn.Module, image: Tensor, run: Run) -> Axes:
     if image.ndim < 3:
         return usual(image.ndim)
     widths = _widths(model)
-    conv = next(filter(is_convolution, model.modules()), None)
+    conv = first_convolution(model)
     if _fits(image, conv) and not widths & {*image.shape[2:]}:
         return usual(image.ndim)
     letters = None if _compat.compiling() else _observed(image, run)
@@ -88,7 +88,7 @@ _WAYS = {3: ("ncw", "ntc", "nhw"), 4: ("nchw", "nhwc"), 5: ("ncdhw", "ndhwc", "n
 def _widths(model: nn.Module) -> set[int]:
     """The channel counts that layers take."""
     names = ("in_channels", "in_features", "input_size", "embed_dim")
-    found = (getattr(module, name, None) for module in model.modules() for name in names)
+    found = (vars(module).get(name) for module in model.modules() for name in names)
     return {width for width in found if isinstance(width, int)}
 
 
@@ -112,7 +112,7 @@ def _observed(image: Tensor, run: Run) -> str | None:
     """The letters of the axes, by forward passes of changed images; None if they do not show."""
     with _compat.outside_transforms(), torch.no_grad():
         for most in _RANGES:
-            drawn = torch.rand(2, *image.shape, generator=torch.Generator().manual_seed(0))
+            drawn = torch.rand(2, *image.shape, generator=torch.Generator().manual_seed(0), device="cpu")
             low, high = (most * torch.stack([0.4 * drawn[0], 0.6 + 0.4 * drawn[1]])).to(image.device, image.dtype)
             try:
                 if (letters := _shown(low, high, run)) is not None:

@@ -114,13 +114,14 @@ def _by_graph(
         pairs = {name: (slope, torch.zeros_like(slope) if hvps[name] is None else hvps[name]) for name, slope in slopes.items()}
         return cast(Any, tree_map(bare, pairs))
 
-    bare = (lambda leaf: leaf) if graphed else _detached
+    bare = (lambda leaf: leaf) if graphed else detached
     leaves, rebuilt = flatten(output)
     values = dict(zip(zeros if names is None else names, map(bare, seen)))
     return Captured(rebuilt(map(bare, leaves)), tuple(values.values())), Pullback(gradients, last, curvatures)
 
 
-def _detached(leaf: Any) -> Any:
+def detached(leaf: Any) -> Any:
+    """A tensor without its graph; other leaves as they are."""
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 

@@ -201,9 +201,8 @@ class Origins(Ledger):
         self.asks = ""  # the function that read a value which hangs on the input
         given = [[leaf for leaf in leaves if isinstance(leaf, Tensor)] for leaves in (fixed, inputs)]
         self._kept = given  # alive, so that their memory is not reused
-        self._fixed, moving = (
-            {_compat.storage_id(leaf) for leaf in leaves} for leaves in given
-        )  # memory that hangs on no input
+        # the memory that hangs on no input, and that of the inputs
+        self._fixed, moving = ({_compat.storage_id(leaf) for leaf in leaves} for leaves in given)
         self._given = self._fixed | moving
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

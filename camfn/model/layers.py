@@ -47,7 +47,9 @@ class Candidate(NamedTuple):
 def candidate_layers(
     model: Model, x: Inputs, *, masked: Key = None, axes: str | None = None, state: State | None = None
 ) -> tuple[Candidate, ...]:
-    """List the layers that can be explained, and mark the one that `layer=None` chooses. Takes one forward pass.
+    """List the layers that can be explained, and mark the one that `layer=None` chooses.
+
+    It takes one forward pass, and those of changed inputs for layers that its shapes leave in doubt, as tokens do.
 
     The chosen layer is the last one with a grid, with these exceptions:
 
@@ -317,7 +319,7 @@ def _is_dense(output: Any) -> bool:
 
 def _features(found: list[_Output], modules: dict[str, nn.Module]) -> set[int]:
     """Widths of several layers with weights. An output of one of them is an embedding: a class layer is alone in its width."""
-    weighted = [out for out in found if any(True for _ in modules[out.layer].parameters(recurse=False))]
+    weighted = [out for out in found if [*modules[out.layer].parameters(recurse=False)]]
     return {width for width, count in Counter(out.form.channels for out in weighted).items() if count > 1}
 
 
@@ -346,20 +348,25 @@ def _chosen(outputs: _Outputs) -> tuple[_Output, dict[str, str]]:
         "no layer has its number of channels, as with attention weights": lambda out: (
             out.form.channels in (clues.last if out.form.last else clues.first) or out.form.channels in linear - known
         ),
-        "its tokens are not those of the patches": lambda out: not patches or out.form.grid in clues.grids,
     }
-    patches = False
     why: dict[str, str] = {}
     for reason, usable in rules.items():
-        patches = any(_has_extra(out) and out.form.grid in clues.grids for out in found)
-        if kept := [out for out in found if usable(out)]:
-            why |= {out.name: reason for out in found if out not in kept}
-            found = kept
+        found = _kept(found, usable, reason, why)
+    if any(_has_extra(out) and out.form.grid in clues.grids for out in found):
+        found = _kept(found, lambda out: out.form.grid in clues.grids, "its tokens are not those of the patches", why)
     if not _has_extra(found[-1]):
         return found[-1], {**why, found[-1].name: _LAST}
     chosen = _before_the_last_block(found, modules)
     later = found[found.index(chosen) + 1 :]
     return chosen, {**why, **{out.name: "it is after the last block but one" for out in later}, chosen.name: _BEFORE_LAST}
+
+
+def _kept(found: list[_Output], usable: Callable[[_Output], bool], reason: str, why: dict[str, str]) -> list[_Output]:
+    """Keep the usable outputs, and add to `why` the reason for the others; all outputs if none is usable."""
+    kept = [out for out in found if usable(out)]
+    if kept:
+        why |= {out.name: reason for out in found if not usable(out)}
+    return kept or found
 
 
 def _has_extra(out: _Output) -> bool:

@@ -84,6 +84,11 @@ def is_convolution(module: nn.Module) -> TypeGuard[_ConvNd]:
     return isinstance(module, _ConvNd) or (is_quantized(module) and {"kernel_size", "groups"} <= vars(module).keys())
 
 
+def first_convolution(model: nn.Module) -> _ConvNd | None:
+    """Return the first convolution among the registered modules."""
+    return next(filter(is_convolution, model.modules()), None)
+
+
 def sides(module: Any) -> tuple[int, int] | None:
     """Return the numbers of inputs and outputs of a layer that is linear in its channels, else `None`."""
     if isinstance(module, nn.Linear) or (is_quantized(module) and hasattr(module, "in_features")):

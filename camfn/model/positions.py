@@ -18,12 +18,23 @@ from camfn.model.memory import is_exhausted
 Seen = dict[str, Tensor]
 """Activations by name."""
 
-_FIRST, _MORE, _MOST = 128, 2048, 64
-"""The least number of positions over all changed images: in the first look, which tells nearly always, and in the second. The
-most changed images: a grid of a few cells needs more of them than a fine one."""
-_CLEAR, _APART, _MARGIN = 0.35, 0.25, 0.15
-"""The correlation from which a form is taken at the first look, and its least distance from that of other forms, at the first
-and at the second look. Another order of the cells must be better by as much for the form to be none."""
+_MOST = 64
+"""The most changed images."""
+
+
+class _Look(NamedTuple):
+    """How many images are changed, and what a form must reach."""
+
+    values: int  # the least number of positions over all changed images: a grid of a few cells needs more images
+    images: int  # the least number of changed images
+    least: float  # the correlation that a form must exceed
+    apart: float  # the least distance of the best form from the others
+
+
+_FIRST, _SECOND = _Look(128, 1, 0.35, 0.25), _Look(2048, 8, 0.0, 0.15)
+"""The first look tells nearly always. The second is for layers that the first leaves in doubt."""
+_MARGIN = 0.15
+"""How much better the positions must follow another order of the cells, at least, for a form to be none."""
 _ORDERS, _SPREAD = 100, 4.0
 """The number of random orders of the cells, and how many of their standard deviations the true order must stand out."""
 _SMALL, _STRONG = 8, 0.5
@@ -52,44 +63,43 @@ def placed(run: Callable[[Batch], Seen], batch: Batch, forms: dict[str, list[For
 
     Returns, for each layer, the form that fits best, no form if none fits, and all that fit if none is clearly the best.
     """
-    clear, doubtful = _looked(run, batch, forms, _FIRST)
-    return clear | (_looked(run, batch, doubtful, _MORE)[0] if twice else {name: [] for name in doubtful})
+    known = {name: some for name, some in forms.items() if all(_has_axes(form, batch) for form in some)}
+    found = forms | _looked(run, batch, known, _FIRST)
+    doubtful = {name: some for name, some in known.items() if len(found[name]) != 1}
+    if not twice:
+        return found | {name: [] for name in doubtful}
+    again = _looked(run, batch, doubtful, _SECOND)
+    # A layer with the axes of an image is no list of queries: where all places count alike, its axes are open.
+    return found | {
+        name: fit if fit or any(form.tokens for form in forms[name]) else forms[name] for name, fit in again.items()
+    }
 
 
-def _looked(
-    run: Callable[[Batch], Seen], batch: Batch, forms: dict[str, list[Form]], values: int
-) -> tuple[dict[str, list[Form]], dict[str, list[Form]]]:
-    """Look at the layers: those that are clear, with their forms, and those that are not. The second look leaves no doubt."""
-    by_grid: dict[tuple[int, ...], dict[str, list[Form]]] = {}
+def _has_axes(form: Form, batch: Batch) -> bool:
+    """Whether the form's grid has the axes of the input, so that a place of the input is known for each position."""
+    return batch.size is not None and len(form.grid) == len(batch.size)
+
+
+def _looked(run: Callable[[Batch], Seen], batch: Batch, forms: dict[str, list[Form]], look: _Look) -> dict[str, list[Form]]:
+    """The forms of each layer that fit, at this look."""
+    by_grid: dict[tuple[int, ...], list[str]] = {}
     for name, some in forms.items():
-        finest = max((form.grid for form in some), key=math.prod)
-        by_grid.setdefault(finest, {})[name] = some
-    clear, doubtful = {}, {}
-    for grid, layers in by_grid.items():
-        if batch.size is None or any(len(form.grid) != len(batch.size) for some in layers.values() for form in some):
-            clear |= layers  # no place of the input is known for their positions
-            continue
-        changes = _changes(batch, grid, values)
-        seen = _changed(run, batch, changes.images, list(layers))
-        for name, some in layers.items():
-            scores = {form: _agreement(form, seen[name], changes, 0.0 if values == _MORE else _CLEAR) for form in some}
-            if values == _MORE:
-                fit = _fitting(scores, 0.0, _MARGIN)
-                # A layer with the axes of an image is no list of queries: where all places count alike, its axes are open.
-                clear[name] = fit if fit or any(form.tokens for form in some) else some
-            elif found := _fitting(scores, _CLEAR, _APART):
-                clear[name] = found
-            if name not in clear or len(clear[name]) > 1:
-                doubtful[name] = some
-    return clear, doubtful
+        by_grid.setdefault(max((form.grid for form in some), key=math.prod), []).append(name)
+    found: dict[str, list[Form]] = {}
+    for grid, names in by_grid.items():
+        changes = _changes(batch, grid, look)
+        seen = _changed(run, batch, changes.images, names)
+        for name in names:
+            found[name] = _fitting({form: _agreement(form, seen[name], changes, look.least) for form in forms[name]}, look)
+    return found
 
 
-def _changes(batch: Batch, grid: Sequence[int], values: int) -> _Changes:
+def _changes(batch: Batch, grid: Sequence[int], look: _Look) -> _Changes:
     """Noise, and the same noise with some of the grid's cells changed."""
-    count = min(_MOST, max(1 if values == _FIRST else 8, math.ceil(values / math.prod(grid))))
+    count = min(_MOST, max(look.images, math.ceil(look.values / math.prod(grid))))
     size, generator = batch.image.shape[1:], torch.Generator().manual_seed(0)
-    noise = torch.rand(1, *size, generator=generator)
-    cells = torch.rand(count, 1, *grid, generator=generator)
+    noise = torch.rand(1, *size, generator=generator, device="cpu")
+    cells = torch.rand(count, 1, *grid, generator=generator, device="cpu")
     some = (cells.flatten(1) <= cells.flatten(1).quantile(0.3, 1, keepdim=True)).reshape(cells.shape).float()
     places = F.interpolate(some, tuple(size[1:]), mode="nearest")
     images = torch.cat([noise, torch.where(places > 0, 1 - noise, noise)])
@@ -156,7 +166,7 @@ def _stands_out(found: float, own: Tensor, cells: Tensor) -> bool:
 @functools.lru_cache(64)
 def _random_orders(count: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.stack([torch.randperm(count, generator=generator) for _ in range(_ORDERS)])
+    return torch.stack([torch.randperm(count, generator=generator, device="cpu") for _ in range(_ORDERS)])
 
 
 @functools.lru_cache(64)
@@ -165,7 +175,7 @@ def _usual_orders(grid: tuple[int, ...]) -> Tensor:
 
     Some cells keep their place in the other orders, so that rows correlate with them.
     """
-    cells, axes = torch.arange(math.prod(grid)).reshape(grid), range(len(grid))
+    cells, axes = torch.arange(math.prod(grid), device="cpu").reshape(grid), range(len(grid))
     orders = [cells.permute(order).flatten() for order in itertools.permutations(axes)]
     for window in itertools.product(*([side for side in range(1, most + 1) if most % side == 0] for most in grid)):
         apart = [side for most, each in zip(grid, window) for side in (most // each, each)]
@@ -193,7 +203,7 @@ def _centered(values: Tensor) -> Tensor:
     return values - values.mean(0) - values.mean(1, keepdim=True) + values.mean()
 
 
-def _fitting(scores: dict[Form, float], least: float, apart: float) -> list[Form]:
-    """The forms whose correlation is more than this: the best one alone if it is that far from the others."""
+def _fitting(scores: dict[Form, float], look: _Look) -> list[Form]:
+    """The forms whose correlation is high enough: the best one alone if it is far enough from the others."""
     best = max(scores.values())
-    return [form for form, score in scores.items() if score > least and best - score < apart]
+    return [form for form, score in scores.items() if score > look.least and best - score < look.apart]

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten
 
 from camfn import _compat
@@ -14,7 +13,7 @@ from camfn._types import Inputs, State
 from camfn.model.capture import pure_from, resolve_state
 from camfn.model.entrance import axes_of
 from camfn.model.inputs import Batch, Key, check, plain, raw, sample, with_raw
-from camfn.model.linear_head import is_convolution
+from camfn.model.linear_head import first_convolution
 from camfn.model.prepare import Call, Model, opened
 from camfn.model.private_copy import PrivateCopy
 
@@ -57,7 +56,7 @@ def begin(
         batch = batch._replace(pixels=batch.pixels._replace(axes=found))
     if masks and batch.pixels.axes.unclear:
         raise CamError(wrong_rank(batch.x, batch.pixels.key, private) or batch.pixels.axes.unclear)
-    return Task(call, private, full, batch, {}, has_graph(batch.x, full))
+    return Task(call, private, full, batch, {}, has_graph(batch.x, state))
 
 
 def _plain_run(call: Call, x: Inputs, key: Key) -> Callable[[Tensor], Any]:
@@ -79,13 +78,9 @@ def once(task: Task, what: Any, find: Callable[[], Any]) -> Any:
     return task.facts[what]
 
 
-def _first_convolution(private: PrivateCopy) -> _ConvNd | None:
-    return next(filter(is_convolution, private.module.modules()), None)
-
-
 def wrong_rank(x: Inputs, key: Key, private: PrivateCopy) -> str:
     """A message if x has the wrong number of axes for the first convolution, else "". The model may still accept x."""
-    first = _first_convolution(private)
+    first = first_convolution(private.module)
     if key is not None or first is None or raw(x, key).ndim == len(first.kernel_size) + 2:
         return ""
     return (

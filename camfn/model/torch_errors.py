@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from camfn import _compat
-from camfn._errors import CamError
+from camfn._errors import CamError, first_line
 from camfn._types import Inputs, State
 from camfn.model.memory import is_exhausted
 from camfn.model.private_copy import is_quantized
@@ -173,7 +173,7 @@ def _raised_in(error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     """Return the first line of torch's message, cut to 160 characters."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    line = first_line(error)
     return line if len(line) <= 160 else line[:157] + "..."
 
 

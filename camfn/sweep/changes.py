@@ -119,9 +119,8 @@ class _Sweeper:
     def run(self) -> Callable[..., Captured]:
         """The model with ports at the layer."""
         private = self.forward.task.model.borrow()
-        private.twins.in_graph |= (
-            self.forward.task.graphed
-        )  # it runs again in the backward pass, and must not be lent meanwhile
+        # With a graph it runs again in the backward pass, and must not be lent meanwhile.
+        private.twins.in_graph |= self.forward.task.graphed
         return tap_from(private, [self.layer])
 
 

@@ -15,7 +15,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from camfn import _compat
-from camfn._errors import warn
+from camfn._errors import first_line, warn
 from camfn._types import Inputs, State
 from camfn.formulas.masks import Rule, masked_input
 from camfn.model.forward import Forward
@@ -154,7 +154,7 @@ def _call_compiled(slot: Slot, body: Any, arguments: tuple[Any, ...], rows: Rows
                         slot.made = kernel  # the kernel compiled, but the chunk did not fit
                     if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                         raise
-                    found = str(error).strip().splitlines()[0]
+                    found = first_line(error)
                     slot.made = _Refused(f"torch.compile does not take this model as one graph ({found})")
                     _warn_of(slot.made.reason)
         return body(*given)

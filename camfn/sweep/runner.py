@@ -9,7 +9,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from camfn import _compat
-from camfn._errors import CamError, RefusedError, warn
+from camfn._errors import CamError, RefusedError, first_line, warn
 from camfn._types import Inputs, State
 from camfn.model.agreement import is_close
 from camfn.model.capture import pure_from
@@ -130,7 +130,7 @@ def narrowed(forward: Forward, runner: Runner, dtype: torch.dtype) -> Runner:
     except Exception as error:
         if is_exhausted(error) or isinstance(error, RefusedError):
             raise
-        found = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        found = first_line(error)
         raise CamError(f"Sweep(dtype={dtype}): the model does not run in it ({found}); leave dtype= out") from error
     return narrow
 
