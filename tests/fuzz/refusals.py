@@ -79,15 +79,15 @@ REFUSALS = (
     Row("attention by bmm", _ATTENTION, "over windows or groups of tokens", "heads in the axis of the batch look like windows"),
 )
 
+DROWNED = "do not follow those of the input"
+"""Words of the refusal of a random transformer whose attention drowns each token's own place. It is rare, and counted."""
+
 KNOWN: tuple[Row, ...] = ()
 """Faults of camfn that are not mended yet. Each is seen to fail; the table is to be empty."""
 
 
 def allowed(case: Case, words: str) -> bool:
-    mixed = (
-        case.transformer and "do not follow those of the input" in words
-    )  # random attention may drown every token's own place
-    return mixed or any(row.fits(case, words) for row in REFUSALS)
+    return (case.transformer and DROWNED in words) or any(row.fits(case, words) for row in REFUSALS)
 
 
 def known(case: Case, words: str) -> bool:

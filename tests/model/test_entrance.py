@@ -372,3 +372,10 @@ def test_a_spectrogram_transformer_is_masked():
             )
         close(found, twin, units=2**16)
         assert found.shape == (1, 32, 48)
+
+
+def test_the_default_device_does_not_matter():
+    model, x = Way(lambda s, x: mean(s.c(x.permute(LAST))), c=conv()()).eval(), torch.rand(2, 8, 12, 3)
+    with torch.device("meta"):
+        task = begin(model, x, None)
+    assert task.batch.pixels.axes.letters == "nhwc"

@@ -1,6 +1,7 @@
 """Which layers can be explained and which is chosen; one network expressed in several layouts has one map."""
 
 import collections
+import itertools
 import warnings
 
 import pytest
@@ -246,6 +247,64 @@ class Joined(nn.Module):
 
 def test_behind_a_pyramid_the_layer_is_chosen_that_a_linear_head_takes():
     assert chosen(camfn.candidate_layers(Joined(), inputs(side=16, dtype=torch.float32))) == "join"
+
+
+def blocks(*widths: int) -> nn.Sequential:
+    """Convolutions with norms, each of half the size of the one before."""
+    return nn.Sequential(
+        *(
+            nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU())
+            for a, b in itertools.pairwise(widths)
+        )
+    )
+
+
+def test_an_embedding_network_is_no_segmentation():
+    """Its output has the width of its last layers, as a class map has that of the classes."""
+    body, pooled = blocks(3, 4, 6), [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    for head in ([], [nn.Linear(6, 5)]):
+        found = camfn.candidate_layers(nn.Sequential(body, *pooled, *head).eval(), torch.randn(2, 3, 16, 16))
+        assert chosen(found) == "0"
+    classes = nn.Sequential(body, nn.Conv2d(6, 5, 1), *pooled).eval()
+    found = camfn.candidate_layers(classes, torch.randn(2, 3, 16, 16))
+    assert chosen(found) == "0"
+    assert {layer.name: layer.why for layer in found}["1"] == "it is an output, with a channel for each class"
+
+
+class Detector(nn.Module):
+    """A backbone, a neck of three stages, and a head that takes their grids and gives boxes, scores and prototypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.neck, self.head = blocks(3, 4), nn.ModuleList(blocks(4, 4, 5, 6)), Head()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, levels = self.backbone(x), []
+        for stage in self.neck:
+            levels.append(z := stage(z))
+        return self.head(levels)
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.boxes = (nn.ModuleList(nn.Conv2d(c, k, 1) for c in (4, 5, 6)) for k in (7, 4))
+        self.prototypes = nn.Conv2d(4, 6, 3, padding=1)
+
+    def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
+        found = [torch.cat([score(z), box(z)], 1).flatten(2) for z, score, box in zip(levels, self.scores, self.boxes)]
+        return torch.cat(found, 2), self.prototypes(levels[0])
+
+
+def test_of_a_detector_the_last_stage_of_the_neck_is_chosen():
+    found = camfn.candidate_layers(Detector().eval(), torch.randn(2, 3, 64, 64))
+    why = {layer.name: layer.why for layer in found}
+    assert chosen(found) == "neck.2"
+    assert {name for name, reason in why.items() if reason.startswith("it belongs to a head")} == {
+        *(f"head.{part}.{i}" for part in ("scores", "boxes") for i in range(3)),
+        "head.prototypes",
+    }
+    assert why["neck.1"] == "earlier layer"
 
 
 def test_of_branches_what_joins_them_is_chosen():

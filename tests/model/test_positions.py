@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import CamError, layouts
+from camfn.model import positions
 
 C = 8
 
@@ -181,3 +182,14 @@ def test_tokens_in_another_order_than_that_of_rows_are_no_grid(windows, side):
     theirs = model.mark(kept).sum(3).detach()
     scale = in_rows.flatten().dot(theirs.flatten()) / theirs.square().sum()
     assert torch.allclose(in_rows, scale * theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["before", "after"])
+def test_the_default_device_does_not_matter(kind):
+    """Nor is anything of it kept for later calls."""
+    model, x = Tokens(kind, 0), picture((16, 24))
+    positions._random_orders.cache_clear()
+    positions._usual_orders.cache_clear()
+    with torch.device("meta"):
+        first = found(model, x)
+    assert torch.equal(first, found(model, x))
