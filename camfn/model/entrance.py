@@ -101,7 +101,12 @@ def _is_usual(image: Tensor, conv: Any) -> bool:
     """Whether the usual order is the only one that fits the shape, where no layer shows the axes."""
     if max(image.shape[1:]) == 1 or (_fits(image, conv) and image.shape[1] not in image.shape[2:]):
         return True
-    return image.ndim == 4 and image.shape[-1] not in (1, 3, 4) and not _fits(image.movedim(-1, 1), conv)
+    colors = [side in _COLORS for side in image.shape[1:]]
+    return colors == [True, False, False] and not _fits(image.movedim(-1, 1), conv)
+
+
+_COLORS = (1, 3, 4)
+"""Channels of gray and color pictures, with or without transparency."""
 
 
 _RANGES = (1.0, 255.0)

@@ -379,3 +379,22 @@ def test_the_default_device_does_not_matter():
     with torch.device("meta"):
         task = begin(model, x, None)
     assert task.batch.pixels.axes.letters == "nhwc"
+
+
+class Einsum(nn.Module):
+    """No layer that knows its channels, which are last."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(c, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("nhwc,ck->nk", x.tanh(), self.weight)
+
+
+@pytest.mark.parametrize("c", [3, 6])
+def test_without_a_layer_that_shows_them_the_axes_are_no_guess(c):
+    model, x = Einsum(c).eval(), torch.randn(1, 20, 24, c)
+    with pytest.raises(CamError, match=r'can be read in 2 ways: pass axes="nchw" or axes="nhwc"'):
+        camfn.rise(model, None, x, 1, num_samples=2)
+    assert camfn.rise(model, None, x, 1, num_samples=2, axes="nhwc").shape == (1, 20, 24)
