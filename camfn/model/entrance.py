@@ -140,8 +140,8 @@ def _shown(image: Tensor, other: Tensor, run: Run) -> str | None:
         if any(other.shape != entrance.given.shape for pair in given.values() for other in pair):
             return None
         where = {axis: _found(entrance.given, *pair) for axis, pair in given.items()}
-        if (letters := _letters(entrance, where, image.shape)) is not None:
-            return letters
+        if any(place.axis is not None or place.mixed for place in where.values()):
+            return _letters(entrance, _with_single(entrance, where, image.shape), image.shape)
     return None
 
 
@@ -173,6 +173,15 @@ class _Place(NamedTuple):
 def _found(base: Tensor, first: Tensor, second: Tensor) -> _Place:
     differs = base != first
     return _Place(_moved(differs), bool(differs.any()) and bool((base != second).any()))
+
+
+def _with_single(entrance: _Entrance, where: dict[int, _Place], shape: Sequence[int]) -> dict[int, _Place]:
+    """Place axes of length 1, which no change tells apart: where they are, if the layer has all other axes in their order."""
+    given = entrance.given.shape
+    others = {axis: place.axis for axis, place in where.items() if shape[axis] > 1}
+    if given != shape or any(axis != place for axis, place in others.items()):
+        return where
+    return {axis: place if shape[axis] > 1 else _Place(axis, False) for axis, place in where.items()}
 
 
 def _moved(differs: Tensor) -> int | None:

@@ -398,3 +398,11 @@ def test_without_a_layer_that_shows_them_the_axes_are_no_guess(c):
     with pytest.raises(CamError, match=r'can be read in 2 ways: pass axes="nchw" or axes="nhwc"'):
         camfn.rise(model, None, x, 1, num_samples=2)
     assert camfn.rise(model, None, x, 1, num_samples=2, axes="nhwc").shape == (1, 20, 24)
+
+
+@pytest.mark.parametrize("sides", [(2, 1), (1, 2), (5, 1), (1, 1)])
+def test_axes_of_length_one_are_where_they_are(sides):
+    """No change tells them apart, and the linear layer behind the convolution knows nothing of them."""
+    layers = {"c": conv(1), "fc": lambda: nn.Linear(4 * sides[0] * sides[1], 3)}
+    model = Way(lambda s, x: s.fc(s.c(0.5 * x).flatten(1)), **{name: make() for name, make in layers.items()}).eval()
+    assert begin(model, torch.rand(2, 1, *sides), None).batch.pixels.axes.letters == "nchw"

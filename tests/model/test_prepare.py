@@ -756,6 +756,7 @@ def test_a_record_costs_eight_forwards_at_most_and_once():
 
 
 @few
+@pytest.mark.filterwarnings("ignore:.*depends on the others of its batch:camfn.CamWarning")  # it reads a value
 def test_a_later_call_runs_the_model_as_often_as_the_third(method):
     model, shown = counted(Reads) if method != "lift_cam" else counted()
     subject, costs = camfn.prepare(model), []
