@@ -68,7 +68,7 @@ def tokens(grid: Sequence[int] | None = None, prefix: int | None = None, suffix:
     inputs. Raises `CamError` if an argument is not made of ints.
 
     >>> import camfn, torch
-    >>> read = camfn.layouts.read(torch.randn(2, 1 + 6, 8), camfn.layouts.tokens((2, 3)), None, "blocks.0", 2)
+    >>> read = camfn.layouts.read(torch.randn(2, 1 + 6, 8), camfn.layouts.tokens((2, 3), prefix=1), None, "blocks.0", 2)
     >>> read.values.shape, read.grid
     (torch.Size([2, 8, 6]), (2, 3))
     """
@@ -152,7 +152,8 @@ def forms_of(shape: Sides, layout: Layout, spatial: Sides | None, batch: int, cl
         found = [form for form in found if (form.prefix or form.suffix) and form.grid in known.grids]
     if shape[0] == batch:
         same_rank = spatial is None or len(shape) == len(spatial) + 2
-        found += [first, last] if same_rank else [first] if first.channels in known.first else []
+        ways = [first] if math.prod(shape[1:]) == 1 else [first, last]  # one channel at one position is read alike in both
+        found += ways if same_rank else [first] if first.channels in known.first else []
     return _best({form: _evidence(form, spatial, known) for form in found})
 
 
@@ -252,8 +253,8 @@ def _tokens_call(grid: Sides | None, prefix: int | None, suffix: int | None) -> 
 
 
 _EXTRA = 8
-"""The most tokens outside the grid that are tried: a class token and some registers. More are tried where a convolution made
-the grid."""
+"""The most tokens outside the grid that are tried: a class token and some registers. More, all of them before the grid or
+after it, are tried where a convolution made the grid."""
 
 
 def _token_forms(shape: Sides, asked: Tokens, spatial: Sides | None, batch: int, clues: Clues) -> list[Form]:
@@ -263,9 +264,11 @@ def _token_forms(shape: Sides, asked: Tokens, spatial: Sides | None, batch: int,
     count, channels = (shape[0] if sequence else shape[1]), shape[2]
 
     def splits(grid: Sides) -> list[Form]:
-        """The forms with this grid: all extra tokens before it, all after it, and then those between."""
+        """The forms with this grid: all extra tokens before it, all after it, and then a few before it and the rest after."""
         extra = count - math.prod(grid)
-        before = [p for p in dict.fromkeys((extra, 0, *range(extra))) if extra >= 0]
+        asked_before = [asked.prefix] if asked.suffix is None else [extra - asked.suffix]
+        usual = (extra, 0, *range(min(extra, _EXTRA)))
+        before = [p for p in dict.fromkeys((*usual, *asked_before)) if p is not None and 0 <= p <= extra]
         some = [p for p in before if asked.prefix in (None, p) and asked.suffix in (None, extra - p)]
         return [Form(_tokens_call(grid, p, extra - p), grid, channels, True, True, p, extra - p, sequence) for p in some]
 

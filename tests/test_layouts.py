@@ -120,6 +120,20 @@ def test_two_readings_that_fit_alike_are_an_error_that_names_them(shape, spatial
         assert f"layout={way}" in str(error.value) or f"or {way}" in str(error.value) or f".{way}" in str(error.value)
 
 
+def test_readings_of_the_same_values_are_no_doubt():
+    found = read((2, 1, 1), (1,), Clues())
+    assert (found.grid, found.values.shape) == ((1,), (2, 1, 1))
+
+
+def test_tokens_in_number_far_beyond_the_grid_are_tried_before_it_and_after_it():
+    """A mixer of 512 hidden tokens beside a grid of 2 x 2: a split at each of them would be 509 readings of each layer."""
+    forms = layouts.forms_of((2, 512, 256), "auto", (64, 64), 2, lambda: of_widths(grids=[(2, 2)]))
+    assert {form.prefix for form in forms} >= {508, 0, 1}
+    assert len(forms) < 12
+    (asked,) = layouts.forms_of((2, 512, 256), layouts.tokens((2, 2), 100), (64, 64), 2, Clues)
+    assert (asked.prefix, asked.suffix) == (100, 408)
+
+
 def test_where_nothing_fits_the_error_says_what_to_do():
     with pytest.raises(CamError, match=r"no grid of that many positions has the proportions of the input, \(224, 224\); pass"):
         read((2, 32, 768), (224, 224), of_widths(last=[768]))

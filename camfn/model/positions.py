@@ -90,7 +90,7 @@ def _looked(run: Callable[[Batch], Seen], batch: Batch, forms: dict[str, list[Fo
         changes = _changes(batch, grid, look)
         seen = _changed(run, batch, changes.images, names)
         for name in names:
-            found[name] = _fitting({form: _agreement(form, seen[name], changes, look.least) for form in forms[name]}, look)
+            found[name] = _fitting(_agreements(forms[name], seen[name], changes, look.least), look)
     return found
 
 
@@ -125,19 +125,30 @@ def _changed(run: Callable[[Batch], Seen], batch: Batch, images: Tensor, names: 
     return seen
 
 
-def _agreement(form: Form, seen: list[Tensor], changes: _Changes, least: float) -> float:
+def _agreements(forms: list[Form], seen: list[Tensor], changes: _Changes, least: float) -> dict[Form, float]:
+    """The agreement of each of a layer's forms. Forms that differ in their grids alone have the same positions."""
+
+    @functools.cache
+    def moved(whole: Form) -> Tensor | None:
+        values = torch.cat([view_of(whole, part) for part in seen])[: len(changes.images)].to(torch.float32)
+        return (values[1:] - values[:1]).norm(dim=1).cpu() if len(values) == len(changes.images) else None
+
+    wholes = {form: form._replace(name="", grid=(), prefix=0, suffix=0) for form in forms}
+    return {form: _agreement(form, moved(wholes[form]), changes, least) for form in forms}
+
+
+def _agreement(form: Form, moved: Tensor | None, changes: _Changes, least: float) -> float:
     """The correlation of the change at each position with the share of its cell that was changed.
+
+    - `moved`: how far each position and token `(images, tokens)` moved; `None` for a layer with one value for all images, as
+      an embedding of positions has.
 
     It is 0 if tokens outside the grid follow its cells through the images, since they belong to a grid themselves; and if the
     positions follow the cells in another order than that of rows, or no better than in a random one. Some images and some
     positions change more than others: with several images, this is taken out.
     """
-    whole = form._replace(prefix=0, suffix=0)
-    values = torch.cat([view_of(whole, part) for part in seen])[: len(changes.images)].to(torch.float32)
-    tokens = math.prod(form.grid) + form.prefix + form.suffix
-    if len(values) < len(changes.images) or values.shape[2] != tokens:
-        return 0.0  # the layer gives one value for all images, as an embedding of positions does; or the axes are others
-    moved = (values[1:] - values[:1]).norm(dim=1).cpu()
+    if moved is None or moved.shape[1] != math.prod(form.grid) + form.prefix + form.suffix:
+        return 0.0
     pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(form.grid)]
     cells = pool(changes.places, form.grid).flatten(1)
     inside = slice(form.prefix, moved.shape[1] - form.suffix)
