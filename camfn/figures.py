@@ -153,10 +153,10 @@ def _fitted(text: str, fontsize: float) -> str:
     from matplotlib.textpath import TextPath
 
     def width(line: str) -> float:
-        return TextPath((0, 0), line, size=fontsize).get_extents().width / 72 if line.strip() else 0.0
+        return TextPath((0, 0), _plain(line), size=fontsize).get_extents().width / 72 if line.strip() else 0.0
 
     lines = []
-    for line in map(escaped, text.split("\n")):
+    for line in text.split("\n"):
         most = len(line)
         while most > 3 and width(shortened(line, most)) > _PANEL:
             most -= 1
