@@ -45,7 +45,9 @@ ROOMS = {
     ".train": ("demo.train",),
     "zoo": ("checkpoints", "downloads", "libraries", "specs"),
     ".names": ("_public",),
-    "cli": ("signals", "streams", "files", "options", "cards", "job", "explain", "tables", "demo"),
+    "cli": (
+        *("signals", "streams", "catalog", "options", "tables", "files", "models", "cards", "job", "explain", "layers", "demo"),
+    ),
     ".main": ("__main__",),
 }
 """The rooms, from the ground up, and the files of each. A file imports from those before it, and from no other.

@@ -13,9 +13,10 @@ import camfn
 from camfn import figures, images, zoo
 from camfn._errors import CamError, escaped
 from camfn._types import Target
-from camfn.cli import files, options
+from camfn.cli import catalog, files, models, options
 from camfn.cli.cards import Facts, Written, classes
-from camfn.cli.job import Job, Map, Wish, check_grid, maps_of, through
+from camfn.cli.job import Job, Map, check_grid, maps_of, options_of, target_of, through
+from camfn.cli.options import Wish
 from camfn.methods._common import read_layer
 from camfn.model.capture import tap
 from camfn.model.forward import look
@@ -26,17 +27,16 @@ from camfn.targets import Top
 
 def run(wish: Wish, paths: Sequence[Path]) -> Iterator[tuple[Path, list[Written] | CamError]]:
     """Explain every picture, and yield what was written for it, or its error. Errors of all pictures are raised first."""
-    methods, size = options.methods_of(wish.methods), options.size_of(wish.size)
-    given = options.method_options(methods, wish.seed, wish.chunk)
-    device = options.device_of(wish.device)
+    methods, device = catalog.methods_of(wish.methods), models.device_of(wish.device)
+    given = options_of(methods, wish.seed, wish.chunk)
     if all(isinstance(_read(path), CamError) for path in paths):  # without loading the model
         yield from ((path, _read(path)) for path in paths)
         return
-    with options.opened(wish.model, wish.weights, wish.no_pretrained, device) as loaded:
+    with models.opened(wish.model, wish.weights, wish.no_pretrained, device) as loaded:
         if wish.layers:
             tap(loaded.model, list(dict.fromkeys(wish.layers)))
-        target = options.target_of(wish.target, loaded.names)
-        job = Job(wish, loaded, tuple(dict.fromkeys(wish.layers)) or (None,), methods, device, target, size, given)
+        target = target_of(wish.target, loaded.names)
+        job = Job(wish, loaded, tuple(dict.fromkeys(wish.layers)) or (None,), methods, device, target, given)
         _check_pictures(job, paths)
         files.make(wish.out)
         for path in paths:
@@ -90,9 +90,9 @@ def _check_target(path: Path, target: Target, count: int) -> None:
 
 def _check_layers(job: Job, path: Path, x: Tensor) -> None:
     """Run the methods without a sweep, and check the layers of the others."""
-    model, quick = job.loaded.model, tuple(method for method in job.methods if not options.takes(method, "sweep"))
-    if quick and options.ALL not in job.wish.methods:
-        given = {key: value for key, value in job.options.items() if any(options.takes(method, key) for method in quick)}
+    model, quick = job.loaded.model, tuple(method for method in job.methods if not catalog.ROWS[method].chunk)
+    if quick and catalog.ALL not in job.wish.methods:
+        given = options_of(quick, job.wish.seed, None)
         for layer in job.layers:
             maps_of(job._replace(methods=quick, options=given), path, x, layer)
     if len(quick) == len(job.methods) or not any(camfn.METHODS[method].of_layer for method in job.methods):
@@ -151,7 +151,7 @@ def _caption(job: Job, facts: Facts) -> str:
 
 def _resize(job: Job, x: Tensor, raw: Tensor) -> Tensor:
     """Return the maps at the size to save. The overlay always uses the layer's own grid."""
-    size = x.shape[2:] if job.size == "input" else job.size
+    size = x.shape[2:] if job.wish.size == "input" else job.wish.size
     return raw if size is None else camfn.maps.resize(raw, size)
 
 
@@ -171,7 +171,7 @@ def _about_map(job: Job, made: Map, saved: Tensor) -> Facts:
     return {
         "layer": card.layers[0] if card.layers else None,
         "method": card.method,
-        "seed": job.options.get("seed") if options.draws(card.method) else None,
+        "seed": job.options.get("seed") if catalog.ROWS[card.method].seed else None,
         "grid": list(raw.shape[1:]),
         "size": list(saved.shape[1:]),
         "seconds": card.seconds,

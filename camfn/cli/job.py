@@ -1,5 +1,6 @@
-"""The arguments of `camfn explain`, and the maps of a picture."""
+"""The checked arguments of `camfn explain`, and the maps of a picture."""
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -10,30 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import camfn
 from camfn import zoo
 from camfn._errors import CamError, CamWarning, escaped
-from camfn._types import Size, Target
-from camfn.cli import options
+from camfn._types import Target
+from camfn.cli import catalog, models
+from camfn.cli.options import Wish
 from camfn.explanation import prepared
 from camfn.targets import Top
-
-
-class Wish(NamedTuple):
-    """The arguments of the command line."""
-
-    images: Sequence[Path]
-    model: str
-    weights: Path | None
-    no_pretrained: bool
-    device: str | None
-    layers: Sequence[str]
-    methods: Sequence[str]
-    target: str | None
-    size: str
-    seed: int | None
-    chunk: int | None
-    out: Path
-    no_progress: bool
 
 
 class Job(NamedTuple):
@@ -45,7 +30,6 @@ class Job(NamedTuple):
     methods: tuple[str, ...]
     device: torch.device | None
     target: Target
-    size: Size
     options: dict[str, Any]  # options of the methods
 
 
@@ -57,9 +41,25 @@ class Map(NamedTuple):
     notes: tuple[str, ...]  # all warnings and notes of camfn
 
 
+def options_of(methods: Sequence[str], seed: int | None, chunk: int | None) -> dict[str, Any]:
+    """Return the options for the methods."""
+    given: dict[str, Any] = {"normalize": False}
+    if any(catalog.ROWS[method].seed for method in methods):
+        given["seed"] = 0 if seed is None else seed
+    if any(catalog.ROWS[method].chunk for method in methods):
+        given["sweep"] = camfn.Sweep(chunk=chunk)
+    return given
+
+
+def target_of(text: str | None, names: tuple[str, ...]) -> Target:
+    """Parse `--target`: a class, or `topK`."""
+    best = re.fullmatch(r"top([1-9]\d*)", (text or "").strip(), re.IGNORECASE)
+    return zoo.class_of(text, names) if best is None else camfn.targets.top(int(best[1]))
+
+
 def through(job: Job, picture: Any) -> tuple[Tensor, Tensor]:
     """Return the network's input and its outputs."""
-    x = options.input_of(job.loaded, picture, job.device)
+    x = models.input_of(job.loaded, picture, job.device)
     return x, zoo.outputs_of(job.loaded, x)
 
 
@@ -76,7 +76,7 @@ def maps_of(job: Job, path: Path, x: Tensor, layer: str | None) -> list[Map]:
                 with _bar(label, job.wish.no_progress) as report.to:
                     made.append(_map(job, name, make))
             except CamError as error:
-                if options.ALL not in job.wish.methods:
+                if catalog.ALL not in job.wish.methods:
                     raise
                 left_out.append((name, error))
     if not made:
@@ -97,7 +97,7 @@ class _Report:
 def _map(job: Job, method: str, make: Callable[[], Any]) -> Map:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CamWarning)
-        what = "the model, on masked inputs," if options.takes(method, "sweep") else "the model"
+        what = "the model, on masked inputs," if catalog.ROWS[method].chunk else "the model"
         with zoo.told(what, job.loaded.file):
             card = make()
     said = []

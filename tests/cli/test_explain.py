@@ -14,7 +14,7 @@ from PIL import Image
 
 import camfn
 from camfn import images, zoo
-from camfn.cli import files, options
+from camfn.cli import catalog, files, models
 from tests.oracles import closeness, libraries, networks
 from tests.support import command_line
 from tests.support.command_line import RAISES, explain, facts, invoke, picture
@@ -130,8 +130,8 @@ def test_several_methods_have_files_of_their_own_and_one_grid(here):
 
 
 def test_of_all_methods_those_that_do_not_fit_are_left_out(here, monkeypatch):
-    some = {name: camfn.METHODS[name] for name in ("cam", "grad_cam", "score_cam")}
-    monkeypatch.setattr(camfn, "METHODS", some)
+    some = {name: catalog.ROWS[name] for name in ("cam", "grad_cam", "score_cam")}
+    monkeypatch.setattr(catalog, "ROWS", some)
     result = invoke("a.png", "--model", "net.py:pair", "--layer", "0", "--method", "all", "--target", "1")  # no CAM there
     assert {path.name for path in Path("camfn-maps").glob("*.npy")} == {"a-0-grad_cam-1.npy", "a-0-score_cam-1.npy"}
     assert "note: a.png: cam is left out: cam needs a linear layer from the layer's 3 channels" in result.stderr
@@ -344,9 +344,9 @@ def test_the_device_is_where_the_model_is_moved_to(here):
 @pytest.mark.parametrize("function", ["pair", "without_tensors"])
 def test_the_input_is_moved_to_the_device_of_the_model_with_tensors_or_without(here, function):
     away = torch.device("meta")  # a device that every torch has, though nothing can be computed on it
-    with options.opened(f"net.py:{function}", None, False, away) as loaded:
+    with models.opened(f"net.py:{function}", None, False, away) as loaded:
         assert {tensor.device for tensor in loaded.model.state_dict().values()} <= {away}
-        assert options.input_of(loaded, images.read("a.png"), away).device == away
+        assert models.input_of(loaded, images.read("a.png"), away).device == away
 
 
 def test_weights_are_those_of_the_file(here):

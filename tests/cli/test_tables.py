@@ -11,7 +11,6 @@ from torch import nn
 
 import camfn
 from camfn import cli, images, zoo
-from camfn.cli import options
 from tests.support import command_line
 from tests.support.command_line import command, picture
 
@@ -154,9 +153,11 @@ def test_methods_lists_every_method_with_needs_cost_and_first_line():
     assert [row["method"] for row in found] == list(camfn.METHODS)
     for row, (name, method) in zip(found, camfn.METHODS.items()):
         assert row["needs"] == sorted(method.needs)
+        options = inspect.signature(method.function).parameters
         swept = "masked inputs" in row["needs"] or any(word in row["cost"] for word in ("channels", "positions"))
-        assert swept == options.takes(name, "sweep")
-        assert ("linear head" in row["needs"]) == options.takes(name, "fc")
+        assert swept == row["chunk"] == ("sweep" in options)
+        assert ("linear head" in row["needs"]) == ("fc" in options)
+        assert row["seed"] <= ("seed" in options)
         assert row["cost"] == str(method.cost)
         assert getattr(camfn, name).__doc__.startswith(row["summary"] + "\n\n")
 
