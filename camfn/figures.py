@@ -8,8 +8,10 @@ import torch
 
 from camfn import images
 from camfn._errors import CamError, escaped
+from camfn.images import View
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL.Image import Image
 
 
@@ -20,6 +22,7 @@ class Panel(NamedTuple):
     map: Any = None  # drawn over the image, with a cross at the maximum
     outline: Any = None  # bools (h, w); a line is drawn around the object
     caption: str = ""
+    view: View | None = None  # where the network's input lies on the image
 
 
 def grid(
@@ -29,40 +32,81 @@ def grid(
     columns: Sequence[str] = (),
     title: str = "",
     note: str = "",
-    alpha: float = 0.5,
-    colormap: str = "turbo",
+    style: images.Style = "heat",
+    alpha: float = images.ALPHA,
+    colormap: str | None = None,
 ) -> "Image":
     """Draw panels in a grid, with a color bar for the maps, as an RGB image.
 
-    **Arguments**
-
-    - `panels`: rows of panels, all of the same length. `None` leaves a place empty.
-    - `rows`, `columns`: the names of the rows and columns; none, or one for each.
-    - `title`, `note`: the text above and below the grid.
-    - `alpha`, `colormap`: as in `camfn.images.overlay`.
-
-    **Raises** `CamError` if rows differ in length, the number of names is wrong, or matplotlib is missing.
+    The arguments are those of `camfn.figures.figure`, which draws with matplotlib.
 
     >>> import torch
     >>> picture = torch.rand(3, 8, 8)
     >>> grid([[Panel(picture), Panel(picture, map=torch.eye(4))]], columns=["picture", "map"]).mode
     'RGB'
     """
+    options: dict[str, Any] = {"rows": rows, "columns": columns, "title": title, "note": note}
+    return _render(figure(panels, **options, style=style, alpha=alpha, colormap=colormap))
+
+
+def figure(
+    panels: Sequence[Sequence[Panel | None]],
+    *,
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    title: str = "",
+    note: str = "",
+    style: images.Style = "heat",
+    alpha: float = images.ALPHA,
+    colormap: str | None = None,
+) -> "Figure":
+    """Draw panels in a grid, with a color bar for the maps, as a figure of matplotlib that belongs to no window.
+
+    **Arguments**
+
+    - `panels`: rows of panels, all of the same length. `None` leaves a place empty.
+    - `rows`, `columns`: the names of the rows and columns; none, or one for each.
+    - `title`, `note`: the text above and below the grid.
+    - `style`, `alpha`, `colormap`: as in `camfn.images.overlay`. All maps get the same color map: one for signed maps, if any
+      map has negative values.
+
+    **Raises** `CamError` if rows differ in length, the number of names is wrong, or matplotlib is missing.
+
+    >>> import torch
+    >>> picture = torch.rand(3, 8, 8)
+    >>> len(figure([[Panel(picture), Panel(picture, map=torch.eye(4))]]).axes)  # two panels and the color bar
+    3
+    """
     height, width = _check_grid(panels, rows, columns)
-    figure = _figure()(figsize=(1.5 * width + 1.1, 1.68 * height + 0.75), dpi=120, layout="constrained")
-    axes = figure.subplots(height, width, squeeze=False)
+    how = _How(style, alpha, colormap or _common_colormap([panel for line in panels for panel in line if panel]))
+    drawn = _figure()(figsize=(1.5 * width + 1.1, 1.68 * height + 0.75), dpi=120, layout="constrained")
+    axes = drawn.subplots(height, width, squeeze=False)
     for row, line in enumerate(panels):
         for column, panel in enumerate(line):
-            _draw(axes[row, column], panel, alpha, colormap) if panel else _draw_empty(axes[row, column])
+            _draw(axes[row, column], panel, how) if panel else _draw_empty(axes[row, column])
     for axis, name in zip(axes[:, 0], rows):
         axis.set_ylabel(_plain(name), fontsize=10)
     for axis, name in zip(axes[0], columns):
         axis.set_title(_plain(name), fontsize=10)
-    figure.suptitle(_plain(title), fontsize=12)
-    figure.supxlabel(_plain(note), fontsize=8)
-    if any(panel and panel.map is not None for line in panels for panel in line):
-        _color_bar(figure, axes, alpha, colormap)
-    return _render(figure)
+    drawn.suptitle(_plain(title), fontsize=12)
+    drawn.supxlabel(_plain(note), fontsize=8)
+    if style == "heat" and any(panel and panel.map is not None for line in panels for panel in line):
+        _color_bar(drawn, axes, how)
+    return drawn
+
+
+class _How(NamedTuple):
+    """How maps are drawn."""
+
+    style: images.Style
+    alpha: float
+    colormap: str
+
+
+def _common_colormap(panels: Sequence[Panel]) -> str:
+    """One color map for all maps, since they share a color bar."""
+    signed = any(panel.map is not None and float(np.min(_array(panel.map))) < 0 for panel in panels)
+    return images.SIGNED if signed else images.UNSIGNED
 
 
 def lines(panels: Sequence[Panel], width: int) -> list[list[Panel | None]]:
@@ -100,9 +144,10 @@ def _plain(name: str) -> str:
     return "\n".join(map(escaped, name.split("\n"))).replace("$", r"\$")
 
 
-def _draw(axis: Any, panel: Panel, alpha: float, colormap: str) -> None:
-    map = torch.zeros(1, 1) if panel.map is None else panel.map
-    picture = images.overlay(panel.image, map, alpha=0 if panel.map is None else alpha, colormap=colormap)
+def _draw(axis: Any, panel: Panel, how: _How) -> None:
+    picture = images.overlay(panel.image, torch.zeros(1, 1), alpha=0)
+    if panel.map is not None:
+        picture = images.overlay(picture, panel.map, view=panel.view, **how._asdict())
     axis.imshow(picture, interpolation="nearest")
     axis.set(xticks=[], yticks=[])
     axis.set_xlabel(_plain(panel.caption), fontsize=8, labelpad=2)
@@ -111,7 +156,7 @@ def _draw(axis: Any, panel: Panel, alpha: float, colormap: str) -> None:
         axis.contour(inside, levels=[0.5], colors="black", linewidths=2.2)
         axis.contour(inside, levels=[0.5], colors="white", linewidths=1.2)
     if panel.map is not None:
-        _cross(axis, _array(panel.map), picture.size)
+        _cross(axis, _array(panel.map), panel.view or images.whole(picture.size, picture.size))
 
 
 def _draw_empty(axis: Any) -> None:
@@ -123,21 +168,24 @@ def _array(values: Any) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
-def _cross(axis: Any, map: np.ndarray, size: tuple[int, int]) -> None:
+def _cross(axis: Any, map: np.ndarray, view: View) -> None:
     """Draw a cross at the center of the map's highest cell."""
-    y, x = (np.unravel_index(map.argmax(), map.shape) + np.full(2, 0.5)) / map.shape * size[::-1] - 0.5
+    row, column = np.unravel_index(map.argmax(), map.shape)
+    x, y = view.to_photo((np.array([column, row]) + 0.5) / map.shape[::-1] * view.size) - 0.5
     axis.plot([x], [y], "+", color="black", markersize=9, markeredgewidth=3)
     axis.plot([x], [y], "+", color="white", markersize=8, markeredgewidth=1.4)
 
 
-def _color_bar(figure: Any, axes: Any, alpha: float, colormap: str) -> None:
+def _color_bar(figure: Any, axes: Any, how: _How) -> None:
     """Draw a color bar with the colors as blended with mid-gray."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap
 
-    colors = (1 - alpha) * 0.5 + alpha * images.colorize(np.linspace(0, 1, 256), colormap)
-    bar = figure.colorbar(ScalarMappable(cmap=ListedColormap(colors)), ax=axes, shrink=0.6, aspect=35, ticks=[0, 1])
-    bar.ax.set_yticklabels(["lowest", "highest"], fontsize=8)
+    signed = how.colormap == images.SIGNED
+    colors = images.blended(np.full((1, 256, 3), 0.5), np.linspace(-1 if signed else 0, 1, 256)[None], how.alpha, how.colormap)
+    ticks, labels = ([0, 0.5, 1], ["against", "0", "for"]) if signed else ([0, 1], ["lowest", "highest"])
+    bar = figure.colorbar(ScalarMappable(cmap=ListedColormap(colors[0])), ax=axes, shrink=0.6, aspect=35, ticks=ticks)
+    bar.ax.set_yticklabels(labels, fontsize=8)
 
 
 def _render(figure: Any) -> "Image":

@@ -1,0 +1,28 @@
+"""Pictures: read files, overlay maps, and find where a network's input lies on its photo. Pillow is imported on use."""
+
+from camfn.images.colors import COLORMAPS, colorize
+from camfn.images.overlays import ALPHA, SIGNED, STYLES, UNSIGNED, Style, blended, overlay
+from camfn.images.reading import ENLARGED, LARGEST, check_input, check_narrow, read
+from camfn.images.seen import as_seen
+from camfn.images.views import View, view_of, whole
+
+__all__ = [
+    "ALPHA",
+    "COLORMAPS",
+    "ENLARGED",
+    "LARGEST",
+    "SIGNED",
+    "STYLES",
+    "UNSIGNED",
+    "Style",
+    "View",
+    "as_seen",
+    "blended",
+    "check_input",
+    "check_narrow",
+    "colorize",
+    "overlay",
+    "read",
+    "view_of",
+    "whole",
+]
