@@ -146,7 +146,7 @@ def _explain() -> "click.Command":
         "--layer", "layers", multiple=True, metavar="L", help="Dotted name; repeatable.  [default: chosen and printed]"
     )
     @click.option("--method", "methods", multiple=True, default=("score_cam",), metavar="M", help=methods)
-    @click.option("--target", metavar="T", help=options.TARGET)
+    @click.option("--target", "targets", multiple=True, metavar="T", help=options.TARGET)
     @click.option("--size", default="grid", show_default=True, metavar="S", help=options.SIZE)
     @click.option("--seed", type=int, metavar="N", help="Seed of the methods that draw random numbers.")
     @click.option(

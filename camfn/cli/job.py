@@ -1,6 +1,5 @@
 """The checked arguments of `camfn explain`, and the maps of a picture."""
 
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,6 @@ from torch import Tensor
 import camfn
 from camfn import zoo
 from camfn._errors import CamError, CamWarning, escaped
-from camfn._types import Target
 from camfn.cli import catalog, models
 from camfn.cli.options import Wish
 from camfn.explanation import prepared
@@ -29,7 +27,7 @@ class Job(NamedTuple):
     layers: tuple[str | None, ...]
     methods: tuple[str, ...]
     device: torch.device | None
-    target: Target
+    targets: tuple[int | Top, ...]
     options: dict[str, Any]  # options of the methods
 
 
@@ -51,25 +49,27 @@ def options_of(methods: Sequence[str], seed: int | None, chunk: int | None) -> d
     return given
 
 
-def target_of(text: str | None, names: tuple[str, ...]) -> Target:
-    """Parse `--target`: a class, or `topK`."""
-    best = re.fullmatch(r"top([1-9]\d*)", (text or "").strip(), re.IGNORECASE)
-    return zoo.class_of(text, names) if best is None else camfn.targets.top(int(best[1]))
+class Seen(NamedTuple):
+    """A picture as the network has it."""
+
+    x: Tensor  # the input, (1, channels, h, w)
+    outputs: Tensor  # (classes,)
 
 
-def through(job: Job, picture: Any) -> tuple[Tensor, Tensor]:
-    """Return the network's input and its outputs."""
+def through(job: Job, picture: Any) -> Seen:
+    """Run the network on a picture."""
     x = models.input_of(job.loaded, picture, job.device)
-    return x, zoo.outputs_of(job.loaded, x)
+    return Seen(x, zoo.outputs_of(job.loaded, x))
 
 
-def maps_of(job: Job, path: Path, x: Tensor, layer: str | None) -> list[Map]:
+def maps_of(job: Job, path: Path, seen: Seen, layer: str | None) -> list[Map]:
     """Return the maps of each method at the layer. With `all`, methods that do not fit are skipped with a note."""
     given, report = dict(job.options), _Report()
+    target = torch.tensor([zoo.classes_of(job.targets, seen.outputs)])
     if "sweep" in given:
         given["sweep"] = given["sweep"]._replace(progress=report)
     made, left_out = [], []
-    with prepared(job.loaded.model, layer, x, job.target, job.methods, given) as makes:
+    with prepared(job.loaded.model, layer, seen.x, target, job.methods, given) as makes:
         for name, make in zip(job.methods, makes):
             label = escaped(" ".join(filter(None, (path.name, layer, name if len(job.methods) > 1 else ""))))
             try:
@@ -106,8 +106,7 @@ def _map(job: Job, method: str, make: Callable[[], Any]) -> Map:
             said.append(str(warning.message))
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    maps: Any = card.maps
-    raw = (maps[0] if isinstance(job.target, Top) else maps).detach().cpu()
+    raw = card.maps[0].detach().cpu()
     check_grid(card.layers[0] if card.layers else method, raw.shape[1:])
     return Map(card, raw, (*said, *card.notes))
 

@@ -19,8 +19,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 Size = tuple[int, int] | Literal["input"] | None
 
 TARGET = (
-    "A class: its index, or its name (case-insensitive). topK, such as top3: the K classes with the highest output, in one "
-    "sweep (use the index for a class that is itself called top3).  [default: the predicted class]"
+    "A class: its index, its name, a synonym (names have commas between synonyms), or a part of its name, in any case. topK, "
+    "such as top3: the K classes with the highest output (use the index for a class that is itself called top3). Repeatable; "
+    "all targets come from one sweep.  [default: the predicted class]"
 )
 _MODEL = "demo, torchvision:NAME, timm:NAME, hf:NAME or FILE.py:FUNCTION; see camfn explain --help."
 SIZE = "Size of the map in the .npy: grid (the layer's own), input (the network's input), or HxW, such as 224x224."
@@ -38,7 +39,7 @@ class Wish(NamedTuple):
     device: str | None
     layers: Sequence[str]
     methods: Sequence[str]
-    target: str | None
+    targets: Sequence[str]
     size: Size
     seed: int | None
     chunk: int | None

@@ -162,8 +162,8 @@ def test_the_function_may_return_these_too(here, function, name):
     assert facts("maps/a-2-score_cam-1.json")["class_name"] == name
 
 
-@pytest.mark.parametrize("target", ["red fox", "RED Fox", " red fox ", "3"])
-def test_a_target_is_an_index_or_a_name_in_any_case(here, target):
+@pytest.mark.parametrize("target", ["red fox", "RED Fox", " red fox ", "red_fox", "3", "fox", "re"])
+def test_a_target_is_an_index_a_name_in_any_case_or_a_part_of_it(here, target):
     explain("a.png", "--model", "net.py:triple", "--layer", "2", "--target", target, "--out", "maps")
     assert facts("maps/a-2-score_cam-3.json")["class"] == 3
 
@@ -289,6 +289,16 @@ def load(): return One()
     assert (found["class"], found["score"], found["predicted_class"]) == (0, logit, predicted)
     assert found["probability"] == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-12)
     assert found["predicted_class_name"] is None
+
+
+def test_repeated_targets_are_one_table_of_classes_in_their_order_each_once_from_one_sweep(here):
+    first, second = best("triple", "a.png", 2)
+    other = next(index for index in (0, 3) if index not in (first, second))
+    name = {0: "dark", 3: "fox"}[other]
+    targets = [each for target in (name, "top2", str(first), str(other)) for each in ("--target", target)]
+    found = explain("a.png", "--model", "net.py:triple", "--layer", "2", *targets, "--json", "--out", "maps")
+    assert [json.loads(line)["class"] for line in found] == [other, first, second]
+    assert rows(*(each for target in ("3", "top2", "0") for each in ("--target", target))) == rows("--target", "0")
 
 
 def test_top_1_is_the_predicted_class(here):
@@ -551,11 +561,11 @@ REFUSALS = {
     ),
     "a name of two classes": (
         ["a.png", "--model", "net.py:triple", "--target", "light"],
-        r"--target 'light' is the name of the classes 1, 2: pass the number",
+        r"--target 'light' fits 2 classes: 1 'light', 2 'light'; give the index$",
     ),
     "a name without names": (
         ["a.png", "--model", "net.py:pair", "--target", "light"],
-        r"--target 'light' is not a class; --model has no class names, so pass the number",
+        r"--target 'light' is not a class; the model has no class names, so give the index$",
     ),
     "names of other classes": (["a.png", "--model", "net.py:wrong_count"], r"gives 3 class names, and the model has 4 classes"),
     "an output without classes": (
