@@ -136,7 +136,7 @@ def main() -> None:
 def _explain() -> "click.Command":
     import click
 
-    methods = f"A method listed by `camfn methods`, or {catalog.ALL}; repeatable.  [default: score_cam]"
+    methods = f"A method listed by `camfn methods`, or {catalog.ALL}; repeatable.  [default: {catalog.DEFAULT}]"
     place = click.Path(readable=False, path_type=Path)  # checked on reading, since click would print its usage
 
     @click.command("explain", help=_EXPLAIN)
@@ -145,7 +145,7 @@ def _explain() -> "click.Command":
     @click.option(
         "--layer", "layers", multiple=True, metavar="L", help="Dotted name; repeatable.  [default: chosen and printed]"
     )
-    @click.option("--method", "methods", multiple=True, default=("score_cam",), metavar="M", help=methods)
+    @click.option("--method", "methods", multiple=True, default=(catalog.DEFAULT,), metavar="M", help=methods)
     @click.option("--target", "targets", multiple=True, metavar="T", help=options.TARGET)
     @click.option("--size", default="grid", show_default=True, metavar="S", help=options.SIZE)
     @click.option("--seed", type=int, metavar="N", help="Seed of the methods that draw random numbers.")

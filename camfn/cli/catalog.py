@@ -8,6 +8,8 @@ from typing import NamedTuple
 from camfn._errors import CamError, closest
 
 ALL = "all"
+DEFAULT = "grad_cam"
+"""The method that docs/methods.md says to start with."""
 
 
 class Row(NamedTuple):
