@@ -4,122 +4,31 @@ camfn sets no hooks, wraps no model, changes no mode and keeps no state between 
 function: `vmap` it, `grad` through it, compile it, or call it from several threads on one model.
 """
 
-from camfn import figures, images, layouts, maps, metrics, targets, weights
-from camfn._errors import CamError, CamWarning
-from camfn._version import __version__ as __version__
-from camfn.compose import augment, ensemble, fuse_layers, integrate, multi_scale, smooth
-from camfn.concepts import Concepts, factorize
-from camfn.explanation import Explanation, explain, load
-from camfn.formulas.masks import RECIPES, Recipe
-from camfn.methods import (
-    METHODS,
-    ablation_cam,
-    ag_cam,
-    attention_rollout,
-    cam,
-    cameras,
-    eigen_cam,
-    eigen_grad_cam,
-    fem,
-    full_grad,
-    grad_cam,
-    grad_cam_elementwise,
-    grad_cam_pp,
-    gradient_attention,
-    group_cam,
-    hires_cam,
-    is_cam,
-    kpca_cam,
-    layer_cam,
-    legrad,
-    lift_cam,
-    mean_cam,
-    opti_cam,
-    poly_cam,
-    random_cam,
-    recipro_cam,
-    rise,
-    score_cam,
-    score_cam_pp,
-    seg_eigen_cam,
-    shapley_cam,
-    smooth_grad_cam_pp,
-    ss_cam,
-    xgrad_cam,
-)
-from camfn.model.capture import Captured, parameters_of, pure, state_of, tap
-from camfn.model.head import Head, head
-from camfn.model.layers import Candidate, candidate_layers
-from camfn.model.prepare import Prepared, prepare
-from camfn.sweep.options import Sweep
+import importlib.util
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "METHODS",
-    "RECIPES",
-    "CamError",
-    "CamWarning",
-    "Candidate",
-    "Captured",
-    "Concepts",
-    "Explanation",
-    "Head",
-    "Prepared",
-    "Recipe",
-    "Sweep",
-    "ablation_cam",
-    "ag_cam",
-    "attention_rollout",
-    "augment",
-    "cam",
-    "cameras",
-    "candidate_layers",
-    "eigen_cam",
-    "eigen_grad_cam",
-    "ensemble",
-    "explain",
-    "factorize",
-    "fem",
-    "figures",
-    "full_grad",
-    "fuse_layers",
-    "grad_cam",
-    "grad_cam_elementwise",
-    "grad_cam_pp",
-    "gradient_attention",
-    "group_cam",
-    "head",
-    "hires_cam",
-    "images",
-    "integrate",
-    "is_cam",
-    "kpca_cam",
-    "layer_cam",
-    "layouts",
-    "legrad",
-    "lift_cam",
-    "load",
-    "maps",
-    "mean_cam",
-    "metrics",
-    "multi_scale",
-    "opti_cam",
-    "parameters_of",
-    "poly_cam",
-    "prepare",
-    "pure",
-    "random_cam",
-    "recipro_cam",
-    "rise",
-    "score_cam",
-    "score_cam_pp",
-    "seg_eigen_cam",
-    "shapley_cam",
-    "smooth",
-    "smooth_grad_cam_pp",
-    "ss_cam",
-    "state_of",
-    "tap",
-    "targets",
-    "weights",
-    "xgrad_cam",
-]
+from camfn._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from camfn._public import *  # noqa: F403
+    from camfn._public import __all__ as __all__
+    from camfn._public import open as open
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import a submodule, or torch and all public names, on first use: the help of the command line needs neither.
+
+        Submodules come first, because they import each other while `_public` is being imported.
+        """
+        if name.startswith("_") and name != "__all__":  # asked by Python and by tools
+            raise AttributeError(f"module 'camfn' has no attribute {name!r}")
+        if importlib.util.find_spec(f"camfn.{name}"):
+            return importlib.import_module(f"camfn.{name}")
+        public = importlib.import_module("camfn._public")
+        if name not in ("__all__", "open", *public.__all__):
+            raise AttributeError(f"module 'camfn' has no attribute {name!r}")
+        globals()[name] = getattr(public, name)
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return ["__version__", "open", *__getattr__("__all__")]

@@ -2,10 +2,12 @@
 
     python tests/tables.py            # print them
     python tests/tables.py --write    # put them into README.md, docs/methods.md and docs/budgeted-scoring.md
+    python tests/tables.py --catalog  # write camfn/cli/methods.jsonl alone, the methods for the command line
 
 A cell is what came of trying: the checks are those of the contract tests, or stand here.
 """
 
+import inspect
 import json
 import re
 import sys
@@ -32,6 +34,7 @@ from tests.oracles.vits import vit
 
 ROOT = Path(__file__).resolve().parents[1]
 README, METHODS, BUDGETS = ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "docs" / "budgeted-scoring.md"
+CATALOG = ROOT / "camfn" / "cli" / "methods.jsonl"
 RESULTS = ROOT / "benchmarks" / "results"
 WORKS, REFUSED, FAILS, UNKNOWN = "✓", "-", "✗", "?"
 COMPILED = "`torch.compile`"
@@ -293,6 +296,22 @@ def names() -> str:
     return "".join(f"- {link}: {', '.join(f'`{method}`' for method in family(name))}\n" for name, link in links.items())
 
 
+def catalog() -> str:
+    """The methods for the command line, which lists them without torch: `camfn.cli.catalog.Row`, one on each line."""
+    lines = []
+    for name, row in camfn.METHODS.items():
+        options = inspect.signature(row.function).parameters
+        unused = "tolerance" in options and "noise" not in options  # by default, the seed of these is
+        given = {"seed": "seed" in options and not unused, "chunk": "sweep" in options}
+        about = {"method": name, "needs": sorted(map(str, row.needs)), "cost": str(row.cost), "summary": _first_line(name)}
+        lines.append(json.dumps({**about, **given}, ensure_ascii=False))
+    return "\n".join(lines) + "\n"
+
+
+def _first_line(name: str) -> str:
+    return _doc(name).strip().partition("\n")[0]
+
+
 def _summary(name: str) -> str:
     """The first line of its docstring, without the name that it begins with."""
     return _doc(name).splitlines()[0].partition(": ")[2].rstrip(".")
@@ -421,6 +440,9 @@ def block_of(text: str, name: str) -> str | None:
 
 
 def main() -> None:
+    if "--catalog" in sys.argv[1:]:
+        CATALOG.write_text(catalog(), encoding="utf-8")
+        return
     warnings.simplefilter("error", camfn.CamWarning)
     warnings.filterwarnings("ignore", FLAT, camfn.CamWarning)
     made = {
@@ -433,6 +455,7 @@ def main() -> None:
     for blocks in made.values():
         sys.stdout.write("".join(f"<!-- {name} -->\n{block}<!-- /{name} -->\n\n" for name, block in blocks.items()))
     if "--write" in sys.argv[1:]:
+        CATALOG.write_text(catalog(), encoding="utf-8")
         for page, blocks in made.items():
             _write(page, blocks)
 

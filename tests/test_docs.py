@@ -226,6 +226,10 @@ def test_the_tables_of_methods_are_those_of_the_code(family):
     assert made(family) == tables.methods(family), "python tests/tables.py --write"
 
 
+def test_the_methods_of_the_command_line_are_those_of_the_code():
+    assert tables.CATALOG.read_text(encoding="utf-8") == tables.catalog(), "python tests/tables.py --catalog"
+
+
 def test_every_method_is_of_one_family():
     families = {name: tables.family(name) for name in tables.FAMILIES}
     assert sorted(method for kin in families.values() for method in kin) == sorted(camfn.METHODS)

@@ -1,6 +1,8 @@
 """The package's shape: public names, arrows between files, a light import."""
 
 import ast
+import importlib
+import pickle
 import re
 import subprocess
 import sys
@@ -43,8 +45,11 @@ ROOMS = {
     "explanation": ("fields", "text", "pictures", "html", "files", "card", "explain"),
     "demo": ("scenes", "network"),
     ".train": ("demo.train",),
-    "zoo": ("checkpoints", "downloads", "libraries", "specs"),
-    "cli": ("signals", "streams", "files", "options", "cards", "job", "explain", "tables", "demo"),
+    "zoo": ("checkpoints", "downloads", "libraries", "specs", "networks"),
+    ".names": ("_public",),
+    "cli": (
+        *("signals", "streams", "catalog", "options", "tables", "files", "models", "cards", "job", "explain", "layers", "demo"),
+    ),
     ".main": ("__main__",),
 }
 """The rooms, from the ground up, and the files of each. A file imports from those before it, and from no other.
@@ -109,14 +114,17 @@ def test_the_order_names_files_that_are_there():
 
 def test_the_arrow_test_sees_imports():
     assert {"model.private_copy", "_errors", "_types"} <= imported(PACKAGE / "model" / "capture.py")
-    assert {"cli.files", "cli.options", "cli.cards", "images", "targets"} <= imported(PACKAGE / "cli" / "explain.py")
+    assert {"cli.files", "cli.options", "cli.cards", "images"} <= imported(PACKAGE / "cli" / "explain.py")
     assert {"demo", "cli.files"} <= imported(PACKAGE / "cli" / "demo.py")
     assert "cli" not in imported(PACKAGE / "cli" / "explain.py")
 
 
 def test_public_names():
-    visible = {name for name, value in vars(camfn).items() if not name.startswith("_") and not isinstance(value, ModuleType)}
-    assert visible <= set(camfn.__all__)
+    public = vars(importlib.import_module("camfn._public"))
+    visible = {name for name, value in public.items() if not name.startswith("_") and not isinstance(value, ModuleType)}
+    assert visible - {"open"} <= set(camfn.__all__), "open is none: a star import would hide Python's"
+    assert "open" not in camfn.__all__
+    assert dir(camfn) == sorted(["__version__", "open", *camfn.__all__])
     assert set(camfn.__all__) - visible == {"figures", "images", "layouts", "maps", "metrics", "targets", "weights"}
     assert list(camfn.__all__) == sorted(camfn.__all__, key=lambda name: (not name.isupper(), name.lower() == name, name))
 
@@ -169,7 +177,7 @@ def test_no_function_takes_many_positional_parameters(name):
             assert len(given) <= MOST, f"{name}.{node.name} takes {len(given)}"
 
 
-LIGHT = "import sys, camfn; print(' '.join(m for m in {heavy} if m in sys.modules))"
+LIGHT = "import sys, camfn; {use}; print(' '.join(m for m in {heavy} if m in sys.modules))"
 HEAVY = ["matplotlib", "PIL", "torchvision", "timm", "hypothesis", "click", "cv2", "sklearn", "torch._dynamo"]
 
 
@@ -178,8 +186,49 @@ def loaded(code: str) -> list[str]:
 
 
 def test_import_is_light():
-    assert loaded(LIGHT.format(heavy=HEAVY)) == []
-    assert loaded("import hypothesis; " + LIGHT.format(heavy=HEAVY)) == ["hypothesis"], "the check can fail"
+    assert loaded(LIGHT.format(use="camfn.METHODS", heavy=HEAVY)) == []
+    assert loaded(LIGHT.format(use="import hypothesis", heavy=HEAVY)) == ["hypothesis"], "the check can fail"
+
+
+def test_torch_is_loaded_on_the_first_use_of_a_name():
+    heavy = ["torch", "numpy"]
+    assert loaded(LIGHT.format(use="camfn.__version__", heavy=heavy)) == []
+    for use in ("camfn.grad_cam", "camfn.weights", "dir(camfn)", "from camfn import *"):
+        assert "torch" in loaded(LIGHT.format(use=use, heavy=heavy)), use
+
+
+def test_names_are_those_of_the_files_where_they_are_defined():
+    assert camfn.grad_cam is importlib.import_module("camfn.methods.gradient").grad_cam
+    assert pickle.loads(pickle.dumps(camfn.grad_cam)) is camfn.grad_cam
+    everything: dict[str, object] = {}
+    exec("from camfn import *", everything)
+    assert {name: everything[name] for name in camfn.__all__} == {name: getattr(camfn, name) for name in camfn.__all__}
+
+
+@pytest.mark.parametrize("name", ["grad_cm", "_public_", "__wrapped__"])
+def test_a_name_that_camfn_does_not_have_is_an_attribute_error(name):
+    with pytest.raises(AttributeError, match=f"^module 'camfn' has no attribute {name!r}$"):
+        getattr(camfn, name)
+    with pytest.raises(ImportError, match=f"cannot import name {name!r} from 'camfn'"):
+        exec(f"from camfn import {name}")
+
+
+FIRST_USE = """
+import threading, camfn
+names = ["grad_cam", "weights", "explain", "images", "METHODS", "figures", "Sweep", "sweep"]
+start, found = threading.Barrier(len(names)), []
+def use(name):
+    start.wait()
+    found.append(getattr(camfn, name))
+threads = [threading.Thread(target=use, args=(name,)) for name in names]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(len(found))
+"""
+
+
+def test_threads_may_be_the_first_to_use_names():
+    assert loaded(FIRST_USE) == ["8"]
 
 
 def test_version_is_one():

@@ -1,14 +1,17 @@
-"""The command line: the commands and their help texts. Click is imported on use."""
+"""The command line: the commands and their help texts.
+
+Click is imported on use, and torch only when a command has been parsed: what a command does is imported in its body.
+"""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import camfn
 from camfn._errors import CamError, escaped
-from camfn.cli import cards, demo, explain, files, job, options, streams, tables
+from camfn.cli import catalog, options, streams, tables
 
 if TYPE_CHECKING:
     import click
@@ -65,6 +68,17 @@ Example:
   camfn layers --model demo
 """
 
+_DEMO = """Map where a small network, which ships with camfn, sees shapes in drawn scenes.
+
+\b
+Example:
+  camfn demo --out maps
+  camfn demo --method cam --method eigen_cam
+
+A table over all objects of all scenes is printed: the share of the map's energy inside the object's outline, the number of maps
+with their maximum there, the number of forwards, and the time. A picture of the maps is written to a new file.
+"""
+
 _METHODS = """List the methods, with what each needs of the network, and the number of forwards per picture and layer.
 
 \b
@@ -103,7 +117,7 @@ def app() -> "click.Group":
     def group() -> None:
         pass
 
-    for command in (_explain(), _layers(), _methods(), demo.command()):
+    for command in (_explain(), _layers(), _methods(), _demo()):
         group.add_command(command)
     return group
 
@@ -122,7 +136,7 @@ def main() -> None:
 def _explain() -> "click.Command":
     import click
 
-    methods = f"A method listed by `camfn methods`, or {options.ALL}; repeatable.  [default: score_cam]"
+    methods = f"A method listed by `camfn methods`, or {catalog.ALL}; repeatable.  [default: {catalog.DEFAULT}]"
     place = click.Path(readable=False, path_type=Path)  # checked on reading, since click would print its usage
 
     @click.command("explain", help=_EXPLAIN)
@@ -131,8 +145,8 @@ def _explain() -> "click.Command":
     @click.option(
         "--layer", "layers", multiple=True, metavar="L", help="Dotted name; repeatable.  [default: chosen and printed]"
     )
-    @click.option("--method", "methods", multiple=True, default=("score_cam",), metavar="M", help=methods)
-    @click.option("--target", metavar="T", help=options.TARGET)
+    @click.option("--method", "methods", multiple=True, default=(catalog.DEFAULT,), metavar="M", help=methods)
+    @click.option("--target", "targets", multiple=True, metavar="T", help=options.TARGET)
     @click.option("--size", default="grid", show_default=True, metavar="S", help=options.SIZE)
     @click.option("--seed", type=int, metavar="N", help="Seed of the methods that draw random numbers.")
     @click.option(
@@ -143,8 +157,10 @@ def _explain() -> "click.Command":
     @options.no_progress
     def command(as_json: bool, **values: Any) -> None:
         with options.refusing() as stdout:
+            wish = options.wish(**values)
             options.need("PIL", "tqdm")
-            wish = job.Wish(**values)
+            from camfn.cli import cards, explain, files
+
             paths, failed = files.pictures(wish.images), []
             for path, found in explain.run(wish, paths):
                 for line in cards.lines(path, found, as_json):
@@ -170,7 +186,9 @@ def _layers() -> "click.Command":
     def command(image: Path | None, as_json: bool, **source: Any) -> None:
         with options.refusing() as stdout:
             options.need("PIL")
-            for line in tables.lines(tables.layers(image, **source), as_json):
+            from camfn.cli import layers
+
+            for line in tables.lines(layers.table(image, **source), as_json):
                 click.echo(line, file=stdout)
 
     return command
@@ -185,5 +203,26 @@ def _methods() -> "click.Command":
         with options.refusing() as stdout:
             for line in tables.lines(tables.methods(), as_json):
                 click.echo(line, file=stdout)
+
+    return command
+
+
+def _demo() -> "click.Command":
+    import click
+
+    methods = f"A method listed by `camfn methods`, or {catalog.ALL}; repeatable.  [default: {', '.join(catalog.SHOWN)}]"
+    place = click.Path(readable=False, path_type=Path)
+
+    @click.command("demo", help=_DEMO, short_help="Compare methods on drawn scenes with known shapes.")
+    @click.option("--method", "methods", multiple=True, default=catalog.SHOWN, metavar="M", help=methods)
+    @click.option("--out", default="camfn-demo", show_default=True, metavar="DIR", type=place, help="Output folder.")
+    @options.no_progress
+    def command(methods: Sequence[str], out: Path, no_progress: bool) -> None:
+        with options.refusing() as stdout:
+            chosen = catalog.fitting_of(methods)
+            options.need("PIL", "matplotlib", "tqdm")
+            from camfn.cli import demo
+
+            demo.run(chosen, out, no_progress, lambda line: click.echo(line, file=stdout))
 
     return command

@@ -2,28 +2,21 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import camfn
 from camfn import demo, figures, metrics
-from camfn._errors import CamError, escaped
-from camfn.cli import files, options
-
-if TYPE_CHECKING:
-    import click
+from camfn._errors import escaped
+from camfn.cli import catalog, files
 
 LAYER, LINEAR = "features", "classify"
-METHODS = ("mean_cam", "grad_cam", "layer_cam", "recipro_cam", "score_cam", "group_cam")
-"""The default methods."""
-FITTING = tuple(name for name, method in camfn.METHODS.items() if "attention" not in method.needs)
-"""The methods that work on the demo network, which is convolutional."""
+METHODS, FITTING = catalog.SHOWN, catalog.FITTING
 CELL = 8  # pixels per cell of the layer's grid
 SHOWN = ((0, 1), (1, 1), (2, 1), (3, 2), (4, 2))
 """Seed and number of objects of each scene: the first seeds, not selected by their maps, and not in the training data."""
-_METHOD = f"A method listed by `camfn methods`, or {options.ALL}; repeatable.  [default: {', '.join(METHODS)}]"
 _TITLE = "Where does the network see each shape?"
 NOTE = "white outline: the explained object     +: maximum of the map     %: share of the map inside the outline"
 
@@ -47,19 +40,6 @@ class Row(NamedTuple):
     seconds: float
 
 
-def chosen(named: Sequence[str]) -> tuple[str, ...]:
-    """Return the named methods. `all` means those that work on the network. Raise CamError for others."""
-    if options.ALL in named:
-        return FITTING
-    found = options.methods_of(named)
-    for method in found:
-        if method not in FITTING:
-            raise CamError(
-                f"--method {method} needs attention, and the demo network has none: choose another, or {options.ALL}"
-            )
-    return found
-
-
 def rows(methods: Sequence[str], report: Callable[[str], None] = lambda method: None) -> Iterator[Row]:
     """Yield the results of each method. `report` is called with a method before it starts."""
     model, scenes = demo.network(), [demo.scene(seed, objects) for seed, objects in SHOWN]
@@ -73,7 +53,7 @@ def rows(methods: Sequence[str], report: Callable[[str], None] = lambda method: 
 def explained(model: nn.Module, scene: demo.Scene, method: str) -> Any:
     """Return the explanation of all objects of a scene by a method, with raw maps."""
     layer = LAYER if camfn.METHODS[method].of_layer else None
-    given: dict[str, Any] = {"fc": LINEAR} if options.takes(method, "fc") else {}
+    given: dict[str, Any] = {"fc": LINEAR} if "linear head" in catalog.ROWS[method].needs else {}
     x, classes = demo.preprocess(scene.image)[None], torch.tensor([scene.classes])
     return camfn.explain(model, layer, x, classes, method=method, normalize=False, **given)
 
@@ -116,36 +96,8 @@ def panel(one: Shown) -> figures.Panel:
     return figures.Panel(one.scene.image.mean(0), positive, one.scene.masks[one.object], f"{one.energy:.0%}")
 
 
-def command() -> "click.Command":
-    """Return `camfn demo` as a click command."""
-    import click
-
-    place = click.Path(readable=False, path_type=Path)
-
-    @click.command("demo", short_help="Compare methods on drawn scenes with known shapes.")
-    @click.option("--method", "methods", multiple=True, default=METHODS, metavar="M", help=_METHOD)
-    @click.option("--out", default="camfn-demo", show_default=True, metavar="DIR", type=place, help="Output folder.")
-    @options.no_progress
-    def demo_(methods: Sequence[str], out: Path, no_progress: bool) -> None:
-        """Map where a small network, which ships with camfn, sees shapes in drawn scenes.
-
-        \b
-        Example:
-          camfn demo --out maps
-          camfn demo --method cam --method eigen_cam
-
-        A table over all objects of all scenes is printed: the share of the map's energy inside the object's outline, the number
-        of maps with their maximum there, the number of forwards, and the time. A picture of the maps is written to a new file.
-        """
-        with options.refusing() as stdout:
-            run(chosen(methods), out, no_progress, lambda line: click.echo(line, file=stdout))
-
-    return demo_
-
-
 def run(methods: Sequence[str], out: Path, no_progress: bool, say: Callable[[str], None]) -> None:
     """Compute the maps, write the picture, and pass the lines of the table to `say`."""
-    options.need("PIL", "matplotlib", "tqdm")
     from tqdm import tqdm
 
     files.make(out)

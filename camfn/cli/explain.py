@@ -12,31 +12,29 @@ from torch import Tensor
 import camfn
 from camfn import figures, images, zoo
 from camfn._errors import CamError, escaped
-from camfn._types import Target
-from camfn.cli import files, options
+from camfn.cli import catalog, files, models, options
 from camfn.cli.cards import Facts, Written, classes
-from camfn.cli.job import Job, Map, Wish, check_grid, maps_of, through
+from camfn.cli.job import Job, Map, Seen, check_grid, maps_of, options_of, through
+from camfn.cli.options import Wish
 from camfn.methods._common import read_layer
 from camfn.model.capture import tap
 from camfn.model.forward import look
 from camfn.model.layers import choose
 from camfn.model.task import begin
-from camfn.targets import Top
 
 
 def run(wish: Wish, paths: Sequence[Path]) -> Iterator[tuple[Path, list[Written] | CamError]]:
     """Explain every picture, and yield what was written for it, or its error. Errors of all pictures are raised first."""
-    methods, size = options.methods_of(wish.methods), options.size_of(wish.size)
-    given = options.method_options(methods, wish.seed, wish.chunk)
-    device = options.device_of(wish.device)
+    methods, device = catalog.methods_of(wish.methods), models.device_of(wish.device)
+    given = options_of(methods, wish.seed, wish.chunk)
     if all(isinstance(_read(path), CamError) for path in paths):  # without loading the model
         yield from ((path, _read(path)) for path in paths)
         return
-    with options.opened(wish.model, wish.weights, wish.no_pretrained, device) as loaded:
+    with models.opened(wish.model, wish.weights, wish.no_pretrained, device) as loaded:
         if wish.layers:
             tap(loaded.model, list(dict.fromkeys(wish.layers)))
-        target = options.target_of(wish.target, loaded.names)
-        job = Job(wish, loaded, tuple(dict.fromkeys(wish.layers)) or (None,), methods, device, target, size, given)
+        targets = zoo.targets_of(wish.targets, loaded.names, "--target")
+        job = Job(wish, loaded, tuple(dict.fromkeys(wish.layers)) or (None,), methods, device, targets, given)
         _check_pictures(job, paths)
         files.make(wish.out)
         for path in paths:
@@ -72,34 +70,28 @@ def _check_pictures(job: Job, paths: Sequence[Path]) -> None:
             continue
         found = _attempt(path, through, job, picture)
         if not isinstance(found, CamError):
-            x, outputs = found
-            _check_target(path, job.target, len(outputs))
-            found = _attempt(path, _check_layers, job, path, x)
+            classes = _attempt(path, zoo.classes_of, job.targets, found.outputs)
+            if isinstance(classes, CamError):  # no other picture has more classes
+                raise classes
+            found = _attempt(path, _check_layers, job, path, found)
         if not isinstance(found, CamError):
             return
         errors.append(found)
     raise errors[0]
 
 
-def _check_target(path: Path, target: Target, count: int) -> None:
-    if isinstance(target, Top) and target.k > count:
-        raise CamError(f"{escaped(path)}: target top{target.k} needs {target.k} classes: the model has {count}")
-    if isinstance(target, int) and not 0 <= target < count:
-        raise CamError(f"{escaped(path)}: target {target} is not a class: the model has classes 0 to {count - 1}")
-
-
-def _check_layers(job: Job, path: Path, x: Tensor) -> None:
+def _check_layers(job: Job, path: Path, seen: Seen) -> None:
     """Run the methods without a sweep, and check the layers of the others."""
-    model, quick = job.loaded.model, tuple(method for method in job.methods if not options.takes(method, "sweep"))
-    if quick and options.ALL not in job.wish.methods:
-        given = {key: value for key, value in job.options.items() if any(options.takes(method, key) for method in quick)}
+    model, quick = job.loaded.model, tuple(method for method in job.methods if not catalog.ROWS[method].chunk)
+    if quick and catalog.ALL not in job.wish.methods:
+        given = options_of(quick, job.wish.seed, None)
         for layer in job.layers:
-            maps_of(job._replace(methods=quick, options=given), path, x, layer)
+            maps_of(job._replace(methods=quick, options=given), path, seen, layer)
     if len(quick) == len(job.methods) or not any(camfn.METHODS[method].of_layer for method in job.methods):
         return
     with zoo.told("the model", job.loaded.file), torch.no_grad():
-        names = [layer or choose(begin(model, x, None)).name for layer in job.layers]
-        forward = look(model, names, x, None)
+        names = [layer or choose(begin(model, seen.x, None)).name for layer in job.layers]
+        forward = look(model, names, seen.x, None)
         for name, activation in zip(names, forward.activations):
             check_grid(name, read_layer(forward, name, activation, "auto").grid)
 
@@ -109,11 +101,12 @@ def _check_layers(job: Job, path: Path, x: Tensor) -> None:
 
 def _explain(job: Job, path: Path, picture: Any) -> list[Written]:
     """Compute all maps of a picture, then write all files, so that an error leaves no files."""
-    x, outputs = through(job, picture)
+    through_net = through(job, picture)
+    x, outputs = through_net
     seen, true_colors = images.as_seen(x[0], job.loaded.preprocess, picture.size)
     drawn, told = [], set[str]()  # methods may have the same notes
     for layer in job.layers:
-        for made in maps_of(job, path, x, layer):
+        for made in maps_of(job, path, through_net, layer):
             if not true_colors:
                 said = "the overlay's colors are stretched: preprocess does more than scale each channel"
                 made = made._replace(notes=(*made.notes, said))
@@ -151,7 +144,7 @@ def _caption(job: Job, facts: Facts) -> str:
 
 def _resize(job: Job, x: Tensor, raw: Tensor) -> Tensor:
     """Return the maps at the size to save. The overlay always uses the layer's own grid."""
-    size = x.shape[2:] if job.size == "input" else job.size
+    size = x.shape[2:] if job.wish.size == "input" else job.wish.size
     return raw if size is None else camfn.maps.resize(raw, size)
 
 
@@ -171,7 +164,7 @@ def _about_map(job: Job, made: Map, saved: Tensor) -> Facts:
     return {
         "layer": card.layers[0] if card.layers else None,
         "method": card.method,
-        "seed": job.options.get("seed") if options.draws(card.method) else None,
+        "seed": job.options.get("seed") if catalog.ROWS[card.method].seed else None,
         "grid": list(raw.shape[1:]),
         "size": list(saved.shape[1:]),
         "seconds": card.seconds,

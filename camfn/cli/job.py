@@ -1,4 +1,4 @@
-"""The arguments of `camfn explain`, and the maps of a picture."""
+"""The checked arguments of `camfn explain`, and the maps of a picture."""
 
 import sys
 import warnings
@@ -10,30 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import camfn
 from camfn import zoo
 from camfn._errors import CamError, CamWarning, escaped
-from camfn._types import Size, Target
-from camfn.cli import options
+from camfn.cli import catalog, models
+from camfn.cli.options import Wish
 from camfn.explanation import prepared
 from camfn.targets import Top
-
-
-class Wish(NamedTuple):
-    """The arguments of the command line."""
-
-    images: Sequence[Path]
-    model: str
-    weights: Path | None
-    no_pretrained: bool
-    device: str | None
-    layers: Sequence[str]
-    methods: Sequence[str]
-    target: str | None
-    size: str
-    seed: int | None
-    chunk: int | None
-    out: Path
-    no_progress: bool
 
 
 class Job(NamedTuple):
@@ -44,8 +27,7 @@ class Job(NamedTuple):
     layers: tuple[str | None, ...]
     methods: tuple[str, ...]
     device: torch.device | None
-    target: Target
-    size: Size
+    targets: tuple[int | Top, ...]
     options: dict[str, Any]  # options of the methods
 
 
@@ -57,26 +39,44 @@ class Map(NamedTuple):
     notes: tuple[str, ...]  # all warnings and notes of camfn
 
 
-def through(job: Job, picture: Any) -> tuple[Tensor, Tensor]:
-    """Return the network's input and its outputs."""
-    x = options.input_of(job.loaded, picture, job.device)
-    return x, zoo.outputs_of(job.loaded, x)
+def options_of(methods: Sequence[str], seed: int | None, chunk: int | None) -> dict[str, Any]:
+    """Return the options for the methods."""
+    given: dict[str, Any] = {"normalize": False}
+    if any(catalog.ROWS[method].seed for method in methods):
+        given["seed"] = 0 if seed is None else seed
+    if any(catalog.ROWS[method].chunk for method in methods):
+        given["sweep"] = camfn.Sweep(chunk=chunk)
+    return given
 
 
-def maps_of(job: Job, path: Path, x: Tensor, layer: str | None) -> list[Map]:
+class Seen(NamedTuple):
+    """A picture as the network has it."""
+
+    x: Tensor  # the input, (1, channels, h, w)
+    outputs: Tensor  # (classes,)
+
+
+def through(job: Job, picture: Any) -> Seen:
+    """Run the network on a picture."""
+    x = models.input_of(job.loaded, picture, job.device)
+    return Seen(x, zoo.outputs_of(job.loaded, x))
+
+
+def maps_of(job: Job, path: Path, seen: Seen, layer: str | None) -> list[Map]:
     """Return the maps of each method at the layer. With `all`, methods that do not fit are skipped with a note."""
     given, report = dict(job.options), _Report()
+    target = torch.tensor([zoo.classes_of(job.targets, seen.outputs)])
     if "sweep" in given:
         given["sweep"] = given["sweep"]._replace(progress=report)
     made, left_out = [], []
-    with prepared(job.loaded.model, layer, x, job.target, job.methods, given) as makes:
+    with prepared(job.loaded.model, layer, seen.x, target, job.methods, given) as makes:
         for name, make in zip(job.methods, makes):
             label = escaped(" ".join(filter(None, (path.name, layer, name if len(job.methods) > 1 else ""))))
             try:
                 with _bar(label, job.wish.no_progress) as report.to:
                     made.append(_map(job, name, make))
             except CamError as error:
-                if options.ALL not in job.wish.methods:
+                if catalog.ALL not in job.wish.methods:
                     raise
                 left_out.append((name, error))
     if not made:
@@ -97,7 +97,7 @@ class _Report:
 def _map(job: Job, method: str, make: Callable[[], Any]) -> Map:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CamWarning)
-        what = "the model, on masked inputs," if options.takes(method, "sweep") else "the model"
+        what = "the model, on masked inputs," if catalog.ROWS[method].chunk else "the model"
         with zoo.told(what, job.loaded.file):
             card = make()
     said = []
@@ -106,8 +106,7 @@ def _map(job: Job, method: str, make: Callable[[], Any]) -> Map:
             said.append(str(warning.message))
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    maps: Any = card.maps
-    raw = (maps[0] if isinstance(job.target, Top) else maps).detach().cpu()
+    raw = card.maps[0].detach().cpu()
     check_grid(card.layers[0] if card.layers else method, raw.shape[1:])
     return Map(card, raw, (*said, *card.notes))
 

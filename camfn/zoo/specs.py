@@ -20,7 +20,7 @@ from camfn import images
 from camfn._errors import CamError, closest
 from camfn._paths import kind
 from camfn.model.capture import pure, state_of
-from camfn.targets import logits_of
+from camfn.targets import Top, logits_of
 from camfn.zoo import checkpoints, libraries
 from camfn.zoo.checkpoints import Checkpoint
 
@@ -157,7 +157,7 @@ def _loaded(spec: str, file: Path, made: Any) -> Loaded:
     return Loaded(spec, file, model, preprocess or as_it_is, tuple(map(str, names or ())))
 
 
-# --------------------------------------------------------------------------------------------- inputs, outputs, classes
+# --------------------------------------------------------------------------------------------- inputs and outputs
 
 
 def input_of(loaded: Loaded, picture: Any) -> Tensor:
@@ -189,19 +189,98 @@ def outputs_of(loaded: Loaded, x: Tensor) -> Tensor:
     return y[0].cpu().double()  # not every device has float64
 
 
-def class_of(target: str | None, names: Sequence[str]) -> int | None:
-    """Parse a class of `--target`: a number is an index, anything else a name, case-insensitive."""
-    if target is None:
-        return None
-    if re.fullmatch(r"-?\d+", target.strip()):
-        return int(target)
-    found = [str(index) for index, name in enumerate(names) if name.lower() == target.strip().lower()]
-    if len(found) > 1:
-        raise CamError(f"--target {target!r} is the name of the classes {', '.join(found)}: pass the number")
-    if not found:
-        why = f"closest: {closest(target, names)}" if names else "--model has no class names, so pass the number"
-        raise CamError(f"--target {target!r} is not a class; {why}")
-    return int(found[0])
+# ------------------------------------------------------------------------------------------------ targets in words
+
+
+LISTED = 10
+"""The number of classes that a message lists, at most."""
+
+
+def targets_of(texts: Sequence[str], names: Sequence[str], what: str = "target") -> tuple[int | Top, ...]:
+    """Read targets in words: each is a class, as `class_of` reads it, or `topK`: the K classes with the highest output.
+
+    - `what`: the subject of error messages.
+
+    >>> targets_of(["top3", "tabby", "1"], ["tench, Tinca tinca", "goldfish", "tabby, tabby cat"])
+    (Top(k=3), 2, 1)
+    """
+    best = [re.fullmatch(r"top([1-9]\d*)", text.strip(), re.IGNORECASE) for text in texts]
+    return tuple(Top(int(top[1])) if top else class_of(text, names, what) for text, top in zip(texts, best))
+
+
+def class_of(text: str, names: Sequence[str], what: str = "target") -> int:
+    """Read a class in words. Case does not matter.
+
+    It is, and the first of these that fits a class decides: an index; a whole name; one of the synonyms in a name, which
+    commas separate; words of a name; a part of a name.
+
+    **Raises** `CamError` if no class fits, or several do. It lists them, or those that are close.
+
+    >>> [class_of(text, ["tabby, tabby cat", "tiger cat", "tiger, Panthera tigris"]) for text in ("tabby", "TIGER", "panth")]
+    [0, 2, 2]
+    """
+    if re.fullmatch(r"-?\d+", text.strip()):
+        return int(text)
+    wanted, plain = _plain(text), [_plain(name) for name in names]
+    kinds = (_is_name, _is_synonym, _has_words, _has_part) if re.search(r"\w", wanted) else (_is_name,)
+    for fits in kinds:
+        found = [index for index, name in enumerate(plain) if fits(wanted, name)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            listed = [f"{index} {names[index]!r}" for index in found[:LISTED]]
+            more = [f"{len(found) - LISTED} more"] if len(found) > LISTED else []
+            raise CamError(f"{what} {text!r} fits {len(found)} classes: {', '.join([*listed, *more])}; give the index")
+    known = [part for name in names for part in dict.fromkeys([name, *name.split(", ")])]
+    why = f"closest: {closest(text, known)}" if names else "the model has no class names, so give the index"
+    raise CamError(f"{what} {text!r} is not a class; {why}")
+
+
+def _plain(name: str) -> str:
+    """A name for comparison: in one case, with single spaces. Some lists of classes have underscores for them."""
+    return " ".join(name.casefold().replace("_", " ").split())
+
+
+def _is_name(wanted: str, name: str) -> bool:
+    return wanted == name
+
+
+def _is_synonym(wanted: str, name: str) -> bool:
+    return wanted in (part.strip() for part in name.split(","))
+
+
+def _has_words(wanted: str, name: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", name) is not None
+
+
+def _has_part(wanted: str, name: str) -> bool:
+    return wanted in name
+
+
+def classes_of(targets: Sequence[int | Top], outputs: Tensor, what: str = "target") -> tuple[int, ...]:
+    """Return the classes of one image that targets of `targets_of` name, in their order, each once.
+
+    No target is the class with the highest output.
+
+    - `outputs`: the model's outputs for the image, `(classes,)`.
+
+    >>> classes_of([0, Top(2), 0], torch.tensor([1.0, 3.0, 2.0]))
+    (0, 1, 2)
+    """
+    count, found = len(outputs), []
+    for target in targets or [Top(1)]:
+        if isinstance(target, Top):
+            if target.k > count:
+                raise CamError(f"{what} top{target.k} needs {target.k} classes: the model has {count}")
+            found += outputs.topk(target.k).indices.tolist()
+        elif 0 <= target < count:
+            found.append(target)
+        else:
+            raise CamError(f"{what} {target} is not a class: the model has classes 0 to {count - 1}")
+    return tuple(dict.fromkeys(found))
+
+
+# ------------------------------------------------------------------------------------------------- a user's code
 
 
 @contextmanager

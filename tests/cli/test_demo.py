@@ -11,6 +11,7 @@ from PIL import Image
 
 import camfn
 from camfn import cli, demo, maps
+from camfn.cli import catalog
 from camfn.cli import demo as command
 
 pytest.importorskip("safetensors")
@@ -78,7 +79,7 @@ def test_the_numbers_are_those_of_the_library(method, tmp_path, monkeypatch):
 
 
 def test_all_are_those_that_the_network_takes(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "FITTING", ("hires_cam", "full_grad"))  # of a layer, and of none
+    monkeypatch.setattr(catalog, "FITTING", ("hires_cam", "full_grad"))  # of a layer, and of none
     monkeypatch.setattr(command, "SHOWN", ((0, 1),))
     assert list(numbers(run(tmp_path, "--method", "all"))) == ["(even map)", "hires_cam", "full_grad"]
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import camfn
 from camfn import images, zoo
-from camfn.cli import files, options
+from camfn.cli import catalog, files, models
 from tests.oracles import closeness, libraries, networks
 from tests.support import command_line
 from tests.support.command_line import RAISES, explain, facts, invoke, picture
@@ -22,7 +22,7 @@ from tests.support.command_line import RAISES, explain, facts, invoke, picture
 here = command_line.here
 
 
-def library(function: str, path: str, layer: str, target=None, method: str = "score_cam", **given):
+def library(function: str, path: str, layer: str, target=None, method: str = "grad_cam", **given):
     """The same by the library: the card, and the network's outputs."""
     with zoo.opened(f"net.py:{function}") as loaded, torch.no_grad():
         x = loaded.preprocess(images.read(path))[None]
@@ -36,7 +36,7 @@ def test_each_picture_gets_a_line_and_three_files(here):
     lines = explain("a.png", "b.png", "--model", "net.py:triple", "--layer", "2", "--out", "maps")
     names = sorted(path.name for path in Path("maps").iterdir())
     classes = [int(library("triple", path, "2")[1].argmax()) for path in ("a.png", "b.png")]
-    bases = [f"{stem}-2-score_cam-{c}" for stem, c in zip("ab", classes)]
+    bases = [f"{stem}-2-grad_cam-{c}" for stem, c in zip("ab", classes)]
     assert names == sorted(base + ending for base in bases for ending in (".png", ".npy", ".json"))
     for line, base, path, c in zip(lines, bases, ("a.png", "b.png"), classes):
         card, y = library("triple", path, "2")
@@ -84,7 +84,7 @@ def test_the_png_is_the_map_over_the_picture_that_the_network_saw(here):
 def test_the_card_tells_what_was_explained_and_how(here):
     explain("a.png", "--model", "net.py:triple", "--layer", "2", "--target", "3", "--out", "maps")
     card, y = library("triple", "a.png", "2", 3)
-    found = facts("maps/a-2-score_cam-3.json")
+    found = facts("maps/a-2-grad_cam-3.json")
     seconds = found.pop("seconds")
     assert 0 < seconds < 60
     assert found == {
@@ -101,12 +101,12 @@ def test_the_card_tells_what_was_explained_and_how(here):
         "predicted_class": int(y.argmax()),
         "predicted_class_name": ["Dark", "light", "light", "Red fox"][int(y.argmax())],
         "layer": "2",
-        "method": "score_cam",
+        "method": "grad_cam",
         "seed": None,
         "grid": [2, 3],
         "size": [2, 3],
         "forwards": card.forwards,
-        "backwards": 0,
+        "backwards": card.backwards,
         "heads": 0,
         "findings": [finding._asdict() for finding in card.findings],
         "notes": list(card.notes),
@@ -130,8 +130,8 @@ def test_several_methods_have_files_of_their_own_and_one_grid(here):
 
 
 def test_of_all_methods_those_that_do_not_fit_are_left_out(here, monkeypatch):
-    some = {name: camfn.METHODS[name] for name in ("cam", "grad_cam", "score_cam")}
-    monkeypatch.setattr(camfn, "METHODS", some)
+    some = {name: catalog.ROWS[name] for name in ("cam", "grad_cam", "score_cam")}
+    monkeypatch.setattr(catalog, "ROWS", some)
     result = invoke("a.png", "--model", "net.py:pair", "--layer", "0", "--method", "all", "--target", "1")  # no CAM there
     assert {path.name for path in Path("camfn-maps").glob("*.npy")} == {"a-0-grad_cam-1.npy", "a-0-score_cam-1.npy"}
     assert "note: a.png: cam is left out: cam needs a linear layer from the layer's 3 channels" in result.stderr
@@ -146,41 +146,42 @@ def test_a_method_that_is_named_and_does_not_fit_is_an_error(here):
 
 def test_without_preprocess_the_picture_goes_in_as_it_is(here):
     explain("a.png", "--model", "net.py:plain", "--layer", "2", "--target", "0", "--out", "maps")
-    found = facts("maps/a-2-score_cam-0.json")
+    found = facts("maps/a-2-grad_cam-0.json")
     x = torch.from_numpy(np.asarray(picture("a.png")) / 255).permute(2, 0, 1).float()[None]
     with zoo.opened("net.py:plain") as loaded, torch.no_grad():
         y = loaded.model.eval()(x)[0]
     assert found["input"] == [3, 11, 9]
     assert found["score"] == pytest.approx(float(y[0]), abs=1e-5)
     assert found["class_name"] is None
-    assert picture("maps/a-2-score_cam-0.png").size == (9, 11)
+    assert picture("maps/a-2-grad_cam-0.png").size == (9, 11)
 
 
 @pytest.mark.parametrize(("function", "name"), [("listed", "light"), ("batch_preprocess", None), ("double", None)])
 def test_the_function_may_return_these_too(here, function, name):
     explain("a.png", "--model", f"net.py:{function}", "--layer", "2", "--target", "1", "--out", "maps")
-    assert facts("maps/a-2-score_cam-1.json")["class_name"] == name
+    assert facts("maps/a-2-grad_cam-1.json")["class_name"] == name
 
 
-@pytest.mark.parametrize("target", ["red fox", "RED Fox", " red fox ", "3"])
-def test_a_target_is_an_index_or_a_name_in_any_case(here, target):
+@pytest.mark.parametrize("target", ["red fox", "RED Fox", " red fox ", "red_fox", "3", "fox", "re"])
+def test_a_target_is_an_index_a_name_in_any_case_or_a_part_of_it(here, target):
     explain("a.png", "--model", "net.py:triple", "--layer", "2", "--target", target, "--out", "maps")
-    assert facts("maps/a-2-score_cam-3.json")["class"] == 3
+    assert facts("maps/a-2-grad_cam-3.json")["class"] == 3
 
 
 def test_outputs_that_are_probabilities_are_not_made_probabilities_again(here):
     explain("a.png", "--model", "net.py:already", "--layer", "0.2", "--target", "2", "--out", "maps")
-    found = facts("maps/a-0.2-score_cam-2.json")
+    found = facts("maps/a-0.2-grad_cam-2.json")
     assert found["probability"] == pytest.approx(found["score"], abs=1e-7)
 
 
 def test_each_layer_gets_files_and_a_card_of_its_own(here):
-    (line,) = explain("a.png", "--model", "net.py:pair", "--layer", "0", "--layer", "2", "--target", "1", "--out", "maps")
+    swept = ("--method", "score_cam", "--target", "1", "--out", "maps")
+    (line,) = explain("a.png", "--model", "net.py:pair", "--layer", "0", "--layer", "2", *swept)
     assert line.endswith(f"-> {Path('maps/a-0-score_cam-1')}.{{png,npy,json}}, {Path('maps/a-2-score_cam-1')}.{{png,npy,json}}")
     for layer, grid, channels in (("0", [6, 8], 3), ("2", [2, 3], 5)):
         found = facts(f"maps/a-{layer}-score_cam-1.json")
         assert (found["layer"], found["grid"], found["forwards"]) == (layer, grid, channels + 1)
-        raw = library("pair", "a.png", layer, 1, normalize=False)[0].maps[0]
+        raw = library("pair", "a.png", layer, 1, "score_cam", normalize=False)[0].maps[0]
         assert np.array_equal(np.load(f"maps/a-{layer}-score_cam-1.npy"), raw.numpy())
 
 
@@ -189,13 +190,13 @@ def test_no_file_is_ever_overwritten(here):
     picture("b.png").save("other/a.png")
     command = ("a.png", "other/a.png", "--model", "net.py:pair", "--layer", "2", "--target", "1", "--out", "maps")
     Path("maps").mkdir()
-    Path("maps/a-2-score_cam-1-2.npy").write_text("mine")
+    Path("maps/a-2-grad_cam-1-2.npy").write_text("mine")
     lines = explain(*command)
     first = {path.name: path.read_bytes() for path in Path("maps").iterdir()}
-    assert first["a-2-score_cam-1-2.npy"] == b"mine"
-    assert facts("maps/a-2-score_cam-1.json")["image"] == "a.png"
-    assert facts("maps/a-2-score_cam-1-3.json")["image"] == str(Path("other/a.png"))
-    assert lines[1].endswith("a-2-score_cam-1-3.{png,npy,json}")
+    assert first["a-2-grad_cam-1-2.npy"] == b"mine"
+    assert facts("maps/a-2-grad_cam-1.json")["image"] == "a.png"
+    assert facts("maps/a-2-grad_cam-1-3.json")["image"] == str(Path("other/a.png"))
+    assert lines[1].endswith("a-2-grad_cam-1-3.{png,npy,json}")
     explain(*command)
     assert {name: Path("maps", name).read_bytes() for name in first} == first
     assert len(list(Path("maps").iterdir())) == 13
@@ -249,18 +250,18 @@ def test_the_best_classes_have_files_of_their_own_best_first(here):
     for line, c in zip(found, classes, strict=True):
         card, y = library("triple", "a.png", "2", c, normalize=False)
         assert f"(class {c}), score {float(y[c]):.4g}, " in line
-        assert line.endswith(f"-> {Path('maps')}/a-2-score_cam-{c}.{{png,npy,json}}")
-        assert facts(f"maps/a-2-score_cam-{c}.json")["score"] == pytest.approx(float(y[c]), abs=1e-6)
-        closeness.assert_close(torch.from_numpy(np.load(f"maps/a-2-score_cam-{c}.npy")), card.maps[0], 1e-6)
+        assert line.endswith(f"-> {Path('maps')}/a-2-grad_cam-{c}.{{png,npy,json}}")
+        assert facts(f"maps/a-2-grad_cam-{c}.json")["score"] == pytest.approx(float(y[c]), abs=1e-6)
+        closeness.assert_close(torch.from_numpy(np.load(f"maps/a-2-grad_cam-{c}.npy")), card.maps[0], 1e-6)
         seen = picture("a.png").resize((8, 6))
         expected = images.overlay(seen, camfn.maps.normalize(card.maps[0], (-2, -1)))
-        assert np.abs(np.asarray(picture(f"maps/a-2-score_cam-{c}.png")).astype(int) - np.asarray(expected)).max() <= 1
+        assert np.abs(np.asarray(picture(f"maps/a-2-grad_cam-{c}.png")).astype(int) - np.asarray(expected)).max() <= 1
 
 
 def rows(*arguments: str) -> int:
     """How many inputs went through the network of a command."""
     Path("seen.txt").unlink(missing_ok=True)
-    explain("a.png", "--model", "net.py:watched", "--layer", "net.2", *arguments)
+    explain("a.png", "--model", "net.py:watched", "--layer", "net.2", "--method", "score_cam", *arguments)
     return sum(int(line.split()[1]) for line in Path("seen.txt").read_text().splitlines() if line.startswith("rows"))
 
 
@@ -291,6 +292,16 @@ def load(): return One()
     assert found["predicted_class_name"] is None
 
 
+def test_repeated_targets_are_one_table_of_classes_in_their_order_each_once_from_one_sweep(here):
+    first, second = best("triple", "a.png", 2)
+    other = next(index for index in (0, 3) if index not in (first, second))
+    name = {0: "dark", 3: "fox"}[other]
+    targets = [each for target in (name, "top2", str(first), str(other)) for each in ("--target", target)]
+    found = explain("a.png", "--model", "net.py:triple", "--layer", "2", *targets, "--json", "--out", "maps")
+    assert [json.loads(line)["class"] for line in found] == [other, first, second]
+    assert rows(*(each for target in ("3", "top2", "0") for each in ("--target", target))) == rows("--target", "0")
+
+
 def test_top_1_is_the_predicted_class(here):
     explain("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "top1", "--out", "maps")
     explain("a.png", "--model", "net.py:pair", "--layer", "2", "--out", "again")
@@ -303,7 +314,7 @@ def test_a_class_that_is_called_top2_is_had_by_its_index_only(here):
     explain("a.png", "--model", "net.py:tops", "--layer", "2", "--target", "top2", "--out", "maps")
     assert len(list(Path("maps").glob("*.npy"))) == 2
     explain("a.png", "--model", "net.py:tops", "--layer", "2", "--target", "1", "--out", "one")
-    assert facts("one/a-2-score_cam-1.json")["class_name"] == "top2"
+    assert facts("one/a-2-grad_cam-1.json")["class_name"] == "top2"
 
 
 @pytest.mark.parametrize(("text", "size"), [("grid", None), ("input", "input"), ("5x7", (5, 7)), ("1x1", (1, 1))])
@@ -311,10 +322,10 @@ def test_the_size_is_that_of_the_saved_map_and_of_nothing_else(here, text, size)
     explain("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "1", "--out", "maps")
     explain("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "1", "--size", text, "--out", "sized")
     expected = library("pair", "a.png", "2", 1, size=size, normalize=False)[0].maps[0]
-    assert np.array_equal(np.load("sized/a-2-score_cam-1.npy"), expected.numpy())
-    assert facts("sized/a-2-score_cam-1.json")["size"] == list(expected.shape)
-    assert facts("sized/a-2-score_cam-1.json")["grid"] == [2, 3]
-    assert picture("sized/a-2-score_cam-1.png").tobytes() == picture("maps/a-2-score_cam-1.png").tobytes()
+    assert np.array_equal(np.load("sized/a-2-grad_cam-1.npy"), expected.numpy())
+    assert facts("sized/a-2-grad_cam-1.json")["size"] == list(expected.shape)
+    assert facts("sized/a-2-grad_cam-1.json")["grid"] == [2, 3]
+    assert picture("sized/a-2-grad_cam-1.png").tobytes() == picture("maps/a-2-grad_cam-1.png").tobytes()
 
 
 def test_the_seed_is_that_of_the_noise(here):
@@ -328,9 +339,10 @@ def test_the_seed_is_that_of_the_noise(here):
 
 
 def test_a_chunk_is_as_many_inputs_as_go_through_the_network_at_once(here):
-    explain("a.png", "--model", "net.py:watched", "--layer", "net.2", "--target", "1", "--chunk", "2", "--out", "maps")
+    swept = ("--method", "score_cam", "--chunk", "2", "--out", "maps")
+    explain("a.png", "--model", "net.py:watched", "--layer", "net.2", "--target", "1", *swept)
     assert Path("seen.txt").read_text().splitlines()[-3:] == ["rows 2", "rows 2", "rows 1"]
-    raw = library("pair", "a.png", "2", 1, normalize=False)[0].maps[0]
+    raw = library("pair", "a.png", "2", 1, "score_cam", normalize=False)[0].maps[0]
     closeness.assert_close(torch.from_numpy(np.load("maps/a-net.2-score_cam-1.npy")), raw, 1e-5)
 
 
@@ -344,9 +356,9 @@ def test_the_device_is_where_the_model_is_moved_to(here):
 @pytest.mark.parametrize("function", ["pair", "without_tensors"])
 def test_the_input_is_moved_to_the_device_of_the_model_with_tensors_or_without(here, function):
     away = torch.device("meta")  # a device that every torch has, though nothing can be computed on it
-    with options.opened(f"net.py:{function}", None, False, away) as loaded:
+    with models.opened(f"net.py:{function}", None, False, away) as loaded:
         assert {tensor.device for tensor in loaded.model.state_dict().values()} <= {away}
-        assert options.input_of(loaded, images.read("a.png"), away).device == away
+        assert models.input_of(loaded, images.read("a.png"), away).device == away
 
 
 def test_weights_are_those_of_the_file(here):
@@ -356,7 +368,7 @@ def test_weights_are_those_of_the_file(here):
         y = loaded.model.eval()(loaded.preprocess(images.read("a.png"))[None])[0]
     torch.save(state, "doubled.pt")
     explain("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "1", "--weights", "doubled.pt", "--out", "maps")
-    found = facts("maps/a-2-score_cam-1.json")
+    found = facts("maps/a-2-grad_cam-1.json")
     assert found["score"] == pytest.approx(float(y[1]), rel=1e-6)
     assert abs(found["score"] - float(library("pair", "a.png", "2")[1][1])) > 1
     assert (found["weights"], found["pretrained"]) == ("doubled.pt", True)
@@ -379,7 +391,7 @@ def test_json_is_the_card_and_the_names_of_the_files(here):
     for each in found:
         written = each.pop("files")
         assert written == {
-            end: str(Path(f"maps/a-{each['layer']}-score_cam-{each['class']}.{end}")) for end in ("png", "npy", "json")
+            end: str(Path(f"maps/a-{each['layer']}-grad_cam-{each['class']}.{end}")) for end in ("png", "npy", "json")
         }
         assert each == facts(written["json"])
         assert all(Path(path).stat().st_size for path in written.values())
@@ -516,7 +528,7 @@ REFUSALS = {
     ),
     "a seed where nothing is drawn": (
         ["a.png", "--model", "net.py:pair", "--seed", "0"],
-        r"--seed 0: score_cam draws no random numbers; omit it, or use another method, such as "
+        r"--seed 0: grad_cam draws no random numbers; omit it, or use another method, such as "
         r"random_cam, smooth_grad_cam_pp or ss_cam$",
     ),
     "a seed below 0": (
@@ -551,11 +563,11 @@ REFUSALS = {
     ),
     "a name of two classes": (
         ["a.png", "--model", "net.py:triple", "--target", "light"],
-        r"--target 'light' is the name of the classes 1, 2: pass the number",
+        r"--target 'light' fits 2 classes: 1 'light', 2 'light'; give the index$",
     ),
     "a name without names": (
         ["a.png", "--model", "net.py:pair", "--target", "light"],
-        r"--target 'light' is not a class; --model has no class names, so pass the number",
+        r"--target 'light' is not a class; the model has no class names, so give the index$",
     ),
     "names of other classes": (["a.png", "--model", "net.py:wrong_count"], r"gives 3 class names, and the model has 4 classes"),
     "an output without classes": (
@@ -580,7 +592,7 @@ REFUSALS = {
     ),
     "not a tensor": (["a.png", "--model", "net.py:pil_preprocess"], r"preprocess must return .*; found Image"),
     "a model that fails on masked inputs": (
-        ["a.png", "--model", "net.py:fails_when_masked", "--layer", "net.2"],
+        ["a.png", "--model", "net.py:fails_when_masked", "--layer", "net.2", "--method", "score_cam"],
         r"^Error: a\.png: the model, on masked inputs, failed at line \d+ \(assert .*\): AssertionError: no zeros",
     ),
     "weights that are not there": (

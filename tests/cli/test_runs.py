@@ -229,8 +229,8 @@ def test_a_picture_of_any_kind_gives_the_map_of_the_same_picture_in_rgb_made_by_
     Image.fromarray(np.ascontiguousarray(rgb)).save("hand.png")
     arguments = ("--model", "net.py:plain", "--layer", "2", "--target", "1", "--out", "maps")
     explain(name, "hand.png", *arguments)
-    assert np.array_equal(np.load("maps/x-2-score_cam-1.npy"), np.load("maps/hand-2-score_cam-1.npy"))
-    assert picture("maps/x-2-score_cam-1.png").tobytes() == picture("maps/hand-2-score_cam-1.png").tobytes()
+    assert np.array_equal(np.load("maps/x-2-grad_cam-1.npy"), np.load("maps/hand-2-grad_cam-1.npy"))
+    assert picture("maps/x-2-grad_cam-1.png").tobytes() == picture("maps/hand-2-grad_cam-1.png").tobytes()
 
 
 def header(width: int, height: int) -> bytes:
@@ -315,6 +315,8 @@ def test_a_terminal_gets_a_bar_unless_it_is_not_wanted(here):
         "net.2",
         "--target",
         "1",
+        "--method",
+        "score_cam",
         "--chunk",
         "1",
         "--out",
@@ -373,7 +375,7 @@ def test_a_name_that_the_terminal_has_no_letters_for_is_spelt_out(here):
     result = process("explain", "maße.png", *command, env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"})
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("ma\\xdfe.png: F\\xfcchse (class 1), score ")
-    assert facts("maps/maße-2-score_cam-1.json")["class_name"] == "Füchse"
+    assert facts("maps/maße-2-grad_cam-1.json")["class_name"] == "Füchse"
 
 
 WILD = "a\n\x1b[31mb\r\t\u202e\u2028\udcff.png"
@@ -474,7 +476,12 @@ def test_a_path_without_room_for_file_names_is_found_before_the_sweep(here):
 
 
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-SLOWLY = [*CAMFN, "explain", *["a.png"] * 9, *["--model", "net.py:slow", "--layer", "net.2", "--target", "1", "--out", "maps"]]
+SLOWLY = [
+    *CAMFN,
+    "explain",
+    *["a.png"] * 9,
+    *["--model", "net.py:slow", "--layer", "net.2", "--target", "1", "--method", "score_cam", "--out", "maps"],
+]
 
 
 def test_a_pipe_that_is_closed_ends_the_run_without_a_word(here):
@@ -544,7 +551,7 @@ def sends(name: str, function):
 def test_a_signal_leaves_all_files_of_a_map_or_none_and_says_one_line(here, monkeypatch, as_in_a_shell, name, place, whole):
     owner, _, function = f"camfn.cli.{place}".rpartition(".")
     monkeypatch.setattr(f"{owner}.{function}", sends(name, attribute(f"camfn.cli.{place}")))
-    result = invoke("a.png", "b.png", *PAIR)
+    result = invoke("a.png", "b.png", *PAIR, "--method", "score_cam")  # which does not run before the folder is made
     status, word = NUMBERS[name]
     assert (result.exit_code, result.stderr) == (status, f"{word}: the files written so far are complete\n")
     written = list(Path("maps").iterdir())

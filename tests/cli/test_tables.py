@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 import camfn
 from camfn import cli, images, zoo
-from camfn.cli import options
+from camfn.cli import catalog
 from tests.support import command_line
 from tests.support.command_line import command, picture
 
@@ -154,9 +155,11 @@ def test_methods_lists_every_method_with_needs_cost_and_first_line():
     assert [row["method"] for row in found] == list(camfn.METHODS)
     for row, (name, method) in zip(found, camfn.METHODS.items()):
         assert row["needs"] == sorted(method.needs)
+        options = inspect.signature(method.function).parameters
         swept = "masked inputs" in row["needs"] or any(word in row["cost"] for word in ("channels", "positions"))
-        assert swept == options.takes(name, "sweep")
-        assert ("linear head" in row["needs"]) == options.takes(name, "fc")
+        assert swept == row["chunk"] == ("sweep" in options)
+        assert ("linear head" in row["needs"]) == ("fc" in options)
+        assert row["seed"] <= ("seed" in options)
         assert row["cost"] == str(method.cost)
         assert getattr(camfn, name).__doc__.startswith(row["summary"] + "\n\n")
 
@@ -215,9 +218,14 @@ def test_the_help_says_that_the_file_is_run_and_what_the_defaults_are():
         "Existing files are never overwritten",
         "use the index for a class that is itself called top3",
         "demo a small network that ships with camfn torchvision:NAME[:WEIGHTS]",
-        "A method listed by `camfn methods`, or all; repeatable. [default: score_cam]",
+        "A method listed by `camfn methods`, or all; repeatable. [default: grad_cam]",
     ):
         assert words in text
+
+
+def test_the_default_method_is_the_one_that_the_page_says_to_start_with():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert f"- **To start**: `{catalog.DEFAULT}`." in page
 
 
 def test_the_default_chunk_that_the_help_tells_is_the_sweeps():

@@ -830,3 +830,86 @@ def test_weights_that_do_not_fit_are_named_with_the_model(request, tmp_path, spe
         zoo.load(spec, weights=tmp_path / "w.safetensors")
     with pytest.raises(CamError, match=r"^weights file '.*none\.pth' is not there$"):
         zoo.load(spec, weights=tmp_path / "none.pth")
+
+
+# ------------------------------------------------------------------------------------------------ targets in words
+
+NAMES = (
+    *("tench, Tinca tinca", "goldfish, Carassius auratus", "tabby, tabby cat", "tiger cat", "tiger, Panthera tigris"),
+    *("crane", "Crane", "cats_eye  marble", "scatter rug", "7"),
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("3", 3),  # an index, although "7" is a name too
+        ("7", 7),
+        ("tiger cat", 3),  # the whole name
+        ("TIGER  cat", 3),
+        ("tiger", 4),  # a synonym, before the words of another name
+        ("tabby", 2),
+        ("tabby cat", 2),
+        ("panthera TIGRIS", 4),
+        ("tiger, Panthera tigris", 4),
+        ("tinca", 0),  # a word, before a part
+        ("cats eye", 7),
+        ("cats_eye marble", 7),
+        ("scatter", 8),
+        ("aura", 1),  # a part
+    ],
+)
+def test_a_class_in_words_is_the_first_kind_of_fit(text, index):
+    assert zoo.class_of(text, NAMES) == index
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("crane", "target 'crane' fits 2 classes: 5 'crane', 6 'Crane'; give the index"),
+        ("cat", "target 'cat' fits 2 classes: 2 'tabby, tabby cat', 3 'tiger cat'; give the index"),  # and no scatter
+        ("tig", "target 'tig' fits 2 classes: 3 'tiger cat', 4 'tiger, Panthera tigris'; give the index"),
+        ("goldfisch", "target 'goldfisch' is not a class; closest: 'goldfish'"),
+        ("", "target '' is not a class; closest: none is close"),
+        (" , ", "target ' , ' is not a class; closest: "),
+        ("top0", "target 'top0' is not a class; closest: "),
+    ],
+)
+def test_a_class_in_words_that_is_none_or_several_is_one_sentence(text, words):
+    with pytest.raises(CamError, match="^" + re.escape(words)):
+        zoo.class_of(text, NAMES)
+
+
+def test_at_most_ten_classes_are_listed():
+    with pytest.raises(
+        CamError, match=r"^--target 'hound' fits 14 classes: 0 'hound 0', .*, 9 'hound 9', 4 more; give the index$"
+    ):
+        zoo.class_of("hound", [f"hound {number}" for number in range(14)], "--target")
+
+
+def test_without_names_a_class_is_an_index():
+    assert zoo.class_of("12", ()) == 12
+    with pytest.raises(CamError, match=r"^target 'cat' is not a class; the model has no class names, so give the index$"):
+        zoo.class_of("cat", ())
+
+
+def test_targets_in_words_are_a_row_of_classes_each_once():
+    targets = zoo.targets_of(["Top2", "tabby", "0"], NAMES)
+    outputs = torch.tensor([0.0, 5.0, 4.0, 9.0])
+    assert zoo.classes_of(targets, outputs) == (3, 1, 2, 0)
+    assert zoo.classes_of(targets[1:], outputs) == (2, 0)
+    assert zoo.classes_of((), outputs) == (3,)
+    assert zoo.classes_of((2, *targets), outputs) == (2, 3, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("top5", "target top5 needs 5 classes: the model has 4"),
+        ("4", "target 4 is not a class: the model has classes 0 to 3"),
+        ("-1", "target -1 is not a class: the model has classes 0 to 3"),
+    ],
+)
+def test_targets_that_the_model_does_not_have_are_one_sentence(text, words):
+    with pytest.raises(CamError, match=f"^{words}$"):
+        zoo.classes_of(zoo.targets_of([text], NAMES), torch.zeros(4))
