@@ -22,7 +22,9 @@ _SAME = 0.02
 """How far an input may be from the preprocessed picture, as a share of its range, to be made of it: for narrow dtypes."""
 WIDTH = 6
 """The most panels side by side in a figure."""
-_THUMBNAIL = 480
+_PAGE, _LARGEST = 9.0, 3.0
+"""The width of a figure, and the largest width of a panel, in inches."""
+_THUMBNAIL = 720
 """The longer side of a photo in a figure, in pixels."""
 
 
@@ -132,9 +134,10 @@ def scaled(card: Fields, map: Tensor) -> Tensor:
 def figure(card: Fields, **how: Any) -> "Figure":
     """Draw each photo with the maps of its targets beside it: an image in each row, or wrapped after six panels."""
     rows = [_panels(card, image) for image in range(len(card.scores))]
-    lines = [line for row in rows for line in figures.lines(row, min(WIDTH, max(map(len, rows))))]
+    width = min(WIDTH, max(map(len, rows)))
+    lines = [line for row in rows for line in figures.lines(row, width)]
     title = f"{card.method}{' at ' + ', '.join(card.layers) if card.layers else ''}"
-    return figures.figure(lines, title=title, **how)
+    return figures.figure(lines, title=title, side=min(_LARGEST, _PAGE / width), **how)
 
 
 def _panels(card: Fields, image: int) -> list[figures.Panel]:
