@@ -114,7 +114,7 @@ def parsed(text: str) -> Parser:
 def test_a_notebook_shows_each_photo_beside_its_maps():
     found = card_of(camfn.targets.top(2), names=["<b>&", *NAMES[1:]])._repr_html_()
     parser = parsed(found)
-    assert parser.tags.count("tr") == 2
+    assert parser.tags.count("tr") == 1 + 2 * 2
     assert parser.tags.count("img") == 2 * (1 + 2)
     assert "script" not in parser.tags
     assert all(source.startswith("data:image/jpeg;base64,") for source in parser.sources)
@@ -129,12 +129,12 @@ def test_a_card_without_pictures_shows_its_maps_in_a_notebook():
 def test_a_notebook_shows_eight_images_and_a_page_shows_all(tmp_path):
     x = torch.rand(10, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     card = camfn.explain(demo.network(), "features", x, method="grad_cam", images=list(x))
-    assert parsed(card._repr_html_()).tags.count("tr") == 8
+    assert parsed(card._repr_html_()).tags.count("tr") == 1 + 8
     assert "... and 2 more images" in card._repr_html_()
     card.save(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert page.startswith("<!doctype html>")
-    assert parsed(page).tags.count("tr") == 10
+    assert parsed(page).tags.count("tr") == 1 + 10
     assert "http" not in page.replace("data:", "")
 
 
