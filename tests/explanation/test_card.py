@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -170,6 +171,33 @@ def test_a_map_lies_where_the_crop_was_on_the_photo():
     y, x = (np.array(high) + 0.5) * 160 / 12 + [0, 40]
     brightest = np.unravel_index(drawn[:, 40:200].sum(-1).argmax(), (160, 160))
     assert np.abs(np.add(brightest, [0, 40]) - [y, x]).max() <= 1.5 * 160 / 12
+
+
+def test_a_preprocessing_may_put_the_channels_last():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = demo.network()
+
+        def forward(self, x):
+            return self.net(x.permute(0, 3, 1, 2))
+
+    def preprocess(picture):
+        return crop(picture).permute(1, 2, 0)
+
+    photo = wide()
+    options = {"method": "grad_cam", "images": photo, "preprocess": preprocess, "axes": "nhwc"}
+    card = camfn.explain(Last(), "net.features", preprocess(photo)[None], 0, **options)
+    assert np.allclose(card.pictures[0].view.matrix, [[160 / 96, 0, 40], [0, 160 / 96, 0]], atol=0.3)
+
+
+def test_without_pillow_a_notebook_shows_the_text(monkeypatch):
+    card = card_of(0)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setattr("camfn.explanation.card.find_spec", lambda name: None)
+    assert card._repr_html_() is None
+    with pytest.raises(CamError, match=r"^pictures need Pillow: pip install 'camfn\[cli\]'$"):
+        card_of(0, images=["a.png", "b.png"])
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
