@@ -376,6 +376,8 @@ def test_an_image_a_target_or_a_layer_that_is_not_there_is_an_error():
     for arguments, options, what in (((2, 0), {}, "image 2: the card has 2"), ((0, 2), {}, "target 2: the card has 2")):
         with pytest.raises(CamError, match=f"there is no {what}"):
             card.overlay(*arguments, **options)
+    with pytest.raises(CamError, match="target= is an index from 0 to 1; found 'ring'"):
+        card.overlay(0, "ring")
     with pytest.raises(CamError, match="there is no layer 1: the card has 1"):
         card.overlay(layer=1)
 
