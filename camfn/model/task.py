@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from camfn import _compat
 from camfn._errors import CamError
@@ -48,7 +48,9 @@ def begin(
     """Validate the model and its inputs. `axes` names the axes of the input with the pixels; `None` finds them."""
     call = opened(model)
     private = call.borrow()
-    full = resolve_state(private, state)
+    full, graphed = resolve_state(private, state), has_graph(x, state)
+    if graphed:
+        full, x = _savable(full), _savable(x)
     batch = check(x, masked, axes, full, masks)
     if axes is None and not isinstance(batch.x, list):
         key = batch.pixels.key
@@ -56,7 +58,12 @@ def begin(
         batch = batch._replace(pixels=batch.pixels._replace(axes=found))
     if masks and batch.pixels.axes.unclear:
         raise CamError(wrong_rank(batch.x, batch.pixels.key, private) or batch.pixels.axes.unclear)
-    return Task(call, private, full, batch, {}, has_graph(batch.x, state))
+    return Task(call, private, full, batch, {}, graphed)
+
+
+def _savable(tree: Any) -> Any:
+    """Clone tensors made in inference mode: autograd cannot save them, and none of them requires grad."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf, plain(tree))
 
 
 def _plain_run(call: Call, x: Inputs, key: Key) -> Callable[[Tensor], Any]:

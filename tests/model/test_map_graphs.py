@@ -53,6 +53,19 @@ def by_hand(net: Smooth, x: Tensor, classes: list[int]) -> Tensor:
     return F.relu((slope.mean((2, 3), keepdim=True) * kept[0]).sum(1))
 
 
+@pytest.mark.parametrize("method", ["grad_cam", "eigen_cam", "score_cam", "recipro_cam"])
+def test_a_model_made_in_inference_mode_gives_maps_with_a_graph(method):
+    """autograd cannot save its parameters, and they cannot require grad: copies of them serve."""
+    with torch.inference_mode():
+        net = Smooth()
+    gradients = []
+    for model in (net, Smooth()):
+        x = image().requires_grad_()
+        weighted(getattr(camfn, method)(model, "features", x, 1, normalize=False)).backward()
+        gradients.append(x.grad)
+    close(*gradients)
+
+
 def test_the_gradient_of_grad_cam_is_that_of_hooks_with_create_graph():
     net, x = Smooth(), image().requires_grad_()
     state = {**camfn.state_of(net), **camfn.parameters_of(net)}
