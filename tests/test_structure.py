@@ -38,7 +38,7 @@ ROOMS = {
     "compose": ("_common", "averages", "multi_scale", "ensembles"),
     ".cards": ("concepts", "explanation", "testing"),
     ".public": ("weights", "maps", "metrics"),
-    "images": ("colors", "pictures", "reading", "seen", "views", "overlays"),
+    "images": ("colors", "pictures", "preprocessing", "reading", "seen", "views", "overlays"),
     ".pictures": ("figures",),
     "demo": ("scenes", "network"),
     ".train": ("demo.train",),
