@@ -105,8 +105,8 @@ class _How(NamedTuple):
 
 def _common_colormap(panels: Sequence[Panel]) -> str:
     """One color map for all maps, since they share a color bar."""
-    signed = any(panel.map is not None and float(np.min(_array(panel.map))) < 0 for panel in panels)
-    return images.SIGNED if signed else images.UNSIGNED
+    found = {images.default_colormap(panel.map) for panel in panels if panel.map is not None}
+    return images.SIGNED if images.SIGNED in found else images.UNSIGNED
 
 
 def lines(panels: Sequence[Panel], width: int) -> list[list[Panel | None]]:

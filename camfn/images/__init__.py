@@ -1,7 +1,7 @@
 """Pictures: read files, overlay maps, and find where a network's input lies on its photo. Pillow is imported on use."""
 
 from camfn.images.colors import COLORMAPS, colorize
-from camfn.images.overlays import ALPHA, SIGNED, STYLES, UNSIGNED, Style, blended, overlay
+from camfn.images.overlays import ALPHA, SIGNED, STYLES, UNSIGNED, Style, blended, default_colormap, overlay
 from camfn.images.reading import ENLARGED, LARGEST, check_input, check_narrow, read
 from camfn.images.seen import as_seen
 from camfn.images.views import View, view_of, whole
@@ -21,6 +21,7 @@ __all__ = [
     "check_input",
     "check_narrow",
     "colorize",
+    "default_colormap",
     "overlay",
     "read",
     "view_of",
