@@ -91,8 +91,8 @@ def figure(
     drawn = _figure()(figsize=size, dpi=120, layout="constrained")
     axes = drawn.subplots(height, width, squeeze=False, height_ratios=heights)
     for row, line in enumerate(panels):
-        for column, panel in enumerate(line):
-            _draw(axes[row, column], panel, pictures[row][column], side) if panel else _draw_empty(axes[row, column])
+        for axis, panel, picture in zip(axes[row], line, pictures[row]):
+            _draw(axis, panel, picture, side) if panel and picture else _draw_empty(axis)
     for axis, name in zip(axes[:, 0], rows):
         axis.set_ylabel(_plain(name), fontsize=10)
     for axis, name in zip(axes[0], columns):
@@ -114,8 +114,8 @@ class _How(NamedTuple):
 
 def _common_colormap(panels: Sequence[Panel]) -> str:
     """One color map for all maps, since they share a color bar."""
-    signed = any(panel.map is not None and float(np.min(_array(panel.map))) < 0 for panel in panels)
-    return images.SIGNED if signed else images.UNSIGNED
+    found = {images.default_colormap(panel.map) for panel in panels if panel.map is not None}
+    return images.SIGNED if images.SIGNED in found else images.UNSIGNED
 
 
 def lines(panels: Sequence[Panel], width: int) -> list[list[Panel | None]]:

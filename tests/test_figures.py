@@ -129,3 +129,10 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch):
 def test_dollars_are_no_formula_and_control_characters_have_no_glyph():
     for name in (r"a$\frac$b", "a$b", "a\x1b\udcff", r"\$"):
         pixels([[Panel(GREY, caption=name)]], rows=[name], columns=[name], title=name, note=name)
+
+
+def test_maps_share_signed_colors_if_one_is_signed_other_than_by_rounding():
+    barely = [Panel(GREY, MAP - 1e-7 * (1 - MAP))]
+    assert np.array_equal(pixels([barely]), pixels([barely], colormap=images.UNSIGNED))
+    both = [Panel(GREY, MAP), Panel(GREY, -MAP)]
+    assert np.array_equal(pixels([both]), pixels([both], colormap=images.SIGNED))

@@ -1,11 +1,12 @@
 """Pictures: read files, overlay maps, and find where a network's input lies on its photo. Pillow is imported on use."""
 
 from camfn.images.colors import COLORMAPS, colorize
-from camfn.images.overlays import ALPHA, SIGNED, STYLES, UNSIGNED, Style, blended, overlay
+from camfn.images.overlays import ALPHA, SIGNED, STYLES, UNSIGNED, Style, blended, default_colormap, overlay
+from camfn.images.preprocessing import pixels_of
 from camfn.images.reading import ENLARGED, LARGEST, check_input, check_narrow, read
 from camfn.images.seen import as_seen
 from camfn.images.turns import turned, upright
-from camfn.images.views import View, pixels_of, view_of, whole
+from camfn.images.views import View, view_of, whole
 
 __all__ = [
     "ALPHA",
@@ -22,6 +23,7 @@ __all__ = [
     "check_input",
     "check_narrow",
     "colorize",
+    "default_colormap",
     "overlay",
     "pixels_of",
     "read",

@@ -1,14 +1,13 @@
 """Maps over pictures: in color, as contours, or as a mask."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from camfn._errors import CamError
 from camfn.images.colors import colorize
-from camfn.images.pictures import array_of, pillow, tensor_of, unit
+from camfn.images.pictures import array_of, pillow, slack, tensor_of, unit
 from camfn.images.views import View, whole
 
 if TYPE_CHECKING:
@@ -37,12 +36,13 @@ def overlay(
 ) -> "Image":
     """Overlay a map on its picture, as an RGB image of the picture's size.
 
-        heat:     (1 - a) * faded + a * color(map),    a = alpha * |map|^0.6
+        heat:     (1 - a) * faded + a * color(map),    a = alpha * map^0.6, or alpha * |map| in signed colors
         contour:  the picture, with lines of color(level) where |map| is 0.25, 0.5 and 0.75
         mask:     (1 - alpha * (1 - max(map, 0))) * picture
 
     `faded` is the picture with less color (by `alpha`) and less light (by `alpha / 2`), so that the highest value is the
-    lightest on any picture. Parts of the picture that the network's input does not show are dark and gray.
+    lightest on any picture. Parts of the picture that the network's input does not show are dark and gray, with a gray line
+    around what it shows.
 
     **Arguments**
 
@@ -69,62 +69,87 @@ def overlay(
         raise CamError(f"alpha is the opacity of the map, from 0 (the picture alone) to 1; found {alpha!r}")
     if style not in _STYLES:
         raise CamError(f"style must be 'heat', 'contour' or 'mask'; found {style!r}")
-    picture, values = array_of(image).astype(np.float32), _map(map)
+    picture, values = array_of(image), _map(map)
     size = (picture.shape[1], picture.shape[0])
     if view is not None and view.photo != size:
         raise CamError(f"the view belongs to a photo of {_size(view.photo)} pixels, and the picture has {_size(size)}")
     laid, shown = (whole(size, size) if view is None else view).on_photo(values)
-    chosen = colormap or default_colormap(values)
-    drawn = _STYLES[style](picture, _drawn_values(laid.numpy(), chosen), alpha, chosen)
-    return pillow().Image.fromarray(
-        np.rint(np.where(shown.numpy()[..., None], drawn, _cropped(picture)) * 255).astype(np.uint8)
-    )
+    look = _Look(alpha, colormap or default_colormap(values), max(1, round(min(size) / 250)))
+    return pillow().Image.fromarray(_drawn(picture, laid.numpy(), shown.numpy(), style, look))
 
 
-def default_colormap(map: torch.Tensor) -> str:
-    """The color map of a map: one with a middle for signed maps."""
-    return SIGNED if bool((map < 0).any()) else UNSIGNED
+class _Look(NamedTuple):
+    """How values are drawn."""
+
+    alpha: float
+    colormap: str
+    radius: int  # of lines, in pixels
+
+
+def _drawn(picture: np.ndarray, values: np.ndarray, shown: np.ndarray, style: Style, look: _Look) -> np.ndarray:
+    """Draw a large picture in strips of rows, since floats take many times its memory."""
+    drawn, rows, halo = np.empty((*values.shape, 3), np.uint8), max(1, _PIXELS // values.shape[1]), 2 * look.radius
+    for start in range(0, len(values), rows):
+        own, around = slice(start, start + rows), slice(max(0, start - halo), start + rows + halo)
+        strip = _light(picture[around])
+        signed = values[around] if look.colormap == SIGNED else values[around].clip(0)  # no other map shows negative values
+        found = np.where(shown[around, :, None], _STYLES[style](strip, signed, look), _cropped(strip, shown[around], look))
+        drawn[own] = np.rint(found * 255)[start - around.start :][:rows]
+    return drawn
+
+
+_PIXELS = 2**19
+"""The number of pixels that are drawn at once."""
+
+
+def _light(picture: np.ndarray) -> np.ndarray:
+    return picture.astype(np.float32) / (255 if picture.dtype == np.uint8 else 1)
+
+
+def default_colormap(map: Any) -> str:
+    """The color map of a map: one with a middle for a map with negative values, other than by rounding."""
+    return SIGNED if bool((_map(map) < 0).any()) else UNSIGNED
 
 
 def blended(picture: np.ndarray, values: np.ndarray, alpha: float, colormap: str) -> np.ndarray:
     """Blend the colors of values `(h, w)` in [-1, 1] with a picture `(h, w, 3)`: the style `"heat"`."""
-    opacity = (alpha * np.abs(values) ** _GROWTH)[..., None]
+    opacity = (alpha * np.abs(values) ** (1 if colormap == SIGNED else _GROWTH))[..., None]
     faded = (1 - alpha / 2) * ((1 - alpha) * picture + alpha * _gray(picture))
     return (1 - opacity) * faded + opacity * _colors(values, colormap)
 
 
-def _contours(picture: np.ndarray, values: np.ndarray, alpha: float, colormap: str) -> np.ndarray:
-    drawn, radius = picture.copy(), max(1, round(min(values.shape) / 250))
-    for level in (*LEVELS, *(-level for level in LEVELS if colormap == SIGNED)):
-        inside = torch.from_numpy(values >= level if level > 0 else values <= level)
-        for width, color in ((2 * radius, np.ones(3, np.float32)), (radius, _colors(np.array(level), colormap))):
-            line = _band(inside, width)[..., None]
-            drawn = np.where(line, (1 - alpha) * drawn + alpha * color, drawn)
+def _heat(picture: np.ndarray, values: np.ndarray, look: _Look) -> np.ndarray:
+    return blended(picture, values, look.alpha, look.colormap)
+
+
+def _contours(picture: np.ndarray, values: np.ndarray, look: _Look) -> np.ndarray:
+    drawn = picture.copy()
+    for level in (*LEVELS, *(-level for level in LEVELS if look.colormap == SIGNED)):
+        inside = values >= level if level > 0 else values <= level
+        for width, color in ((2 * look.radius, np.ones(3, np.float32)), (look.radius, _colors(np.array(level), look.colormap))):
+            line = _grown(inside, width) & _grown(~inside, width)  # the border of the picture itself is none
+            drawn[line] = (1 - look.alpha) * drawn[line] + look.alpha * color
     return drawn
 
 
-def _band(inside: torch.Tensor, radius: int) -> np.ndarray:
-    """The pixels around the border of a region. The border of the picture itself is none."""
-
-    def grown(region: torch.Tensor) -> torch.Tensor:
-        wide = F.max_pool2d(region.float()[None, None], (2 * radius + 1, 1), 1, (radius, 0))
-        return F.max_pool2d(wide, (1, 2 * radius + 1), 1, (0, radius))[0, 0] > 0
-
-    return (grown(inside) & grown(~inside)).numpy()
-
-
-def _masked(picture: np.ndarray, values: np.ndarray, alpha: float, colormap: str) -> np.ndarray:
-    return picture * (1 - alpha * (1 - values.clip(0)))[..., None]
+def _grown(region: np.ndarray, radius: int) -> np.ndarray:
+    """The pixels at most `radius` rows and columns away from a region."""
+    for _ in range(2):  # down the rows, then along them
+        wide, reach = np.pad(region, ((radius, radius), (0, 0))), 1
+        while reach <= 2 * radius:  # row i holds what rows i to i + reach - 1 hold
+            step = min(reach, 2 * radius + 1 - reach)
+            wide, reach = wide[:-step] | wide[step:], reach + step
+        region = wide.T
+    return region
 
 
-_STYLES = {"heat": blended, "contour": _contours, "mask": _masked}
+def _masked(picture: np.ndarray, values: np.ndarray, look: _Look) -> np.ndarray:
+    return picture * (1 - look.alpha * (1 - values.clip(0)))[..., None]
+
+
+_STYLES = {"heat": _heat, "contour": _contours, "mask": _masked}
 STYLES = tuple(_STYLES)
 """The names that `style=` takes."""
-
-
-def _drawn_values(values: np.ndarray, colormap: str) -> np.ndarray:
-    """The values that a color map shows: a color map without a middle shows no negative ones."""
-    return values if colormap == SIGNED else values.clip(0)
 
 
 def _colors(values: np.ndarray, colormap: str) -> np.ndarray:
@@ -135,9 +160,10 @@ def _gray(picture: np.ndarray) -> np.ndarray:
     return (picture @ _LUMA)[..., None]
 
 
-def _cropped(picture: np.ndarray) -> np.ndarray:
-    """What the network did not see: gray, darker than black and white are apart."""
-    return 0.1 + 0.3 * _gray(picture) + np.zeros(3)
+def _cropped(picture: np.ndarray, shown: np.ndarray, look: _Look) -> np.ndarray:
+    """What the network did not see, dark and gray, with a line around what it saw."""
+    line = _grown(shown, look.radius)[..., None]
+    return np.where(line, np.float32(0.5), np.float32(0.25) * _gray(picture))
 
 
 def _size(size: tuple[int, int]) -> str:
@@ -153,4 +179,5 @@ def _map(map: Any) -> torch.Tensor:
         "must lie in [0, 1], or in [-1, 1] if it is signed: methods return maps in [0, 1] by default (normalize=True); scale a "
         "raw one by camfn.maps.normalize(map, (-2, -1)), or a signed one by its largest absolute value"
     )
-    return unit(values, "map", remedy, lowest=-1.0).float()
+    checked = unit(values, "map", remedy, lowest=-1.0)
+    return checked.where(checked < -slack(values), checked.clamp(0)).float()

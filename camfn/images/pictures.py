@@ -22,27 +22,32 @@ def pillow() -> Any:
 
 
 def array_of(image: Any) -> np.ndarray:
-    """Check a picture, and return it as an array `(h, w, 3)` in [0, 1]."""
+    """Check a picture, and return it as an array `(h, w, 3)`, of uint8 or of floats in [0, 1]."""
     if hasattr(image, "convert"):
-        return np.asarray(rgb(image, "image"), dtype=np.float64) / 255
+        return np.asarray(rgb(image, "image"))
     values = tensor_of(image, "image", "a PIL image, a tensor or an array")
     if values.dtype != torch.uint8 and not values.is_floating_point():
         raise CamError(f"image is {values.dtype}: it must be uint8, or floats in [0, 1]")
-    values = values.double() / 255 if values.dtype == torch.uint8 else values
+    if values.dtype == torch.uint8:
+        return _channels_last(values).expand(-1, -1, 3).numpy()
     remedy = "must lie in [0, 1]: undo the normalization (image * std + mean), or divide by 255"
     return unit(_channels_last(values), "image", remedy).expand(-1, -1, 3).numpy()
 
 
 def unit(values: Tensor, name: str, remedy: str, lowest: float = 0.0) -> Tensor:
     """Return `values` as float64 in [lowest, 1]. Raise CamError if they are outside by more than rounding."""
-    slack = 4 * torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
-    values = values.double()
+    rounding, values = slack(values), values.double()
     if not bool(torch.isfinite(values).all()):
         raise CamError(f"{name} has NaN or infinite values")
     low, high = float(values.min()), float(values.max())
-    if low < lowest - slack or high > 1 + slack:
+    if low < lowest - rounding or high > 1 + rounding:
         raise CamError(f"{name} has values from {low:.4g} to {high:.4g}, but {remedy}")
     return values.clamp(lowest, 1)
+
+
+def slack(values: Tensor) -> float:
+    """What rounding may add to values of a size of 1."""
+    return 4 * torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
 
 
 def tensor_of(values: Any, name: str, wanted: str) -> Tensor:

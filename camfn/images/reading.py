@@ -9,6 +9,7 @@ from torch import Tensor
 from camfn._errors import CamError
 from camfn._paths import kind
 from camfn.images.pictures import pillow, rgb
+from camfn.images.preprocessing import pixels_of, random_states_kept
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -82,7 +83,8 @@ def _measure_scaling(preprocess: Callable[[Any], Any], wide: bool, side: int) ->
     for start in (0, long - side):
         probe.paste((255, 255, 255), (start, 0, start + side, side) if wide else (0, start, side, start + side))
     try:
-        x = preprocess(probe).detach().double()
+        with random_states_kept():
+            x = pixels_of(preprocess, probe).detach().double()
         long, short = max(x.shape[-2:]), min(x.shape[-2:])
         cropped = float((x.amax((-2, -1)) - x.amin((-2, -1))).max()) < 1e-3
     except Exception:  # the picture itself will raise the error

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from camfn.formulas import maps
 from camfn.images.pictures import pillow
+from camfn.images.preprocessing import pixels_of, random_states_kept
 
 
 def as_seen(x: Tensor, preprocess: Callable[[Any], Any], size: tuple[int, int]) -> tuple[Tensor, bool]:
@@ -24,7 +25,8 @@ def as_seen(x: Tensor, preprocess: Callable[[Any], Any], size: tuple[int, int]) 
     Returns the picture `(h, w, 3)` in [0, 1], and whether its colors are true.
     """
     x = x.detach().cpu().double()
-    undo = _measure_inverse(preprocess, size, x)
+    with random_states_kept():
+        undo = _measure_inverse(preprocess, size, x)
     if undo is not None:
         return undo(x).clamp(0, 1).movedim(0, -1).expand(-1, -1, 3), True
     gray = x if x.shape[0] in (1, 3) else x.mean(0, keepdim=True)
@@ -38,7 +40,7 @@ def _measure_inverse(preprocess: Callable[[Any], Any], size: tuple[int, int], x:
     new = pillow().Image.new
 
     def of(*color: int) -> Tensor:
-        return preprocess(new("RGB", size, color)).detach().cpu().double().reshape(x.shape)
+        return pixels_of(preprocess, new("RGB", size, color)).detach().cpu().double().reshape(x.shape)
 
     try:
         black, white, probe = of(0, 0, 0), of(255, 255, 255), of(*_PROBE) if x.shape[0] == 3 else of(128, 128, 128)

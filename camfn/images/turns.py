@@ -35,7 +35,8 @@ def upright(image: Any) -> "tuple[Image, int | None]":
         with pillow().Image.open(image) as file:
             return found, _turn(file)
     if not hasattr(image, "convert"):
-        return pillow().Image.fromarray(np.rint(array_of(image) * 255).astype(np.uint8)), None
+        values = array_of(image)
+        return pillow().Image.fromarray(values if values.dtype == np.uint8 else np.rint(values * 255).astype(np.uint8)), None
     return rgb(pillow().ImageOps.exif_transpose(image), "image"), _turn(image)
 
 
