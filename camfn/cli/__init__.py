@@ -63,6 +63,9 @@ _LAYERS = """List the layers that can be explained, in the order of execution, a
 
 The network is run on IMAGE, or on a noise picture of 224 x 224 pixels.
 
+At most twenty layers are listed: the default layer, then those that lie in the fewest modules (layer4 before layer4.2), and of
+these the last ones. Where there are more, a note says how many, and --all lists them.
+
 \b
 Example:
   camfn layers --model demo
@@ -182,6 +185,7 @@ def _layers() -> "click.Command":
     @click.command("layers", help=_LAYERS, short_help="List the layers that can be explained.")
     @click.argument("image", required=False, type=click.Path(readable=False, path_type=Path))
     @options.of_the_model
+    @click.option("--all", "every", is_flag=True, help="List all layers, not only the twenty most useful.")
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per layer.")
     def command(image: Path | None, as_json: bool, **source: Any) -> None:
         with options.refusing() as stdout:
