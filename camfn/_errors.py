@@ -49,3 +49,13 @@ def warn(message: str) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "camfn":
         frame, level = frame.f_back, level + 1
     warnings.warn(message, CamWarning, stacklevel=level)
+
+
+def shortened(name: str, most: int) -> str:
+    """Cut a long name in the middle. Names of layers and classes often differ in their beginning or end.
+
+    >>> shortened("layer4.1.downsample.conv", 16)
+    'layer4.1…le.conv'
+    """
+    end = (most - 1) // 2
+    return name if len(name) <= most else f"{name[: most - 1 - end]}…{name[-end:]}"

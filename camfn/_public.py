@@ -4,7 +4,7 @@ from camfn import figures, images, layouts, maps, metrics, targets, weights
 from camfn._errors import CamError, CamWarning
 from camfn.compose import augment, ensemble, fuse_layers, integrate, multi_scale, smooth
 from camfn.concepts import Concepts, factorize
-from camfn.explanation import Explanation, explain
+from camfn.explanation import Explanation, explain, load
 from camfn.formulas.masks import RECIPES, Recipe
 from camfn.methods import (
     METHODS,
@@ -92,6 +92,7 @@ __all__ = [
     "layouts",
     "legrad",
     "lift_cam",
+    "load",
     "maps",
     "mean_cam",
     "metrics",

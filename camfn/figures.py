@@ -7,12 +7,16 @@ import numpy as np
 import torch
 
 from camfn import images
-from camfn._errors import CamError, escaped
+from camfn._errors import CamError, escaped, shortened
 from camfn.images import View
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
+
+
+_PANEL = 1.5
+"""The width of a panel in inches."""
 
 
 class Panel(NamedTuple):
@@ -79,7 +83,7 @@ def figure(
     """
     height, width = _check_grid(panels, rows, columns)
     how = _How(style, alpha, colormap or _common_colormap([panel for line in panels for panel in line if panel]))
-    drawn = _figure()(figsize=(1.5 * width + 1.1, 1.68 * height + 0.75), dpi=120, layout="constrained")
+    drawn = _figure()(figsize=(_PANEL * width + 1.1, 1.68 * height + 0.75), dpi=120, layout="constrained")
     axes = drawn.subplots(height, width, squeeze=False)
     for row, line in enumerate(panels):
         for column, panel in enumerate(line):
@@ -87,7 +91,7 @@ def figure(
     for axis, name in zip(axes[:, 0], rows):
         axis.set_ylabel(_plain(name), fontsize=10)
     for axis, name in zip(axes[0], columns):
-        axis.set_title(_plain(name), fontsize=10)
+        axis.set_title(_fitted(name, 10), fontsize=10)
     drawn.suptitle(_plain(title), fontsize=12)
     drawn.supxlabel(_plain(note), fontsize=8)
     if style == "heat" and any(panel and panel.map is not None for line in panels for panel in line):
@@ -144,13 +148,29 @@ def _plain(name: str) -> str:
     return "\n".join(map(escaped, name.split("\n"))).replace("$", r"\$")
 
 
+def _fitted(text: str, fontsize: float) -> str:
+    """Cut long lines in the middle, so that texts side by side do not overlap."""
+    from matplotlib.textpath import TextPath
+
+    def width(line: str) -> float:
+        return TextPath((0, 0), _plain(line), size=fontsize).get_extents().width / 72 if line.strip() else 0.0
+
+    lines = []
+    for line in text.split("\n"):
+        most = len(line)
+        while most > 3 and width(shortened(line, most)) > _PANEL:
+            most -= 1
+        lines.append(_plain(shortened(line, most)))
+    return "\n".join(lines)
+
+
 def _draw(axis: Any, panel: Panel, how: _How) -> None:
     picture = images.overlay(panel.image, torch.zeros(1, 1), alpha=0)
     if panel.map is not None:
         picture = images.overlay(picture, panel.map, view=panel.view, **how._asdict())
     axis.imshow(picture, interpolation="nearest")
     axis.set(xticks=[], yticks=[])
-    axis.set_xlabel(_plain(panel.caption), fontsize=8, labelpad=2)
+    axis.set_xlabel(_fitted(panel.caption, 8), fontsize=8, labelpad=2)
     if panel.outline is not None:
         inside = _array(panel.outline).astype(float)
         axis.contour(inside, levels=[0.5], colors="black", linewidths=2.2)

@@ -21,6 +21,7 @@ Kind = Literal[
     "no position",
     "parts left out",
     "about the target",
+    "no view",
 ]
 
 

@@ -4,7 +4,8 @@ from camfn.images.colors import COLORMAPS, colorize
 from camfn.images.overlays import ALPHA, SIGNED, STYLES, UNSIGNED, Style, blended, overlay
 from camfn.images.reading import ENLARGED, LARGEST, check_input, check_narrow, read
 from camfn.images.seen import as_seen
-from camfn.images.views import View, view_of, whole
+from camfn.images.turns import turned, upright
+from camfn.images.views import View, pixels_of, view_of, whole
 
 __all__ = [
     "ALPHA",
@@ -22,7 +23,10 @@ __all__ = [
     "check_narrow",
     "colorize",
     "overlay",
+    "pixels_of",
     "read",
+    "turned",
+    "upright",
     "view_of",
     "whole",
 ]

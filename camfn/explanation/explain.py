@@ -1,113 +1,68 @@
-"""Maps with the scores, weights, cost and findings behind them."""
+"""Compute methods by name, and make their cards."""
 
 import inspect
-import pickle
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from camfn import _compat
 from camfn._errors import CamError, closest
-from camfn._types import Inputs, Layers, Maps, Target, Weights
+from camfn._types import Inputs, Layers, Target
 from camfn._version import __version__
+from camfn.explanation import pictures
+from camfn.explanation.card import Explanation
+from camfn.explanation.fields import ReadOnly
 from camfn.formulas import diagnostics
 from camfn.formulas.diagnostics import Finding
 from camfn.methods import METHODS, Method, Need, Outcome
 from camfn.methods._common import read_layer
 from camfn.model.forward import Forward, Shared
-from camfn.model.gradients import detached
 from camfn.model.prepare import opened
-from camfn.targets import Score, names
+from camfn.model.task import begin
+from camfn.targets import Score, logits_of
+from camfn.targets import names as names_of
+
+Names: TypeAlias = Sequence[str] | Mapping[int, str] | None
 
 
-class ReadOnly(Mapping[str, Any]):
-    """A mapping that cannot be changed. Unlike `types.MappingProxyType`, it can be pickled.
+class Shown(NamedTuple):
+    """What a card shows beside the maps: the pictures of the inputs, and the names of the classes."""
 
-    In a pickle, a tensor has no graph, and the name of a value stands for the value if it cannot be pickled (a lambda).
-
-    >>> import pickle
-    >>> settings = ReadOnly({"steps": 3, "layout": lambda activation: activation})
-    >>> pickle.loads(pickle.dumps(settings))
-    {'steps': 3, 'layout': '<lambda>'}
-    """
-
-    def __init__(self, items: Mapping[str, Any]) -> None:
-        self._items = dict(items)
-
-    def __getitem__(self, key: str) -> Any:
-        return self._items[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __repr__(self) -> str:
-        return repr(self._items)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ReadOnly, (tree_map(_picklable, self._items),)
-
-
-def _picklable(leaf: Any) -> Any:
-    """A tensor without its graph, another value as it is, or the name of a value that cannot be pickled."""
-    if isinstance(leaf, Tensor):
-        return detached(leaf)
-    try:
-        pickle.dumps(leaf)
-    except Exception:  # each type has its own error
-        return getattr(leaf, "__name__", repr(leaf))
-    return leaf
-
-
-class Explanation(NamedTuple):
-    """The result of `explain`: the maps, with scores, weights, settings, cost and findings.
-
-    It can be pickled, copied, saved by `torch.save`, and returned by a worker of a `DataLoader`. The copy has no graph. A
-    setting that cannot be pickled, such as a lambda, is replaced by its name.
-    """
-
-    maps: Maps
-    method: str
-    settings: Mapping[str, Any]  # every option of the method, given or default
-    layers: tuple[str, ...]
-    grids: tuple[tuple[int, ...], ...]  # the layers' grids
-    classes: Tensor | None  # (n, t) class indices, for a target of classes
-    scores: Tensor  # (n, t): the target's scores of the clean input
-    targets: tuple[tuple[str, ...], ...]  # the names of each image's scores: "logit 281"; empty under a transform
-    weights: tuple[Weights, ...]  # (n, t, c) or (n, t, c, positions) for each layer; empty if the method has none
-    errors: tuple[Tensor | None, ...]  # (n, t) for each layer: the estimated error of an approximate normalized map
-    forwards: int  # forward passes, counted in inputs; each method of a call counts the shared ones
-    backwards: int  # backward passes: gradients of one input's score
-    heads: int  # activations that ran through the layers after the explained one only
-    seconds: float
-    findings: tuple[Finding, ...]  # observations about the maps, such as that they are flat
-    versions: Mapping[str, str]  # versions of Python and the packages
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """The sentences of the findings."""
-        return tuple(finding.sentence for finding in self.findings)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Explanation, tuple(tree_map(detached, tuple(self)))
+    images: Any = None
+    names: Names = None
+    preprocess: Callable[[Any], Any] | None = None
 
 
 @overload
 def explain(
-    model: nn.Module, layer: Layers, x: Inputs, target: Target = None, *, method: str = "score_cam", **options: Any
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target = None,
+    *,
+    method: str = "score_cam",
+    images: Any = None,
+    names: Names = None,
+    preprocess: Callable[[Any], Any] | None = None,
+    **options: Any,
 ) -> Explanation: ...
 @overload
 def explain(
-    model: nn.Module, layer: Layers, x: Inputs, target: Target = None, *, method: Sequence[str], **options: Any
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target = None,
+    *,
+    method: Sequence[str],
+    images: Any = None,
+    names: Names = None,
+    preprocess: Callable[[Any], Any] | None = None,
+    **options: Any,
 ) -> tuple[Explanation, ...]: ...
 def explain(
     model: nn.Module,
@@ -116,6 +71,9 @@ def explain(
     target: Target = None,
     *,
     method: str | Sequence[str] = "score_cam",
+    images: Any = None,
+    names: Names = None,
+    preprocess: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> Explanation | tuple[Explanation, ...]:
     """Compute a method's maps by name, with classes, scores, weights, settings, cost and findings.
@@ -126,11 +84,17 @@ def explain(
 
     - `model`, `layer`, `x`, `target`: as in `camfn.score_cam`. `layer` is ignored for methods that take none.
     - `method`: a name in `camfn.METHODS`, or a sequence of names.
+    - `images`: the pictures of the inputs before preprocessing, one for each: PIL images, arrays, tensors or paths. The card
+      then draws the maps over them.
+    - `names`: the names of the classes: a sequence, or a mapping from the indices, such as transformers' `id2label`.
+    - `preprocess`: the function that made the inputs of the pictures, from a PIL image to `(channels, h, w)`, or an image
+      processor of transformers. It is run on pictures of known positions (`camfn.images.view_of`) to find where the inputs lie
+      on the pictures. Without it, a picture must have the proportions of its input, and the input must show all of it.
     - `options`: options of the methods. Each method gets those that it has. At least one method must have each option.
 
     **Returns** an `Explanation`, or a tuple of them for a sequence of methods.
 
-    **Raises** `CamError` for an unknown method or option, and all errors of the methods.
+    **Raises** `CamError` for an unknown method or option, for names or pictures that do not fit, and all errors of the methods.
 
     >>> import camfn, torch
     >>> from torch import nn
@@ -142,14 +106,22 @@ def explain(
     >>> [card.backwards for card in camfn.explain(model, "1", torch.randn(1, 3, 8, 8), method=["grad_cam", "score_cam"])]
     [1, 0]
     """
-    with prepared(model, layer, x, target, [method] if isinstance(method, str) else method, options) as makes:
+    shown, methods = Shown(images, names, preprocess), [method] if isinstance(method, str) else method
+    with prepared(model, layer, x, target, methods, options, shown=shown) as makes:
         cards = tuple(make() for make in makes)
     return cards[0] if isinstance(method, str) else cards
 
 
 @contextmanager
 def prepared(
-    model: nn.Module, layer: Layers, x: Inputs, target: Target, method: Sequence[str], options: Mapping[str, Any]
+    model: nn.Module,
+    layer: Layers,
+    x: Inputs,
+    target: Target,
+    method: Sequence[str],
+    options: Mapping[str, Any],
+    *,
+    shown: Shown = Shown(),
 ) -> Iterator[list[Callable[[], Explanation]]]:
     """Yield, for each method, a function that makes its explanation.
 
@@ -163,7 +135,65 @@ def prepared(
     layers = {name: layer if row.of_layer else None for name, row in rows.items()}
     graph = any(Need.GRADIENTS in row.needs for row in rows.values())
     with Shared(opened(model).prepared, x, graph=graph, several=len(rows) > 1) as shared:
-        yield [partial(_card, shared, name, rows[name], (layers[name], x, target), given[name]) for name in method]
+        complete = _shown(shared, x, options, shown)
+        arguments = {name: (layers[name], x, target) for name in method}
+        yield [lambda name=name: complete(_card(shared, name, rows[name], arguments[name], given[name])) for name in method]
+
+
+def _shown(shared: Shared, x: Inputs, options: Mapping[str, Any], shown: Shown) -> Callable[[Explanation], Explanation]:
+    """Check the pictures and names, and return the function that adds them to a card."""
+    if shown.preprocess is not None and shown.images is None:
+        raise CamError("preprocess= says where the inputs lie on their pictures: pass the pictures as images=")
+    if _compat.transformed() and shown.images is not None:
+        raise CamError("images= has no meaning under a transform of torch.func: call camfn.explain outside of it")
+    taken, findings = (), ()
+    if shown.images is not None:
+        state, masked, axes = (options.get(name) for name in ("state", "masked", "axes"))
+        image = begin(shared, x, state, masked, axes).batch.image
+        taken, findings = pictures.taken(shown.images, image, shown.preprocess)
+    named = _names(shown.names)
+
+    def complete(card: Explanation) -> Explanation:
+        _check_names(named, card, shared.last)
+        return card._replace(pictures=taken, names=named, findings=(*card.findings, *findings))
+
+    return complete
+
+
+def _names(given: Names) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    if isinstance(given, str):
+        raise CamError(f"names must have a name for each class; found the string {given!r}")
+    if isinstance(given, Mapping):
+        indices = sorted(map(int, given))
+        if indices != list(range(len(given))):
+            raise CamError(
+                f"names must name the classes 0 to {len(given) - 1}; found {', '.join(map(repr, list(given)[:5]))}, ..."
+            )
+        by_index = {int(index): name for index, name in given.items()}
+        return tuple(str(by_index[index]) for index in indices)
+    return tuple(map(str, given))
+
+
+def _check_names(named: tuple[str, ...], card: Explanation, forward: Forward | None) -> None:
+    """Raise CamError if there is not one name for each class."""
+    if not named or card.classes is None or _compat.transformed():
+        return
+    largest, count = int(card.classes.max()), _classes_of(forward)
+    if count is not None and count != len(named):
+        raise CamError(f"names has {len(named)} names, and the model has {count} classes")
+    if largest >= len(named):
+        raise CamError(f"names has {len(named)} names, and the card explains class {largest}: pass a name for each class")
+
+
+def _classes_of(forward: Forward | None) -> int | None:
+    """The number of classes of the clean output, if it has a row of logits for each image."""
+    try:
+        logits = None if forward is None else logits_of(forward.output)
+    except CamError:  # an output that only a target of its own reads
+        return None
+    return logits.shape[1] if logits is not None and logits.ndim == 2 else None
 
 
 def _row_of(name: str) -> Method:
@@ -194,7 +224,7 @@ def _card(shared: Shared, name: str, row: Method, arguments: tuple[Any, ...], op
 
 def _named(score: Score, scores: Tensor) -> tuple[tuple[str, ...], ...]:
     """The names of each image's scores; empty under a transform."""
-    return () if _compat.transformed() else names(score, scores.shape[1])
+    return () if _compat.transformed() else names_of(score, scores.shape[1])
 
 
 def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], forward: Forward | None) -> tuple[Finding, ...]:

@@ -1,0 +1,120 @@
+"""The fields of a card, and the names of its targets."""
+
+import pickle
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from camfn._errors import CamError
+from camfn._types import Maps, Weights
+from camfn.formulas.diagnostics import Finding
+from camfn.images import View
+from camfn.model.gradients import detached
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class ReadOnly(Mapping[str, Any]):
+    """A mapping that cannot be changed. Unlike `types.MappingProxyType`, it can be pickled.
+
+    In a pickle, a tensor has no graph, and the name of a value stands for the value if it cannot be pickled (a lambda).
+
+    >>> import pickle
+    >>> settings = ReadOnly({"steps": 3, "layout": lambda activation: activation})
+    >>> pickle.loads(pickle.dumps(settings))
+    {'steps': 3, 'layout': '<lambda>'}
+    """
+
+    def __init__(self, items: Mapping[str, Any]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ReadOnly, (tree_map(_picklable, self._items),)
+
+
+def _picklable(leaf: Any) -> Any:
+    """A tensor without its graph, another value as it is, or the name of a value that cannot be pickled."""
+    if isinstance(leaf, Tensor):
+        return detached(leaf)
+    try:
+        pickle.dumps(leaf)
+    except Exception:  # each type has its own error
+        return getattr(leaf, "__name__", repr(leaf))
+    return leaf
+
+
+class Picture(NamedTuple):
+    """The picture of an input, and where the input lies on it."""
+
+    image: "Image"  # RGB
+    view: View
+    name: str = ""  # its file
+
+
+class Fields(NamedTuple):
+    """The fields of `Explanation`."""
+
+    maps: Maps
+    method: str
+    settings: Mapping[str, Any]  # every option of the method, given or default
+    layers: tuple[str, ...]
+    grids: tuple[tuple[int, ...], ...]  # the layers' grids
+    classes: Tensor | None  # (n, t) class indices, for a target of classes
+    scores: Tensor  # (n, t): the target's scores of the clean input
+    targets: tuple[tuple[str, ...], ...]  # the names of each image's scores: "logit 281"; empty under a transform
+    weights: tuple[Weights, ...]  # (n, t, c) or (n, t, c, positions) for each layer; empty if the method has none
+    errors: tuple[Tensor | None, ...]  # (n, t) for each layer: the estimated error of an approximate normalized map
+    forwards: int  # forward passes, counted in inputs; each method of a call counts the shared ones
+    backwards: int  # backward passes: gradients of one input's score
+    heads: int  # activations that ran through the layers after the explained one only
+    seconds: float
+    findings: tuple[Finding, ...]  # observations about the maps, such as that they are flat
+    versions: Mapping[str, str]  # versions of Python and the packages
+    pictures: tuple[Picture, ...] = ()  # of each input, if `images=` was given
+    names: tuple[str, ...] = ()  # the names of the classes, if `names=` was given
+
+
+def class_name(card: Fields, image: int, target: int) -> str:
+    """The name of the class that a target is about, or ""."""
+    return "" if card.classes is None or not card.names else card.names[int(card.classes[image, target])]
+
+
+def label(card: Fields, image: int, target: int) -> str:
+    """A target and its score, such as `"logit 281 = 9.21"`."""
+    return f"{card.targets[image][target]} = {float(card.scores[image, target]):.4g}"
+
+
+def map_of(card: Fields, image: int, target: int, layer: int = 0) -> Tensor:
+    """One map `(*sides)` of a card.
+
+    **Raises** `CamError` if the card has no such image, target or layer.
+    """
+    maps = card.maps if isinstance(card.maps, tuple) else (card.maps,)
+    n, t = card.scores.shape
+    for what, index, count in (("image", image, n), ("target", target, t), ("layer", layer, len(maps))):
+        if not -count <= index < count:
+            raise CamError(f"there is no {what} {index}: the card has {count}, and the first is 0")
+    own = maps[layer][image]
+    return own[target] if has_targets(card) else own
+
+
+def has_targets(card: Fields) -> bool:
+    """Whether the maps have an axis of targets: `(n, t, *sides)`, with as many sides as the layer's grid."""
+    maps = card.maps[0] if isinstance(card.maps, tuple) else card.maps
+    sides = len(card.grids[0]) if card.grids else 2
+    return maps.ndim == sides + 2
