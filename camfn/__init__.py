@@ -12,6 +12,7 @@ from camfn._version import __version__ as __version__
 if TYPE_CHECKING:
     from camfn._public import *  # noqa: F403
     from camfn._public import __all__ as __all__
+    from camfn._public import open as open
 else:
 
     def __getattr__(name: str) -> object:
@@ -24,10 +25,10 @@ else:
         if importlib.util.find_spec(f"camfn.{name}"):
             return importlib.import_module(f"camfn.{name}")
         public = importlib.import_module("camfn._public")
-        if name != "__all__" and name not in public.__all__:
+        if name not in ("__all__", "open", *public.__all__):
             raise AttributeError(f"module 'camfn' has no attribute {name!r}")
         globals()[name] = getattr(public, name)
         return globals()[name]
 
     def __dir__() -> list[str]:
-        return ["__version__", *__getattr__("__all__")]
+        return ["__version__", "open", *__getattr__("__all__")]

@@ -47,6 +47,8 @@ from camfn.model.head import Head, head
 from camfn.model.layers import Candidate, candidate_layers
 from camfn.model.prepare import Prepared, prepare
 from camfn.sweep.options import Sweep
+from camfn.zoo.networks import Network
+from camfn.zoo.networks import open_network as open  # noqa: F401 (not in a star import, which would hide Python's own)
 
 __all__ = [
     "METHODS",
@@ -58,6 +60,7 @@ __all__ = [
     "Concepts",
     "Explanation",
     "Head",
+    "Network",
     "Prepared",
     "Recipe",
     "Sweep",

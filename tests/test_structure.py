@@ -122,8 +122,9 @@ def test_the_arrow_test_sees_imports():
 def test_public_names():
     public = vars(importlib.import_module("camfn._public"))
     visible = {name for name, value in public.items() if not name.startswith("_") and not isinstance(value, ModuleType)}
-    assert visible <= set(camfn.__all__)
-    assert dir(camfn) == sorted(["__version__", *camfn.__all__])
+    assert visible - {"open"} <= set(camfn.__all__), "open is none: a star import would hide Python's"
+    assert "open" not in camfn.__all__
+    assert dir(camfn) == sorted(["__version__", "open", *camfn.__all__])
     assert set(camfn.__all__) - visible == {"figures", "images", "layouts", "maps", "metrics", "targets", "weights"}
     assert list(camfn.__all__) == sorted(camfn.__all__, key=lambda name: (not name.isupper(), name.lower() == name, name))
 

@@ -48,10 +48,10 @@ class Network(specs.Loaded):
 
         **Arguments**
 
-        - `pictures`: a photo, or a sequence of photos: paths, PIL images, arrays or tensors (`camfn.images.overlay`). Photos are
-          turned upright by their EXIF tag first.
-        - `target`: as in `camfn.score_cam`, or in words: a class by its name, a synonym or a part of its name; several classes; or
-          `"top3"`. By default, the predicted class of each photo.
+        - `pictures`: a photo or a sequence of photos: paths, PIL images, arrays or tensors. Photos are turned upright by their
+          EXIF tag first.
+        - `target`: as in `camfn.score_cam`, or in words: a class by its name, by a synonym or by a part of its name; several
+          classes; or `"top3"`. By default, the predicted class of each photo.
         - `layer`: as in `camfn.score_cam`. By default, it is chosen, and a warning names it.
         - `method`: a name in `camfn.METHODS`, or a sequence of names.
         - `options`: options of the methods.
