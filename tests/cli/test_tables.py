@@ -238,8 +238,8 @@ def test_every_help_has_an_example_that_runs(here, name):
     for line in found:
         assert line in shown.stdout  # not wrapped, not folded into a paragraph
         picture("a.png").resize((96, 96)).save("photo.jpg")
-        _, *arguments = shlex.split(line)
-        result = command(*arguments)
+        _, *arguments = shlex.split(line.partition(" < ")[0])
+        result = command(*arguments, given=Path("photo.jpg").read_bytes() if " < " in line else None)
         assert result.exit_code == 0, result.output
         assert result.stdout
 
@@ -257,7 +257,7 @@ def test_the_help_says_that_the_file_is_run_and_what_the_defaults_are():
     for words in (
         "The file is run",
         "Without preprocess, the input is the picture with values from 0 to 1, not resized",
-        "The overlay shows the picture as the network saw it, resized and cropped by preprocess",
+        "The map is laid where it belongs on the photo",
         "Existing files are never overwritten",
         "use the index for a class that is itself called top3",
         "demo a small network that ships with camfn torchvision:NAME[:WEIGHTS]",
