@@ -63,6 +63,7 @@ def figure(
     style: images.Style = "heat",
     alpha: float = images.ALPHA,
     colormap: str | None = None,
+    side: float = _PANEL,
 ) -> "Figure":
     """Draw panels in a grid, with a color bar for the maps, as a figure of matplotlib that belongs to no window.
 
@@ -73,6 +74,7 @@ def figure(
     - `title`, `note`: the text above and below the grid.
     - `style`, `alpha`, `colormap`: as in `camfn.images.overlay`. All maps get the same color map: one for signed maps, if any
       map has negative values.
+    - `side`: the width of a panel in inches.
 
     **Raises** `CamError` if rows differ in length, the number of names is wrong, or matplotlib is missing.
 
@@ -83,15 +85,18 @@ def figure(
     """
     height, width = _check_grid(panels, rows, columns)
     how = _How(style, alpha, colormap or _common_colormap([panel for line in panels for panel in line if panel]))
-    drawn = _figure()(figsize=(_PANEL * width + 1.1, 1.68 * height + 0.75), dpi=120, layout="constrained")
-    axes = drawn.subplots(height, width, squeeze=False)
+    pictures = [[None if panel is None else _picture(panel, how) for panel in line] for line in panels]
+    heights = [side * max((each.height / each.width for each in line if each), default=1) + 0.18 for line in pictures]
+    size = (side * width + 1.1, sum(heights) + 0.75)
+    drawn = _figure()(figsize=size, dpi=120, layout="constrained")
+    axes = drawn.subplots(height, width, squeeze=False, height_ratios=heights)
     for row, line in enumerate(panels):
         for column, panel in enumerate(line):
-            _draw(axes[row, column], panel, how) if panel else _draw_empty(axes[row, column])
+            _draw(axes[row, column], panel, pictures[row][column], side) if panel else _draw_empty(axes[row, column])
     for axis, name in zip(axes[:, 0], rows):
         axis.set_ylabel(_plain(name), fontsize=10)
     for axis, name in zip(axes[0], columns):
-        axis.set_title(_fitted(name, 10), fontsize=10)
+        axis.set_title(_fitted(name, 10, side), fontsize=10)
     drawn.suptitle(_plain(title), fontsize=12)
     drawn.supxlabel(_plain(note), fontsize=8)
     if style == "heat" and any(panel and panel.map is not None for line in panels for panel in line):
@@ -148,8 +153,8 @@ def _plain(name: str) -> str:
     return "\n".join(map(escaped, name.split("\n"))).replace("$", r"\$")
 
 
-def _fitted(text: str, fontsize: float) -> str:
-    """Cut long lines in the middle, so that texts side by side do not overlap."""
+def _fitted(text: str, fontsize: float, side: float) -> str:
+    """Cut lines longer than a panel in the middle, so that texts side by side do not overlap."""
     from matplotlib.textpath import TextPath
 
     def width(line: str) -> float:
@@ -158,19 +163,23 @@ def _fitted(text: str, fontsize: float) -> str:
     lines = []
     for line in text.split("\n"):
         most = len(line)
-        while most > 3 and width(shortened(line, most)) > _PANEL:
+        while most > 3 and width(shortened(line, most)) > side:
             most -= 1
         lines.append(_plain(shortened(line, most)))
     return "\n".join(lines)
 
 
-def _draw(axis: Any, panel: Panel, how: _How) -> None:
-    picture = images.overlay(panel.image, torch.zeros(1, 1), alpha=0)
-    if panel.map is not None:
-        picture = images.overlay(picture, panel.map, view=panel.view, **how._asdict())
-    axis.imshow(picture, interpolation="nearest")
+def _picture(panel: Panel, how: _How) -> "Image":
+    """The image of a panel with its map."""
+    if panel.map is None:
+        return images.overlay(panel.image, torch.zeros(1, 1), alpha=0)
+    return images.overlay(panel.image, panel.map, view=panel.view, **how._asdict())
+
+
+def _draw(axis: Any, panel: Panel, picture: "Image", side: float) -> None:
+    axis.imshow(picture, interpolation="antialiased")
     axis.set(xticks=[], yticks=[])
-    axis.set_xlabel(_fitted(panel.caption, 8), fontsize=8, labelpad=2)
+    axis.set_xlabel(_fitted(panel.caption, 8, side), fontsize=8, labelpad=2)
     if panel.outline is not None:
         inside = _array(panel.outline).astype(float)
         axis.contour(inside, levels=[0.5], colors="black", linewidths=2.2)

@@ -1,6 +1,6 @@
 """The pictures of the pages that are drawn, not taken.
 
-python tests/pictures.py    # draw docs/demo.png and docs/methods.png
+python tests/pictures.py    # draw docs/demo.png, docs/methods.png, docs/card.png and docs/styles.png
 """
 
 import sys
@@ -11,6 +11,7 @@ from typing import Any
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import camfn
 from camfn import demo, figures
 from camfn.cli import demo as command
 from tests import tables
@@ -43,7 +44,22 @@ def methods() -> Any:
 def _panels(name: str, maps: Any, scene: demo.Scene) -> Sequence[figures.Panel]:
     """A method's map of each object, under the first its name."""
     first, *others = [command.panel(one) for one in command.judged(scene, maps)]
-    return [first._replace(caption=f"{name} {first.caption}"), *others]
+    return [first._replace(caption=f"{name}\n{first.caption}"), *others]
+
+
+def photo() -> Any:
+    """The card of README.md and of docs/pictures.md."""
+    scene = demo.scene(3, objects=2, size=(320, 480))
+    return camfn.open("demo").explain(scene.image, target=["square", "star"], layer="features")
+
+
+def styles() -> Any:
+    """One map in each style, and a signed one."""
+    card, scene = photo(), demo.scene(3, objects=2, size=(320, 480))
+    options: dict[str, Any] = {"method": "hires_cam", "layer": "features", "relu": False, "normalize": False}
+    signed = camfn.open("demo").explain(scene.image, target="star", **options)
+    panels = [figures.Panel(card.overlay(0, target=1, style=style), caption=style) for style in camfn.images.STYLES]
+    return figures.figure([[*panels, figures.Panel(signed.overlay(), caption="signed")]], side=2.4)
 
 
 def small(picture: Any) -> Any:
@@ -56,6 +72,8 @@ def small(picture: Any) -> Any:
 def main() -> None:
     command.picture(list(command.rows(command.METHODS))).save(DOCS / "demo.png", optimize=True)
     small(methods()).save(DOCS / "methods.png", optimize=True)
+    photo().save(DOCS / "card.png")
+    styles().savefig(DOCS / "styles.png", bbox_inches="tight")
 
 
 if __name__ == "__main__":

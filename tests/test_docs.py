@@ -24,7 +24,10 @@ DOCUMENTS = [
 ]
 NAMES = [str(file.relative_to(ROOT)) for file in DOCUMENTS]
 
-pytestmark = pytest.mark.filterwarnings(rf"ignore:{tables.FLAT}:camfn.CamWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(rf"ignore:{tables.FLAT}:camfn.CamWarning"),
+    pytest.mark.filterwarnings("ignore:layer=None. '.*' was chosen:camfn.CamWarning"),
+]
 every_document = pytest.mark.parametrize("file", DOCUMENTS, ids=NAMES)
 
 

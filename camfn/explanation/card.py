@@ -1,6 +1,7 @@
 """The card: what `explain` returns."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +91,8 @@ class Explanation(Fields):
     def __repr__(self) -> str:
         return text.summary(self)
 
-    def _repr_html_(self) -> str:
-        return html.fragment(self)
+    def _repr_html_(self) -> str | None:
+        return html.fragment(self) if find_spec("PIL") else None  # the notebook then shows the text
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Explanation, tuple(tree_map(detached, tuple(self)))

@@ -107,6 +107,8 @@ def map_of(card: Fields, image: int, target: int, layer: int = 0) -> Tensor:
     maps = card.maps if isinstance(card.maps, tuple) else (card.maps,)
     n, t = card.scores.shape
     for what, index, count in (("image", image, n), ("target", target, t), ("layer", layer, len(maps))):
+        if not isinstance(index, int):
+            raise CamError(f"{what}= is an index from 0 to {count - 1}; found {index!r}")
         if not -count <= index < count:
             raise CamError(f"there is no {what} {index}: the card has {count}, and the first is 0")
     own = maps[layer][image]

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -18,24 +19,28 @@ if TYPE_CHECKING:
 IMAGES = 8
 """The most images that a notebook shows. A page shows all."""
 _SIDE = 320
-_CELL = 'style="text-align:center;vertical-align:top;padding:4px 8px"'
+_ROW = 'style="display:flex;flex-wrap:wrap;gap:12px;margin:8px 0"'
+_FIGURE = "margin:0;max-width:42vw;text-align:center"
+_IMG = 'style="max-width:100%;height:auto"'
+_CELL = 'style="text-align:left;padding:2px 12px 2px 0"'
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>:root{{color-scheme:light dark}}body{{font:15px/1.4 system-ui,sans-serif;margin:1.5em}}img{{height:auto}}</style></head>
+<style>:root{{color-scheme:light dark}}body{{font:15px/1.4 system-ui,sans-serif;margin:1.5em}}</style></head>
 <body>{body}</body></html>
 """
 
 
 def fragment(card: Fields, most: int = IMAGES) -> str:
-    """Describe a card by HTML: a row for each image, with its photo and its maps, and below them the findings and the cost."""
-    n = len(card.scores)
-    rows = "".join(_row(card, image) for image in range(min(n, most)))
-    more = f"<p>... and {n - most} more images</p>" if n > most else ""
+    """Describe a card by HTML: each photo with its maps beside it, a table of the targets, the findings, and the cost."""
+    shown = range(min(len(card.scores), most))
+    pictures = "".join(f"<div {_ROW}>{_figures(card, image)}</div>" for image in shown)
+    rows = "".join(_row(card, image, target) for image in shown for target in range(card.scores.shape[1]))
+    heads = "".join(f"<th {_CELL}>{head}</th>" for head in ("image", "class", "target and score"))
+    more = f"<p>... and {len(card.scores) - most} more images</p>" if len(card.scores) > most else ""
     findings = "".join(f"<li>{escape(finding.sentence)}</li>" for finding in card.findings)
     place = f" at {escape(', '.join(card.layers))}" if card.layers else ""
     return (
-        f"<div><p><b>{escape(card.method)}</b>{place}</p>"
-        f'<div style="overflow-x:auto"><table style="border-collapse:collapse">{rows}</table></div>{more}'
+        f"<div><p><b>{escape(card.method)}</b>{place}</p>{pictures}<table><tr>{heads}</tr>{rows}</table>{more}"
         f"{f'<ul>{findings}</ul>' if findings else ''}<p>{escape(cost(card))}</p></div>"
     )
 
@@ -45,11 +50,26 @@ def page(card: Fields) -> str:
     return _PAGE.format(title=escape(f"{card.method}, {len(card.scores)} images"), body=fragment(card, len(card.scores)))
 
 
-def _row(card: Fields, image: int) -> str:
-    cells = [_cell(_drawn(card, image, target, layer), _said(card, image, target, layer)) for target, layer in parts(card)]
+def _row(card: Fields, image: int, target: int) -> str:
+    cells = (_file(card, image) or str(image), class_name(card, image, target), label(card, image, target))
+    return f"<tr>{''.join(f'<td {_CELL}>{escape(cell)}</td>' for cell in cells)}</tr>"
+
+
+def _file(card: Fields, image: int) -> str:
+    return os.path.basename(card.pictures[image].name) if card.pictures else ""
+
+
+def _figures(card: Fields, image: int) -> str:
+    """The photo and its maps, side by side where there is room."""
+    drawn = [(_drawn(card, image, *part), _caption(card, image, *part)) for part in parts(card)]
     if card.pictures:
-        cells.insert(0, _cell(reduced(card.pictures[image], _SIDE).image, escape(card.pictures[image].name)))
-    return f"<tr>{''.join(cells)}</tr>"
+        drawn.insert(0, (reduced(card.pictures[image], _SIDE).image, escape(_file(card, image))))
+    return "".join(_figure(each, text) for each, text in drawn if each)
+
+
+def _figure(image: "Image", text: str) -> str:
+    style = f'style="{_FIGURE};width:{image.width}px"'
+    return f"<figure {style}>{_img(image)}<figcaption>{text}</figcaption></figure>"
 
 
 def _drawn(card: Fields, image: int, target: int, layer: int) -> "Image | None":
@@ -64,19 +84,14 @@ def _drawn(card: Fields, image: int, target: int, layer: int) -> "Image | None":
     return images.overlay(np.zeros([side * factor for side in map.shape]), map, alpha=1)
 
 
-def _said(card: Fields, image: int, target: int, layer: int) -> str:
+def _caption(card: Fields, image: int, target: int, layer: int) -> str:
     several = isinstance(card.maps, tuple) and len(card.maps) > 1
-    lines = [class_name(card, image, target), label(card, image, target), card.layers[layer] if several else ""]
+    lines = [class_name(card, image, target) or card.targets[image][target], card.layers[layer] if several else ""]
     return "<br>".join(escape(line) for line in lines if line)
-
-
-def _cell(image: "Image | None", text: str) -> str:
-    picture = "" if image is None else f"{_img(image)}<br>"
-    return f"<td {_CELL}>{picture}<small>{text}</small></td>"
 
 
 def _img(image: "Image") -> str:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=88)
     data = base64.b64encode(stream.getvalue()).decode()
-    return f'<img src="data:image/jpeg;base64,{data}" width="{image.width}" alt="">'
+    return f'<img src="data:image/jpeg;base64,{data}" width="{image.width}" alt="" {_IMG}>'

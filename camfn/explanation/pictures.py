@@ -1,5 +1,6 @@
 """The pictures of a card: taken before preprocessing, checked against the inputs, and drawn with the maps."""
 
+import itertools
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ _SAME = 0.02
 """How far an input may be from the preprocessed picture, as a share of its range, to be made of it: for narrow dtypes."""
 WIDTH = 6
 """The most panels side by side in a figure."""
-_THUMBNAIL = 480
+_PAGE, _LARGEST = 9.0, 3.0
+"""The width of a figure, and the largest width of a panel, in inches."""
+_THUMBNAIL = 720
 """The longer side of a photo in a figure, in pixels."""
 
 
@@ -60,16 +63,36 @@ def _picture(
     if preprocess is None:
         _check_proportions(name, size, shape)
         return Picture(upright, images.whole(shape, size), file), None
-    made = next((each for each in dict.fromkeys((None, turn)) if _made_of(upright, each, x, preprocess)), False)
-    if made is False:
+    run, made = _run_of(upright, turn, x, preprocess)
+    if run is None:
         raise CamError(f"{name} is not the picture of its input: preprocess makes another input of it, or draws random numbers")
-    run = images.turned(preprocess, made)
     if (size, made) not in views:
         views[size, made] = _view(run, size)
     view = views[size, made]
     if isinstance(view, View):
         return Picture(upright, view, file), None
     return _as_seen(x, run, size, file, str(view))
+
+
+def _run_of(upright: "Image", turn: int | None, x: Tensor, preprocess: Preprocess) -> tuple[Preprocess | None, Any]:
+    """The preprocessing that makes an input `(c, h, w)` of an upright picture, and how it differs from the given one.
+
+    The given one may have seen the picture as it was stored, before its EXIF tag turned it, and may put the channels last.
+    """
+    for how in itertools.product(dict.fromkeys((None, turn)), (False, True)):
+        run = _channels_first(images.turned(preprocess, how[0]), how[1])
+        made, mine = run(upright).detach().cpu().double(), x.detach().cpu().double()
+        if made.shape == mine.shape and bool((made - mine).abs().max() <= _SAME * (mine.max() - mine.min())):
+            return run, how
+    return None, None
+
+
+def _channels_first(preprocess: Preprocess, last: bool) -> Preprocess:
+    def run(picture: Any) -> Tensor:
+        found = pixels_of(preprocess, picture)
+        return found.movedim(-1, 0) if last else found
+
+    return run
 
 
 def _view(preprocess: Preprocess, size: tuple[int, int]) -> View | CamError:
@@ -85,14 +108,6 @@ def _as_seen(x: Tensor, preprocess: Preprocess, size: tuple[int, int], file: str
     image = images.overlay(seen, torch.zeros(1, 1), alpha=0)
     finding = Finding("no view", "", 1.0, f"the picture is the one that the network saw, and not the photo: {why}")
     return Picture(image, images.whole(image.size, image.size), file), finding
-
-
-def _made_of(upright: "Image", turn: int | None, x: Tensor, preprocess: Preprocess) -> bool:
-    """Whether an input was made of a picture, turned back as it was stored, or not."""
-    made = pixels_of(images.turned(preprocess, turn), upright).detach().cpu().double()
-    mine = x.detach().cpu().double()
-    span = float(mine.max() - mine.min())
-    return made.shape == mine.shape and bool((made - mine).abs().max() <= _SAME * span)
 
 
 def _check_proportions(name: str, size: tuple[int, int], shape: tuple[int, int]) -> None:
@@ -132,9 +147,10 @@ def scaled(card: Fields, map: Tensor) -> Tensor:
 def figure(card: Fields, **how: Any) -> "Figure":
     """Draw each photo with the maps of its targets beside it: an image in each row, or wrapped after six panels."""
     rows = [_panels(card, image) for image in range(len(card.scores))]
-    lines = [line for row in rows for line in figures.lines(row, min(WIDTH, max(map(len, rows))))]
+    width = min(WIDTH, max(map(len, rows)))
+    lines = [line for row in rows for line in figures.lines(row, width)]
     title = f"{card.method}{' at ' + ', '.join(card.layers) if card.layers else ''}"
-    return figures.figure(lines, title=title, **how)
+    return figures.figure(lines, title=title, side=min(_LARGEST, _PAGE / width), **how)
 
 
 def _panels(card: Fields, image: int) -> list[figures.Panel]:

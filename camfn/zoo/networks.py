@@ -77,11 +77,13 @@ class Network(specs.Loaded):
 
     def _inputs(self, pictures: Sequence[Any]) -> Tensor:
         """The inputs of photos, on the model's device."""
+        if not pictures:
+            raise CamError("pictures is empty: explain needs a photo or more")
         inputs = [specs.input_of(self, images.upright(picture)[0]) for picture in pictures]
         shapes = {tuple(x.shape[1:]) for x in inputs}
         if len(shapes) != 1:
-            told = " and ".join(map(str, sorted(shapes))) or "none"
-            raise CamError(f"the photos' inputs must have one shape, and have {told}: explain the photos one by one")
+            told = " and ".join(map(str, sorted(shapes)))
+            raise CamError(f"the inputs of the photos must have one shape; found {told}: explain the photos one by one")
         return torch.cat(inputs)
 
 

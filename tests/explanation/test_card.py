@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def parsed(text: str) -> Parser:
 def test_a_notebook_shows_each_photo_beside_its_maps():
     found = card_of(camfn.targets.top(2), names=["<b>&", *NAMES[1:]])._repr_html_()
     parser = parsed(found)
-    assert parser.tags.count("tr") == 2
+    assert parser.tags.count("tr") == 1 + 2 * 2
     assert parser.tags.count("img") == 2 * (1 + 2)
     assert "script" not in parser.tags
     assert all(source.startswith("data:image/jpeg;base64,") for source in parser.sources)
@@ -129,12 +130,12 @@ def test_a_card_without_pictures_shows_its_maps_in_a_notebook():
 def test_a_notebook_shows_eight_images_and_a_page_shows_all(tmp_path):
     x = torch.rand(10, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     card = camfn.explain(demo.network(), "features", x, method="grad_cam", images=list(x))
-    assert parsed(card._repr_html_()).tags.count("tr") == 8
+    assert parsed(card._repr_html_()).tags.count("tr") == 1 + 8
     assert "... and 2 more images" in card._repr_html_()
     card.save(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert page.startswith("<!doctype html>")
-    assert parsed(page).tags.count("tr") == 10
+    assert parsed(page).tags.count("tr") == 1 + 10
     assert "http" not in page.replace("data:", "")
 
 
@@ -170,6 +171,33 @@ def test_a_map_lies_where_the_crop_was_on_the_photo():
     y, x = (np.array(high) + 0.5) * 160 / 12 + [0, 40]
     brightest = np.unravel_index(drawn[:, 40:200].sum(-1).argmax(), (160, 160))
     assert np.abs(np.add(brightest, [0, 40]) - [y, x]).max() <= 1.5 * 160 / 12
+
+
+def test_a_preprocessing_may_put_the_channels_last():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = demo.network()
+
+        def forward(self, x):
+            return self.net(x.permute(0, 3, 1, 2))
+
+    def preprocess(picture):
+        return crop(picture).permute(1, 2, 0)
+
+    photo = wide()
+    options = {"method": "grad_cam", "images": photo, "preprocess": preprocess, "axes": "nhwc"}
+    card = camfn.explain(Last(), "net.features", preprocess(photo)[None], 0, **options)
+    assert np.allclose(card.pictures[0].view.matrix, [[160 / 96, 0, 40], [0, 160 / 96, 0]], atol=0.3)
+
+
+def test_without_pillow_a_notebook_shows_the_text(monkeypatch):
+    card = card_of(0)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setattr("camfn.explanation.card.find_spec", lambda name: None)
+    assert card._repr_html_() is None
+    with pytest.raises(CamError, match=r"^pictures need Pillow: pip install 'camfn\[cli\]'$"):
+        card_of(0, images=["a.png", "b.png"])
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -348,6 +376,8 @@ def test_an_image_a_target_or_a_layer_that_is_not_there_is_an_error():
     for arguments, options, what in (((2, 0), {}, "image 2: the card has 2"), ((0, 2), {}, "target 2: the card has 2")):
         with pytest.raises(CamError, match=f"there is no {what}"):
             card.overlay(*arguments, **options)
+    with pytest.raises(CamError, match="target= is an index from 0 to 1; found 'ring'"):
+        card.overlay(0, "ring")
     with pytest.raises(CamError, match="there is no layer 1: the card has 1"):
         card.overlay(layer=1)
 
