@@ -23,11 +23,12 @@ Example:
   camfn explain photo.jpg --model demo
 """
 
-_EXPLAIN = """Map where the network sees a class in each IMAGE. A FOLDER stands for all pictures in it.
+_EXPLAIN = """Map where the network sees a class in each IMAGE. A FOLDER stands for all pictures in it, - for standard input.
 
 \b
 Example:
   camfn explain photo.jpg --model demo --target top3
+  camfn explain - --model demo --style contour < photo.jpg
 
 \b
 --model is one of
@@ -42,18 +43,19 @@ returns the model, (model, preprocess), or (model, preprocess, class names). pre
 the network's input, (channels, height, width). Without preprocess, the input is the picture with values from 0 to 1, not
 resized.
 
-For each image, layer, method and class three new files are written. Existing files are never overwritten.
+For each image, layer, method and class new files are written. Existing files are never overwritten.
 
 \b
-  .png   the map in color over the picture, half and half
-  .npy   the raw map, not scaled to [0, 1], in the size given by --size
+  .png   the map over the photo; several maps of an image are in one picture, or have one each with --layout separate
+  .npy   the raw map, not scaled to [0, 1], on the layer's own grid
   .json  class, score, probability (softmax; a single output: sigmoid), layer, method, cost, findings, notes
 
-Several methods are also drawn in one grid. --method all skips the methods that do not fit the network; a note says why.
+--method all skips the methods that do not fit the network; a note says why.
 
-The overlay shows the picture as the network saw it, resized and cropped by preprocess, since the map belongs to that picture.
-Its colors are restored by undoing preprocess's scaling of each channel. If preprocess does anything else to colors, they are
-stretched instead, and a note says so.
+The map is laid where it belongs on the photo: preprocess's resizing and cropping are undone, and what was cropped away is dark
+and gray. If they cannot be undone, the picture is the one that the network saw, and a note says why. It is so with --size input
+too. Its colors are restored by undoing preprocess's scaling of each channel. If preprocess does anything else to colors, they
+are stretched instead, and a note says so.
 
 A picture that cannot be explained is reported, and the others are still processed. The exit status is 1 if any of several
 pictures failed, and 2 if the command failed as a whole.
@@ -62,6 +64,9 @@ pictures failed, and 2 if the command failed as a whole.
 _LAYERS = """List the layers that can be explained, in the order of execution, and mark the default layer.
 
 The network is run on IMAGE, or on a noise picture of 224 x 224 pixels.
+
+At most twenty layers are listed: the default layer, then those that lie in the fewest modules (layer4 before layer4.2), and of
+these the last ones. Where there are more, a note says how many, and --all lists them.
 
 \b
 Example:
@@ -140,14 +145,14 @@ def _explain() -> "click.Command":
     place = click.Path(readable=False, path_type=Path)  # checked on reading, since click would print its usage
 
     @click.command("explain", help=_EXPLAIN)
-    @click.argument("images", nargs=-1, required=True, type=place, metavar="IMAGE|FOLDER...")
+    @click.argument("images", nargs=-1, required=True, metavar="IMAGE|FOLDER|-...")
     @options.of_the_model
     @click.option(
         "--layer", "layers", multiple=True, metavar="L", help="Dotted name; repeatable.  [default: chosen and printed]"
     )
     @click.option("--method", "methods", multiple=True, default=(catalog.DEFAULT,), metavar="M", help=methods)
     @click.option("--target", "targets", multiple=True, metavar="T", help=options.TARGET)
-    @click.option("--size", default="grid", show_default=True, metavar="S", help=options.SIZE)
+    @options.of_the_pictures
     @click.option("--seed", type=int, metavar="N", help="Seed of the methods that draw random numbers.")
     @click.option(
         "--chunk", type=click.IntRange(1), metavar="N", help="Masked inputs per forward.  [default: 32; fewer for large inputs]"
@@ -159,9 +164,11 @@ def _explain() -> "click.Command":
         with options.refusing() as stdout:
             wish = options.wish(**values)
             options.need("PIL", "tqdm")
-            from camfn.cli import cards, explain, files
+            from camfn.cli import files
 
             paths, failed = files.pictures(wish.images), []
+            from camfn.cli import cards, explain
+
             for path, found in explain.run(wish, paths):
                 for line in cards.lines(path, found, as_json):
                     click.echo(line, file=stdout)
@@ -180,10 +187,11 @@ def _layers() -> "click.Command":
     import click
 
     @click.command("layers", help=_LAYERS, short_help="List the layers that can be explained.")
-    @click.argument("image", required=False, type=click.Path(readable=False, path_type=Path))
+    @click.argument("image", required=False, metavar="[IMAGE|-]")
     @options.of_the_model
+    @click.option("--all", "every", is_flag=True, help="List all layers, not only the twenty most useful.")
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per layer.")
-    def command(image: Path | None, as_json: bool, **source: Any) -> None:
+    def command(image: str | None, as_json: bool, **source: Any) -> None:
         with options.refusing() as stdout:
             options.need("PIL")
             from camfn.cli import layers

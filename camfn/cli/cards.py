@@ -4,18 +4,29 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from camfn._errors import CamError, escaped
-from camfn.cli.files import WRITTEN
+from camfn.cli.files import FACTS, PICTURE, Source
 from camfn.cli.options import one_line
 from camfn.formulas import probabilities as formula
 
 Facts = dict[str, Any]
-Written = tuple[Facts, Path]
-"""The facts about a map, and the path of its files without the extension."""
+
+
+class Written(NamedTuple):
+    """What was written about a map."""
+
+    facts: Facts
+    base: Path  # the path of its files, without the extension
+    picture: Path  # its picture, or the page of all maps
+
+    @property
+    def own(self) -> bool:
+        """Whether the map has a picture of its own."""
+        return self.picture == Path(f"{self.base}.{PICTURE}")
 
 
 def probabilities(outputs: Tensor) -> Tensor:
@@ -45,19 +56,26 @@ def classes(card: Any, number: int, outputs: Tensor, names: Sequence[str]) -> Fa
     }
 
 
-def lines(path: Path, found: Sequence[Written] | CamError, as_json: bool) -> Iterator[str]:
-    """Yield the lines about a picture for stdout: one per class, or one JSON object per layer and class."""
+def lines(path: Source, found: Sequence[Written] | CamError, as_json: bool) -> Iterator[str]:
+    """Yield the lines about a picture for stdout: one per class, and one for their page; or one JSON object per map."""
     if isinstance(found, CamError):
         if as_json:
             yield json.dumps({"image": str(path), "error": one_line(found)})
     elif as_json:
-        for facts, base in found:
-            yield json.dumps({**facts, "files": {ending: f"{base}.{ending}" for ending in WRITTEN}}, allow_nan=False)
+        for each in found:
+            files = {PICTURE: str(each.picture), **{ending: f"{each.base}.{ending}" for ending in FACTS}}
+            yield json.dumps({**each.facts, "files": files}, allow_nan=False)
     else:
-        for index in dict.fromkeys(facts["class"] for facts, _ in found):
-            own = [(facts, base) for facts, base in found if facts["class"] == index]
-            files = ", ".join(f"{escaped(base)}.{{{','.join(WRITTEN)}}}" for _, base in own)
-            yield f"{escaped(path)}: {_summary(own[0][0])} -> {files}"
+        for index in dict.fromkeys(each.facts["class"] for each in found):
+            own = [each for each in found if each.facts["class"] == index]
+            yield f"{escaped(path)}: {_summary(own[0].facts)} -> {', '.join(map(_files, own))}"
+        for page in dict.fromkeys(each.picture for each in found if not each.own):
+            yield f"{escaped(path)}: all maps in one picture -> {escaped(page)}"
+
+
+def _files(written: Written) -> str:
+    endings = (PICTURE, *FACTS) if written.own else FACTS
+    return f"{escaped(written.base)}.{{{','.join(endings)}}}"
 
 
 def _summary(facts: Facts) -> str:

@@ -1,21 +1,22 @@
 """`camfn explain`: the loop over pictures."""
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import camfn
-from camfn import figures, images, zoo
+from camfn import zoo
 from camfn._errors import CamError, escaped
-from camfn.cli import catalog, files, models, options
+from camfn.cli import catalog, drawing, files, models, options
 from camfn.cli.cards import Facts, Written, classes
+from camfn.cli.files import Source
 from camfn.cli.job import Job, Map, Seen, check_grid, maps_of, options_of, through
 from camfn.cli.options import Wish
+from camfn.explanation import Picture
 from camfn.methods._common import read_layer
 from camfn.model.capture import tap
 from camfn.model.forward import look
@@ -23,70 +24,70 @@ from camfn.model.layers import choose
 from camfn.model.task import begin
 
 
-def run(wish: Wish, paths: Sequence[Path]) -> Iterator[tuple[Path, list[Written] | CamError]]:
+def run(wish: Wish, sources: Sequence[Source]) -> Iterator[tuple[Source, list[Written] | CamError]]:
     """Explain every picture, and yield what was written for it, or its error. Errors of all pictures are raised first."""
     methods, device = catalog.methods_of(wish.methods), models.device_of(wish.device)
     given = options_of(methods, wish.seed, wish.chunk)
-    if all(isinstance(_read(path), CamError) for path in paths):  # without loading the model
-        yield from ((path, _read(path)) for path in paths)
+    if all(isinstance(_read(source), CamError) for source in sources):  # without loading the model
+        yield from ((source, _read(source)) for source in sources)
         return
     with models.opened(wish.model, wish.weights, wish.no_pretrained, device) as loaded:
         if wish.layers:
             tap(loaded.model, list(dict.fromkeys(wish.layers)))
         targets = zoo.targets_of(wish.targets, loaded.names, "--target")
-        job = Job(wish, loaded, tuple(dict.fromkeys(wish.layers)) or (None,), methods, device, targets, given)
-        _check_pictures(job, paths)
+        job = Job(wish, loaded, tuple(dict.fromkeys(wish.layers)) or (None,), methods, device, targets, given, {})
+        _check_pictures(job, sources)
         files.make(wish.out)
-        for path in paths:
-            picture = _read(path)
-            yield path, picture if isinstance(picture, CamError) else _attempt(path, _explain, job, path, picture)
+        for source in sources:
+            picture = _read(source)
+            yield source, picture if isinstance(picture, CamError) else _attempt(source, _explain, job, source, picture)
 
 
-def _read(path: Path) -> Any:
+def _read(source: Source) -> Any:
     """Return the picture, or the error."""
     try:
-        return images.read(path)
+        return source.read()
     except CamError as error:
         return error
 
 
-def _attempt(path: Path, work: Callable[..., Any], *arguments: Any) -> Any:
+def _attempt(source: Source, work: Callable[..., Any], *arguments: Any) -> Any:
     """Return the result of `work` on a picture, or the error."""
     try:
         return work(*arguments)
     except CamError as error:
-        return CamError(f"{escaped(path)}: {error}")
+        return CamError(f"{escaped(source)}: {error}")
 
 
 # ---------------------------------------------------------------------------------------------------- the rehearsal
 
 
-def _check_pictures(job: Job, paths: Sequence[Path]) -> None:
+def _check_pictures(job: Job, sources: Sequence[Source]) -> None:
     """Check the pictures before any sweep, up to the first that passes. If none does, raise the error of the first."""
     errors = []
-    for path in paths:
-        picture = _read(path)
+    for source in sources:
+        picture = _read(source)
         if isinstance(picture, CamError):
             continue
-        found = _attempt(path, through, job, picture)
+        found = _attempt(source, through, job, picture)
         if not isinstance(found, CamError):
-            classes = _attempt(path, zoo.classes_of, job.targets, found.outputs)
+            classes = _attempt(source, zoo.classes_of, job.targets, found.outputs)
             if isinstance(classes, CamError):  # no other picture has more classes
                 raise classes
-            found = _attempt(path, _check_layers, job, path, found)
+            found = _attempt(source, _check_layers, job, source, found)
         if not isinstance(found, CamError):
             return
         errors.append(found)
     raise errors[0]
 
 
-def _check_layers(job: Job, path: Path, seen: Seen) -> None:
+def _check_layers(job: Job, source: Source, seen: Seen) -> None:
     """Run the methods without a sweep, and check the layers of the others."""
     model, quick = job.loaded.model, tuple(method for method in job.methods if not catalog.ROWS[method].chunk)
     if quick and catalog.ALL not in job.wish.methods:
         given = options_of(quick, job.wish.seed, None)
         for layer in job.layers:
-            maps_of(job._replace(methods=quick, options=given), path, seen, layer)
+            maps_of(job._replace(methods=quick, options=given), source, seen, layer)
     if len(quick) == len(job.methods) or not any(camfn.METHODS[method].of_layer for method in job.methods):
         return
     with zoo.told("the model", job.loaded.file), torch.no_grad():
@@ -99,58 +100,83 @@ def _check_layers(job: Job, path: Path, seen: Seen) -> None:
 # -------------------------------------------------------------------------------------------------------- a picture
 
 
-def _explain(job: Job, path: Path, picture: Any) -> list[Written]:
+class Drawable(NamedTuple):
+    """One map, to be drawn and written."""
+
+    raw: Tensor  # (h, w)
+    facts: Facts
+
+    @property
+    def scaled(self) -> Tensor:
+        """The map in [0, 1]."""
+        return camfn.maps.normalize(self.raw, (-2, -1))
+
+
+def _explain(job: Job, source: Source, photo: Any) -> list[Written]:
     """Compute all maps of a picture, then write all files, so that an error leaves no files."""
-    through_net = through(job, picture)
-    x, outputs = through_net
-    seen, true_colors = images.as_seen(x[0], job.loaded.preprocess, picture.size)
-    drawn, told = [], set[str]()  # methods may have the same notes
-    for layer in job.layers:
-        for made in maps_of(job, path, through_net, layer):
-            if not true_colors:
-                said = "the overlay's colors are stretched: preprocess does more than scale each channel"
-                made = made._replace(notes=(*made.notes, said))
-            for note in (note for note in dict.fromkeys(made.notes) if note not in told):
-                told.add(note)
-                sys.stderr.write(f"note: {escaped(path)}: {options.one_line(note)}\n")
-            saved = _resize(job, x, made.raw)
-            for number in range(len(made.raw)):
-                explained = classes(made.card, number, outputs, job.loaded.names)
-                facts = {**_about_run(job, path, x), **explained, **_about_map(job, made, saved)}
-                drawn.append((made.raw[number], saved[number], facts))
-    if len(job.methods) > 1:
-        _write_grid(job, path, seen, drawn)
-    written = [_write(job, path, seen, *each) for each in drawn]
-    for cut in [base.name for facts, base in written if not base.name.startswith(files.plain(_name(path, facts)))][:1]:
-        sys.stderr.write(f"note: {escaped(path)}: the name is too long for a file name, and is cut, as in {cut}\n")
+    seen = through(job, photo)
+    picture, notes = drawing.ground(job.wish, photo, seen.x, job.loaded.preprocess, job.views)
+    made = [each for layer in job.layers for each in maps_of(job, source, seen, layer)]
+    made = [each._replace(notes=(*each.notes, *notes)) for each in made]
+    for note in dict.fromkeys(note for each in made for note in each.notes):  # methods may have the same notes
+        sys.stderr.write(f"note: {escaped(source)}: {options.one_line(note)}\n")
+    run = {**_about_run(job, source, seen.x), **_about_picture(picture, photo)}
+    drawn = []
+    for each in made:
+        for number, raw in enumerate(each.raw):
+            explained = classes(each.card, number, seen.outputs, job.loaded.names)
+            drawn.append(Drawable(raw, {**run, **explained, **_about_map(job, each)}))
+    apart = job.wish.layout == "separate" or len(drawn) == 1
+    written = (_write_apart if apart else _write_together)(job, source, picture, drawn)
+    bases = [(each.base.name, files.plain(_name(source, each.facts))) for each in written]
+    for cut in [base for base, name in bases if not base.startswith(name)][:1]:
+        sys.stderr.write(f"note: {escaped(source)}: the name is too long for a file name, and is cut, as in {cut}\n")
     return written
 
 
-def _write_grid(job: Job, path: Path, seen: Tensor, drawn: Sequence[tuple[Tensor, Tensor, Facts]]) -> None:
-    """Draw all maps: a row per method and layer, a column per class. A single class gives a nearly square grid."""
-    panels = [figures.Panel(seen, camfn.maps.normalize(raw, (-2, -1)), caption=_caption(job, facts)) for raw, _, facts in drawn]
-    width = len({facts["class"] for *_, facts in drawn})
-    width = width if width > 1 else math.ceil(len(panels) ** 0.5)
-    picture = figures.grid(figures.lines(panels, width), title=escaped(path.name))
-    with files.claimed(job.wish.out, files.plain(f"{path.stem}-grid"), ("png",)) as base:
-        picture.save(f"{base}.png")
-    sys.stderr.write(f"note: {escaped(path)}: all maps in one picture: {escaped(base)}.png\n")
+def _write_apart(job: Job, source: Source, picture: Picture, drawn: Sequence[Drawable]) -> list[Written]:
+    """Write each map with a picture of its own."""
+    written = []
+    for each in drawn:
+        caption = _caption(job, each.facts, whole=True) if job.wish.captions else ()
+        overlay = drawing.single(job.wish, picture, each.scaled, caption)
+        base = files.write(job.wish.out, _name(source, each.facts), overlay, each.raw.numpy(), each.facts)
+        written.append(Written(each.facts, base, Path(f"{base}.{files.PICTURE}")))
+    return written
 
 
-def _caption(job: Job, facts: Facts) -> str:
-    layer = f", {facts['layer']}" if len(job.layers) > 1 else ""
-    return f"{facts['method']}{layer}, {facts['class_name'] or facts['class']}"
+def _write_together(job: Job, source: Source, picture: Picture, drawn: Sequence[Drawable]) -> list[Written]:
+    """Write all maps, and one picture of them."""
+    captions = [_caption(job, each.facts) if job.wish.captions is not False else () for each in drawn]
+    title = _title(job, source, drawn) if job.wish.captions is not False else ()
+    group = len({each.facts["class"] for each in drawn})
+    page = drawing.together(job.wish, picture, [each.scaled for each in drawn], captions, group, title)
+    place = files.write_picture(job.wish.out, f"{source.path.stem}-grid", page)
+    return [
+        Written(facts, files.write(job.wish.out, _name(source, facts), None, raw.numpy(), facts), place) for raw, facts in drawn
+    ]
 
 
-def _resize(job: Job, x: Tensor, raw: Tensor) -> Tensor:
-    """Return the maps at the size to save. The overlay always uses the layer's own grid."""
-    size = x.shape[2:] if job.wish.size == "input" else job.wish.size
-    return raw if size is None else camfn.maps.resize(raw, size)
+def _caption(job: Job, facts: Facts, *, whole: bool = False) -> tuple[str, ...]:
+    """The lines under a map: its class and probability, and of method and layer what differs (or all, if `whole`)."""
+    named = facts["class_name"] or f"class {facts['class']}"
+    score = f"score {facts['score']:.3g}" if facts["probability"] is None else f"{facts['probability']:.1%}"
+    method = facts["method"] if whole or len(job.methods) > 1 else ""
+    layer = facts["layer"] if whole or len(job.layers) > 1 else ""
+    return tuple(line for line in (named, score, method, layer) if line)
 
 
-def _about_run(job: Job, path: Path, x: Tensor) -> Facts:
+def _title(job: Job, source: Source, drawn: Sequence[Drawable]) -> tuple[str, ...]:
+    """The lines above all maps: the picture, and what all maps have in common."""
+    facts = drawn[0].facts
+    method = facts["method"] if len(job.methods) == 1 else ""
+    layer = f"layer {facts['layer']}" if len(job.layers) == 1 and facts["layer"] is not None else ""
+    return tuple(line for line in (source.path.name, ", ".join(filter(None, (method, layer)))) if line)
+
+
+def _about_run(job: Job, source: Source, x: Tensor) -> Facts:
     return {
-        "image": str(path),
+        "image": str(source),
         "model": job.loaded.spec,
         "weights": None if job.wish.weights is None else str(job.wish.weights),
         "pretrained": not job.wish.no_pretrained,
@@ -159,14 +185,19 @@ def _about_run(job: Job, path: Path, x: Tensor) -> Facts:
     }
 
 
-def _about_map(job: Job, made: Map, saved: Tensor) -> Facts:
+def _about_picture(picture: Picture, photo: Any) -> Facts:
+    """The size of the picture that is drawn on, and the affine map to its pixels from those of the input."""
+    (width, height), view = picture.image.size, [list(row) for row in picture.view.matrix]
+    return {"photo": [photo.height, photo.width], "picture": [height, width], "view": view}
+
+
+def _about_map(job: Job, made: Map) -> Facts:
     card, raw, notes = made
     return {
         "layer": card.layers[0] if card.layers else None,
         "method": card.method,
         "seed": job.options.get("seed") if catalog.ROWS[card.method].seed else None,
         "grid": list(raw.shape[1:]),
-        "size": list(saved.shape[1:]),
         "seconds": card.seconds,
         "forwards": card.forwards,
         "backwards": card.backwards,
@@ -178,10 +209,6 @@ def _about_map(job: Job, made: Map, saved: Tensor) -> Facts:
     }
 
 
-def _write(job: Job, path: Path, seen: Tensor, raw: Tensor, saved: Tensor, facts: Facts) -> Written:
-    overlay = images.overlay(seen, camfn.maps.normalize(raw, (-2, -1)))
-    return facts, files.write(job.wish.out, _name(path, facts), overlay, saved.numpy(), facts)
-
-
-def _name(path: Path, facts: Facts) -> str:
-    return "-".join(str(part) for part in (path.stem, facts["layer"], facts["method"], facts["class"]) if part is not None)
+def _name(source: Source, facts: Facts) -> str:
+    parts = (source.path.stem, facts["layer"], facts["method"], facts["class"])
+    return "-".join(str(part) for part in parts if part is not None)

@@ -1,14 +1,16 @@
 """Files: the pictures to read, and the results to write."""
 
 import hashlib
+import io
 import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,18 +18,66 @@ from camfn._errors import CamError
 from camfn._paths import kind
 from camfn.cli import signals
 
-WRITTEN = ("png", "npy", "json")
+PICTURE, FACTS = "png", ("npy", "json")
 
 
 # ----------------------------------------------------------------------------------------------------- the pictures
 
+STDIN = "-"
+_LIMIT = 2**30
+"""The maximal number of bytes that are read from standard input."""
 
-def pictures(paths: Iterable[Path]) -> list[Path]:
-    """Return the picture files. A folder stands for the pictures in it."""
-    found = []
-    for path in paths:
-        found += _inside(path) if os.path.isdir(path) else [path]
+
+class Source(NamedTuple):
+    """A picture to read: a file, or what came from standard input."""
+
+    path: Path
+    data: bytes | None = None
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self) -> Any:
+        """Return the picture. Raise CamError if there is none."""
+        from camfn import images  # which imports torch
+
+        return images.read(self.path if self.data is None else _Stdin(self.data))
+
+
+class _Stdin(io.BytesIO):
+    name = "standard input"
+
+
+def pictures(given: Iterable[str]) -> list[Source]:
+    """Return the pictures to read. A folder stands for the pictures in it, and "-" for standard input."""
+    found, stdin = [], None
+    for text in given:
+        if text == STDIN:
+            stdin = stdin or source(text)  # it can be read once
+            found.append(stdin)
+        else:
+            found += map(Source, _inside(Path(text))) if os.path.isdir(text) else [source(text)]
     return found
+
+
+def source(text: str) -> Source:
+    """Return the file of that name, or standard input, which is read at once."""
+    return Source(Path("stdin"), _stdin()) if text == STDIN else Source(Path(text))
+
+
+def _stdin() -> bytes:
+    """Read standard input. Raise CamError if it is a terminal, empty, closed or endless."""
+    how = "pipe a picture into the command, as in: camfn explain - --model demo < photo.jpg"
+    if sys.stdin is None:
+        raise CamError(f"- stands for standard input, which is closed: {how}")
+    if sys.stdin.isatty():
+        raise CamError(f"- stands for standard input, which is a terminal: {how}")
+    data = sys.stdin.buffer.read(_LIMIT + 1)
+    if not data:
+        raise CamError(f"- stands for standard input, which is empty: {how}")
+    if len(data) > _LIMIT:
+        raise CamError(f"standard input has more than {_LIMIT // 2**20} MiB, more than a picture: name a file")
+    return data
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -72,13 +122,21 @@ def make(folder: Path) -> None:
         raise CamError(f"--out {str(folder)!r} is too long a path for file names in it: name a folder with a shorter path")
 
 
-def write(folder: Path, name: str, overlay: Any, raw: np.ndarray, facts: dict[str, Any]) -> Path:
-    """Write the three files of a map, and return their path without the extension."""
-    with claimed(folder, plain(name), WRITTEN) as base:
-        overlay.save(f"{base}.png")
+def write(folder: Path, name: str, overlay: Any | None, raw: np.ndarray, facts: dict[str, Any]) -> Path:
+    """Write the files of a map, with its picture if it has one of its own, and return their path without the extension."""
+    with claimed(folder, plain(name), FACTS if overlay is None else (PICTURE, *FACTS)) as base:
+        if overlay is not None:
+            overlay.save(f"{base}.{PICTURE}")
         np.save(f"{base}.npy", raw)
         Path(f"{base}.json").write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return base
+
+
+def write_picture(folder: Path, name: str, picture: Any) -> Path:
+    """Write a picture, and return its path."""
+    with claimed(folder, plain(name), (PICTURE,)) as base:
+        picture.save(f"{base}.{PICTURE}")
+    return Path(f"{base}.{PICTURE}")
 
 
 def plain(name: str) -> str:

@@ -4,7 +4,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,8 @@ import camfn
 from camfn import zoo
 from camfn._errors import CamError, CamWarning, escaped
 from camfn.cli import catalog, models
+from camfn.cli.drawing import Views
+from camfn.cli.files import Source
 from camfn.cli.options import Wish
 from camfn.explanation import prepared
 from camfn.targets import Top
@@ -29,6 +30,7 @@ class Job(NamedTuple):
     device: torch.device | None
     targets: tuple[int | Top, ...]
     options: dict[str, Any]  # options of the methods
+    views: Views  # found so far
 
 
 class Map(NamedTuple):
@@ -62,7 +64,7 @@ def through(job: Job, picture: Any) -> Seen:
     return Seen(x, zoo.outputs_of(job.loaded, x))
 
 
-def maps_of(job: Job, path: Path, seen: Seen, layer: str | None) -> list[Map]:
+def maps_of(job: Job, source: Source, seen: Seen, layer: str | None) -> list[Map]:
     """Return the maps of each method at the layer. With `all`, methods that do not fit are skipped with a note."""
     given, report = dict(job.options), _Report()
     target = torch.tensor([zoo.classes_of(job.targets, seen.outputs)])
@@ -71,7 +73,7 @@ def maps_of(job: Job, path: Path, seen: Seen, layer: str | None) -> list[Map]:
     made, left_out = [], []
     with prepared(job.loaded.model, layer, seen.x, target, job.methods, given) as makes:
         for name, make in zip(job.methods, makes):
-            label = escaped(" ".join(filter(None, (path.name, layer, name if len(job.methods) > 1 else ""))))
+            label = escaped(" ".join(filter(None, (source.path.name, layer, name if len(job.methods) > 1 else ""))))
             try:
                 with _bar(label, job.wish.no_progress) as report.to:
                     made.append(_map(job, name, make))

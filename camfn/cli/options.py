@@ -16,7 +16,7 @@ from camfn._errors import CamError, escaped
 from camfn.cli import catalog, signals
 
 F = TypeVar("F", bound=Callable[..., Any])
-Size = tuple[int, int] | Literal["input"] | None
+Size = tuple[int, int] | Literal["photo", "input"]
 
 TARGET = (
     "A class: its index, its name, a synonym (names have commas between synonyms), or a part of its name, in any case. topK, "
@@ -24,15 +24,24 @@ TARGET = (
     "all targets come from one sweep.  [default: the predicted class]"
 )
 _MODEL = "demo, torchvision:NAME, timm:NAME, hf:NAME or FILE.py:FUNCTION; see camfn explain --help."
-SIZE = "Size of the map in the .npy: grid (the layer's own), input (the network's input), or HxW, such as 224x224."
-LARGEST = 100_000_000
-"""The maximal number of pixels of a map: that of pictures, `camfn.images.LARGEST`."""
+SIZE = (
+    "Size of the pictures: photo; input, which is the picture as the network saw it; or the pixels that they fit into, such as "
+    "800 or 600x800 (height by width)."
+)
+LARGEST = 25_000_000
+"""The maximal number of pixels of a picture that is written."""
+COLORS = ("inferno", "viridis", "berlin", "turbo", "jet")
+"""The names of `camfn.images.COLORMAPS`, the default first, as a test verifies."""
+STYLES = ("heat", "contour", "mask")
+"""The names of `camfn.images.STYLES`, the default first."""
+ALPHA = 0.75
+"""The default of `camfn.images.overlay`."""
 
 
 class Wish(NamedTuple):
     """The arguments of `camfn explain`."""
 
-    images: Sequence[Path]
+    images: Sequence[str]
     model: str
     weights: Path | None
     no_pretrained: bool
@@ -41,6 +50,11 @@ class Wish(NamedTuple):
     methods: Sequence[str]
     targets: Sequence[str]
     size: Size
+    style: Any
+    colors: str
+    alpha: float
+    captions: bool | None
+    layout: str
     seed: int | None
     chunk: int | None
     out: Path
@@ -105,6 +119,27 @@ def refusing() -> Iterator[TextIO]:
         raise SystemExit(status) from None
 
 
+def of_the_pictures(command: F) -> F:
+    """Add the options for the pictures that are written."""
+    import click
+
+    shown: dict[str, Any] = {"show_default": True}
+    style = "The map as colors, as contours at 0.25, 0.5 and 0.75, or as light on a dark picture."
+    captions = "Write class, method and layer under each map.  [default: where one picture has several maps]"
+    layout = "One picture for all maps of an IMAGE, or one for each map."
+    alpha, layouts = click.FloatRange(0, 1), ("grid", "separate")
+    for option in (
+        click.option("--layout", type=click.Choice(layouts), default=layouts[0], help=layout, **shown),
+        click.option("--captions/--no-captions", default=None, help=captions),
+        click.option("--alpha", type=alpha, default=ALPHA, metavar="A", help="Opacity of the map, from 0 to 1.", **shown),
+        click.option("--colors", type=click.Choice(COLORS), default=COLORS[0], help="Colors of the map.", **shown),
+        click.option("--style", type=click.Choice(STYLES), default=STYLES[0], help=style, **shown),
+        click.option("--size", default="photo", metavar="S", help=SIZE, **shown),
+    ):
+        command = option(command)
+    return command
+
+
 def no_progress(command: F) -> F:
     """Add the option that hides the progress bar."""
     import click
@@ -134,12 +169,14 @@ def of_the_model(command: F) -> F:
 
 def size_of(text: str) -> Size:
     """Parse `--size`."""
-    if text in ("grid", "input"):
-        return None if text == "grid" else "input"
-    sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if text in ("photo", "input"):
+        return text
+    sides = re.fullmatch(r"([1-9]\d{0,8})(?:x([1-9]\d{0,8}))?", text)
     if sides is None:
-        raise CamError(f"--size {text!r} is not a size: write grid, input, or HxW, height by width, such as 224x224")
-    height, width = int(sides[1]), int(sides[2])
+        raise CamError(
+            f"--size {text!r} is not a size: write photo, input, or pixels, such as 800 or 600x800 (height by width)"
+        )
+    height, width = int(sides[1]), int(sides[2] or sides[1])
     if height * width > LARGEST:
         raise CamError(f"--size {text!r} is more than {LARGEST // 10**6} megapixels: write a smaller one")
     return height, width

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import IO, TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,20 +19,22 @@ LARGEST = 100_000_000
 """The maximal number of pixels of a picture file."""
 
 
-def read(path: str | os.PathLike[str]) -> "Image":
-    """Read a picture file as an RGB image, rotated by its EXIF tag.
+def read(path: str | os.PathLike[str] | IO[bytes]) -> "Image":
+    """Read a picture file, given by its path or open, as an RGB image, rotated by its EXIF tag.
 
     Gray, palette, CMYK and 16-bit pictures are converted to 8-bit RGB. Opacity is dropped. Only the first frame is read.
 
     **Raises** `CamError` if the path is not a file, Pillow cannot read all of it, or it has more than 100 megapixels. The size
     is checked before a pixel is decoded.
     """
-    pil, name, other = pillow(), repr(os.fspath(path)), kind(path)
+    pil, name, other = pillow(), str(getattr(path, "name", "the file")), None
+    if isinstance(path, (str, os.PathLike)):
+        name, other = repr(os.fspath(path)), kind(path)
     if other:
         raise CamError(f"{name} is {other}, not a picture" + ("" if other == "a folder" else ": copy it to a file first"))
     try:
         # A stream, not a path: Pillow memory-maps an uncompressed TIFF of a path, and garbles it if its tag rotates it.
-        with open(path, "rb") as stream, pil.Image.open(stream) as file:
+        with _opened(path) as stream, pil.Image.open(stream) as file:
             if file.width * file.height > LARGEST:
                 raise pil.Image.DecompressionBombError
             return rgb(pil.ImageOps.exif_transpose(file), name)
@@ -45,6 +48,10 @@ def read(path: str | os.PathLike[str]) -> "Image":
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file: struct.error, IndexError, ...
         raise CamError(f"{name} cannot be read as a picture: {str(error) or type(error).__name__}") from error
+
+
+def _opened(path: str | os.PathLike[str] | IO[bytes]) -> AbstractContextManager[IO[bytes]]:
+    return open(path, "rb") if isinstance(path, (str, os.PathLike)) else nullcontext(path)
 
 
 # ------------------------------------------------------------------------------------------ the size of the input

@@ -88,7 +88,7 @@ def candidate_layers(
         return ()
     chosen, why = _chosen(found)
     return tuple(
-        Candidate(out.name, out.kind, out.shape, out.form.grid, out is chosen, why.get(out.name, _EARLIER)) for out in found.all
+        Candidate(out.name, out.kind, out.shape, out.form.grid, out is chosen, why.get(out.name, EARLIER)) for out in found.all
     )
 
 
@@ -326,7 +326,7 @@ def _features(found: list[_Output], modules: dict[str, nn.Module]) -> set[int]:
 # ------------------------------------------------------------------------------------------------------ the choice
 
 
-_EARLIER = "earlier layer"
+EARLIER = "earlier layer"
 _LAST = "last layer on a grid"
 _BEFORE_LAST = "last block but one: after the last, only the tokens beside the grid count"
 

@@ -72,13 +72,29 @@ def test_attention_is_explained_without_a_layer(here, method):
     assert np.array_equal(np.load(saved), raw.numpy())
 
 
-def test_the_png_is_the_map_over_the_picture_that_the_network_saw(here):
+def apart(found: Path | str, expected: Image.Image) -> int:
+    """The largest difference of two pictures. One is rounding: a half is rounded either way."""
+    return int(np.abs(np.asarray(picture(found)).astype(int) - np.asarray(expected)).max())
+
+
+def test_the_png_is_the_map_over_the_photo_at_its_size(here):
     explain("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "1", "--out", "maps")
+    (saved,) = Path("maps").glob("*.png")
+    view = images.view_of(zoo.load("net.py:pair").preprocess, (9, 11))
+    map = library("pair", "a.png", "2", 1)[0].maps[0]
+    expected = images.overlay(images.read("a.png"), map, view=view)
+    assert picture(saved).size == (9, 11)
+    assert apart(saved, expected) == 0
+    assert apart(saved, images.overlay(images.read("a.png"), map.flip(1), view=view)) > 30
+
+
+def test_with_size_input_the_png_is_the_map_over_the_picture_that_the_network_saw(here):
+    result = invoke("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "1", "--size", "input", "--out", "maps")
     (saved,) = Path("maps").glob("*.png")
     seen = picture("a.png").resize((8, 6))  # as preprocess has it, before its scaling
     expected = images.overlay(seen, library("pair", "a.png", "2", 1)[0].maps[0])
-    difference = np.asarray(picture(saved)).astype(int) - np.asarray(expected)
-    assert np.abs(difference).max() <= 1  # the scaling undone is not exact to the last bit, and a half is rounded either way
+    assert apart(saved, expected) <= 1  # the scaling undone is not exact to the last bit
+    assert "note" not in result.stderr
 
 
 def test_the_card_tells_what_was_explained_and_how(here):
@@ -104,7 +120,9 @@ def test_the_card_tells_what_was_explained_and_how(here):
         "method": "grad_cam",
         "seed": None,
         "grid": [2, 3],
-        "size": [2, 3],
+        "photo": [11, 9],
+        "picture": [11, 9],
+        "view": [pytest.approx([9 / 8, 0, 0], abs=0.3), pytest.approx([0, 11 / 6, 0], abs=0.3)],
         "forwards": card.forwards,
         "backwards": card.backwards,
         "heads": 0,
@@ -115,7 +133,7 @@ def test_the_card_tells_what_was_explained_and_how(here):
     }
 
 
-def test_several_methods_have_files_of_their_own_and_one_grid(here):
+def test_several_methods_have_files_of_their_own_and_one_picture(here):
     result = invoke(
         "a.png", "--model", "net.py:pair", "--layer", "2", "--method", "grad_cam", "--method", "score_cam", "--target", "1"
     )
@@ -124,9 +142,9 @@ def test_several_methods_have_files_of_their_own_and_one_grid(here):
         assert np.allclose(np.load(f"camfn-maps/a-2-{method}-1.npy"), card.maps[0], atol=1e-6)
         assert facts(f"camfn-maps/a-2-{method}-1.json")["findings"] == [finding._asdict() for finding in card.findings]
         assert f"camfn-maps/a-2-{method}-1." in result.stdout
-    assert "all maps in one picture: camfn-maps/a-grid.png" in result.stderr
-    one = picture("camfn-maps/a-grid.png")
-    assert one.width > one.height  # two panels, side by side
+    assert result.stdout.splitlines()[-1] == "a.png: all maps in one picture -> camfn-maps/a-grid.png"
+    assert [path.name for path in Path("camfn-maps").glob("*.png")] == ["a-grid.png"]
+    assert picture("camfn-maps/a-grid.png").width > 600  # two panels, side by side, although the photo is small
 
 
 def test_of_all_methods_those_that_do_not_fit_are_left_out(here, monkeypatch):
@@ -176,8 +194,9 @@ def test_outputs_that_are_probabilities_are_not_made_probabilities_again(here):
 
 def test_each_layer_gets_files_and_a_card_of_its_own(here):
     swept = ("--method", "score_cam", "--target", "1", "--out", "maps")
-    (line,) = explain("a.png", "--model", "net.py:pair", "--layer", "0", "--layer", "2", *swept)
-    assert line.endswith(f"-> {Path('maps/a-0-score_cam-1')}.{{png,npy,json}}, {Path('maps/a-2-score_cam-1')}.{{png,npy,json}}")
+    line, page = explain("a.png", "--model", "net.py:pair", "--layer", "0", "--layer", "2", *swept)
+    assert line.endswith(f"-> {Path('maps/a-0-score_cam-1')}.{{npy,json}}, {Path('maps/a-2-score_cam-1')}.{{npy,json}}")
+    assert page == f"a.png: all maps in one picture -> {Path('maps/a-grid.png')}"
     for layer, grid, channels in (("0", [6, 8], 3), ("2", [2, 3], 5)):
         found = facts(f"maps/a-{layer}-score_cam-1.json")
         assert (found["layer"], found["grid"], found["forwards"]) == (layer, grid, channels + 1)
@@ -210,7 +229,8 @@ def test_a_name_that_another_run_takes_at_the_same_moment_is_left_to_it(tmp_path
 
 
 def test_what_the_library_warns_of_is_a_note_on_stderr_and_on_the_card(here):
-    result = invoke("a.png", "--model", "net.py:root_preprocess", "--target", "1", "--method", "cam", "--out", "maps")
+    command = ("--model", "net.py:root_preprocess", "--size", "input", "--target", "1", "--method", "cam", "--out", "maps")
+    result = invoke("a.png", *command)
     assert result.exit_code == 0
     notes = facts("maps/a-3-cam-1.json")["notes"]
     assert notes[0].startswith("layer=None: '3' was chosen")
@@ -221,7 +241,7 @@ def test_what_the_library_warns_of_is_a_note_on_stderr_and_on_the_card(here):
 
 
 def test_what_several_methods_find_is_said_once_and_is_on_the_card_of_each(here):
-    command = ("--model", "net.py:root_preprocess", "--layer", "3", "--target", "1", "--out", "maps")
+    command = ("--model", "net.py:root_preprocess", "--size", "input", "--layer", "3", "--target", "1", "--out", "maps")
     result = invoke("a.png", *command, "--method", "mean_cam", "--method", "fem")
     said = "the overlay's colors are stretched: preprocess does more than scale each channel"
     assert all(said in facts(f"maps/a-3-{method}-1.json")["notes"] for method in ("mean_cam", "fem"))
@@ -244,7 +264,9 @@ def best(function: str, path: str, k: int) -> list[int]:
 
 
 def test_the_best_classes_have_files_of_their_own_best_first(here):
-    found = explain("a.png", "--model", "net.py:triple", "--layer", "2", "--target", "Top3", "--out", "maps")
+    top = ("--target", "Top3", "--layout", "separate", "--out", "maps")
+    found = explain("a.png", "--model", "net.py:triple", "--layer", "2", *top)
+    view = images.view_of(zoo.load("net.py:triple").preprocess, (9, 11))
     classes = best("triple", "a.png", 3)
     assert len(list(Path("maps").iterdir())) == 9
     for line, c in zip(found, classes, strict=True):
@@ -253,9 +275,8 @@ def test_the_best_classes_have_files_of_their_own_best_first(here):
         assert line.endswith(f"-> {Path('maps')}/a-2-grad_cam-{c}.{{png,npy,json}}")
         assert facts(f"maps/a-2-grad_cam-{c}.json")["score"] == pytest.approx(float(y[c]), abs=1e-6)
         closeness.assert_close(torch.from_numpy(np.load(f"maps/a-2-grad_cam-{c}.npy")), card.maps[0], 1e-6)
-        seen = picture("a.png").resize((8, 6))
-        expected = images.overlay(seen, camfn.maps.normalize(card.maps[0], (-2, -1)))
-        assert np.abs(np.asarray(picture(f"maps/a-2-grad_cam-{c}.png")).astype(int) - np.asarray(expected)).max() <= 1
+        expected = images.overlay(images.read("a.png"), camfn.maps.normalize(card.maps[0], (-2, -1)), view=view)
+        assert apart(f"maps/a-2-grad_cam-{c}.png", expected) <= 1
 
 
 def rows(*arguments: str) -> int:
@@ -315,17 +336,6 @@ def test_a_class_that_is_called_top2_is_had_by_its_index_only(here):
     assert len(list(Path("maps").glob("*.npy"))) == 2
     explain("a.png", "--model", "net.py:tops", "--layer", "2", "--target", "1", "--out", "one")
     assert facts("one/a-2-grad_cam-1.json")["class_name"] == "top2"
-
-
-@pytest.mark.parametrize(("text", "size"), [("grid", None), ("input", "input"), ("5x7", (5, 7)), ("1x1", (1, 1))])
-def test_the_size_is_that_of_the_saved_map_and_of_nothing_else(here, text, size):
-    explain("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "1", "--out", "maps")
-    explain("a.png", "--model", "net.py:pair", "--layer", "2", "--target", "1", "--size", text, "--out", "sized")
-    expected = library("pair", "a.png", "2", 1, size=size, normalize=False)[0].maps[0]
-    assert np.array_equal(np.load("sized/a-2-grad_cam-1.npy"), expected.numpy())
-    assert facts("sized/a-2-grad_cam-1.json")["size"] == list(expected.shape)
-    assert facts("sized/a-2-grad_cam-1.json")["grid"] == [2, 3]
-    assert picture("sized/a-2-grad_cam-1.png").tobytes() == picture("maps/a-2-grad_cam-1.png").tobytes()
 
 
 def test_the_seed_is_that_of_the_noise(here):
@@ -390,9 +400,8 @@ def test_json_is_the_card_and_the_names_of_the_files(here):
     assert [(f["image"], f["layer"], f["class"]) for f in found] == [("a.png", layer, c) for layer in "02" for c in classes]
     for each in found:
         written = each.pop("files")
-        assert written == {
-            end: str(Path(f"maps/a-{each['layer']}-grad_cam-{each['class']}.{end}")) for end in ("png", "npy", "json")
-        }
+        base = Path(f"maps/a-{each['layer']}-grad_cam-{each['class']}")
+        assert written == {"png": str(Path("maps/a-grid.png")), "npy": f"{base}.npy", "json": f"{base}.json"}
         assert each == facts(written["json"])
         assert all(Path(path).stat().st_size for path in written.values())
 
@@ -519,12 +528,12 @@ REFUSALS = {
     "none of the best": (["a.png", "--model", "net.py:triple", "--target", "top0"], r"--target 'top0' is not a class; closest"),
     "a size in words": (
         ["a.png", "--model", "net.py:pair", "--size", "big"],
-        r"--size 'big' is not a size: write grid, input, or HxW, height by width, such as 224x224$",
+        r"--size 'big' is not a size: write photo, input, or pixels, such as 800 or 600x800 \(height by width\)$",
     ),
     "a size of nothing": (["a.png", "--model", "net.py:pair", "--size", "0x5"], r"--size '0x5' is not a size: "),
     "a size that is absurd": (
         ["a.png", "--model", "net.py:pair", "--size", "10001x10000"],
-        r"--size '10001x10000' is more than 100 megapixels: write a smaller one$",
+        r"--size '10001x10000' is more than 25 megapixels: write a smaller one$",
     ),
     "a seed where nothing is drawn": (
         ["a.png", "--model", "net.py:pair", "--seed", "0"],

@@ -13,6 +13,7 @@ from torch import nn
 import camfn
 from camfn import cli, images, zoo
 from camfn.cli import catalog
+from camfn.cli import layers as layer_table
 from tests.support import command_line
 from tests.support.command_line import command, picture
 
@@ -78,8 +79,50 @@ def test_layers_in_columns_for_a_reader(here):
         "0      Conv2d  3 x 6 x 8",
         "1      ReLU    3 x 6 x 8",
         "2      Conv2d  5 x 2 x 3",
-        "3      ReLU    5 x 2 x 3  <- the default layer",
+        "3      ReLU    5 x 2 x 3  <- the default layer: last layer on a grid",
     ]
+
+
+DEEP = """
+from torch import nn
+
+def block():
+    return nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+
+def load():
+    stages = nn.Sequential(*[nn.Sequential(block(), block()) for _ in range(6)])
+    return nn.Sequential(nn.Conv2d(3, 4, 3), stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+"""
+
+
+def test_the_twenty_layers_that_lie_in_the_fewest_modules_are_listed_and_of_these_the_last(here):
+    """One convolution, a list of 6 stages, 12 blocks, and 24 layers in them."""
+    (here / "deep.py").write_text(DEEP)
+    result = command("layers", "--model", "deep.py:load", "--json")
+    names = [json.loads(line)["layer"] for line in result.stdout.splitlines()]
+    # Nothing is as outermost as 0 and 1, then come all stages and all blocks; 12 + 6 + 2 are twenty.
+    assert sorted(names) == sorted(["0", "1", *(f"1.{i}" for i in range(6)), *(f"1.{i}.{j}" for i in range(6) for j in (0, 1))])
+    assert result.stderr == "note: 24 layers are left out, which lie deeper or run earlier: --all lists them\n"
+    every = command("layers", "--model", "deep.py:load", "--json", "--all")
+    assert (len(every.stdout.splitlines()), every.stderr) == (44, "")
+    order = [json.loads(line)["layer"] for line in every.stdout.splitlines()]
+    assert names == [name for name in order if name in names]  # in the order of execution
+
+
+def test_the_last_of_layers_of_one_depth_are_listed_and_the_chosen_one_always():
+    layers = [layer_table.Candidate(f"a.{i}", "ReLU", (1, 2, 3, 3), (3, 3), i == 1, "") for i in range(30)]
+    layers.append(layer_table.Candidate("a", "Sequential", (1, 2, 3, 3), (3, 3), False, ""))
+    assert [layer.name for layer in layer_table.useful(layers)] == ["a.1", *(f"a.{i}" for i in range(12, 30)), "a"]
+
+
+def test_a_reason_is_shown_where_a_layer_is_left_out_for_one(here):
+    (here / "dense.py").write_text(
+        "from torch import nn\n"
+        "def load(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 7, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    _, first, last = command("layers", "--model", "dense.py:load").stdout.splitlines()
+    assert first.endswith("  <- the default layer: last layer on a grid")
+    assert last.endswith("  it is an output, with a channel for each class")
 
 
 def test_without_a_picture_the_network_is_shown_noise_of_224(here):
@@ -195,8 +238,8 @@ def test_every_help_has_an_example_that_runs(here, name):
     for line in found:
         assert line in shown.stdout  # not wrapped, not folded into a paragraph
         picture("a.png").resize((96, 96)).save("photo.jpg")
-        _, *arguments = shlex.split(line)
-        result = command(*arguments)
+        _, *arguments = shlex.split(line.partition(" < ")[0])
+        result = command(*arguments, given=Path("photo.jpg").read_bytes() if " < " in line else None)
         assert result.exit_code == 0, result.output
         assert result.stdout
 
@@ -214,7 +257,7 @@ def test_the_help_says_that_the_file_is_run_and_what_the_defaults_are():
     for words in (
         "The file is run",
         "Without preprocess, the input is the picture with values from 0 to 1, not resized",
-        "The overlay shows the picture as the network saw it, resized and cropped by preprocess",
+        "The map is laid where it belongs on the photo",
         "Existing files are never overwritten",
         "use the index for a class that is itself called top3",
         "demo a small network that ships with camfn torchvision:NAME[:WEIGHTS]",

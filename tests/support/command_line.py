@@ -193,18 +193,18 @@ def here(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def command(*arguments: str):
-    """`camfn ...`, in this process."""
+def command(*arguments: str, given: bytes | None = None):
+    """`camfn ...`, in this process. `given` is what stands on stdin."""
     try:
         runner = CliRunner(mix_stderr=False)  # click < 8.2
     except TypeError:
         runner = CliRunner()
-    return runner.invoke(cli.app(), [*map(str, arguments)])
+    return runner.invoke(cli.app(), [*map(str, arguments)], input=given)
 
 
-def invoke(*arguments: str):
+def invoke(*arguments: str, given: bytes | None = None):
     """`camfn explain ...`, in this process."""
-    return command("explain", *arguments)
+    return command("explain", *arguments, given=given)
 
 
 ENVIRONMENT = {
