@@ -429,43 +429,43 @@ REFUSALS = {
     ),
     "no colon": (
         ["a.png", "--model", "net.py"],
-        r"--model 'net\.py' does not name a function: write path/to/file\.py:function",
+        r"model 'net\.py' does not name a function: write path/to/file\.py:function",
     ),
-    "no function": (["a.png", "--model", "net.py:"], r"--model 'net\.py:' does not name a function"),
-    "no file": (["a.png", "--model", "nut.py:pair"], r"--model 'nut\.py:pair': there is no file 'nut\.py'"),
+    "no function": (["a.png", "--model", "net.py:"], r"model 'net\.py:' does not name a function"),
+    "no file": (["a.png", "--model", "nut.py:pair"], r"model 'nut\.py:pair': there is no file 'nut\.py'"),
     "a pipe": (["pipe", "--model", "net.py:pair"], r"^Error: 'pipe' is a pipe, not a picture: copy it to a file first$"),
     "a device": (["/dev/zero", "--model", "net.py:pair"], r"^Error: '/dev/zero' is a device, not a picture: copy it"),
-    "a pipe for a model": (["a.png", "--model", "pipe:f"], r"^Error: --model 'pipe:f': 'pipe' is a pipe, not a Python file$"),
+    "a pipe for a model": (["a.png", "--model", "pipe:f"], r"^Error: model 'pipe:f': 'pipe' is a pipe, not a Python file$"),
     "a pipe for weights": (["a.png", "--model", "demo", "--weights", "pipe"], r"weights file 'pipe' is a pipe, not a file$"),
     "not Python": (["a.png", "--model", "notes.txt:f"], r"--model: 'notes\.txt' is not a Python file"),
     "an unknown function": (
         ["a.png", "--model", "net.py:pear"],
-        r"--model 'net\.py:pear': the file has no function 'pear'; closest: 'pair'",
+        r"model 'net\.py:pear': the file has no function 'pear'; closest: 'pair'",
     ),
     "not a function": (["a.png", "--model", "net.py:NUMBER"], r"the file has no function 'NUMBER'"),
     "a syntax error": (
         ["a.png", "--model", "syntax.py:f"],
-        r"--model 'syntax\.py:f' failed at line 3: SyntaxError: invalid syntax",
+        r"model 'syntax\.py:f' failed at line 3: SyntaxError: invalid syntax",
     ),
     "a failing import": (
         ["a.png", "--model", "absent.py:f"],
-        r"--model 'absent\.py:f' failed at line 3 \(import no_such_module_at_all\): ModuleNotFoundError: No module named",
+        r"model 'absent\.py:f' failed at line 3 \(import no_such_module_at_all\): ModuleNotFoundError: No module named",
     ),
     "a failing import below": (
         ["a.png", "--model", "nested.py:f"],
-        r"--model 'nested\.py:f' failed at line 2 \(import syntax\): SyntaxError",
+        r"model 'nested\.py:f' failed at line 2 \(import syntax\): SyntaxError",
     ),
     "a function with arguments": (
         ["a.png", "--model", "net.py:needs"],
-        r"--model 'net\.py:needs': the function must take no argument \(missing a required argument: 'size'\)",
+        r"model 'net\.py:needs': the function must take no argument \(missing a required argument: 'size'\)",
     ),
     "a function that raises": (
         ["a.png", "--model", "net.py:raises"],
-        r"--model 'net\.py:raises' failed at line \d+ \(raise RuntimeError\(.*\)\): RuntimeError: no weights here$",
+        r"model 'net\.py:raises' failed at line \d+ \(raise RuntimeError\(.*\)\): RuntimeError: no weights here$",
     ),
     "a function that raises further down": (
         ["a.png", "--model", "net.py:calls"],
-        rf"--model 'net\.py:calls' failed at line {RAISES} \(raise RuntimeError\(.*\)\): RuntimeError: no weights here$",
+        rf"model 'net\.py:calls' failed at line {RAISES} \(raise RuntimeError\(.*\)\): RuntimeError: no weights here$",
     ),
     "a function that refuses in two lines": (["a.png", "--model", "net.py:refuses"], "^Error: weights are missing$"),
     "a function that exits": (["a.png", "--model", "net.py:exits"], r"'net\.py:exits' failed at line \d+ .*SystemExit: enough"),
@@ -611,7 +611,7 @@ REFUSALS = {
     "weights of another model": (["a.png", "--model", "net.py:pair", "--weights", "linear.pt"], r"linear\.pt.*'?weight'?"),
     "no weights of a function": (
         ["a.png", "--model", "net.py:pair", "--no-pretrained"],
-        r"--no-pretrained has no meaning with --model 'net\.py:pair'",
+        r"--no-pretrained has no meaning with model 'net\.py:pair'",
     ),
     "an output folder that is a file": (
         ["a.png", "--model", "net.py:pair", "--out", "b.png"],

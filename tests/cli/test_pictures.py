@@ -90,8 +90,8 @@ def test_the_view_leads_from_the_input_to_the_picture(here):
     explain("wide.png", *where, "--size", "200")
     assert np.allclose(facts("maps/wide-2-grad_cam-1-2.json")["view"], 2 * view, atol=1e-6)
     dark = np.asarray(picture("maps/wide-2-grad_cam-1.png"))
-    assert (dark[:, :19] == dark[0, 0]).all()  # cropped away
-    assert (dark[:, 82:] == dark[0, 0]).all()
+    assert (dark[:, :18] == dark[0, 0]).all()  # cropped away
+    assert (dark[:, 83:] == dark[0, 0]).all()
     sys.modules.pop("net", None)
 
 
