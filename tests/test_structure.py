@@ -49,7 +49,7 @@ ROOMS = {
     ".names": ("_public",),
     "cli": (
         *("signals", "streams", "catalog", "options", "tables", "files", "page", "drawing", "models", "cards", "job"),
-        *("explain", "layers", "demo"),
+        *("facts", "explain", "layers", "demo"),
     ),
     ".main": ("__main__",),
 }

@@ -16,6 +16,9 @@ from camfn.cli import catalog, options, streams, tables
 if TYPE_CHECKING:
     import click
 
+    from camfn.cli.cards import Written
+    from camfn.cli.files import Source
+
 _GROUP = """Class activation maps: where a network sees a class in a picture.
 
 \b
@@ -164,23 +167,32 @@ def _explain() -> "click.Command":
         with options.refusing() as stdout:
             wish = options.wish(**values)
             options.need("PIL", "tqdm")
-            from camfn.cli import files
+            from camfn.cli import cards, files
 
-            paths, failed = files.pictures(wish.images), []
-            from camfn.cli import cards, explain
-
-            for path, found in explain.run(wish, paths):
-                for line in cards.lines(path, found, as_json):
+            sources, failed = files.pictures(wish.images), []
+            for source, found in _explained(wish, sources):
+                for line in cards.lines(source, found, as_json):
                     click.echo(line, file=stdout)
                 if isinstance(found, CamError):
-                    if len(paths) == 1:
+                    if len(sources) == 1:
                         raise found
                     click.echo(f"Error: {options.one_line(found)}", err=True)
-                    failed.append(escaped(path))
+                    failed.append(escaped(source))
             if failed:
-                raise click.ClickException(f"{len(failed)} of {len(paths)} pictures failed: {', '.join(failed)}")
+                raise click.ClickException(f"{len(failed)} of {len(sources)} pictures failed: {', '.join(failed)}")
 
     return command
+
+
+def _explained(wish: options.Wish, sources: "Sequence[Source]") -> "Iterator[tuple[Source, Sequence[Written] | CamError]]":
+    """Explain the pictures, unless none is there."""
+    missing = [source.missing for source in sources]
+    if all(missing):
+        yield from ((source, error) for source, error in zip(sources, missing) if error)
+        return
+    from camfn.cli import explain
+
+    yield from explain.run(wish, sources)
 
 
 def _layers() -> "click.Command":

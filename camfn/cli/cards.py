@@ -1,19 +1,16 @@
-"""The facts about a map: for its JSON file, and as lines on stdout."""
+"""The lines on stdout about what was written."""
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from camfn._errors import CamError, escaped
 from camfn.cli.files import FACTS, PICTURE, Source
 from camfn.cli.options import one_line
-from camfn.formulas import probabilities as formula
 
 Facts = dict[str, Any]
+"""The facts about a map, as in its JSON file."""
 
 
 class Written(NamedTuple):
@@ -27,33 +24,6 @@ class Written(NamedTuple):
     def own(self) -> bool:
         """Whether the map has a picture of its own."""
         return self.picture == Path(f"{self.base}.{PICTURE}")
-
-
-def probabilities(outputs: Tensor) -> Tensor:
-    """Return the probabilities of the outputs, or the outputs themselves if they are probabilities already.
-
-    A single output is a logit.
-    """
-    already = len(outputs) > 1 and bool((outputs >= 0).all()) and abs(float(outputs.sum()) - 1) < 1e-4
-    return outputs if already else formula.probabilities(outputs)
-
-
-def classes(card: Any, number: int, outputs: Tensor, names: Sequence[str]) -> Facts:
-    """Return the facts about the class of a map (by its number on the card), and about the predicted class.
-
-    A single logit predicts its class if it is positive, and no class otherwise.
-    """
-    index, best = int(card.classes[0, number]), int(outputs.argmax())
-    predicted = best if len(outputs) > 1 or float(outputs[0]) > 0 else None
-    name, probability = dict(enumerate(names)).get, float(probabilities(outputs)[index])
-    return {
-        "class": index,
-        "class_name": name(index),
-        "score": float(card.scores[0, number]),
-        "probability": probability if math.isfinite(probability) else None,
-        "predicted_class": predicted,
-        "predicted_class_name": None if predicted is None else name(predicted),
-    }
 
 
 def lines(path: Source, found: Sequence[Written] | CamError, as_json: bool) -> Iterator[str]:

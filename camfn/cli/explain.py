@@ -12,9 +12,10 @@ import camfn
 from camfn import zoo
 from camfn._errors import CamError, escaped
 from camfn.cli import catalog, drawing, files, models, options
-from camfn.cli.cards import Facts, Written, classes
+from camfn.cli.cards import Facts, Written
+from camfn.cli.facts import facts_of_class, facts_of_map, facts_of_picture, facts_of_run
 from camfn.cli.files import Source
-from camfn.cli.job import Job, Map, Seen, check_grid, maps_of, options_of, through
+from camfn.cli.job import Job, Seen, check_grid, maps_of, options_of, through
 from camfn.cli.options import Wish
 from camfn.explanation import Picture
 from camfn.methods._common import read_layer
@@ -120,12 +121,12 @@ def _explain(job: Job, source: Source, photo: Any) -> list[Written]:
     made = [each._replace(notes=(*each.notes, *notes)) for each in made]
     for note in dict.fromkeys(note for each in made for note in each.notes):  # methods may have the same notes
         sys.stderr.write(f"note: {escaped(source)}: {options.one_line(note)}\n")
-    run = {**_about_run(job, source, seen.x), **_about_picture(picture, photo)}
+    run = {**facts_of_run(job, source, seen.x), **facts_of_picture(picture, photo)}
     drawn = []
     for each in made:
         for number, raw in enumerate(each.raw):
-            explained = classes(each.card, number, seen.outputs, job.loaded.names)
-            drawn.append(Drawable(raw, {**run, **explained, **_about_map(job, each)}))
+            explained = facts_of_class(each.card, number, seen.outputs, job.loaded.names)
+            drawn.append(Drawable(raw, {**run, **explained, **facts_of_map(job, each)}))
     apart = job.wish.layout == "separate" or len(drawn) == 1
     written = (_write_apart if apart else _write_together)(job, source, picture, drawn)
     bases = [(each.base.name, files.plain(_name(source, each.facts))) for each in written]
@@ -151,10 +152,9 @@ def _write_together(job: Job, source: Source, picture: Picture, drawn: Sequence[
     title = _title(job, source, drawn) if job.wish.captions is not False else ()
     group = len({each.facts["class"] for each in drawn})
     page = drawing.together(job.wish, picture, [each.scaled for each in drawn], captions, group, title)
+    bases = [files.write(job.wish.out, _name(source, each.facts), None, each.raw.numpy(), each.facts) for each in drawn]
     place = files.write_picture(job.wish.out, f"{source.path.stem}-grid", page)
-    return [
-        Written(facts, files.write(job.wish.out, _name(source, facts), None, raw.numpy(), facts), place) for raw, facts in drawn
-    ]
+    return [Written(each.facts, base, place) for each, base in zip(drawn, bases)]
 
 
 def _caption(job: Job, facts: Facts, *, whole: bool = False) -> tuple[str, ...]:
@@ -172,41 +172,6 @@ def _title(job: Job, source: Source, drawn: Sequence[Drawable]) -> tuple[str, ..
     method = facts["method"] if len(job.methods) == 1 else ""
     layer = f"layer {facts['layer']}" if len(job.layers) == 1 and facts["layer"] is not None else ""
     return tuple(line for line in (source.path.name, ", ".join(filter(None, (method, layer)))) if line)
-
-
-def _about_run(job: Job, source: Source, x: Tensor) -> Facts:
-    return {
-        "image": str(source),
-        "model": job.loaded.spec,
-        "weights": None if job.wish.weights is None else str(job.wish.weights),
-        "pretrained": not job.wish.no_pretrained,
-        "device": str(x.device),
-        "input": list(x.shape[1:]),
-    }
-
-
-def _about_picture(picture: Picture, photo: Any) -> Facts:
-    """The size of the picture that is drawn on, and the affine map to its pixels from those of the input."""
-    (width, height), view = picture.image.size, [list(row) for row in picture.view.matrix]
-    return {"photo": [photo.height, photo.width], "picture": [height, width], "view": view}
-
-
-def _about_map(job: Job, made: Map) -> Facts:
-    card, raw, notes = made
-    return {
-        "layer": card.layers[0] if card.layers else None,
-        "method": card.method,
-        "seed": job.options.get("seed") if catalog.ROWS[card.method].seed else None,
-        "grid": list(raw.shape[1:]),
-        "seconds": card.seconds,
-        "forwards": card.forwards,
-        "backwards": card.backwards,
-        "heads": card.heads,
-        "findings": [finding._asdict() for finding in card.findings],
-        "notes": list(notes),
-        "camfn": camfn.__version__,
-        "torch": torch.__version__,
-    }
 
 
 def _name(source: Source, facts: Facts) -> str:

@@ -37,6 +37,12 @@ class Source(NamedTuple):
     def __str__(self) -> str:
         return str(self.path)
 
+    @property
+    def missing(self) -> CamError | None:
+        """The error of a file that is not there, without loading what reads it."""
+        there = self.data is not None or os.path.lexists(self.path)
+        return None if there else CamError(f"there is no file {str(self.path)!r}")
+
     def read(self) -> Any:
         """Return the picture. Raise CamError if there is none."""
         from camfn import images  # which imports torch

@@ -15,7 +15,7 @@ import sys
 
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "numpy", "PIL", "matplotlib"):
+        if name.partition(".")[0] in {blocked}:
             raise AssertionError(f"{name} is imported")
 
 sys.meta_path.insert(0, Block())
@@ -25,9 +25,9 @@ main()
 """
 
 
-def light(*arguments: str) -> subprocess.CompletedProcess:
+def light(*arguments: str, blocked=("torch", "numpy", "PIL", "matplotlib")) -> subprocess.CompletedProcess:
     """`camfn ...`, in a process that cannot import torch."""
-    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
+    command = [sys.executable, "-c", WITHOUT_TORCH.replace("{blocked}", repr(blocked)), *arguments]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
 
 
@@ -68,6 +68,16 @@ def test_errors_of_usage_come_without_torch(case):
     assert (result.returncode, result.stdout) == (2, "")
     assert words in result.stderr
     assert result.stderr.splitlines()[-1].startswith("Error: ")
+
+
+def test_pictures_that_are_not_there_are_told_of_without_torch(here):
+    result = light("explain", "none.png", "nor.png", "--model", "demo", blocked=("torch", "matplotlib"))
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.splitlines() == [
+        "Error: there is no file 'none.png'",
+        "Error: there is no file 'nor.png'",
+        "Error: 2 of 2 pictures failed: none.png, nor.png",
+    ]
 
 
 def test_the_check_can_fail(here):
