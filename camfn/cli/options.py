@@ -28,7 +28,7 @@ SIZE = (
     "Size of the pictures: photo; input, which is the picture as the network saw it; or the pixels that they fit into, such as "
     "800 or 600x800 (height by width)."
 )
-LARGEST = 12_500_000
+LARGEST = 25_000_000
 """The maximal number of pixels of a picture that is written."""
 COLORS = ("inferno", "viridis", "berlin", "turbo", "jet")
 """The names of `camfn.images.COLORMAPS`, the default first, as a test verifies."""

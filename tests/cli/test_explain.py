@@ -533,7 +533,7 @@ REFUSALS = {
     "a size of nothing": (["a.png", "--model", "net.py:pair", "--size", "0x5"], r"--size '0x5' is not a size: "),
     "a size that is absurd": (
         ["a.png", "--model", "net.py:pair", "--size", "10001x10000"],
-        r"--size '10001x10000' is more than 12 megapixels: write a smaller one$",
+        r"--size '10001x10000' is more than 25 megapixels: write a smaller one$",
     ),
     "a seed where nothing is drawn": (
         ["a.png", "--model", "net.py:pair", "--seed", "0"],

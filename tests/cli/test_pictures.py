@@ -112,7 +112,7 @@ def test_where_preprocess_cannot_be_undone_the_picture_is_the_one_that_the_netwo
     sys.modules.pop("net", None)
 
 
-def test_a_photo_of_more_than_12_megapixels_is_drawn_smaller_and_that_is_told(here, monkeypatch):
+def test_a_photo_of_more_than_25_megapixels_is_drawn_smaller_and_that_is_told(here, monkeypatch):
     monkeypatch.setattr("camfn.cli.drawing.LARGEST", 50)
     result = invoke("a.png", *ONE)
     assert picture(PNG).size == (6, 8)
