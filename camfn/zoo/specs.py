@@ -128,7 +128,7 @@ def _run(file: Path) -> types.ModuleType:
     name = "_camfn_model_" + re.sub(r"\W", "_", file.stem)
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise CamError(f"model: {file.name!r} is not a Python file")
+        raise CamError(f"{file.name!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look up their module there
     spec.loader.exec_module(module)

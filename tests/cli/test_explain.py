@@ -437,7 +437,7 @@ REFUSALS = {
     "a device": (["/dev/zero", "--model", "net.py:pair"], r"^Error: '/dev/zero' is a device, not a picture: copy it"),
     "a pipe for a model": (["a.png", "--model", "pipe:f"], r"^Error: model 'pipe:f': 'pipe' is a pipe, not a Python file$"),
     "a pipe for weights": (["a.png", "--model", "demo", "--weights", "pipe"], r"weights file 'pipe' is a pipe, not a file$"),
-    "not Python": (["a.png", "--model", "notes.txt:f"], r"--model: 'notes\.txt' is not a Python file"),
+    "not Python": (["a.png", "--model", "notes.txt:f"], r"'notes\.txt' is not a Python file"),
     "an unknown function": (
         ["a.png", "--model", "net.py:pear"],
         r"model 'net\.py:pear': the file has no function 'pear'; closest: 'pair'",
