@@ -46,6 +46,10 @@ ROOMS = {
     "demo": ("scenes", "network"),
     ".train": ("demo.train",),
     "zoo": ("checkpoints", "downloads", "libraries", "specs", "networks"),
+    "runs": (
+        *("rows", "shards", "manifest", "sources", "lock", "decoding", "job", "making", "worker", "progress", "local"),
+        *("on_ray", "run", "reading"),
+    ),
     ".names": ("_public",),
     "cli": (
         *("signals", "streams", "catalog", "options", "tables", "files", "models", "cards", "job", "explain", "layers", "demo"),
