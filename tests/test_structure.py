@@ -48,11 +48,25 @@ ROOMS = {
     "zoo": ("checkpoints", "downloads", "libraries", "specs", "networks"),
     "runs": (
         *("rows", "shards", "manifest", "sources", "lock", "decoding", "job", "making", "worker", "progress", "local"),
-        *("on_ray", "run", "reading"),
+        *("on_ray", "run", "reading", "converting"),
     ),
     ".names": ("_public",),
     "cli": (
-        *("signals", "streams", "catalog", "options", "tables", "files", "models", "cards", "job", "explain", "layers", "demo"),
+        *(
+            "signals",
+            "streams",
+            "catalog",
+            "options",
+            "tables",
+            "files",
+            "models",
+            "cards",
+            "job",
+            "explain",
+            "layers",
+            "demo",
+            "run",
+        ),
     ),
     ".main": ("__main__",),
 }

@@ -51,7 +51,7 @@ class Decoder:
     def _decoded(self, item: Item) -> Decoded:
         if isinstance(item.source, Given) and isinstance(item.source.picture, torch.Tensor):
             return _as_input(item, item.source.picture)
-        picture = _opened(item)
+        picture = opened(item)
         x = zoo.input_of(self._network, picture)[0].cpu().numpy()
         if picture.size not in self._views:
             self._views[picture.size] = self._view(picture.size)
@@ -79,7 +79,7 @@ def _as_input(item: Item, x: torch.Tensor) -> Decoded:
     return Decoded(item, x.detach().cpu().float().numpy(), (x.shape[2], x.shape[1]), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0))
 
 
-def _opened(item: Item) -> Any:
+def opened(item: Item) -> Any:
     """The upright RGB picture of an image."""
     if isinstance(item.source, Given):
         return images.upright(item.source.picture)[0]
@@ -179,7 +179,8 @@ def _decode(item: Item) -> Decoded:
 
 def _begin(decoder: Decoder) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     end_with_parent()
     torch.set_num_threads(1)
     _decoder[:] = [decoder]

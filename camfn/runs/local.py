@@ -92,8 +92,8 @@ def _stop(running: dict[Connection, Any]) -> None:
 
 def _process(end: Connection, job: Job, share: list[Item], device: str, rank: int, threads: int) -> None:
     """One process of several. It tells of its batches, and of its error, to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # the parent says when to stop
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     end_with_parent()
     torch.set_num_threads(threads)
     try:
