@@ -76,6 +76,7 @@ def run() -> "click.Command":
     @click.option(
         "--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True, help="Of the maps."
     )
+    @click.option("--views/--no-views", default=True, help="Find where the network's input lies on each photo.  [default: yes]")
     @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
     @click.option("--address", metavar="A", help="Cluster of Ray.  [default: one that is started here]")
     @options.no_progress

@@ -37,8 +37,9 @@ class Decoded(NamedTuple):
 class Decoder:
     """Decode images for a network."""
 
-    def __init__(self, network: zoo.Loaded) -> None:
+    def __init__(self, network: zoo.Loaded, views: bool = True) -> None:
         self._network = zoo.Loaded(*network._replace(model=nn.Identity()))  # the model stays where it runs
+        self._with_views = views
         self._views: dict[tuple[int, int], tuple[float, ...] | None] = {}
 
     def __call__(self, item: Item) -> Decoded:
@@ -58,6 +59,8 @@ class Decoder:
         return Decoded(item, x, picture.size, self._views[picture.size])
 
     def _view(self, size: tuple[int, int]) -> tuple[float, ...] | None:
+        if not self._with_views:
+            return None
         try:
             rows = images.view_of(self._network.preprocess, size).matrix
         except CamError:  # it cannot be undone

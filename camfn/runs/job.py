@@ -37,6 +37,7 @@ class Job(NamedTuple):
     batch: int
     workers: int
     every: int  # images in a shard
+    views: bool  # whether to find where inputs lie on their photos
 
 
 def checked(job: Job) -> Job:
@@ -87,6 +88,7 @@ def settings_of(job: Job, network: Network) -> dict[str, Any]:
         "options": {key: _plain(value) for key, value in sorted(job.options.items())},
         "seed": job.seed,
         "dtype": job.dtype,
+        "views": job.views,
     }
 
 

@@ -41,6 +41,7 @@ def run(
     dtype: str = "float16",
     seed: int = 0,
     every: int = 1000,
+    views: bool = True,
     engine: Literal["local", "ray"] = "local",
     address: str | None = None,
     progress_line: bool = True,
@@ -66,6 +67,8 @@ def run(
     - `dtype`: `"float16"` or `"float32"`, that of the stored maps.
     - `seed`: the seed of all noise, together with each image's id.
     - `every`: the number of images in a shard.
+    - `views`: whether to find where the input lies on the photo. It takes as long as some preprocessings, once for each size of
+      the photos; overlays and all but the formats `npy` and `nifti` of `convert` need it.
     - `engine`, `address`: `"ray"` runs on a cluster of Ray.
     - `progress_line`: whether to show progress where stderr is a terminal.
     - `options`: options of the methods, such as `budget=` and `sweep=`.
@@ -91,7 +94,9 @@ def run(
     options = {key: value for key, value in options.items() if value is not None}
     names, some = (tuple(dict.fromkeys([each] if isinstance(each, str) else each or ())) for each in (layer, methods))
     folder = Path(os.fspath(out))
-    job = checked(Job(model, weights, pretrained, names, some, target, options, seed, dtype, folder, batch, workers, every))
+    job = checked(
+        Job(model, weights, pretrained, names, some, target, options, seed, dtype, folder, batch, workers, every, views)
+    )
     _check_engine(job, how, listed)
     items = items_of(images)
     network = network_of(job, how.devices[0] if len(how.devices) == 1 else None)

@@ -33,7 +33,7 @@ class Worker:
 
     def __init__(self, job: Job, network: Network, told: Callable[[Done], None] = lambda done: None) -> None:
         self._job, self._told = job, told
-        self._maker, self._decoder = Maker(job, network), Decoder(network)
+        self._maker, self._decoder = Maker(job, network), Decoder(network, job.views)
 
     def __call__(self, items: Iterable[Item], done: Collection[str] = (), stopped: Callable[[], bool] = lambda: False) -> Done:
         """Make the maps of the images that are not done, and commit them.
