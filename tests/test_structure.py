@@ -46,10 +46,14 @@ ROOMS = {
     "demo": ("scenes", "network"),
     ".train": ("demo.train",),
     "zoo": ("checkpoints", "downloads", "libraries", "specs", "networks"),
+    "runs": (
+        *("rows", "shards", "manifest", "sources", "lock", "decoding", "job", "making", "worker", "progress", "local"),
+        *("on_ray", "run", "reading", "converting"),
+    ),
     ".names": ("_public",),
     "cli": (
         *("signals", "streams", "catalog", "options", "tables", "files", "page", "drawing", "models", "cards", "job"),
-        *("facts", "explain", "layers", "demo"),
+        *("facts", "explain", "layers", "demo", "run"),
     ),
     ".main": ("__main__",),
 }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import camfn
 from camfn._errors import CamError, escaped
-from camfn.cli import catalog, options, streams, tables
+from camfn.cli import catalog, options, run, streams, tables
 
 if TYPE_CHECKING:
     import click
@@ -125,7 +125,7 @@ def app() -> "click.Group":
     def group() -> None:
         pass
 
-    for command in (_explain(), _layers(), _methods(), _demo()):
+    for command in (_explain(), _layers(), _methods(), _demo(), run.run(), run.convert()):
         group.add_command(command)
     return group
 

@@ -39,7 +39,7 @@ def light(*arguments: str, blocked=("torch", "numpy", "PIL", "matplotlib")) -> s
         ["--version"],
         ["methods"],
         ["methods", "--json"],
-        *([each, "-h"] for each in ("explain", "layers", "demo")),
+        *([each, "-h"] for each in ("explain", "layers", "demo", "run", "convert")),
     ],
 )
 def test_help_and_lists_come_without_torch(command):
