@@ -65,10 +65,7 @@ def resized(picture: Picture, factor: float) -> Picture:
     """Scale a picture, and its view with it."""
     before = picture.image.size
     after = max(1, round(before[0] * factor)), max(1, round(before[1] * factor))
-    (a, b, c), (d, e, f) = picture.view.matrix
-    across, down = after[0] / before[0], after[1] / before[1]
-    view = View(((a * across, b * across, c * across), (d * down, e * down, f * down)), picture.view.size, after)
-    return picture._replace(image=picture.image.resize(after, _filter()), view=view)
+    return picture._replace(image=picture.image.resize(after, _filter()), view=picture.view.resized(after))
 
 
 def _filter() -> Any:

@@ -184,7 +184,4 @@ def reduced(picture: Picture, side: int) -> Picture:
     if factor >= 1:
         return picture
     width, height = (max(1, round(length * factor)) for length in picture.image.size)
-    (a, b, c), (d, e, f) = picture.view.matrix
-    across, down = width / picture.image.width, height / picture.image.height
-    matrix = ((a * across, b * across, c * across), (d * down, e * down, f * down))
-    return picture._replace(image=picture.image.resize((width, height)), view=View(matrix, picture.view.size, (width, height)))
+    return picture._replace(image=picture.image.resize((width, height)), view=picture.view.resized((width, height)))

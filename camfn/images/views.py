@@ -51,6 +51,12 @@ class View(NamedTuple):
         matrix = np.asarray(self.matrix)
         return (points - matrix[:, 2]) @ np.linalg.inv(matrix[:, :2]).T
 
+    def resized(self, photo: tuple[int, int]) -> "View":
+        """The view on the photo resized to (width, height)."""
+        across, down = photo[0] / self.photo[0], photo[1] / self.photo[1]
+        (a, b, c), (d, e, f) = self.matrix
+        return View(((a * across, b * across, c * across), (d * down, e * down, f * down)), self.size, photo)
+
     def on_photo(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Lay a map `(h, w)` of the input, of any resolution, over the photo.
 

@@ -1,4 +1,4 @@
-"""Models by name (`--model`), with their preprocessing and class names."""
+"""Models by name, with their preprocessing and class names."""
 
 from camfn.zoo.specs import Loaded, class_of, classes_of, input_of, load, opened, outputs_of, targets_of, told
 

@@ -24,7 +24,7 @@ def downloaded(url: str) -> Path:
     file = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not file.is_file():
         digits = re.search(r"-([a-f0-9]+)\.", name)
-        with fetching(url, "give --weights FILE, or --no-pretrained"):
+        with fetching(url, "give a weight file, or random weights (--no-pretrained)"):
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(file), digits and digits[1], progress=sys.stderr.isatty())
     return file

@@ -96,7 +96,7 @@ def _timm(name: str, weights: Checkpoint | None, pretrained: bool) -> Parts:
         _check_folder(name.partition(":")[2])
     if not (hosted or local):
         _check_name(timm, name, pretrained)
-    hint = "give timm:FOLDER" if hosted else "give --weights FILE, or --no-pretrained"
+    hint = "give timm:FOLDER" if hosted else "give a weight file, or random weights (--no-pretrained)"
     with downloads.hub(name, hint) if hosted or (pretrained and not local) else nullcontext():
         model = timm.create_model(name, pretrained=pretrained)
     if weights is not None:
@@ -114,7 +114,7 @@ def _check_name(timm: Any, name: str, pretrained: bool) -> None:
     if "." in name and name not in tagged:
         raise CamError(f"timm has no model {name!r}; closest: {closest(name, tagged)}")
     if pretrained and tagged and not any(config.has_weights for key, config in tagged.items() if key.startswith(name)):
-        raise CamError(f"timm has no weights for {name!r}: give --weights FILE, or --no-pretrained")
+        raise CamError(f"timm has no weights for {name!r}: give a weight file, or random weights (--no-pretrained)")
 
 
 def _by_timm(timm: Any, name: str, tensors: dict[str, Tensor]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Models of the command line: `--model` and `--weights`."""
+"""Models by name, or from a function in a file of the user, and targets in words."""
 
 import importlib.util
 import inspect
@@ -65,7 +65,7 @@ def opened(spec: str, *, weights: Path | None = None, pretrained: bool = True) -
         return
     file, function = file_of(spec)
     if not pretrained:
-        raise CamError(f"--no-pretrained has no meaning with --model {spec!r}: its function decides about the weights")
+        raise CamError(f"--no-pretrained has no meaning with model {spec!r}: its function decides about the weights")
     checkpoint = weights and checkpoints.read(weights)
     with importable(file.parent):
         loaded = _from_file(spec, file, function)
@@ -76,12 +76,12 @@ def opened(spec: str, *, weights: Path | None = None, pretrained: bool = True) -
 
 def _by_name(spec: str, weights: Path | None, pretrained: bool) -> Loaded:
     prefix, _, name = spec.partition(":")
-    with told(f"--model {spec!r}", None):
+    with told(f"model {spec!r}", None):
         checkpoint = checkpoints.read(weights) if weights else None
         try:
             parts = libraries.load(prefix, name, checkpoint, pretrained) if name else _demo(checkpoint, pretrained)
         except CamError as error:
-            raise CamError(f"--model {spec!r}: {error}") from error
+            raise CamError(f"model {spec!r}: {error}") from error
         return Loaded(spec, None, *parts)
 
 
@@ -101,25 +101,25 @@ def file_of(spec: str) -> tuple[Path, str]:
     """Return the file and the function of `path/to/file.py:function`."""
     path, _, name = spec.rpartition(":")
     if spec.endswith((".py", ".py:")):
-        raise CamError(f"--model {spec!r} does not name a function: write path/to/file.py:function")
+        raise CamError(f"model {spec!r} does not name a function: write path/to/file.py:function")
     other = kind(path) if path else None
     if not name or not (path.endswith(".py") or other or Path(path).is_file()):
-        raise CamError(f"--model {spec!r} is none of {FORMS}")
+        raise CamError(f"model {spec!r} is none of {FORMS}")
     if other:
-        raise CamError(f"--model {spec!r}: {path!r} is {other}, not a Python file")
+        raise CamError(f"model {spec!r}: {path!r} is {other}, not a Python file")
     if not Path(path).is_file():
-        raise CamError(f"--model {spec!r}: there is no file {path!r}")
+        raise CamError(f"model {spec!r}: there is no file {path!r}")
     return Path(path).resolve(), name
 
 
 def _from_file(spec: str, file: Path, name: str) -> Loaded:
     """Run the file that `spec` names and call its function."""
-    with told(f"--model {spec!r}", file):
+    with told(f"model {spec!r}", file):
         module = _run(file)
         function = getattr(module, name, None)
         if not callable(function):
             own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            raise CamError(f"--model {spec!r}: the file has no function {name!r}; closest: {closest(name, own)}")
+            raise CamError(f"model {spec!r}: the file has no function {name!r}; closest: {closest(name, own)}")
         _check_no_arguments(function, spec)
         return _loaded(spec, file, function())
 
@@ -128,7 +128,7 @@ def _run(file: Path) -> types.ModuleType:
     name = "_camfn_model_" + re.sub(r"\W", "_", file.stem)
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise CamError(f"--model: {file.name!r} is not a Python file")
+        raise CamError(f"{file.name!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look up their module there
     spec.loader.exec_module(module)
@@ -139,7 +139,7 @@ def _check_no_arguments(function: Callable[..., Any], spec: str) -> None:
     try:
         inspect.signature(function).bind()
     except TypeError as error:
-        raise CamError(f"--model {spec!r}: the function must take no argument ({error})") from None
+        raise CamError(f"model {spec!r}: the function must take no argument ({error})") from None
     except ValueError:  # some callables have no signature
         return
 
@@ -151,7 +151,7 @@ def _loaded(spec: str, file: Path, made: Any) -> Loaded:
     if len(parts) > 3 or not isinstance(model, nn.Module) or not (preprocess is None or callable(preprocess)) or not listed:
         found = ", ".join(type(part).__name__ for part in parts) or "nothing"
         raise CamError(
-            f"--model {spec!r}: the function must return the model, (model, preprocess) or (model, preprocess, class names); "
+            f"model {spec!r}: the function must return the model, (model, preprocess) or (model, preprocess, class names); "
             f"found {found}"
         )
     return Loaded(spec, file, model, preprocess or as_it_is, tuple(map(str, names or ())))
@@ -185,7 +185,7 @@ def outputs_of(loaded: Loaded, x: Tensor) -> Tensor:
     if y.ndim != 2 or y.shape[0] != 1:
         raise CamError(f"the model's output has shape {tuple(y.shape)}: the command explains classes, and needs (1, classes)")
     if loaded.names and len(loaded.names) != y.shape[1]:
-        raise CamError(f"--model {loaded.spec!r} gives {len(loaded.names)} class names, and the model has {y.shape[1]} classes")
+        raise CamError(f"model {loaded.spec!r} gives {len(loaded.names)} class names, and the model has {y.shape[1]} classes")
     return y[0].cpu().double()  # not every device has float64
 
 

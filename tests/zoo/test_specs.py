@@ -205,16 +205,16 @@ def test_timm_from_a_folder(timm, spec):
     assert loaded.names == ("hen", "dog", "owl")
 
 
-NAMES = {
+TIMM_NAMES = {
     "none": ({}, ()),
     "by index": ({"label_names": {"1": "dog", "0": "hen", "2": "owl"}}, ("hen", "dog", "owl")),
     "too few": ({"label_names": ["hen", "dog"]}, ()),
 }
 
 
-@pytest.mark.parametrize("case", NAMES)
+@pytest.mark.parametrize("case", TIMM_NAMES)
 def test_timms_names_are_the_models_own_or_none(timm, case):
-    config, names = NAMES[case]
+    config, names = TIMM_NAMES[case]
     timm_folder(timm, **config)
     assert zoo.load("timm:saved").names == names
 
@@ -393,19 +393,19 @@ FOLDERS = {
     ),
     "no configuration": (
         lambda: Path("saved/config.json").unlink(),
-        r"^--model 'hf:saved' failed: \w+: .*config\.json",
+        r"^model 'hf:saved' failed: \w+: .*config\.json",
     ),
     "a pipe": (
         lambda: os.mkfifo("saved/tokenizer.json"),
-        r"^--model 'hf:saved': 'saved/tokenizer\.json' is a pipe, not a file: copy it to a file first$",
+        r"^model 'hf:saved': 'saved/tokenizer\.json' is a pipe, not a file: copy it to a file first$",
     ),
     "not JSON": (
         lambda: Path("saved/config.json").write_text("{"),
-        r"^--model 'hf:saved' failed: OSError: .* not a valid JSON",
+        r"^model 'hf:saved' failed: OSError: .* not a valid JSON",
     ),
     "cut": (
         lambda: Path("saved/model.safetensors").write_bytes(Path("saved/model.safetensors").read_bytes()[:300]),
-        r"^--model 'hf:saved' failed: SafetensorError: ",
+        r"^model 'hf:saved' failed: SafetensorError: ",
     ),
 }
 
@@ -493,7 +493,7 @@ def test_the_folder_of_a_users_file_can_be_imported_from_until_the_end(users):
 
 
 def test_a_users_function_decides_about_its_weights(users):
-    words = r"^--no-pretrained has no meaning with --model 'folder/net\.py:model': its function decides about the weights$"
+    words = r"^--no-pretrained has no meaning with model 'folder/net\.py:model': its function decides about the weights$"
     with pytest.raises(CamError, match=words):
         zoo.load(users, pretrained=False)
 
@@ -554,8 +554,8 @@ def no_hub(monkeypatch, tmp_path):
 
 
 UNREACHED = {
-    "timm:test_resnet": r"test_resnet cannot be fetched \(Connect.*not known\): give --weights FILE, or --no-pretrained$",
-    "timm:tv_resnet34": r"tv_resnet34 cannot be fetched \(Connect.*not known\): give --weights FILE, or --no-pretrained$",
+    "timm:test_resnet": r"test_resnet cannot be fetched \(Connect.*not known\): give a weight file, or random weights",
+    "timm:tv_resnet34": r"tv_resnet34 cannot be fetched \(Connect.*not known\): give a weight file, or random weights",
     "timm:hf-hub:some/model": r"hf-hub:some/model cannot be fetched \(ConnectError: .*not known\): give timm:FOLDER$",
     "timm:hf_hub:some/model": r"hf_hub:some/model cannot be fetched \(ConnectError: .*not known\): give timm:FOLDER$",
     "hf:some/model": r"some/model cannot be fetched \(ConnectError: .*not known\): give hf:FOLDER$",
@@ -566,7 +566,7 @@ UNREACHED = {
 @pytest.mark.parametrize("spec", UNREACHED)
 def test_a_hub_that_does_not_answer_is_asked_once_and_is_one_sentence(request, no_hub, spec):
     request.getfixturevalue(spec.partition(":")[0])
-    with pytest.raises(CamError, match=rf"^--model '{spec}': {UNREACHED[spec]}"):
+    with pytest.raises(CamError, match=rf"^model '{spec}': {UNREACHED[spec]}"):
         zoo.load(spec)
     assert no_hub.asked == 1
 
@@ -594,7 +594,7 @@ def test_without_the_hub_what_is_in_its_cache_is_loaded(hf, no_hub, cached):
 def test_without_the_hub_a_cache_with_half_a_model_is_not_blamed_on_the_model(hf, no_hub, cached, file):
     hf_folder(hf)
     (cached() / file).unlink()
-    with pytest.raises(CamError, match=r"^--model 'hf:some/model': some/model cannot be fetched \(ConnectError: "):
+    with pytest.raises(CamError, match=r"^model 'hf:some/model': some/model cannot be fetched \(ConnectError: "):
         zoo.load("hf:some/model")
 
 
@@ -617,7 +617,7 @@ def test_a_hub_that_answers_and_has_no_such_model_is_one_sentence(timm, monkeypa
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: type("", (), {"head": lambda *_, **__: None})())
     monkeypatch.setattr(timm.models._hub, "hf_hub_download", missing)
     words = (
-        r"^--model 'timm:hf-hub:some/model': .* cannot be fetched \(EntryNotFoundError: 404 Client Error\.\): give timm:FOLDER$"
+        r"^model 'timm:hf-hub:some/model': .* cannot be fetched \(EntryNotFoundError: 404 Client Error\.\): give timm:FOLDER$"
     )
     with pytest.raises(CamError, match=words):
         zoo.load("timm:hf-hub:some/model")
@@ -651,9 +651,9 @@ def no_download(*_, **__):
 def test_torchvisions_weights_that_cannot_be_fetched_are_one_sentence(models, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_download)
     words = (
-        r"^--model 'torchvision:squeezenet1_1': "
+        r"^model 'torchvision:squeezenet1_1': "
         r"https://download\.pytorch\.org/models/squeezenet1_1-b8a52dc0\.pth cannot be fetched "
-        r"\(URLError: <urlopen error \[Errno -2\] Name or service not known>\): give --weights FILE, or --no-pretrained$"
+        r"\(URLError: <urlopen error \[Errno -2\] Name or service not known>\): give a weight file, or random weights"
     )
     with pytest.raises(CamError, match=words):
         zoo.load("torchvision:squeezenet1_1")
@@ -661,7 +661,7 @@ def test_torchvisions_weights_that_cannot_be_fetched_are_one_sentence(models, mo
 
 def test_what_torch_prints_of_timms_downloads_is_not_on_stdout(timm, no_hub, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_download)
-    with pytest.raises(CamError, match=r"^--model 'timm:gcvit_xxtiny': gcvit_xxtiny cannot be fetched"):
+    with pytest.raises(CamError, match=r"^model 'timm:gcvit_xxtiny': gcvit_xxtiny cannot be fetched"):
         zoo.load("timm:gcvit_xxtiny")  # from an address, not from the hub; the fixture sees that nothing is printed
 
 
@@ -700,8 +700,8 @@ def test_a_fresh_process_prints_nothing_beside_what_it_is_told(hf, timm):
     found = subprocess.run([sys.executable, "-c", FRESH], env=paths, capture_output=True, text=True)
     assert (found.returncode, found.stderr) == (0, "")
     first, second = found.stdout.splitlines()
-    assert first.startswith("--model 'hf:saved': weights file 'w.pth' does not fit ResNetForImageClassification: 32 missing")
-    assert second.startswith("--model 'timm:kept': weights file 'w.pth' does not fit ResNet: ")
+    assert first.startswith("model 'hf:saved': weights file 'w.pth' does not fit ResNetForImageClassification: 32 missing")
+    assert second.startswith("model 'timm:kept': weights file 'w.pth' does not fit ResNet: ")
 
 
 # -------------------------------------------------------------------------------- libraries that cannot be imported
@@ -751,7 +751,7 @@ def test_a_library_that_cannot_be_imported_is_one_sentence(monkeypatch, spec, er
         return real(name, *rest)
 
     monkeypatch.setattr(importlib, "import_module", broken)
-    with pytest.raises(CamError, match=f"^--model '{spec}': " + words.format(package)):
+    with pytest.raises(CamError, match=f"^model '{spec}': " + words.format(package)):
         zoo.load(spec, pretrained=False)
 
 
@@ -761,7 +761,7 @@ def test_a_part_of_transformers_that_cannot_be_imported_is_one_sentence(hf, monk
 
     hf_folder(hf)
     monkeypatch.setattr(hf.AutoImageProcessor, "from_pretrained", broken)
-    words = r"^--model 'hf:saved': transformers cannot be imported \(RuntimeError: operator torchvision::nms does not exist\): "
+    words = r"^model 'hf:saved': transformers cannot be imported \(RuntimeError: operator torchvision::nms does not exist\): "
     with pytest.raises(CamError, match=words + "install a release that goes with that of torch and torchvision$"):
         zoo.load("hf:saved")
 
@@ -772,12 +772,12 @@ def test_a_part_of_transformers_that_cannot_be_imported_is_one_sentence(hf, monk
 FORMS = r" is none of demo, torchvision:NAME\[:WEIGHTS\], timm:NAME, hf:NAME or path/to/file\.py:function$"
 REFUSALS = {
     **{
-        spec: f"^--model {spec!r}".replace("\\", r"\\") + FORMS
+        spec: f"^model {spec!r}".replace("\\", r"\\") + FORMS
         for spec in ("", ":", ":a", "resnet18", "tv:resnet18", "torchvision:", "timm", "hf:", "Demo", "demo:", "some folder:f")
     },
-    "net.py": r"^--model 'net\.py' does not name a function: write path/to/file\.py:function$",
-    "C:\\models\\net.py": r"^--model 'C:.*net\.py' does not name a function",
-    "C:\\models\\net.py:load": r"^--model 'C:.*net\.py:load': there is no file 'C:.*net\.py'$",
+    "net.py": r"^model 'net\.py' does not name a function: write path/to/file\.py:function$",
+    "C:\\models\\net.py": r"^model 'C:.*net\.py' does not name a function",
+    "C:\\models\\net.py:load": r"^model 'C:.*net\.py:load': there is no file 'C:.*net\.py'$",
     "torchvision:resnet19": r"'torchvision:resnet19': torchvision has no image classifier 'resnet19'; closest: 'resnet18'",
     "torchvision:fcn_resnet50": r"torchvision has no image classifier 'fcn_resnet50'; closest: .*'resnet50'",
     "torchvision:resnet50:V2": r"has no weights 'V2' for resnet50; there are: IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT$",
@@ -786,8 +786,8 @@ REFUSALS = {
     "timm:timm/resnet18.a1_in1k": r"timm has no model 'timm/resnet18\.a1_in1k', nor is it a folder; closest: ",
     "timm:C:\\models": r"timm has no model 'C:.*models', nor is it a folder",
     "timm:resnet18.a9_in1k": r"timm has no model 'resnet18\.a9_in1k'; closest: .*'resnet18\.a1_in1k'",
-    "timm:coatnet_0_224": r"timm has no weights for 'coatnet_0_224': give --weights FILE, or --no-pretrained$",
-    "timm:local-dir:nowhere": r"^--model 'timm:local-dir:nowhere' failed: FileNotFoundError: .*nowhere/config\.json$",
+    "timm:coatnet_0_224": r"timm has no weights for 'coatnet_0_224': give a weight file, or random weights",
+    "timm:local-dir:nowhere": r"^model 'timm:local-dir:nowhere' failed: FileNotFoundError: .*nowhere/config\.json$",
     "hf:./nowhere": r"there is no folder '\./nowhere', and a model on the hub has a name like microsoft/resnet-50$",
     "hf:a/b/c": r"there is no folder 'a/b/c', and a model on the hub has a name like",
 }
@@ -803,7 +803,7 @@ def test_what_is_not_there_is_one_sentence(request, spec):
 
 
 def test_a_model_of_features_has_no_classes_to_explain(timm, monkeypatch):
-    with pytest.raises(CamError, match=r"^--model 'timm:vit_small_patch14_dinov2': the model has no classifier"):
+    with pytest.raises(CamError, match=r"^model 'timm:vit_small_patch14_dinov2': the model has no classifier"):
         zoo.load("timm:vit_small_patch14_dinov2", pretrained=False)
 
 
@@ -825,7 +825,7 @@ def test_weights_that_do_not_fit_are_named_with_the_model(request, tmp_path, spe
     *_, last = state
     save_file({**state, last: torch.zeros(7)}, tmp_path / "w.safetensors")
     found = rf"1 of another shape \('{re.escape(last)}' is \(7,\), not"
-    words = rf"^--model '{spec}': weights file '.*w\.safetensors' does not fit \w+: {found}"
+    words = rf"^model '{spec}': weights file '.*w\.safetensors' does not fit \w+: {found}"
     with pytest.raises(CamError, match=words):
         zoo.load(spec, weights=tmp_path / "w.safetensors")
     with pytest.raises(CamError, match=r"^weights file '.*none\.pth' is not there$"):
