@@ -206,9 +206,14 @@ def _layers() -> "click.Command":
     def command(image: str | None, as_json: bool, **source: Any) -> None:
         with options.refusing() as stdout:
             options.need("PIL")
+            from camfn.cli import files
+
+            picture = None if image is None else files.source(image)
+            if picture and picture.missing:
+                raise picture.missing
             from camfn.cli import layers
 
-            for line in tables.lines(layers.table(image, **source), as_json):
+            for line in tables.lines(layers.table(picture, **source), as_json):
                 click.echo(line, file=stdout)
 
     return command

@@ -9,7 +9,8 @@ import numpy as np
 import camfn
 from camfn import zoo
 from camfn._errors import CamError
-from camfn.cli import files, models
+from camfn.cli import models
+from camfn.cli.files import Source
 from camfn.cli.tables import Row, Table
 from camfn.model.layers import EARLIER, Candidate, none_on_a_grid
 
@@ -17,11 +18,11 @@ SHOWN = 20
 """The number of layers that are listed, at most."""
 
 
-def table(image: str | None, every: bool, model: str, device: str | None, **source: Any) -> Table:
+def table(source: Source | None, every: bool, model: str, device: str | None, **given: Any) -> Table:
     """Return the table of the layers that can be explained, in the order of execution: of every layer, or the most useful."""
     place = models.device_of(device)
-    picture = _noise() if image is None else files.source(image).read()
-    with models.opened(model, device=place, **source) as loaded:
+    picture = _noise() if source is None else source.read()
+    with models.opened(model, device=place, **given) as loaded:
         x = models.input_of(loaded, picture, place)
         with zoo.told(f"the model, on an input of shape {tuple(x.shape)},", loaded.file):
             found = camfn.candidate_layers(loaded.model, x)

@@ -78,6 +78,8 @@ def test_pictures_that_are_not_there_are_told_of_without_torch(here):
         "Error: there is no file 'nor.png'",
         "Error: 2 of 2 pictures failed: none.png, nor.png",
     ]
+    result = light("layers", "none.png", "--model", "demo", blocked=("torch", "matplotlib"))
+    assert (result.returncode, result.stderr) == (2, "Error: there is no file 'none.png'\n")
 
 
 def test_the_check_can_fail(here):

@@ -256,7 +256,9 @@ def test_no_more_is_read_from_stdin_than_a_picture_can_have(here, monkeypatch):
 
 def test_a_stdin_that_is_a_terminal_or_closed_is_one_sentence(here):
     pair = pty.openpty()
-    result = subprocess.run([*CAMFN, "explain", "-", *ONE], stdin=pair[1], env=ENVIRONMENT, capture_output=True, text=True)
+    result = subprocess.run(
+        [*CAMFN, "explain", "-", *ONE], stdin=pair[1], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
     for end in pair:
         os.close(end)
     assert (result.returncode, result.stderr) == (2, f"Error: - stands for standard input, which is a terminal: {HOW}\n")
