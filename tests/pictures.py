@@ -53,13 +53,18 @@ def photo() -> Any:
     return camfn.open("demo").explain(scene.image, target=["square", "star"], layer="features")
 
 
-def styles() -> Any:
+def draw_card(folder: Path) -> None:
+    photo().save(folder / "card.png")
+
+
+def draw_styles(folder: Path) -> None:
     """One map in each style, and a signed one."""
     card, scene = photo(), demo.scene(3, objects=2, size=(320, 480))
     options: dict[str, Any] = {"method": "hires_cam", "layer": "features", "relu": False, "normalize": False}
     signed = camfn.open("demo").explain(scene.image, target="star", **options)
     panels = [figures.Panel(card.overlay(0, target=1, style=style), caption=style) for style in camfn.images.STYLES]
-    return figures.figure([[*panels, figures.Panel(signed.overlay(), caption="signed")]], side=2.4)
+    figure = figures.figure([[*panels, figures.Panel(signed.overlay(), caption="signed")]], side=2.4)
+    figure.savefig(folder / "styles.png", bbox_inches="tight")
 
 
 def small(picture: Any) -> Any:
@@ -72,8 +77,8 @@ def small(picture: Any) -> Any:
 def main() -> None:
     command.picture(list(command.rows(command.METHODS))).save(DOCS / "demo.png", optimize=True)
     small(methods()).save(DOCS / "methods.png", optimize=True)
-    photo().save(DOCS / "card.png")
-    styles().savefig(DOCS / "styles.png", bbox_inches="tight")
+    draw_card(DOCS)
+    draw_styles(DOCS)
 
 
 if __name__ == "__main__":

@@ -29,3 +29,13 @@ def test_the_picture_of_all_methods_is_this_one():
     assert shipped.shape == made.shape
     assert (np.abs(shipped - made).max(-1) > 30).mean() < 0.0005  # a panel is a hundredth
     assert path.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("name", ["card", "styles"])
+def test_the_pictures_of_a_card_are_these(name, tmp_path):
+    if f"matplotlib=={matplotlib.__version__}\n" not in (ROOT / "constraints.txt").read_text():
+        pytest.skip("another matplotlib lays the panels out otherwise")
+    pictures.draw_card(tmp_path) if name == "card" else pictures.draw_styles(tmp_path)
+    with Image.open(Path(pictures.DOCS) / f"{name}.png") as file, Image.open(tmp_path / f"{name}.png") as made:
+        assert blocks(file).shape == blocks(made).shape
+        assert (np.abs(blocks(file) - blocks(made)).max(-1) > 30).mean() < 0.0005
