@@ -65,31 +65,45 @@ def test_a_killed_run_is_resumed(images, undisturbed, tmp_path, who):
     assert summary.done > 0, "what was committed is kept"
 
 
-def test_an_interrupted_run_commits_what_it_has(images, undisturbed, tmp_path):
-    process = started(images, tmp_path, every=10**6, batch=4, **METHODS)
+def test_an_interrupted_run_ends_in_order(images, tmp_path):
+    process = started(images, tmp_path, **SLOW)
     try:
-        until = time.monotonic() + 60
-        while not (tmp_path / "manifest.json").exists():
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        time.sleep(0.5)
+        wait_for_shards(process, tmp_path, 1)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the decoders too
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert "KeyboardInterrupt" in errors
     assert "Process" not in errors, "the decoders end without a word"
-    summary = resumed(images, tmp_path, undisturbed)
-    assert summary.done > 0, "a short shard was committed"
+    assert keyed(tmp_path)
 
 
-def test_two_processes_share_a_run_and_end_with_their_parent(images, undisturbed, tmp_path):
+SLOW = {"methods": ["score_cam"], "batch": 1, "every": 1}
+"""Some seconds on any machine, with a shard early on."""
+
+
+def processes_of(process, count):
+    """The processes of a run on several devices, as soon as they are there. They import torch first."""
+    until = time.monotonic() + 60
+    while True:
+        found = [pid for pid in datasets.children_of(process.pid) if b"spawn_main" in command_of(pid)]
+        if len(found) == count:
+            return found
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def command_of(pid):
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read()
+
+
+def test_the_processes_of_a_run_end_with_it(images, undisturbed, tmp_path):
     """The parent is killed; its processes end too, and the lock with them."""
     process = started(images, tmp_path, devices=["cpu", "cpu"], **METHODS)
     try:
-        wait_for_shards(process, tmp_path, 2)
-        workers = [pid for pid in datasets.children_of(process.pid) if b"spawn_main" in command_of(pid)]
-        assert len(workers) == 2
+        workers = processes_of(process, 2)
+        wait_for_shards(process, tmp_path, 1)
         process.kill()
         process.communicate(timeout=60)
     finally:
@@ -98,23 +112,16 @@ def test_two_processes_share_a_run_and_end_with_their_parent(images, undisturbed
     assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
 
 
-def command_of(pid):
-    with open(f"/proc/{pid}/cmdline", "rb") as file:
-        return file.read()
-
-
 def test_a_process_that_is_killed_is_told_and_the_others_end_in_order(images, undisturbed, tmp_path):
     process = started(images, tmp_path, devices=["cpu", "cpu"], **METHODS)
     try:
-        wait_for_shards(process, tmp_path, 2)
-        workers = [pid for pid in datasets.children_of(process.pid) if b"spawn_main" in command_of(pid)]
-        datasets.kill(workers[0])
+        datasets.kill(processes_of(process, 2)[0])
         _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert "was killed by SIGKILL: run again to make the rest" in errors
     summary = resumed(images, tmp_path, undisturbed)
-    assert summary.done >= COUNT // 2, "the other made its share"
+    assert summary.done == COUNT // 2, "the other made its share"
 
 
 def test_ranks_of_torchrun_make_all_between_them(images, undisturbed, tmp_path, monkeypatch):
@@ -141,15 +148,14 @@ def test_a_shard_that_is_cut_off_is_made_again(images, undisturbed, tmp_path):
 
 def test_two_runs_at_once(images, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "WAIT", 0.2)
-    process = started(images, tmp_path)
+    process = started(images, tmp_path, **SLOW)
     try:
         wait_for_shards(process, tmp_path, 1)
         with pytest.raises(CamError, match=rf"is being written by another run \(process {process.pid} on"):
             made(images, tmp_path)
-        output, errors = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert f"made={COUNT}, failed=0" in output, errors
+        process.communicate()
 
 
 def test_a_disk_that_gets_full_is_one_sentence_and_loses_nothing_committed(images, undisturbed, tmp_path, monkeypatch):
@@ -176,13 +182,14 @@ def test_a_folder_that_turns_read_only_is_one_sentence(images, tmp_path, monkeyp
         made(images, tmp_path)
 
 
-def test_an_error_of_the_iterable_commits_what_was_made(tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_or_an_interruption_commits_what_was_made(tmp_path, error):
     def given():
         for number in range(5):
             yield str(number), torch.zeros(3, 16, 16)
-        raise RuntimeError("the caller's")
+        raise error("the caller's")
 
-    with pytest.raises(RuntimeError, match="the caller's"):
+    with pytest.raises(error, match="the caller's"):
         made(given(), tmp_path, batch=2)
     assert {key[0] for key in keyed(tmp_path)} == {"0", "1", "2", "3"}
 
