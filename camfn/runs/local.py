@@ -1,5 +1,6 @@
 """The local engine: this process, or one process for each device."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -81,13 +82,11 @@ def _death(process: Any) -> list[str]:
 
 def _stop(running: dict[Connection, Any]) -> None:
     """Ask the processes to commit what they have and end, and wait for them."""
-    for end, process in running.items():
-        try:
+    for end in running:
+        with contextlib.suppress(OSError):  # it has ended
             end.send("stop")
-        except OSError:  # it has ended
-            continue
-        finally:
-            process.join(600)
+    for process in running.values():
+        process.join(600)
 
 
 def _process(end: Connection, job: Job, share: list[Item], device: str, rank: int, threads: int) -> None:
