@@ -13,8 +13,8 @@ _RUN = """Make the maps of many images, and store them in a folder. The same com
 
 \b
 Example:
-  camfn run photos --model timm:resnet50 --layer layer4 --target top3 --out maps
-  camfn run train.txt --model timm:resnet50 --layer layer4 --out maps --retry
+  camfn run photos --model demo --layer features --target top3 --out maps
+  camfn run photos --model demo --layer features --target top3 --out maps --retry
 
 \b
 IMAGES is one of

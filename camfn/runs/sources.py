@@ -126,6 +126,8 @@ def _listed(path: Path) -> Iterable[Item]:
         return _in_folder(path)
     readers = {".txt": _in_list, ".parquet": _in_table, ".tar": _in_tar}
     name, reader = repr(str(path)), readers.get(path.suffix.lower())
+    if not os.path.lexists(path):
+        raise CamError(f"there is no folder or file {name}")
     if reader is None or kind(path):
         other = kind(path) or f"a file that ends in {path.suffix!r}"
         raise CamError(f"{name} is {other}; images are a folder, a list (.txt), a table (.parquet) or a tar file (.tar)")

@@ -235,6 +235,10 @@ def test_every_help_has_an_example_that_runs(here, name):
     assert shown.exit_code == 0
     found = examples(COMMANDS[name])
     assert found, f"camfn {name} -h has no example"
+    Path("photos").mkdir()
+    picture("a.png").resize((96, 96)).save("photos/photo.jpg")
+    if name == "convert":
+        assert command(*shlex.split(examples(COMMANDS["run"])[0])[1:]).exit_code == 0
     for line in found:
         assert line in shown.stdout  # not wrapped, not folded into a paragraph
         picture("a.png").resize((96, 96)).save("photo.jpg")

@@ -141,7 +141,7 @@ def damaged(folder, kind):
 
 
 WRONG = {
-    "nothing": (lambda folder: folder / "none.txt", "there is no file"),
+    "nothing": (lambda folder: folder / "none.txt", "there is no folder or file"),
     "an empty folder": (lambda folder: folder, "has no pictures in it"),
     "another file": (
         lambda folder: written(folder / "a.csv", b"a"),
