@@ -227,7 +227,7 @@ def _evidence(form: Form, spatial: Sides | None, clues: Clues) -> tuple[int, ...
     """Score a form by the input's aspect ratio, the layers' channel counts, and the output grids of convolutions."""
     return (
         _fit(spatial, form.grid),
-        form.channels in (_widths_last(form, spatial, clues) if form.last else clues.first),
+        form.channels in (_widths_last(form, clues) if form.last else clues.first),
         form.grid in clues.grids,
     )
 
@@ -243,13 +243,9 @@ def _fit(spatial: Sides | None, grid: Sides) -> int:
     return int(low < high and high >= 1)
 
 
-def _widths_last(form: Form, spatial: Sides | None, clues: Clues) -> frozenset[int]:
-    """The channel counts of layers with channels last. Linear layers count for sequences alone, as most heads have one.
-
-    Without the input's size, those of convolutions count too: a permuted output has them last.
-    """
-    widths = clues.last | clues.linear if form.tokens or len(form.grid) == 1 else clues.last
-    return widths | clues.first if spatial is None else widths
+def _widths_last(form: Form, clues: Clues) -> frozenset[int]:
+    """The channel counts of layers with channels last. Linear layers count for sequences alone, as most heads have one."""
+    return clues.last | clues.linear if form.tokens or len(form.grid) == 1 else clues.last
 
 
 def _tokens_call(grid: Sides | None, prefix: int | None, suffix: int | None) -> str:

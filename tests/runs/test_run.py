@@ -44,6 +44,7 @@ def resumed(images, out, undisturbed, **options):
     return summary
 
 
+@pytest.mark.slow  # depends on when the signal comes
 @pytest.mark.parametrize("who", ["the run", "its decoder", "both"])
 def test_a_killed_run_is_resumed(images, undisturbed, tmp_path, who):
     chance = random.Random(who)
@@ -65,6 +66,7 @@ def test_a_killed_run_is_resumed(images, undisturbed, tmp_path, who):
     assert summary.done > 0, "what was committed is kept"
 
 
+@pytest.mark.slow  # depends on when the signal comes
 def test_an_interrupted_run_ends_in_order(images, tmp_path):
     process = started(images, tmp_path, **SLOW)
     try:
@@ -98,6 +100,7 @@ def command_of(pid):
         return file.read()
 
 
+@pytest.mark.slow  # depends on when the signal comes
 def test_the_processes_of_a_run_end_with_it(images, undisturbed, tmp_path):
     """The parent is killed; its processes end too, and the lock with them."""
     process = started(images, tmp_path, devices=["cpu", "cpu"], **METHODS)
@@ -112,6 +115,7 @@ def test_the_processes_of_a_run_end_with_it(images, undisturbed, tmp_path):
     assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
 
 
+@pytest.mark.slow  # depends on when the signal comes
 def test_a_process_that_is_killed_is_told_and_the_others_end_in_order(images, undisturbed, tmp_path):
     process = started(images, tmp_path, devices=["cpu", "cpu"], **METHODS)
     try:
