@@ -55,6 +55,7 @@ class Clues(NamedTuple):
     linear: frozenset[int] = frozenset()  # channel counts of linear, recurrent and attention layers, which act on the last axis
     axes: frozenset[int] = frozenset()  # numbers of spatial axes of the convolutions
     grids: frozenset[Sides] = frozenset()  # output grids of convolutions on the input, such as a patch embedding
+    permuted: frozenset[int] = frozenset()  # channel counts that a permuted convolution has last, for an input without a size
 
 
 def tokens(grid: Sequence[int] | None = None, prefix: int | None = None, suffix: int | None = None) -> Tokens:
@@ -245,7 +246,8 @@ def _fit(spatial: Sides | None, grid: Sides) -> int:
 
 def _widths_last(form: Form, clues: Clues) -> frozenset[int]:
     """The channel counts of layers with channels last. Linear layers count for sequences alone, as most heads have one."""
-    return clues.last | clues.linear if form.tokens or len(form.grid) == 1 else clues.last
+    widths = clues.last | clues.permuted
+    return widths | clues.linear if form.tokens or len(form.grid) == 1 else widths
 
 
 def _tokens_call(grid: Sides | None, prefix: int | None, suffix: int | None) -> str:

@@ -102,6 +102,8 @@ def test_tokens_are_told_by_the_input_and_by_what_embeds_its_patches(count, spat
         ((2, 7, 7, 7), (28, 28), ANY, ['"channels_first"', '"channels_last"']),
         ((2, 8, 8, 9), (32, 32), of_widths(first=[8]), ['"channels_first"', '"channels_last"']),
         ((2, 9, 40), (100,), Clues(), ['"channels_first"', '"channels_last"']),
+        # An input without spatial axes, and a permuted convolution: 4 rows and 8 channels are both widths of convolutions.
+        ((2, 4, 6, 8), None, Clues(frozenset([4, 8]), permuted=frozenset([8])), ['"channels_first"', '"channels_last"']),
         # A network that pools one axis more than the other, or one with its channels last: width against proportions.
         ((2, 32, 32, 64), (64, 64), of_widths(first=[32, 64]), ['"channels_first"', '"channels_last"']),
         (

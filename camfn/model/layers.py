@@ -404,12 +404,14 @@ def clues_of(model: nn.Module, batch: Batch) -> Clues:
     first: set[int] = set()
     last: set[int] = set()
     linear: set[int] = set()
+    permuted: set[int] = set()
     tokens: set[int] = set()  # widths of 1-d batch norms: of sequences if the model has 1-d convolutions, else of tokens
     axes: set[int] = set()
     grids = {spatial} if spatial else set()
     for module in model.modules():
         if is_convolution(module):
             first |= {module.in_channels, module.out_channels}
+            permuted |= set() if spatial or isinstance(batch.x, list) else {module.out_channels}
             axes.add(len(module.kernel_size))
             covered = {len(spatial), len(batch.pixels.axes.still)} if spatial else set()
             if max(module.stride) > 1 and len(module.kernel_size) in covered:
@@ -429,7 +431,7 @@ def clues_of(model: nn.Module, batch: Batch) -> Clues:
             linear.add(module.embed_dim)
     last |= set() if 1 in axes else tokens
     found = frozenset(first), frozenset(last), frozenset(linear), frozenset(axes)
-    return Clues(*found, frozenset(grids - {spatial}))
+    return Clues(*found, frozenset(grids - {spatial}), frozenset(permuted))
 
 
 def _strided(conv: _ConvNd, grid: Sides) -> Sides:
