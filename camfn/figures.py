@@ -172,7 +172,7 @@ def _fitted(text: str, fontsize: float, side: float) -> str:
 def _picture(panel: Panel, how: _How) -> "Image":
     """The image of a panel with its map."""
     if panel.map is None:
-        return images.overlay(panel.image, torch.zeros(1, 1), alpha=0)
+        return images.image_of(panel.image)
     return images.overlay(panel.image, panel.map, view=panel.view, **how._asdict())
 
 

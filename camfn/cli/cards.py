@@ -14,7 +14,7 @@ Facts = dict[str, Any]
 
 
 class Written(NamedTuple):
-    """What was written about a map."""
+    """The facts and files of a map."""
 
     facts: Facts
     base: Path  # the path of its files, without the extension

@@ -13,7 +13,7 @@ DEFAULT = "grad_cam"
 
 
 class Row(NamedTuple):
-    """What the command line tells of a method."""
+    """The facts about a method that the command line needs."""
 
     method: str
     needs: Sequence[str]

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from camfn import images
@@ -12,6 +11,7 @@ from camfn._errors import CamError
 from camfn.cli import page
 from camfn.cli.options import LARGEST, Wish
 from camfn.explanation import Picture
+from camfn.explanation.pictures import resized, unplaced, view_or_error
 from camfn.images import View
 
 if TYPE_CHECKING:
@@ -29,24 +29,17 @@ def ground(wish: Wish, photo: "Image", x: Tensor, preprocess: Any, views: Views)
     notes: tuple[str, ...] = ()
     if wish.size != "input":
         if photo.size not in views:
-            views[photo.size] = _view(preprocess, photo.size)
+            views[photo.size] = view_or_error(preprocess, photo.size)
         view = views[photo.size]
         if isinstance(view, View):
             return _in_size(Picture(photo, view), wish.size)
-        notes = (f"the picture is the one that the network saw, and not the photo: {view}",)
+        notes = (unplaced(view),)
     seen, true_colors = images.as_seen(x[0], preprocess, photo.size)
     if not true_colors:
         notes = (*notes, "the overlay's colors are stretched: preprocess does more than scale each channel")
-    image = images.overlay(seen, torch.zeros(1, 1), alpha=0)
+    image = images.image_of(seen)
     found, more = _in_size(Picture(image, images.whole(image.size, image.size)), wish.size)
     return found, (*notes, *more)
-
-
-def _view(preprocess: Any, size: tuple[int, int]) -> View | CamError:
-    try:
-        return images.view_of(preprocess, size)
-    except CamError as error:
-        return error
 
 
 def _in_size(picture: Picture, wanted: Any) -> tuple[Picture, tuple[str, ...]]:
@@ -59,19 +52,6 @@ def _in_size(picture: Picture, wanted: Any) -> tuple[Picture, tuple[str, ...]]:
     found = resized(picture, math.sqrt(LARGEST / (width * height)))
     size = " x ".join(map(str, found.image.size))
     return found, (f"the picture is drawn with {size} pixels, since the photo has more than {LARGEST // 10**6} megapixels",)
-
-
-def resized(picture: Picture, factor: float) -> Picture:
-    """Scale a picture, and its view with it."""
-    before = picture.image.size
-    after = max(1, round(before[0] * factor)), max(1, round(before[1] * factor))
-    return picture._replace(image=picture.image.resize(after, _filter()), view=picture.view.resized(after))
-
-
-def _filter() -> Any:
-    from PIL import Image
-
-    return Image.Resampling.BICUBIC
 
 
 def overlay(wish: Wish, picture: Picture, map: Tensor) -> "Image":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from camfn import images
-from camfn._errors import escaped
+from camfn._errors import escaped, shortened
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -95,20 +95,13 @@ def drawn(cells: Sequence[Cell], columns: int, title: Sequence[str] = (), bar: B
     return page
 
 
-def shortened(text: str, font: "FreeTypeFont", width: int) -> str:
-    """Cut a text in the middle until it is as wide as there is room for. Names often differ in their beginning or end."""
+def fitted(text: str, font: "FreeTypeFont", width: int) -> str:
+    """Cut a text in the middle until it is as wide as there is room for."""
     text = escaped(text)
-    if font.getlength(text) <= width:
-        return text
-    kept = len(text) - 1
-    while kept > 1 and font.getlength(_cut(text, kept)) > width:
-        kept -= 1
-    return _cut(text, kept)
-
-
-def _cut(text: str, kept: int) -> str:
-    end = kept // 2
-    return f"{text[: kept - end]}…{text[len(text) - end :]}"
+    most = len(text)
+    while most > 2 and font.getlength(shortened(text, most)) > width:
+        most -= 1
+    return shortened(text, most)
 
 
 def _font(size: int) -> "FreeTypeFont":
@@ -128,7 +121,7 @@ def _height(font: "FreeTypeFont") -> int:
 def _write(draw: object, text: str, font: "FreeTypeFont", place: tuple[int, int, int], *, centered: bool = False) -> None:
     """Write a line at (left, top, width)."""
     left, top, width = place
-    text = shortened(text, font, width)
+    text = fitted(text, font, width)
     start = left + (width - font.getlength(text)) / 2 if centered else left
     draw.text((start, top + 1), text, font=font, fill="black")  # pyright: ignore[reportAttributeAccessIssue]
 

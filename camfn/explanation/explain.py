@@ -31,7 +31,7 @@ Names: TypeAlias = Sequence[str] | Mapping[int, str] | None
 
 
 class Shown(NamedTuple):
-    """What a card shows beside the maps: the pictures of the inputs, and the names of the classes."""
+    """The pictures of the inputs and the names of the classes, which a card shows beside the maps."""
 
     images: Any = None
     names: Names = None

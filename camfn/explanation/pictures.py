@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from camfn import figures, images
@@ -67,11 +66,16 @@ def _picture(
     if run is None:
         raise CamError(f"{name} is not the picture of its input: preprocess makes another input of it, or draws random numbers")
     if (size, made) not in views:
-        views[size, made] = _view(run, size)
+        views[size, made] = view_or_error(run, size)
     view = views[size, made]
     if isinstance(view, View):
         return Picture(upright, view, file), None
     return _as_seen(x, run, size, file, str(view))
+
+
+def unplaced(why: object) -> str:
+    """The sentence about a picture whose place on the photo is not known."""
+    return f"the picture is the one that the network saw, and not the photo: {why}"
 
 
 def _run_of(upright: "Image", turn: int | None, x: Tensor, preprocess: Preprocess) -> tuple[Preprocess | None, Any]:
@@ -81,7 +85,8 @@ def _run_of(upright: "Image", turn: int | None, x: Tensor, preprocess: Preproces
     """
     for how in itertools.product(dict.fromkeys((None, turn)), (False, True)):
         run = _channels_first(images.turned(preprocess, how[0]), how[1])
-        made, mine = run(upright).detach().cpu().double(), x.detach().cpu().double()
+        with images.random_states_kept():
+            made, mine = run(upright).detach().cpu().double(), x.detach().cpu().double()
         if made.shape == mine.shape and bool((made - mine).abs().max() <= _SAME * (mine.max() - mine.min())):
             return run, how
     return None, None
@@ -95,7 +100,8 @@ def _channels_first(preprocess: Preprocess, last: bool) -> Preprocess:
     return run
 
 
-def _view(preprocess: Preprocess, size: tuple[int, int]) -> View | CamError:
+def view_or_error(preprocess: Preprocess, size: tuple[int, int]) -> View | CamError:
+    """Where an input lies on its photo, or why that cannot be found."""
     try:
         return images.view_of(preprocess, size)
     except CamError as error:
@@ -105,8 +111,8 @@ def _view(preprocess: Preprocess, size: tuple[int, int]) -> View | CamError:
 def _as_seen(x: Tensor, preprocess: Preprocess, size: tuple[int, int], file: str, why: str) -> tuple[Picture, Finding]:
     """The picture that the network saw, where its place on the photo is not known."""
     seen, _ = images.as_seen(x, preprocess, size)
-    image = images.overlay(seen, torch.zeros(1, 1), alpha=0)
-    finding = Finding("no view", "", 1.0, f"the picture is the one that the network saw, and not the photo: {why}")
+    image = images.image_of(seen)
+    finding = Finding("no view", "", 1.0, unplaced(why))
     return Picture(image, images.whole(image.size, image.size), file), finding
 
 
@@ -181,7 +187,10 @@ def caption(card: Fields, image: int, target: int, layer: int) -> str:
 def reduced(picture: Picture, side: int) -> Picture:
     """Shrink a picture whose longer side is above `side`."""
     factor = side / max(picture.image.size)
-    if factor >= 1:
-        return picture
+    return picture if factor >= 1 else resized(picture, factor)
+
+
+def resized(picture: Picture, factor: float) -> Picture:
+    """Scale a picture, and its view with it."""
     width, height = (max(1, round(length * factor)) for length in picture.image.size)
     return picture._replace(image=picture.image.resize((width, height)), view=picture.view.resized((width, height)))

@@ -2,7 +2,8 @@
 
 from camfn.images.colors import COLORMAPS, colorize
 from camfn.images.overlays import ALPHA, SIGNED, STYLES, UNSIGNED, Style, blended, default_colormap, overlay
-from camfn.images.preprocessing import pixels_of
+from camfn.images.pictures import image_of
+from camfn.images.preprocessing import pixels_of, random_states_kept
 from camfn.images.reading import ENLARGED, LARGEST, check_input, check_narrow, read
 from camfn.images.seen import as_seen
 from camfn.images.turns import turned, upright
@@ -24,8 +25,10 @@ __all__ = [
     "check_narrow",
     "colorize",
     "default_colormap",
+    "image_of",
     "overlay",
     "pixels_of",
+    "random_states_kept",
     "read",
     "turned",
     "upright",

@@ -161,7 +161,7 @@ def _gray(picture: np.ndarray) -> np.ndarray:
 
 
 def _cropped(picture: np.ndarray, shown: np.ndarray, look: _Look) -> np.ndarray:
-    """What the network did not see, dark and gray, with a line around what it saw."""
+    """Dark and gray pixels for the cropped parts, with a line around the part that the network saw."""
     line = _grown(shown, look.radius)[..., None]
     return np.where(line, np.float32(0.5), np.float32(0.25) * _gray(picture))
 

@@ -34,6 +34,12 @@ def array_of(image: Any) -> np.ndarray:
     return unit(_channels_last(values), "image", remedy).expand(-1, -1, 3).numpy()
 
 
+def image_of(image: Any) -> "Image":
+    """Check a picture of any kind, and return it as an RGB image."""
+    values = array_of(image)
+    return pillow().Image.fromarray(values if values.dtype == np.uint8 else np.rint(values * 255).astype(np.uint8))
+
+
 def unit(values: Tensor, name: str, remedy: str, lowest: float = 0.0) -> Tensor:
     """Return `values` as float64 in [lowest, 1]. Raise CamError if they are outside by more than rounding."""
     rounding, values = slack(values), values.double()
@@ -46,7 +52,7 @@ def unit(values: Tensor, name: str, remedy: str, lowest: float = 0.0) -> Tensor:
 
 
 def slack(values: Tensor) -> float:
-    """What rounding may add to values of a size of 1."""
+    """The largest rounding error of values of a size of 1."""
     return 4 * torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
 
 

@@ -4,9 +4,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from camfn.images.pictures import array_of, pillow, rgb
+from camfn.images.pictures import image_of, pillow, rgb
 from camfn.images.reading import read
 
 if TYPE_CHECKING:
@@ -35,8 +33,7 @@ def upright(image: Any) -> "tuple[Image, int | None]":
         with pillow().Image.open(image) as file:
             return found, _turn(file)
     if not hasattr(image, "convert"):
-        values = array_of(image)
-        return pillow().Image.fromarray(values if values.dtype == np.uint8 else np.rint(values * 255).astype(np.uint8)), None
+        return image_of(image), None
     return rgb(pillow().ImageOps.exif_transpose(image), "image"), _turn(image)
 
 

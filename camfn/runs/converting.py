@@ -129,7 +129,7 @@ def _known(row: Row) -> tuple[Tensor, View]:
 
 
 def _on_photo(row: Row, size: tuple[int, int]) -> Tensor:
-    """A map over the whole photo, at another (width, height). What was cropped away has the lowest value."""
+    """A map over the whole photo, at another (width, height). Pixels that were cropped away have the lowest value."""
     map, view = _known(row)
     (a, b, c), (d, e, f) = view.matrix
     across, down = size[0] / view.photo[0], size[1] / view.photo[1]

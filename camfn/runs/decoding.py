@@ -45,7 +45,8 @@ class Decoder:
     def __call__(self, item: Item) -> Decoded:
         """Decode an image. Never raises an error: it is a part of the result."""
         try:
-            return self._decoded(item)
+            with images.random_states_kept():  # of this process, if it is the caller's
+                return self._decoded(item)
         except Exception as error:  # a decoder, or the user's preprocessing, may raise anything
             return Decoded(item, error=sentence(error))
 

@@ -1,5 +1,6 @@
 """The arguments of a run, its settings for the manifest, and its network."""
 
+import copy
 import hashlib
 import inspect
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from camfn import zoo
 from camfn._errors import CamError, closest
@@ -71,14 +73,21 @@ def network_of(job: Job, device: str | torch.device | None) -> Network:
     if isinstance(job.model, str):
         network = open_network(job.model, weights=job.weights, pretrained=job.pretrained, device=device)
     else:
-        network = job.model if device is None else job.model._replace(model=job.model.model.to(device))
+        network = job.model if device is None else job.model._replace(model=_moved(job.model.model, device))
     if job.layers:
         tap(network.model, list(job.layers))
-    return Network(*network._replace(model=network.model.eval()))
+    return Network(*network)
+
+
+def _moved(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """The caller's model, or a copy of it if it is on another device."""
+    there = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    meant = torch.zeros((), device=device).device  # with its index
+    return model if there <= {meant} else copy.deepcopy(model).to(device)
 
 
 def settings_of(job: Job, network: Network) -> dict[str, Any]:
-    """What a map depends on. A run that is resumed must have the same."""
+    """The settings that decide the maps. A resumed run must have the same."""
     return {
         "model": network.spec,
         "weights": manifest.weights_of(network.model),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from camfn import zoo
 from camfn._errors import CamError
@@ -82,19 +83,19 @@ class Maker:
     def _made(
         self, shared: Shared, name: str, batch: Sequence[Decoded], given: tuple[Tensor, Any]
     ) -> list[tuple[Outcome, int]]:
-        """The outcome of a method for each image, and its place in it. What draws random numbers runs image by image."""
+        """The outcome of a method for each image, and its place in it. Methods that draw random numbers run image by image."""
         (x, target), row = given, METHODS[name]
         layers = list(self._job.layers) if row.of_layer else None
         options = {key: value for key, value in self._job.options.items() if key in parameters(name)}
         options["normalize"] = False
         if name not in self._drawn:
-            outcome = row.run(shared, layers, x, target, **options)
+            outcome = _on_cpu(row.run(shared, layers, x, target, **options))
             return [(outcome, number) for number in range(len(batch))]
         found = []
         for number, each in enumerate(batch):
             own = target[number : number + 1] if self._words else target
             seed = seed_of(self._job.seed, each.item.id)
-            outcome = row.run(self._prepared, layers, x[number : number + 1], own, seed=seed, **options)
+            outcome = _on_cpu(row.run(self._prepared, layers, x[number : number + 1], own, seed=seed, **options))
             found.append((outcome, 0))
         return found
 
@@ -109,6 +110,13 @@ class Maker:
                     at = {"layer": layer, "method": part.method, "target": name, "map": map, **known}
                     rows[name] = plain._replace(**at, findings=part.findings(layer, map))
                 yield from rows.values()
+
+
+def _on_cpu(outcome: Outcome) -> Outcome:
+    """Copy the results from the device once, since a row for each image reads them value by value."""
+    read = (outcome.maps, outcome.scores, outcome.classes, outcome.errors)
+    maps, scores, classes, errors = tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, read)
+    return outcome._replace(maps=maps, scores=scores, classes=classes, errors=errors)
 
 
 class _Part(NamedTuple):

@@ -16,7 +16,7 @@ from camfn.zoo.networks import Network
 
 
 class Summary(NamedTuple):
-    """What a run has done."""
+    """The number of images of each outcome, and the time of a run."""
 
     made: int  # images whose maps this run has made
     failed: int  # images that have failed, of this run and of earlier ones

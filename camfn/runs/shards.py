@@ -66,7 +66,7 @@ def make(out: Path) -> None:
 
 
 def sweep(out: Path) -> None:
-    """Remove what a killed run has left half written. No other may be running."""
+    """Remove the half-written files of a killed run. No other run may be writing."""
     for left in (left for folder in (out, out / MAPS, out / FAILURES) for left in folder.glob(".*.tmp")):
         left.unlink(missing_ok=True)
 

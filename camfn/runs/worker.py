@@ -22,7 +22,7 @@ HOPELESS = 32
 
 
 class Done(NamedTuple):
-    """What was committed, or is about to be."""
+    """The number of images and failures that are committed, or are about to be."""
 
     images: int
     failures: int

@@ -79,7 +79,10 @@ class Network(specs.Loaded):
         """The inputs of photos, on the model's device."""
         if not pictures:
             raise CamError("pictures is empty: explain needs a photo or more")
-        inputs = [specs.input_of(self, images.upright(picture)[0]) for picture in pictures]
+        inputs = []
+        for picture in pictures:
+            with images.random_states_kept():
+                inputs.append(specs.input_of(self, images.upright(picture)[0]))
         shapes = {tuple(x.shape[1:]) for x in inputs}
         if len(shapes) != 1:
             told = " and ".join(map(str, sorted(shapes)))

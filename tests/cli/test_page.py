@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from camfn._errors import shortened
 from camfn.cli import page
 
 pytest.importorskip("matplotlib")
@@ -66,14 +67,14 @@ def test_a_caption_of_any_length_stays_below_its_own_panel(columns, marked):
 def test_a_long_name_is_cut_in_the_middle_as_little_as_needed():
     font = page._font(14)
     for width in (60, 133, 400):
-        cut = page.shortened(LONG, font, width)
+        cut = page.fitted(LONG, font, width)
         start, end = cut.split("…")
         assert LONG.startswith(start)
         assert LONG.endswith(end)
         assert abs(len(start) - len(end)) <= 1
-        assert font.getlength(cut) <= width < font.getlength(page._cut(LONG, len(start) + len(end) + 1))
-    assert page.shortened("short", font, 100) == "short"
-    assert page.shortened("a\nb", font, 100) == r"a\nb"  # a line break would leave the line
+        assert font.getlength(cut) <= width < font.getlength(shortened(LONG, len(start) + len(end) + 2))
+    assert page.fitted("short", font, 100) == "short"
+    assert page.fitted("a\nb", font, 100) == r"a\nb"  # a line break would leave the line
 
 
 def test_a_title_stays_on_the_page_and_a_bar_shows_the_colors_of_the_lowest_and_highest_value():

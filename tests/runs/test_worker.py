@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 import camfn
-from camfn import CamError, runs
+from camfn import CamError, demo, runs
 from camfn.runs.decoding import Decoded, Decoder, batches, decoded
 from camfn.runs.sources import Item, items_of
 from camfn.zoo.networks import Network
@@ -230,3 +230,16 @@ def test_processes_decode_as_this_one_does(tmp_path, images):
     made(images, tmp_path / "here", workers=0)
     made(images, tmp_path / "there", workers=2, batch=2)
     check_equal(tmp_path / "here", tmp_path / "there")
+
+
+def test_the_callers_network_is_left_as_it_was(tmp_path):
+    network = camfn.open("demo")
+    network.model.train()
+    before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
+    x = demo.preprocess(demo.scene(0).image)
+    camfn.runs.run([("a", x)], model=network, layer="features", out=tmp_path / "mine")
+    assert all(module.training for module in network.model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.model.state_dict().items())
+    camfn.runs.run([("a", x)], model="demo", layer="features", out=tmp_path / "named")
+    (mine,), (named,) = (list(camfn.runs.read(tmp_path / name)) for name in ("mine", "named"))
+    assert torch.equal(mine.map, named.map), "the maps are those of eval mode"

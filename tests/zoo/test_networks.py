@@ -1,5 +1,7 @@
 """`camfn.open`: from a photo to its card."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +90,21 @@ def test_a_file_of_the_user_may_import_from_its_folder_at_any_time(tmp_path):
     card = camfn.open(f"{tmp_path / 'mine.py'}:load").explain(PHOTO, "dog", layer="1")
     assert card.targets == (("logit 1",),)
     assert card.overlay().size == PHOTO.size
+
+
+def test_the_random_states_are_as_they_were():
+    """A preprocessing that draws random numbers draws the same for the input and for its check, and leaves none drawn."""
+
+    def noisy(picture):
+        return demo.preprocess(picture) + 0.1 * torch.rand(1) + 0.1 * float(np.random.rand()) + 0.1 * random.random()  # noqa: NPY002
+
+    network = net()._replace(preprocess=noisy)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    card = network.explain([PHOTO, PHOTO], "star", **AT)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+    assert random.getstate() == before[2]
+    assert {finding.kind for finding in card.findings} >= {"no view"}
 
 
 @pytest.mark.parametrize(
