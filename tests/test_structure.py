@@ -17,7 +17,7 @@ PACKAGE = Path(camfn.__file__).parent
 METHODS_PAGE = PACKAGE.parent / "docs" / "methods.md"
 
 ROOMS = {
-    "": ("_version", "_errors", "_types", "_compat", "_paths", "_axes"),
+    "": ("_version", "_errors", "_types", "_compat", "_paths", "_specs", "_axes"),
     "formulas": (
         *("probabilities", "scaling", "resampling", "components", "factorization", "masks", "noise", "maps", "weights"),
         *("attention", "diagnostics"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import camfn
+from camfn import _specs
 from camfn._errors import CamError, escaped
 from camfn.cli import catalog, options, run, streams, tables
 
@@ -205,6 +206,7 @@ def _layers() -> "click.Command":
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per layer.")
     def command(image: str | None, as_json: bool, **source: Any) -> None:
         with options.refusing() as stdout:
+            _specs.check(source["model"])
             options.need("PIL")
             from camfn.cli import files
 

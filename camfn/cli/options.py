@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO, TypeVar
 
+from camfn import _specs
 from camfn._errors import CamError, escaped
 from camfn.cli import catalog, signals
 
@@ -64,6 +65,7 @@ class Wish(NamedTuple):
 def wish(methods: Sequence[str], size: str, seed: int | None, chunk: int | None, **others: Any) -> Wish:
     """Check the arguments that say all by themselves."""
     catalog.check_options(catalog.methods_of(methods), seed, chunk)
+    _specs.check(others["model"])
     return Wish(methods=methods, size=size_of(size), seed=seed, chunk=chunk, **others)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from camfn import _specs
 from camfn._errors import CamError
 from camfn.cli import catalog, options
 
@@ -83,6 +84,7 @@ def run() -> "click.Command":
     def command(images: Path, no_progress: bool, no_pretrained: bool, **given: Any) -> None:
         with options.refusing() as stdout:
             methods = _checked(given.pop("methods"))
+            _specs.check(given["model"])
             options.need("PIL", "tqdm")
             from camfn import runs
             from camfn.cli import models

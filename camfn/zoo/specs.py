@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from camfn import images
 from camfn._errors import CamError, closest
-from camfn._paths import kind
+from camfn._specs import file_of, is_named
 from camfn.model.capture import pure, state_of
 from camfn.targets import Top, logits_of
 from camfn.zoo import checkpoints, libraries
@@ -40,9 +40,6 @@ def as_it_is(picture: Any) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
-FORMS = "demo, torchvision:NAME[:WEIGHTS], timm:NAME, hf:NAME or path/to/file.py:function"
-
-
 def load(spec: str, *, weights: Path | None = None, pretrained: bool = True) -> Loaded:
     """Load a model by name.
 
@@ -59,8 +56,7 @@ def load(spec: str, *, weights: Path | None = None, pretrained: bool = True) -> 
 @contextmanager
 def opened(spec: str, *, weights: Path | None = None, pretrained: bool = True) -> Iterator[Loaded]:
     """Load a model as `load` does. Within the context, modules in the folder of the user's file can be imported."""
-    prefix, _, name = spec.partition(":")
-    if spec == "demo" or (prefix in libraries.LOADERS and name):
+    if is_named(spec):
         yield _by_name(spec, weights, pretrained)
         return
     file, function = file_of(spec)
@@ -95,21 +91,6 @@ def _demo(weights: Checkpoint | None, pretrained: bool) -> libraries.Parts:
 
 
 # --------------------------------------------------------------------------------------------------- a Python file
-
-
-def file_of(spec: str) -> tuple[Path, str]:
-    """Return the file and the function of `path/to/file.py:function`."""
-    path, _, name = spec.rpartition(":")
-    if spec.endswith((".py", ".py:")):
-        raise CamError(f"model {spec!r} does not name a function: write path/to/file.py:function")
-    other = kind(path) if path else None
-    if not name or not (path.endswith(".py") or other or Path(path).is_file()):
-        raise CamError(f"model {spec!r} is none of {FORMS}")
-    if other:
-        raise CamError(f"model {spec!r}: {path!r} is {other}, not a Python file")
-    if not Path(path).is_file():
-        raise CamError(f"model {spec!r}: there is no file {path!r}")
-    return Path(path).resolve(), name
 
 
 def _from_file(spec: str, file: Path, name: str) -> Loaded:
