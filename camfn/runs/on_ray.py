@@ -78,8 +78,8 @@ class Actor:
 
 def _ray() -> Any:
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]: an extra
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise CamError("engine=\"ray\" needs Ray: pip install 'camfn[ray]'") from error
     return ray
