@@ -1,5 +1,6 @@
 """From an image to the network's input: opened, decoded and preprocessed, in other processes while the model runs."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -8,8 +9,9 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,90 +106,112 @@ def opened(item: Item) -> Any:
 def decoded(items: Iterable[Item], decoder: Decoder, workers: int) -> Generator[Decoded, None, None]:
     """Decode images in their order, in `workers` processes, or in this one if it is 0.
 
-    Where such a process dies, the images that it may have had are decoded one after the other: the one that kills a process
-    again has failed, and the others are as they were.
+    Where a process dies, its image is tried once more, in a new one. An image that kills this too has failed.
     """
     if not workers:
         yield from map(decoder, items)
         return
-    rest, window = iter(items), deque[_Sent]()
-    while True:
-        with _pool(decoder, workers) as pool:
-            try:
-                for item in rest:
-                    window.append(_Sent(item))
-                    window[-1].result = pool.submit(_decode, item)
-                    if len(window) == workers * AHEAD:
-                        yield window[0].result.result()
-                        window.popleft()
-                while window:
-                    yield window[0].result.result()
-                    window.popleft()
-                return
-            except BrokenProcessPool:
-                pass
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-        yield from _one_by_one(window, decoder)
-        window.clear()
+    processes, window = _Processes(decoder, workers), deque[tuple[Item, Future[Decoded | None]]]()
+    with ThreadPoolExecutor(workers) as threads, contextlib.closing(processes):
+        for item in items:
+            window.append((item, threads.submit(processes.decode, item)))
+            if len(window) == workers * AHEAD:
+                yield _settled(*window.popleft(), processes)
+        while window:
+            yield _settled(*window.popleft(), processes)
 
 
-class _Sent:
-    """An image that was sent to be decoded."""
-
-    def __init__(self, item: Item) -> None:
-        self.item = item
-        self.result: Future[Decoded] = Future()  # of no process yet
-
-
-def _one_by_one(sent: Iterable[_Sent], decoder: Decoder) -> Iterator[Decoded]:
-    """Decode images again that a dead process may have had, with a new process after each death."""
-    pool = None
-    for each in sent:
-        if each.result.done() and not each.result.cancelled() and each.result.exception() is None:
-            yield each.result.result()
-            continue
-        pool = pool or _pool(decoder, 1)
-        try:
-            yield pool.submit(_decode, each.item).result()
-        except BrokenProcessPool:
-            pool.shutdown()
-            pool = None
-            yield Decoded(each.item, error="it kills the process that decodes it")
-    if pool:
-        pool.shutdown()
+def _settled(item: Item, result: "Future[Decoded | None]", processes: "_Processes") -> Decoded:
+    found = result.result()
+    if found is None:
+        processes.replace_dead()
+        found = processes.decode(item)
+    if found is None:
+        processes.replace_dead()
+        found = Decoded(item, error="it kills the process that decodes it")
+    return found
 
 
-def _pool(decoder: Decoder, workers: int) -> ProcessPoolExecutor:
-    """Processes that decode. On Linux they are forked, as those of torch's `DataLoader`, so that any preprocessing will do.
+class _Processes:
+    """Processes that decode, one image at a time each, so that a death tells its image.
 
-    The processes of a `DataLoader` are not used: where one dies, torch raises in the main thread, at whatever line it is.
+    Those of torch's `DataLoader` are not used: where one dies, torch raises in the main thread, at whatever line it is.
     """
-    forks = sys.platform == "linux"
-    try:
-        if not forks:
-            pickle.dumps(decoder)
-    except Exception as error:  # each type has its own error
-        raise CamError(f"the preprocessing cannot be sent to another process: pass workers=0 ({sentence(error)})") from error
-    context = multiprocessing.get_context("fork" if forks else "spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(decoder,))
+
+    def __init__(self, decoder: Decoder, workers: int) -> None:
+        self._decoder = decoder
+        self._all: list[_Process] = []
+        self._free: SimpleQueue[_Process] = SimpleQueue()
+        self._closed = False
+        for _ in range(workers):
+            self._start()
+
+    def _start(self) -> None:
+        """Start a process. Only the thread that runs the model does, between two batches, since a fork copies held locks."""
+        self._all.append(_Process(self._decoder))
+        self._free.put(self._all[-1])
+
+    def decode(self, item: Item) -> Decoded | None:
+        """Decode an image in the next process that is free; None if the process dies, which is not free again."""
+        process = self._free.get()
+        found = None if self._closed else process.decode(item)
+        if found is not None or self._closed:
+            self._free.put(process)
+        return found
+
+    def replace_dead(self) -> None:
+        for process in [each for each in self._all if each.dead]:
+            self._all.remove(process)
+            process.kill()
+            self._start()
+
+    def close(self) -> None:
+        self._closed = True
+        for process in self._all:
+            process.kill()
+        for process in self._all:
+            self._free.put(process)  # for threads that wait for one
 
 
-_decoder: list[Decoder] = []
-"""The decoder of this process, if it was started to decode."""
+class _Process:
+    """A process that decodes. On Linux it is forked, as those of torch's `DataLoader`, so that any preprocessing will do."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_decode_from, args=(other, decoder), daemon=True)
+        self.dead = False
+        try:
+            self._process.start()
+        except (pickle.PicklingError, TypeError, AttributeError) as error:  # of what is spawned
+            raise CamError(
+                f"the preprocessing cannot be sent to another process: pass workers=0 ({sentence(error)})"
+            ) from error
+        other.close()  # so that its death ends the pipe
+
+    def decode(self, item: Item) -> Decoded | None:
+        try:
+            self._pipe.send(item)
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            self.dead = True
+            return None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
 
 
-def _decode(item: Item) -> Decoded:
-    return _decoder[0](item)
-
-
-def _begin(decoder: Decoder) -> None:
+def _decode_from(pipe: Connection, decoder: Decoder) -> None:
+    """Decode images that come through a pipe, until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     end_with_parent()
     torch.set_num_threads(1)
-    _decoder[:] = [decoder]
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            pipe.send(decoder(pipe.recv()))
 
 
 def end_with_parent() -> None:

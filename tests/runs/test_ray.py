@@ -1,5 +1,6 @@
 """The engine on Ray: the rows of the local engine, also where actors are killed."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -81,6 +82,23 @@ def test_actors_that_are_killed_cost_nothing(cluster, images, local, tmp_path):
         thread.join()
     assert killed, "the test can fail"
     assert summary.failed == 0
+    check_equal(tmp_path, local)
+
+
+def test_the_death_of_the_whole_cluster_loses_only_what_was_not_committed(images, local, tmp_path):
+    """The driver, the scheduler and the actors are killed at once, as by a machine that stops."""
+    process = datasets.started(images, tmp_path, engine="ray", every=4, **METHODS)
+    try:
+        datasets.wait_for_shards(process, tmp_path, 2)
+        for pid in (process.pid, *datasets.descendants_of(process.pid)):
+            with contextlib.suppress(ProcessLookupError):  # it ended with its parent
+                datasets.kill(pid)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    summary = made(images, tmp_path, **METHODS)
+    assert summary.done > 0
+    assert (summary.made + summary.done, summary.failed) == (COUNT, 0)
     check_equal(tmp_path, local)
 
 

@@ -1,5 +1,6 @@
 """What the tests of runs share: small pictures, runs of the demo network, and what a run must hold."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -91,6 +92,15 @@ def wait_for_shards(process: subprocess.Popen, out: Path, count: int) -> None:
 def children_of(pid: int) -> list[int]:
     """The children of a process, on Linux."""
     return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+
+
+def descendants_of(pid: int) -> list[int]:
+    """The children of a process, their children, and so on."""
+    found = children_of(pid)
+    for child in found:
+        with contextlib.suppress(OSError):  # it has ended
+            found += children_of(child)
+    return found
 
 
 def kill(pid: int) -> None:
