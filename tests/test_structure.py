@@ -35,7 +35,7 @@ ROOMS = {
     ),
     "methods": (
         *("registry", "_common", "activation", "gradient", "elementwise", "averaged", "full_grad", "eigen", "ablation"),
-        *("score_cam", "group_cam", "poly_cam", "opti_cam", "rise", "attention"),
+        *("score_cam", "group_cam", "poly_cam", "opti_cam", "rise", "attention", "custom"),
     ),
     "compose": ("_common", "averages", "multi_scale", "ensembles"),
     ".beside": ("concepts", "testing"),
