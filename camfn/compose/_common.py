@@ -2,41 +2,18 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from camfn._errors import CamError
 from camfn._types import Inputs, Layers, Layout, Maps, Size, State, Target
 from camfn.formulas import maps
 from camfn.methods._common import Drawing, explained, without_layer
-from camfn.methods.registry import Outcome, published
+from camfn.methods.registry import Made, Need, Outcome, published
 from camfn.model.forward import another_batch, look
 from camfn.model.inputs import Batch, Key
 from camfn.targets import settled
-
-
-class Made(NamedTuple):
-    """A method, as compositions call it."""
-
-    name: str
-    run: Callable[..., Outcome]
-    of_layer: bool
-
-
-def made(method: Callable[..., Maps]) -> Made:
-    """Return a method of camfn, a `functools.partial` of one, or a composition, in the form that compositions call."""
-    if isinstance(method, functools.partial):
-        inner = made(method.func)
-        return inner._replace(run=functools.partial(inner.run, *method.args, **method.keywords))
-    held = getattr(method, "__dict__", {})
-    if "run" not in held or "of_layer" not in held:
-        raise CamError(
-            f"{method!r} is no method: give one of camfn (camfn.grad_cam), a functools.partial of one, which sets its options, "
-            "or the result of camfn.smooth and the other compositions"
-        )
-    return Made(getattr(method, "__name__", "a method"), held["run"], held["of_layer"])
 
 
 class Question(NamedTuple):
@@ -97,7 +74,7 @@ def look_at(question: Question) -> Clean:
     return Clean(question._replace(x=forward.batch.x, target=fixed), forward.batch, outcome)
 
 
-def composed(name: str, answer: Callable[[Question], Outcome], of_layer: bool) -> Callable[..., Maps]:
+def composed(name: str, answer: Callable[[Question], Outcome], of_layer: bool, needs: Iterable[Need]) -> Callable[..., Maps]:
     """Make the public function of a composition."""
 
     def run(
@@ -121,7 +98,7 @@ def composed(name: str, answer: Callable[[Question], Outcome], of_layer: bool) -
 
     run.__name__ = run.__qualname__ = name
     run.__doc__ = f"`{name}`: takes the arguments that all methods share, and those of the given method."
-    return published(run, of_layer)
+    return published(run, of_layer, needs)
 
 
 def joined(found: Maps, parts: Sequence[Outcome], clean: Outcome) -> Outcome:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from camfn._errors import CamError
 from camfn._types import Maps
-from camfn.compose._common import Clean, Made, Question, composed, each_layer, joined, look_at, made, scaled
+from camfn.compose._common import Clean, Question, composed, each_layer, joined, look_at, scaled
 from camfn.formulas.noise import noises
 from camfn.methods._common import check_noise, check_samples
-from camfn.methods.registry import Outcome
+from camfn.methods.registry import Made, Outcome, made
 
 Part = tuple[Outcome, Maps]
 """A method's outcome for one input, and its maps as the mean uses them."""
@@ -190,4 +190,4 @@ def _mean_of(name: str, method: Made, parts: Callable[[Clean], Iterator[Part]]) 
 
         return joined(each_layer(mean, *found), outcomes, clean.outcome)
 
-    return composed(f"{name}({method.name})", answer, method.of_layer)
+    return composed(f"{name}({method.name})", answer, method.of_layer, method.needs)

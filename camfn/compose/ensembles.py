@@ -8,10 +8,10 @@ from torch import Tensor
 
 from camfn._errors import CamError
 from camfn._types import Layer, Maps
-from camfn.compose._common import Question, composed, each_layer, joined, made, scaled
+from camfn.compose._common import Question, composed, each_layer, joined, scaled
 from camfn.formulas import maps, weights
 from camfn.methods._common import checked_size
-from camfn.methods.registry import Outcome
+from camfn.methods.registry import Need, Outcome, made
 from camfn.model.ports import is_several
 from camfn.model.task import begin
 
@@ -70,7 +70,7 @@ def fuse_layers(
         fused = _fused(_resized(tuple(outcome.maps), size, lead), how, outcome, percentile)
         return joined(scaled(fused, fused.ndim - lead, question.normalize), [outcome], outcome)
 
-    return composed(f"fuse_layers({inner.name})", answer, False)
+    return composed(f"fuse_layers({inner.name})", answer, False, inner.needs)
 
 
 def _resized(found: Sequence[Tensor], to: Sequence[int] | None, lead: int) -> Tensor:
@@ -139,4 +139,5 @@ def ensemble(methods: Sequence[Callable[..., Maps]]) -> Callable[..., Maps]:
 
         return joined(each_layer(mean, *(outcome.maps for outcome in outcomes)), outcomes, outcomes[0])
 
-    return composed(name, answer, any(one.of_layer for one in inner))
+    needs = frozenset[Need]().union(*(one.needs for one in inner))
+    return composed(name, answer, any(one.of_layer for one in inner), needs)

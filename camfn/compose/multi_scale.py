@@ -10,10 +10,10 @@ from torch import Tensor
 
 from camfn._errors import CamError
 from camfn._types import Maps
-from camfn.compose._common import Clean, Made, Question, composed, each_layer, joined, look_at, made, scaled
+from camfn.compose._common import Clean, Question, composed, each_layer, joined, look_at, scaled
 from camfn.formulas import maps
 from camfn.methods._common import checked_blur, checked_size
-from camfn.methods.registry import Outcome
+from camfn.methods.registry import Made, Outcome, made
 from camfn.targets import as_probabilities
 
 Shape = tuple[int, ...]
@@ -72,7 +72,7 @@ def multi_scale(
 
         return joined(each_layer(finish, fused), outcomes, clean.outcome)
 
-    return composed(f"multi_scale({inner.name})", answer, inner.of_layer)
+    return composed(f"multi_scale({inner.name})", answer, inner.of_layer, inner.needs)
 
 
 def _enlarged(wanted: int | Sequence[int], window: Shape, covered: int) -> Shape:

@@ -1,5 +1,6 @@
 """Compute methods by name, and make their cards."""
 
+import functools
 import inspect
 import platform
 import time
@@ -11,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from camfn import _compat
-from camfn._errors import CamError, closest
-from camfn._types import Inputs, Layers, Target
+from camfn._errors import CamError
+from camfn._types import Inputs, Layers, Maps, Target
 from camfn._version import __version__
 from camfn.explanation import pictures
 from camfn.explanation.card import Explanation
 from camfn.explanation.fields import ReadOnly
 from camfn.formulas import diagnostics
 from camfn.formulas.diagnostics import Finding
-from camfn.methods import METHODS, Method, Need, Outcome
+from camfn.methods import Need, Outcome
 from camfn.methods._common import read_layer
+from camfn.methods.registry import Made, made
 from camfn.model.forward import Forward, Shared
 from camfn.model.prepare import opened
 from camfn.model.task import begin
@@ -28,6 +30,8 @@ from camfn.targets import Score, logits_of
 from camfn.targets import names as names_of
 
 Names: TypeAlias = Sequence[str] | Mapping[int, str] | None
+AnyMethod: TypeAlias = str | Callable[..., Maps]
+"""A name in `camfn.METHODS`, or a function: a method, a `functools.partial` of one, a composition, a method of the user."""
 
 
 class Shown(NamedTuple):
@@ -45,7 +49,7 @@ def explain(
     x: Inputs,
     target: Target = None,
     *,
-    method: str = "score_cam",
+    method: AnyMethod = "score_cam",
     images: Any = None,
     names: Names = None,
     preprocess: Callable[[Any], Any] | None = None,
@@ -58,7 +62,7 @@ def explain(
     x: Inputs,
     target: Target = None,
     *,
-    method: Sequence[str],
+    method: Sequence[AnyMethod],
     images: Any = None,
     names: Names = None,
     preprocess: Callable[[Any], Any] | None = None,
@@ -70,7 +74,7 @@ def explain(
     x: Inputs,
     target: Target = None,
     *,
-    method: str | Sequence[str] = "score_cam",
+    method: AnyMethod | Sequence[AnyMethod] = "score_cam",
     images: Any = None,
     names: Names = None,
     preprocess: Callable[[Any], Any] | None = None,
@@ -83,7 +87,8 @@ def explain(
     **Arguments**
 
     - `model`, `layer`, `x`, `target`: as in `camfn.score_cam`. `layer` is ignored for methods that take none.
-    - `method`: a name in `camfn.METHODS`, or a sequence of names.
+    - `method`: a name in `camfn.METHODS`, or a method itself: one of camfn, a `functools.partial` of one, your own
+      (`camfn.method`), or a composition. Or a sequence of these.
     - `images`: the pictures of the inputs before preprocessing, one for each: PIL images, arrays, tensors or paths. The card
       then draws the maps over them.
     - `names`: the names of the classes: a sequence, or a mapping from the indices, such as transformers' `id2label`.
@@ -106,10 +111,11 @@ def explain(
     >>> [card.backwards for card in camfn.explain(model, "1", torch.randn(1, 3, 8, 8), method=["grad_cam", "score_cam"])]
     [1, 0]
     """
-    shown, methods = Shown(images, names, preprocess), [method] if isinstance(method, str) else method
+    methods = [method] if isinstance(method, str) or callable(method) else method
+    shown = Shown(images, names, preprocess)
     with prepared(model, layer, x, target, methods, options, shown=shown) as makes:
         cards = tuple(make() for make in makes)
-    return cards[0] if isinstance(method, str) else cards
+    return cards if methods is method else cards[0]
 
 
 @contextmanager
@@ -118,7 +124,7 @@ def prepared(
     layer: Layers,
     x: Inputs,
     target: Target,
-    method: Sequence[str],
+    method: Sequence[AnyMethod],
     options: Mapping[str, Any],
     *,
     shown: Shown = Shown(),
@@ -127,17 +133,20 @@ def prepared(
 
     The caller can continue after a method that fails, and show which method runs.
     """
-    rows = {name: _row_of(name) for name in method}
-    given = {name: {key: value for key, value in options.items() if key in _parameters(row)} for name, row in rows.items()}
-    stray = [key for key in options if not any(key in own for own in given.values())]
+    rows = [made(each) for each in method]
+    given = [{key: value for key, value in options.items() if _takes(row, key)} for row in rows]
+    stray = [key for key in options if not any(key in own for own in given)]
     if stray:
-        raise CamError(f"{', '.join(rows)} {'has' if len(rows) == 1 else 'have'} no option {', '.join(map(repr, stray))}")
-    layers = {name: layer if row.of_layer else None for name, row in rows.items()}
-    graph = any(Need.GRADIENTS in row.needs for row in rows.values())
+        named = dict.fromkeys(row.name for row in rows)
+        raise CamError(f"{', '.join(named)} {'has' if len(named) == 1 else 'have'} no option {', '.join(map(repr, stray))}")
+    graph = any(Need.GRADIENTS in row.needs for row in rows)
     with Shared(opened(model).prepared, x, graph=graph, several=len(rows) > 1) as shared:
         complete = _shown(shared, x, options, shown)
-        arguments = {name: (layers[name], x, target) for name in method}
-        yield [lambda name=name: complete(_card(shared, name, rows[name], arguments[name], given[name])) for name in method]
+
+        def make(row: Made, own: dict[str, Any]) -> Explanation:
+            return complete(_card(shared, row, (layer if row.of_layer else None, x, target), own))
+
+        yield [functools.partial(make, *pair) for pair in zip(rows, given)]
 
 
 def _shown(shared: Shared, x: Inputs, options: Mapping[str, Any], shown: Shown) -> Callable[[Explanation], Explanation]:
@@ -196,30 +205,30 @@ def _classes_of(forward: Forward | None) -> int | None:
     return logits.shape[1] if logits is not None and logits.ndim == 2 else None
 
 
-def _row_of(name: str) -> Method:
-    if name not in METHODS:
-        raise CamError(f"no method named {name!r}; closest: {closest(name, METHODS)}; all: {', '.join(METHODS)}")
-    return METHODS[name]
-
-
-def _parameters(row: Method) -> Mapping[str, inspect.Parameter]:
+def _parameters(row: Made) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(row.run).parameters
 
 
-def _card(shared: Shared, name: str, row: Method, arguments: tuple[Any, ...], options: dict[str, Any]) -> Explanation:
+def _takes(row: Made, option: str) -> bool:
+    """Whether a method has an option. A composition hands all others to its method."""
+    own = _parameters(row)
+    return option in own or any(p.kind == inspect.Parameter.VAR_KEYWORD for p in own.values())
+
+
+def _card(shared: Shared, row: Made, arguments: tuple[Any, ...], options: dict[str, Any]) -> Explanation:
     """Run one method, and make its explanation."""
     start, shared.last = time.perf_counter(), None
     outcome = row.run(shared, *arguments, **options)
     seconds = time.perf_counter() - start
     named = [p for p in _parameters(row).values() if p.kind == inspect.Parameter.KEYWORD_ONLY]
-    settings = {p.name: options.get(p.name, p.default) for p in named}
+    settings = {p.name: p.default for p in named} | options
     fields: dict[str, Any] = outcome._asdict()
     fields["targets"] = _named(fields.pop("score"), outcome.scores)
     found = [each for each in outcome.findings if each.kind != "no gradient" or Need.GRADIENTS in row.needs]  # of this method
     lost = {each.layer for each in found if each.kind == "no gradient"}
     about = [each for each in _about(outcome, row, settings, shared.last) if each.layer not in lost]
     fields["findings"] = (*found, *fields.pop("remarks"), *about)
-    return Explanation(method=name, settings=ReadOnly(settings), seconds=seconds, versions=ReadOnly(_versions()), **fields)
+    return Explanation(method=row.name, settings=ReadOnly(settings), seconds=seconds, versions=ReadOnly(_versions()), **fields)
 
 
 def _named(score: Score, scores: Tensor) -> tuple[tuple[str, ...], ...]:
@@ -227,7 +236,7 @@ def _named(score: Score, scores: Tensor) -> tuple[tuple[str, ...], ...]:
     return () if _compat.transformed() else names_of(score, scores.shape[1])
 
 
-def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], forward: Forward | None) -> tuple[Finding, ...]:
+def _about(outcome: Outcome, row: Made, settings: Mapping[str, Any], forward: Forward | None) -> tuple[Finding, ...]:
     """Findings about weights, activations and gradients; none under a transform, where values cannot be read."""
     if _compat.transformed():
         return ()

@@ -14,6 +14,7 @@ from camfn.methods.poly_cam import poly_cam
 from camfn.methods.opti_cam import opti_cam
 from camfn.methods.rise import rise
 from camfn.methods.attention import ag_cam, attention_rollout, gradient_attention, legrad
+from camfn.methods.custom import method
 from camfn.methods.registry import METHODS, Cost, Method, Need, Outcome
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "legrad",
     "lift_cam",
     "mean_cam",
+    "method",
     "opti_cam",
     "poly_cam",
     "random_cam",

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from types import MappingProxyType
 from typing import Any, NamedTuple, ParamSpec
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, ParamSpec
 from torch import Tensor
 
 from camfn import _compat
-from camfn._errors import warn
+from camfn._errors import CamError, closest, warn
 from camfn._types import Maps, Weights
 from camfn.formulas.diagnostics import Finding
 from camfn.model.prepare import prepares
@@ -125,18 +125,18 @@ def method(
     """Make the public function, which returns only the maps, and add its row to the table."""
 
     def register(of: Callable[P, Outcome]) -> Callable[P, Maps]:
-        function = published(of, Need.ACTIVATIONS in needs)
+        function = published(of, Need.ACTIVATIONS in needs, needs)
         _TABLE[of.__name__] = Method(function, vars(function)["run"], formula, frozenset(needs), cost)
         return function
 
     return register
 
 
-def published(of: Callable[P, Outcome], of_layer: bool) -> Callable[P, Maps]:
+def published(of: Callable[P, Outcome], of_layer: bool, needs: Iterable[Need]) -> Callable[P, Maps]:
     """Make the public function of a method, which returns only the maps, and warns about them.
 
     Its attribute `run` returns the whole outcome, for compositions. Its attribute `of_layer` tells whether the method explains
-    a layer.
+    a layer, and `needs` what it needs.
     """
 
     @functools.wraps(of)
@@ -154,5 +154,32 @@ def published(of: Callable[P, Outcome], of_layer: bool) -> Callable[P, Maps]:
     # `functools.wraps` would show the signature of the inner function, which returns an Outcome.
     function.__annotations__ = {**of.__annotations__, "return": Maps}
     vars(function)["__signature__"] = inspect.signature(of).replace(return_annotation=Maps)
-    vars(function).update(run=run, of_layer=of_layer)
+    vars(function).update(run=run, of_layer=of_layer, needs=frozenset(needs))
     return function
+
+
+class Made(NamedTuple):
+    """Any method: a row of `METHODS`, a user's own, or a composition."""
+
+    name: str
+    run: Callable[..., Outcome]
+    of_layer: bool
+    needs: frozenset[Need]
+
+
+def made(method: str | Callable[..., Maps]) -> Made:
+    """Return a method, given by its name in `METHODS`, as a function, or as a `functools.partial` of one."""
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise CamError(f"no method named {method!r}; closest: {closest(method, METHODS)}; all: {', '.join(METHODS)}")
+        return made(METHODS[method].function)
+    if isinstance(method, functools.partial):
+        inner = made(method.func)
+        return inner._replace(run=functools.partial(inner.run, *method.args, **method.keywords))
+    held = getattr(method, "__dict__", {})
+    if not {"run", "of_layer", "needs"} <= set(held):
+        raise CamError(
+            f"{method!r} is no method: give one of camfn (camfn.grad_cam), a functools.partial of one, which sets its options, "
+            "a method of your own (camfn.method), or the result of camfn.smooth and the other compositions"
+        )
+    return Made(getattr(method, "__name__", "a method"), held["run"], held["of_layer"], held["needs"])

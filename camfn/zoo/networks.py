@@ -12,7 +12,7 @@ from torch import Tensor
 from camfn import images, targets
 from camfn._errors import CamError
 from camfn._types import Layers, Target
-from camfn.explanation import Explanation, explain
+from camfn.explanation import AnyMethod, Explanation, explain
 from camfn.zoo import specs
 
 Words = Target | str | Sequence[str]
@@ -29,11 +29,11 @@ class Network(specs.Loaded):
 
     @overload
     def explain(
-        self, pictures: Any, target: Words = None, *, layer: Layers = None, method: str = "grad_cam", **options: Any
+        self, pictures: Any, target: Words = None, *, layer: Layers = None, method: AnyMethod = "grad_cam", **options: Any
     ) -> Explanation: ...
     @overload
     def explain(
-        self, pictures: Any, target: Words = None, *, layer: Layers = None, method: Sequence[str], **options: Any
+        self, pictures: Any, target: Words = None, *, layer: Layers = None, method: Sequence[AnyMethod], **options: Any
     ) -> tuple[Explanation, ...]: ...
     def explain(
         self,
@@ -41,7 +41,7 @@ class Network(specs.Loaded):
         target: Words = None,
         *,
         layer: Layers = None,
-        method: str | Sequence[str] = "grad_cam",
+        method: AnyMethod | Sequence[AnyMethod] = "grad_cam",
         **options: Any,
     ) -> Explanation | tuple[Explanation, ...]:
         """Explain photos: preprocess them, compute the maps, and return a card that can draw them over the photos.
@@ -53,7 +53,7 @@ class Network(specs.Loaded):
         - `target`: as in `camfn.score_cam`, or in words: a class by its name, by a synonym or by a part of its name; several
           classes; or `"top3"`. By default, the predicted class of each photo.
         - `layer`: as in `camfn.score_cam`. By default, it is chosen, and a warning names it.
-        - `method`: a name in `camfn.METHODS`, or a sequence of names.
+        - `method`: as in `camfn.explain`.
         - `options`: options of the methods.
 
         **Returns** an `Explanation`, or a tuple of them for a sequence of methods.
