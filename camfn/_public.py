@@ -4,6 +4,7 @@ from camfn import figures, images, layouts, maps, metrics, targets, weights
 from camfn._errors import CamError, CamWarning
 from camfn.compose import augment, ensemble, fuse_layers, integrate, multi_scale, smooth
 from camfn.concepts import Concepts, factorize
+from camfn.evaluation import Evaluation, evaluate
 from camfn.explanation import Explanation, explain, load
 from camfn.formulas.masks import RECIPES, Recipe
 from camfn.methods import (
@@ -59,6 +60,7 @@ __all__ = [
     "Candidate",
     "Captured",
     "Concepts",
+    "Evaluation",
     "Explanation",
     "Head",
     "Network",
@@ -75,6 +77,7 @@ __all__ = [
     "eigen_cam",
     "eigen_grad_cam",
     "ensemble",
+    "evaluate",
     "explain",
     "factorize",
     "fem",

@@ -88,7 +88,7 @@ def figure(
     pictures = [[None if panel is None else _picture(panel, how) for panel in line] for line in panels]
     heights = [side * max((each.height / each.width for each in line if each), default=1) + 0.18 for line in pictures]
     size = (side * width + 1.1, sum(heights) + 0.75)
-    drawn = _figure()(figsize=size, dpi=120, layout="constrained")
+    drawn = empty()(figsize=size, dpi=120, layout="constrained")
     axes = drawn.subplots(height, width, squeeze=False, height_ratios=heights)
     for row, line in enumerate(panels):
         for axis, panel, picture in zip(axes[row], line, pictures[row]):
@@ -140,11 +140,12 @@ def _check_grid(panels: Sequence[Sequence[Panel | None]], rows: Sequence[str], c
     return height, width
 
 
-def _figure() -> Any:
+def empty() -> Any:
+    """Matplotlib's `Figure`: one that is made of it belongs to no window."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise CamError("a grid of pictures needs matplotlib: pip install 'camfn[cli]'") from error
+        raise CamError("a figure needs matplotlib: pip install 'camfn[cli]'") from error
     return Figure
 
 

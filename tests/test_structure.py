@@ -51,10 +51,11 @@ ROOMS = {
         *("rows", "shards", "manifest", "sources", "lock", "decoding", "job", "making", "worker", "progress", "local"),
         *("on_ray", "run", "reading", "converting"),
     ),
+    "evaluation": ("statistics", "judged", "measures", "result", "drawing", "evaluate", "annotations", "stored"),
     ".names": ("_public",),
     "cli": (
         *("signals", "streams", "catalog", "options", "tables", "files", "page", "drawing", "models", "cards", "job"),
-        *("facts", "explain", "layers", "demo", "run"),
+        *("facts", "explain", "layers", "demo", "run", "evaluate"),
     ),
     ".main": ("__main__",),
 }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import camfn
 from camfn import _specs
 from camfn._errors import CamError, escaped
-from camfn.cli import catalog, options, run, streams, tables
+from camfn.cli import catalog, evaluate, options, run, streams, tables
 
 if TYPE_CHECKING:
     import click
@@ -126,7 +126,7 @@ def app() -> "click.Group":
     def group() -> None:
         pass
 
-    for command in (_explain(), _layers(), _methods(), _demo(), run.run(), run.convert()):
+    for command in (_explain(), _layers(), _methods(), _demo(), run.run(), run.convert(), evaluate.evaluate()):
         group.add_command(command)
     return group
 

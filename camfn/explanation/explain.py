@@ -134,7 +134,7 @@ def prepared(
     The caller can continue after a method that fails, and show which method runs.
     """
     rows = [made(each) for each in method]
-    given = [{key: value for key, value in options.items() if _takes(row, key)} for row in rows]
+    given = [{key: value for key, value in options.items() if takes(row, key)} for row in rows]
     stray = [key for key in options if not any(key in own for own in given)]
     if stray:
         named = dict.fromkeys(row.name for row in rows)
@@ -209,7 +209,7 @@ def _parameters(row: Made) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(row.run).parameters
 
 
-def _takes(row: Made, option: str) -> bool:
+def takes(row: Made, option: str) -> bool:
     """Whether a method has an option. A composition hands all others to its method."""
     own = _parameters(row)
     return option in own or any(p.kind == inspect.Parameter.VAR_KEYWORD for p in own.values())

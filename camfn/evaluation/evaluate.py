@@ -1,0 +1,205 @@
+"""Judge methods and controls on batches of images."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from camfn._errors import CamError
+from camfn._types import Layer, State, Target
+from camfn.evaluation.judged import Asked, Images, Judged, Makes
+from camfn.evaluation.measures import Measure, chosen
+from camfn.evaluation.result import Evaluation, Gathered
+from camfn.explanation import AnyMethod, explain
+from camfn.explanation.explain import takes
+from camfn.methods import METHODS
+from camfn.methods.registry import made
+from camfn.metrics.controls import CONTROL_METHODS, CONTROLS
+from camfn.model.prepare import Prepared, prepare
+
+SIGNED: Mapping[str, Any] = {"relu": False, "normalize": False}
+"""Maps are judged signed and unscaled. A metric that wants masks in [0, 1] makes them of these."""
+
+
+def evaluate(
+    model: nn.Module | Prepared,
+    layer: Layer | None,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    methods: str | Sequence[AnyMethod],
+    metrics: str | Sequence[str] | None = None,
+    controls: bool = True,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Judge methods on images, beside controls that know neither the class nor the network.
+
+    The forward pass and the gradients of a batch are shared by the methods, and its scores by all metrics.
+
+    **Arguments**
+
+    - `model`, `layer`: as in `camfn.grad_cam`: one layer.
+    - `batches`: mappings with the inputs `"x"` and, where you have them, `"target"`: one target for each image, the predicted
+      class by default; `"masks"`, bools `(n, h, w)` of the explained object, of the input's size; `"boxes"`, for each image
+      `(k, 4)` numbers x0, y0, x1, y1 in pixels of the input; `"others"`, bools `(n, h, w)` of the objects of other classes. A
+      generator will do: each batch is read once.
+    - `methods`: names in `camfn.METHODS`, functions, as of `camfn.method` or `camfn.smooth`, or `"all"`.
+    - `metrics`: names in `camfn.evaluation.MEASURES`, or `"all"`. By default, those that are cheap and that the annotation
+      allows.
+    - `controls`: whether `camfn.metrics.CONTROLS`, `mean_cam` and `random_cam` are judged too.
+    - `seed`: the seed of random orders, of noise, of the permuted classes and of the intervals.
+    - `progress`: is called with the name of each method, for each batch, after it is judged.
+    - `options`: options of the methods.
+
+    **Returns** an `Evaluation`: a table with intervals, and a picture. A method that fails on some batch is left out, with the
+    reason in `skipped`.
+
+    **Raises** `CamError` for an unknown method, metric or option, for a batch that lacks what the first has, or if all methods
+    fail.
+
+    >>> import camfn
+    >>> from camfn import demo
+    >>> scenes = [demo.scene(seed) for seed in range(4)]
+    >>> x, masks = torch.stack([demo.preprocess(s.image) for s in scenes]), torch.stack([s.masks[0] for s in scenes])
+    >>> found = camfn.evaluate(demo.network(), "features", [{"x": x, "masks": masks}], methods=["grad_cam"], metrics=["energy"])
+    >>> found.interval("grad_cam", "energy").mean > found.interval("mean_cam", "energy").mean
+    True
+    """
+    given = _Methods(prepare(model), layer, methods, controls, options)
+    return judge(given, batches, metrics, seed, progress or (lambda name: None))
+
+
+class Given(Protocol):
+    """Where the maps of an evaluation come from."""
+
+    model: Prepared
+    names: tuple[str, ...]
+    """The methods and controls."""
+    controls: tuple[str, ...]
+
+    def judged(self, about: Asked, gathered: Gathered) -> Iterator[tuple[str, Judged]]:
+        """The maps of each method for a batch, and then those of each control."""
+        ...
+
+
+def judge(
+    given: Given,
+    batches: Iterable[Mapping[str, Any]],
+    metrics: str | Sequence[str] | None,
+    seed: int,
+    progress: Callable[[str], None],
+) -> Evaluation:
+    """Ask all metrics about all maps."""
+    gathered, measures, left = Gathered(given.names, given.controls), {}, {}
+    for number, batch in enumerate(_checked(batches)):
+        if number == 0:
+            there = {name for name in ("masks", "boxes", "others") if getattr(batch, name) is not None}
+            measures, left = chosen(metrics, there)
+        for name, judged in given.judged(Asked(given.model, batch, seed), gathered):
+            _measure(name, judged, measures, gathered)
+            progress(name)
+    return gathered.result(measures, left, seed)
+
+
+def _measure(name: str, judged: Judged, measures: Mapping[str, Measure], gathered: Gathered) -> None:
+    for metric, measure in measures.items():
+        try:
+            found = measure.of(judged).detach().cpu()
+        except CamError as error:
+            found = None
+            gathered.cannot(metric, name, error)
+        gathered.add(name, metric, found, len(judged.x))
+    if "deletion" in measures:
+        gathered.add_curve(name, judged.deletion)
+
+
+def _checked(batches: Iterable[Mapping[str, Any]]) -> Iterator[Images]:
+    first: set[str] = set()
+    for number, batch in enumerate(batches):
+        unknown = set(batch) - set(Images._fields)
+        if "x" not in batch or unknown:
+            raise CamError(
+                f"batch {number} has the keys {', '.join(map(repr, batch))}: it must have 'x', and may have "
+                f"{', '.join(map(repr, Images._fields[1:]))}"
+            )
+        given = {name for name, value in batch.items() if value is not None}
+        first = first or given
+        if given != first:
+            raise CamError(f"batch {number} has {', '.join(sorted(given))}, and the first {', '.join(sorted(first))}")
+        yield Images(**batch)
+    if not first:
+        raise CamError("batches is empty: an evaluation needs an image or more")
+
+
+class _Methods:
+    """The methods and controls of an evaluation, by name."""
+
+    def __init__(
+        self,
+        model: Prepared,
+        layer: Layer | None,
+        methods: str | Sequence[AnyMethod],
+        controls: bool,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.model, self._layer, self._options = model, layer, options
+        given = list(METHODS) if methods == "all" else [methods] if isinstance(methods, str) or callable(methods) else methods
+        self._rows = {made(each).name: each for each in [*given, *(CONTROL_METHODS if controls else ())]}
+        stray = [key for key in options if not any(takes(made(each), key) for each in self._rows.values())]
+        if stray:
+            raise CamError(f"no method of {', '.join(self._rows)} has an option {', '.join(map(repr, stray))}")
+        self.controls = (*(CONTROL_METHODS if controls else ()), *(CONTROLS if controls else ()))
+        self.names = (*self._rows, *(CONTROLS if controls else ()))
+        self._seen = 0
+
+    def judged(self, about: Asked, gathered: Gathered) -> Iterator[tuple[str, Judged]]:
+        """The maps of each method, and then of each control, on the grid of the methods."""
+        grid: tuple[int, ...] | None = None
+        for name, row in self._rows.items():
+            if name in gathered.skipped:
+                continue
+            makes = self._makes(row, about)
+            try:
+                maps = makes(target=about.target)
+            except CamError as error:
+                gathered.skip(name, error)
+                continue
+            grid = grid or tuple(maps.shape[1:])
+            yield name, Judged(about, makes, maps)
+        for name, makes in drawn(self.controls, grid, about, self._seen):
+            yield name, Judged(about, makes, makes())
+        self._seen += len(about.x)
+
+    def _makes(self, row: AnyMethod, about: Asked) -> Makes:
+        own = {key: value for key, value in {**self._options, **SIGNED}.items() if takes(made(row), key)}
+
+        def makes(x: Any = None, target: Target = None, state: State | None = None) -> Tensor:
+            given = own if state is None else {**own, "state": state}
+            if state is not None and not takes(made(row), "state"):
+                raise CamError(f"{made(row).name} has no option state=")
+            model: Any = self.model
+            card = explain(model, self._layer, about.images.x if x is None else x, target, method=row, **given)
+            maps = card.maps
+            if not isinstance(maps, Tensor):
+                raise CamError(f"{len(maps)} layers give as many maps: evaluate one layer at a time")
+            return maps.detach()
+
+        return makes
+
+
+def drawn(
+    names: Sequence[str], grid: Sequence[int] | None, about: Asked, seen: int
+) -> Iterator[tuple[str, Makes]]:
+    """The controls that no method makes, on the grid of the methods. Images are counted, so that a batch changes no map."""
+
+    def makes(name: str, x: Any = None, target: Target = None, state: State | None = None) -> Tensor:
+        pictures = about.x if x is None else x
+        each = [CONTROLS[name](own, grid or (), about.seed + seen + i) for i, own in enumerate(pictures.split(1))]
+        return torch.cat(each)
+
+    for name in names if grid else ():
+        if name in CONTROLS:
+            yield name, functools.partial(makes, name)

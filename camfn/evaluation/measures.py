@@ -1,0 +1,181 @@
+"""The metrics of a table: how each is asked of a batch of maps, and which direction is better."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from camfn import metrics
+from camfn._errors import CamError, closest
+from camfn.evaluation.judged import Judged
+from camfn.formulas.resampling import resize
+from camfn.metrics.boxes import box_ious, max_box_acc
+
+Room = Literal["class", "faithfulness", "localization", "complexity", "robustness"]
+AT = (0.3, 0.5, 0.7)
+"""The overlaps from which on a box fits, of MaxBoxAccV2."""
+
+
+class Measure(NamedTuple):
+    """A metric in a table."""
+
+    of: Callable[[Judged], Tensor]
+    """From a batch of maps to a value for each image, or to a row that `settle` reads when all images are known."""
+    better: Literal["higher", "lower", ""]
+    room: Room
+    about: str
+    needs: Literal["", "masks", "boxes", "others"] = ""
+    default: bool = True
+    """Whether a table has it unless it is asked otherwise. The others take many forward passes, or add little."""
+    settle: Callable[[Tensor], Tensor] = lambda values: values
+
+
+def _own_energy(judged: Judged) -> Tensor:
+    return metrics.energy_pointing_game(judged.maps, _there(judged.asked.images.masks))
+
+
+def _other_energy(judged: Judged) -> Tensor:
+    own, other = (
+        metrics.energy_pointing_game(judged.maps, _there(masks))
+        for masks in (judged.asked.images.masks, judged.asked.images.others)
+    )
+    return torch.where(own + other > 0, other / (own + other), float("nan"))
+
+
+def _there(masks: Tensor | None) -> Tensor:
+    assert masks is not None  # a measure is asked only where its annotation is there
+    return masks
+
+
+def _on(metric: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Judged], Tensor]:
+    return lambda judged: metric(judged.maps, _there(judged.asked.images.masks))
+
+
+def _scored(metric: Callable[[Tensor, Tensor, metrics.ScoreFunction], Tensor]) -> Callable[[Judged], Tensor]:
+    return lambda judged: metric(judged.masks, judged.x, judged.score)
+
+
+def _ious(judged: Judged) -> Tensor:
+    boxes = judged.asked.images.boxes
+    assert boxes is not None
+    return box_ious(resize(judged.masks, judged.x.shape[2:]).clamp(0, 1), boxes)
+
+
+def _accuracy(ious: Tensor) -> Tensor:
+    """The share of the overlaps that each image reaches, at the threshold that is best over the data."""
+    if not len(ious):
+        return ious.new_zeros(0)
+    places = [round(each * ious.shape[1]) for each in max_box_acc(ious, at=AT).thresholds]
+    return torch.stack([(ious[:, place] >= enough).double() for place, enough in zip(places, AT)]).mean(0)
+
+
+MEASURES: Mapping[str, Measure] = MappingProxyType(
+    {
+        "other_class": Measure(
+            Judged.like_other, "lower", "class", "rank correlation with the map of the most probable other class"
+        ),
+        "permuted_classifier": Measure(
+            Judged.like_permuted, "lower", "class", "rank correlation with the map after the classes are permuted"
+        ),
+        "other_energy": Measure(
+            _other_energy, "lower", "class", "energy on objects of other classes, as a share of that on all objects", "others"
+        ),
+        "deletion": Measure(
+            Judged.minus_random, "higher", "faithfulness", "area of deletion in random order less that in the map's order"
+        ),
+        "deletion_difference": Measure(
+            lambda judged: metrics.deletion(judged.maps, judged.x, judged.score, order="difference", seed=judged.seed),
+            *("higher", "faithfulness", "area of deletion, the least relevant cells first, less the most relevant first"),
+        ),
+        "insertion_difference": Measure(
+            lambda judged: metrics.insertion(judged.maps, judged.x, judged.score, order="difference", seed=judged.seed),
+            *("higher", "faithfulness", "area of insertion, the most relevant cells first, less the least relevant first"),
+            default=False,
+        ),
+        "road": Measure(
+            lambda judged: metrics.road(judged.maps, judged.x, judged.score, seed=judged.seed),
+            *("higher", "faithfulness", "ROAD: half the difference between the removal of least and most relevant pixels"),
+            default=False,
+        ),
+        "average_drop": Measure(
+            _scored(metrics.average_drop), "lower", "faithfulness", "share of the probability that is lost"
+        ),
+        "increase_in_confidence": Measure(
+            _scored(metrics.increase_in_confidence), "higher", "faithfulness", "share of images with a higher probability"
+        ),
+        "average_gain": Measure(
+            _scored(metrics.average_gain), "higher", "faithfulness", "share of the missing probability that is gained"
+        ),
+        "adcc": Measure(
+            lambda judged: metrics.adcc(judged.masks, judged.x, judged.score, judged.again),
+            *("higher", "faithfulness", "harmonic mean of coherency, 1 - complexity and 1 - drop"),
+            default=False,
+        ),
+        "arcc": Measure(
+            lambda judged: metrics.arcc(judged.masks, judged.x, judged.score, judged.again, seed=judged.seed),
+            *("higher", "faithfulness", "harmonic mean of coherency, 1 - complexity and ROAD"),
+            default=False,
+        ),
+        "infidelity": Measure(
+            lambda judged: metrics.infidelity(judged.maps, judged.x, judged.score, seed=judged.seed),
+            *("lower", "faithfulness", "squared error of the map's prediction of the score without random squares"),
+            default=False,
+        ),
+        "sensitivity_n": Measure(
+            lambda judged: metrics.sensitivity_n(judged.maps, judged.x, judged.score, seed=judged.seed),
+            *("higher", "faithfulness", "correlation of the map's sum with the drop, over random sets of cells"),
+            default=False,
+        ),
+        "energy": Measure(_own_energy, "higher", "localization", "share of the map's energy on the object", "masks"),
+        "pointing_game": Measure(
+            _on(metrics.pointing_game), "higher", "localization", "share of images with the maximum on the object", "masks"
+        ),
+        "pixel_auc": Measure(
+            _on(metrics.pixel_auc), "higher", "localization", "area under the ROC curve of the object's pixels", "masks"
+        ),
+        "iou": Measure(
+            lambda judged: metrics.iou(judged.masks, _there(judged.asked.images.masks)),
+            *("higher", "localization", "intersection over union at half of the maximum", "masks"),
+            default=False,
+        ),
+        "max_box_acc": Measure(
+            _ious, "higher", "localization", "MaxBoxAccV2, the threshold chosen over the data", "boxes", False, _accuracy
+        ),
+        "gini": Measure(lambda judged: metrics.gini(judged.maps), "", "complexity", "Gini index; higher is sparser"),
+        "entropy": Measure(
+            lambda judged: metrics.entropy(judged.maps), "", "complexity", "entropy in nats; lower is simpler", default=False
+        ),
+        "maximum_sensitivity": Measure(
+            lambda judged: metrics.maximum_sensitivity(judged.again, judged.x, seed=judged.seed),
+            *("lower", "robustness", "largest relative change of the map under small noise"),
+            default=False,
+        ),
+    }
+)
+"""The metrics that a table can have, in the order of its columns: class sensitivity first."""
+
+
+def chosen(names: str | Sequence[str] | None, there: set[str]) -> tuple[dict[str, Measure], dict[str, str]]:
+    """The measures of these names, and why others are left out. `None` is the default ones, `"all"` all.
+
+    **Arguments**
+
+    - `there`: the annotations that all batches have: `"masks"`, `"boxes"`, `"others"`.
+    """
+    asked = [names] if isinstance(names, str) and names != "all" else names
+    if asked is None or asked == "all":
+        wanted = [name for name, each in MEASURES.items() if each.default or asked == "all"]
+    else:
+        unknown = [name for name in asked if name not in MEASURES]
+        if unknown:
+            raise CamError(
+                f"no metric named {unknown[0]!r}; closest: {closest(unknown[0], MEASURES)}; all: {', '.join(MEASURES)}"
+            )
+        wanted = [name for name in MEASURES if name in asked]
+    left = {name: f"no {MEASURES[name].needs} were given" for name in wanted if MEASURES[name].needs not in ("", *there)}
+    if asked is not None and asked != "all" and left:
+        name, why = next(iter(left.items()))
+        raise CamError(f"the metric {name} cannot be computed: {why}")
+    return {name: MEASURES[name] for name in wanted if name not in left}, left

@@ -1,0 +1,239 @@
+"""The result of an evaluation: values for each image, intervals, tables and a picture."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from camfn._errors import CamError, first_line
+from camfn.evaluation.measures import MEASURES, Measure
+from camfn.evaluation.statistics import Interval, difference, interval
+from camfn.metrics import CIRCULAR
+from camfn.metrics.faithfulness import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BETTER, CIRCLE = "*", "°"
+NOTE = (
+    f"Means over images with bootstrap intervals of 95 %. {BETTER} better than every control (the paired interval of the "
+    f"difference excludes 0); {CIRCLE} the method is made by what the metric measures."
+)
+
+
+class Evaluation(NamedTuple):
+    """What methods are worth on some images, beside controls.
+
+    `values[method][metric]` has a value for each image, NaN where it is not defined. Printed, it is a table.
+    """
+
+    values: Mapping[str, Mapping[str, Float[Tensor, " n"]]]
+    controls: tuple[str, ...]
+    curves: Mapping[str, Curve]  # the mean deletion curve of each method, if "deletion" was asked
+    skipped: Mapping[str, str]  # methods and metrics that are not in the table, with the reason
+    seed: int
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that were judged, the controls last."""
+        judged = tuple(self.values)
+        return (*(name for name in judged if name not in self.controls), *(n for n in self.controls if n in judged))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics of the table."""
+        return tuple(next(iter(self.values.values())))
+
+    def interval(self, method: str, metric: str) -> Interval:
+        """The mean over images, with its interval."""
+        return interval(self._of(method, metric), self.seed)
+
+    def paired(self, method: str, metric: str, control: str) -> Interval:
+        """The mean of a method's value less that of another or a control for the same image, with its interval."""
+        return difference(self._of(method, metric), self._of(control, metric), self.seed)
+
+    def beats_controls(self, method: str, metric: str) -> bool:
+        """Whether the method is better than every control: the intervals of the paired differences exclude 0."""
+        better = MEASURES[metric].better
+        controls = [name for name in self.controls if name in self.values and name != method]
+        if not better or not controls or method in self.controls:
+            return False
+        found = [self.paired(method, metric, control) for control in controls]
+        return all(each.low > 0 if better == "higher" else each.high < 0 for each in found if each.n)
+
+    def _of(self, method: str, metric: str) -> Tensor:
+        if method not in self.values or metric not in self.values[method]:
+            raise CamError(
+                f"the evaluation has no value of {metric!r} for {method!r}: it has {', '.join(self.metrics)} for "
+                f"{', '.join(self.methods)}{self._why(method, metric)}"
+            )
+        return self.values[method][metric]
+
+    def _why(self, *names: str) -> str:
+        return "".join(f"; {name}: {self.skipped[name]}" for name in names if name in self.skipped)
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each method and metric: the mean, its interval, the number of images, and how it compares."""
+        return [
+            {
+                "method": method,
+                "metric": metric,
+                **self.interval(method, metric)._asdict(),
+                "better": MEASURES[metric].better,
+                "control": method in self.controls,
+                "beats_controls": self.beats_controls(method, metric),
+                "circular": method in CIRCULAR.get(metric, ()),
+            }
+            for method in self.methods
+            for metric in self.metrics
+        ]
+
+    def csv(self) -> str:
+        """The records as CSV."""
+        text, rows = io.StringIO(), self.records()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def markdown(self) -> str:
+        """The table in Markdown: one table for each kind of metric."""
+        rooms = dict.fromkeys(MEASURES[metric].room for metric in self.metrics)
+        tables = [self._table(room) for room in rooms]
+        left = [f"Not in the table: {name}, as {why}." for name, why in self.skipped.items()]
+        return "\n\n".join([*tables, NOTE, *(["\n".join(left)] if left else [])]) + "\n"
+
+    def _table(self, room: str) -> str:
+        metrics = [metric for metric in self.metrics if MEASURES[metric].room == room]
+        arrows = {"higher": " ↑", "lower": " ↓", "": ""}
+        heads = [room, *(f"{metric}{arrows[MEASURES[metric].better]}" for metric in metrics)]
+        rows = [[self._named(method), *(self._cell(method, metric) for metric in metrics)] for method in self.methods]
+        lines = [heads, ["---", *["--:"] * len(metrics)], *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def _named(self, method: str) -> str:
+        return f"*{method}*" if method in self.controls else method
+
+    def _cell(self, method: str, metric: str) -> str:
+        found = self.interval(method, metric)
+        if not found.n:
+            return ""
+        marks = BETTER if self.beats_controls(method, metric) else ""
+        marks += CIRCLE if method in CIRCULAR.get(metric, ()) else ""
+        return f"{found.mean:.3g}{marks} ({found.low:.3g}, {found.high:.3g})"
+
+    def __repr__(self) -> str:
+        n = max((len(values) for own in self.values.values() for values in own.values()), default=0)
+        names = self.methods
+        width = max(map(len, names))
+        lines = [f"Evaluation of {n} images (controls in brackets)"]
+        for metric in self.metrics:
+            better = MEASURES[metric].better
+            lines.append(f"  {metric}{f' ({better} is better)' if better else ''}: {MEASURES[metric].about}")
+            for name in names:
+                shown = f"[{name}]" if name in self.controls else name
+                lines.append(f"    {shown:{width + 2}} {self._cell(name, metric)}")
+        return "\n".join(lines)
+
+    def figure(self) -> "Figure":
+        """Bars with intervals for each metric, and the mean deletion curves, as a figure of matplotlib."""
+        from camfn.evaluation import drawing
+
+        return drawing.figure(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table (.md, .csv, .json) or the picture (.png, .pdf, .svg), by the ending of the path.
+
+        **Raises** `CamError` for another ending, or if the file cannot be written.
+        """
+        place = Path(path)
+        texts = {".md": self.markdown, ".csv": self.csv, ".json": lambda: json.dumps(_finite(self.records()), indent=1) + "\n"}
+        ending = place.suffix.lower()
+        try:
+            if ending in texts:
+                place.write_text(texts[ending](), encoding="utf-8")
+            elif ending in (".png", ".pdf", ".svg"):
+                self.figure().savefig(place)
+            else:
+                raise CamError(f"{str(place)!r} must end in .md, .csv, .json, .png, .pdf or .svg")
+        except OSError as error:
+            raise CamError(f"{str(place)!r} cannot be written: {error.strerror}") from error
+
+
+def _finite(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """JSON has no NaN."""
+    lost = [{key: None for key, value in row.items() if isinstance(value, float) and math.isnan(value)} for row in rows]
+    return [{**row, **none} for row, none in zip(rows, lost)]
+
+
+class Gathered:
+    """The values of batches, while an evaluation runs."""
+
+    def __init__(self, names: tuple[str, ...], controls: tuple[str, ...]) -> None:
+        self.skipped: dict[str, str] = {}
+        self._controls = controls
+        self._found: dict[str, dict[str, list[Tensor | int]]] = {name: {} for name in names}
+        self._curves: dict[str, list[Curve]] = {}
+        self._failed: dict[str, dict[str, str]] = {}  # by metric and method
+
+    def add(self, name: str, metric: str, values: Tensor | None, count: int) -> None:
+        self._found[name].setdefault(metric, []).append(count if values is None else values)
+
+    def add_curve(self, name: str, curve: Curve) -> None:
+        self._curves.setdefault(name, []).append(curve)
+
+    def skip(self, name: str, error: CamError) -> None:
+        self.skipped[name] = first_line(error).rstrip(".")
+        self._found.pop(name, None)
+        self._curves.pop(name, None)
+
+    def cannot(self, metric: str, method: str, error: CamError) -> None:
+        self._failed.setdefault(metric, {}).setdefault(method, first_line(error).rstrip("."))
+
+    def result(self, measures: Mapping[str, Measure], left: Mapping[str, str], seed: int) -> Evaluation:
+        judged = {name: own for name, own in self._found.items() if own}
+        if not any(name not in self._controls for name in judged):
+            raise CamError(f"no method could be judged: {'; '.join(f'{name}: {why}' for name, why in self.skipped.items())}")
+        lost = {metric for metric in self._failed if all(_none(own[metric]) for own in judged.values())}
+        values = {
+            name: MappingProxyType({key: each.settle(_joined(own[key])) for key, each in measures.items() if key not in lost})
+            for name, own in judged.items()
+        }
+        curves = {name: _mean(own) for name, own in self._curves.items()}
+        skipped = MappingProxyType({**self.skipped, **left, **self._told(lost)})
+        return Evaluation(MappingProxyType(values), self._controls, MappingProxyType(curves), skipped, seed)
+
+    def _told(self, lost: set[str]) -> dict[str, str]:
+        """Why metrics are not in the table, or have no value for some methods."""
+        found = {}
+        for metric, by in self._failed.items():
+            if metric in lost:
+                found[metric] = next(iter(by.values()))
+            else:
+                found |= {f"{metric} of {method}": why for method, why in by.items()}
+        return found
+
+
+def _none(parts: list[Tensor | int]) -> bool:
+    return all(isinstance(part, int) for part in parts)
+
+
+def _joined(parts: list[Tensor | int]) -> Tensor:
+    """Values of all batches. Where a batch failed, those of its images are NaN."""
+    known = next((part for part in parts if isinstance(part, Tensor)), torch.zeros(0))
+    filled = [known.new_full((part, *known.shape[1:]), float("nan")) if isinstance(part, int) else part for part in parts]
+    return torch.cat(filled)
+
+
+def _mean(curves: list[Curve]) -> Curve:
+    scores = torch.cat([curve.scores for curve in curves]).detach().cpu()
+    return Curve(curves[0].fractions.cpu(), scores.mean(0, keepdim=True))
