@@ -40,7 +40,7 @@ ROOMS = {
     "compose": ("_common", "averages", "multi_scale", "ensembles"),
     ".beside": ("concepts", "testing"),
     ".public": ("weights", "maps"),
-    "metrics": ("pixels", "localization"),
+    "metrics": ("pixels", "localization", "boxes"),
     "images": ("colors", "pictures", "preprocessing", "reading", "turns", "seen", "views", "overlays"),
     ".pictures": ("figures",),
     "explanation": ("fields", "text", "pictures", "html", "files", "card", "explain"),
