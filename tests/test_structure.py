@@ -40,7 +40,7 @@ ROOMS = {
     "compose": ("_common", "averages", "multi_scale", "ensembles"),
     ".beside": ("concepts", "testing"),
     ".public": ("weights", "maps"),
-    "metrics": ("pixels", "localization", "boxes", "complexity", "similarity", "robustness"),
+    "metrics": ("pixels", "localization", "boxes", "complexity", "similarity", "robustness", "controls"),
     "images": ("colors", "pictures", "preprocessing", "reading", "turns", "seen", "views", "overlays"),
     ".pictures": ("figures",),
     "explanation": ("fields", "text", "pictures", "html", "files", "card", "explain"),
