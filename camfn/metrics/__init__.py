@@ -11,27 +11,40 @@ from camfn.metrics.controls import (
     random_pixels,
 )
 from camfn.metrics.localization import energy_pointing_game, iou, pixel_auc, pointing_game
+from camfn.metrics.randomization import Randomization, model_randomization
 from camfn.metrics.robustness import maximum_sensitivity
+from camfn.metrics.sensitivity import cell_energy, grid_of, grid_pointing_game, object_energy, other_object_energy
 from camfn.metrics.similarity import rank_correlation, ssim
+from camfn.metrics.states import permuted_classifier, random_classifier, randomized_states
 
 __all__ = [
     "CONTROLS",
     "CONTROL_METHODS",
     "BoxAccuracy",
+    "Randomization",
     "all_ones",
     "box_ious",
     "boxes_to_masks",
+    "cell_energy",
     "centered_gaussian",
     "energy_pointing_game",
     "entropy",
     "gini",
+    "grid_of",
+    "grid_pointing_game",
     "input_edges",
     "iou",
     "max_box_acc",
     "maximum_sensitivity",
+    "model_randomization",
+    "object_energy",
+    "other_object_energy",
+    "permuted_classifier",
     "pixel_auc",
     "pointing_game",
+    "random_classifier",
     "random_pixels",
+    "randomized_states",
     "rank_correlation",
     "ssim",
 ]
