@@ -12,6 +12,15 @@ from camfn.metrics.controls import (
 )
 from camfn.metrics.localization import energy_pointing_game, iou, pixel_auc, pointing_game
 from camfn.metrics.randomization import Randomization, model_randomization
+from camfn.metrics.removal import (
+    background_independence,
+    deletion_check,
+    distractibility,
+    irrelevant,
+    preservation_check,
+    single_deletion,
+    target_sensitivity,
+)
 from camfn.metrics.robustness import maximum_sensitivity
 from camfn.metrics.sensitivity import cell_energy, grid_of, grid_pointing_game, object_energy, other_object_energy
 from camfn.metrics.similarity import rank_correlation, ssim
@@ -23,10 +32,13 @@ __all__ = [
     "BoxAccuracy",
     "Randomization",
     "all_ones",
+    "background_independence",
     "box_ious",
     "boxes_to_masks",
     "cell_energy",
     "centered_gaussian",
+    "deletion_check",
+    "distractibility",
     "energy_pointing_game",
     "entropy",
     "gini",
@@ -34,6 +46,7 @@ __all__ = [
     "grid_pointing_game",
     "input_edges",
     "iou",
+    "irrelevant",
     "max_box_acc",
     "maximum_sensitivity",
     "model_randomization",
@@ -42,9 +55,12 @@ __all__ = [
     "permuted_classifier",
     "pixel_auc",
     "pointing_game",
+    "preservation_check",
     "random_classifier",
     "random_pixels",
     "randomized_states",
     "rank_correlation",
+    "single_deletion",
     "ssim",
+    "target_sensitivity",
 ]
