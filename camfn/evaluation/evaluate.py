@@ -190,9 +190,7 @@ class _Methods:
         return makes
 
 
-def drawn(
-    names: Sequence[str], grid: Sequence[int] | None, about: Asked, seen: int
-) -> Iterator[tuple[str, Makes]]:
+def drawn(names: Sequence[str], grid: Sequence[int] | None, about: Asked, seen: int) -> Iterator[tuple[str, Makes]]:
     """The controls that no method makes, on the grid of the methods. Images are counted, so that a batch changes no map."""
 
     def makes(name: str, x: Any = None, target: Target = None, state: State | None = None) -> Tensor:
