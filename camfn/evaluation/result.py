@@ -203,7 +203,8 @@ class Gathered:
         judged = {name: own for name, own in self._found.items() if own}
         if not any(name not in self._controls for name in judged):
             raise CamError(f"no method could be judged: {'; '.join(f'{name}: {why}' for name, why in self.skipped.items())}")
-        lost = {metric for metric in self._failed if all(_none(own[metric]) for own in judged.values())}
+        methods = [own for name, own in judged.items() if name not in self._controls]
+        lost = {metric for metric in self._failed if all(_none(own[metric]) for own in methods)}
         values = {
             name: MappingProxyType({key: each.settle(_joined(own[key])) for key, each in measures.items() if key not in lost})
             for name, own in judged.items()

@@ -1,0 +1,215 @@
+"""Evaluations, beside plain calls of methods and metrics."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import camfn
+from camfn import CamError, demo, metrics, targets
+from camfn.evaluation import MEASURES, scenes
+from camfn.metrics.controls import CONTROL_METHODS, CONTROLS
+
+CHEAP = ["other_class", "permuted_classifier", "other_energy", "deletion", "average_drop", "energy", "pixel_auc", "gini"]
+
+
+@pytest.fixture(scope="module")
+def network():
+    return demo.network()
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return list(scenes(6, batch=4))
+
+
+@pytest.fixture(scope="module")
+def found(network, batches):
+    return camfn.evaluate(network, "features", batches, methods=["grad_cam", "layer_cam"], metrics=CHEAP)
+
+
+def signed(network, batch, method=camfn.grad_cam, **options):
+    target = options.pop("target", batch["target"])
+    return method(network, "features", batch["x"], target, relu=False, normalize=False, **options)
+
+
+def beside(found, method, metric, batches, values):
+    torch.testing.assert_close(found.values[method][metric], torch.cat([values(batch) for batch in batches]), equal_nan=True)
+
+
+def test_values_are_those_of_plain_calls(found, network, batches):
+    def energy(batch):
+        return metrics.energy_pointing_game(signed(network, batch), batch["masks"])
+
+    def other(batch):
+        return metrics.energy_pointing_game(signed(network, batch), batch["others"])
+
+    def dropped(batch):
+        maps = signed(network, batch).clamp(min=0)
+        score = metrics.score_function(network, batch["x"], targets.probability(batch["target"]))
+        return metrics.average_drop(maps / maps.amax((1, 2), keepdim=True), batch["x"], score)
+
+    def likeness(batch):
+        logits = network(batch["x"])
+        wrong = logits.scatter(1, batch["target"][:, None], -torch.inf).argmax(1)
+        return metrics.rank_correlation(signed(network, batch), signed(network, batch, target=wrong))
+
+    def permuted(batch):
+        state = metrics.permuted_classifier(network, batch["x"])
+        return metrics.rank_correlation(signed(network, batch), signed(network, batch, state=state))
+
+    with torch.no_grad():
+        beside(found, "grad_cam", "energy", batches, energy)
+        beside(found, "grad_cam", "other_energy", batches, lambda batch: other(batch) / (other(batch) + energy(batch)))
+        beside(found, "grad_cam", "average_drop", batches, dropped)
+        beside(found, "grad_cam", "other_class", batches, likeness)
+        beside(found, "grad_cam", "permuted_classifier", batches, permuted)
+
+
+def test_deletion_is_the_area_under_random_orders_less_that_of_the_map(found, network, batches):
+    def minus_random(batch):
+        score = metrics.score_function(network, batch["x"], targets.probability(batch["target"]))
+        return -metrics.deletion(signed(network, batch), batch["x"], score, minus_random=2)
+
+    got = found.values["grad_cam"]["deletion"]
+    assert float((got - torch.cat([minus_random(batch) for batch in batches])).abs().max()) < 0.2, "other random orders"
+    curve = found.curves["grad_cam"]
+    assert curve.scores.shape == (1, len(curve.fractions)) and curve.fractions[0] == 0 and curve.fractions[-1] == 1
+
+
+def test_controls_are_there_and_know_no_class(found):
+    assert set(found.controls) == {*CONTROLS, *CONTROL_METHODS}
+    assert found.methods == ("grad_cam", "layer_cam", *found.controls)
+    for control in found.controls:
+        assert found.interval(control, "other_class").mean == pytest.approx(1)
+        assert found.interval(control, "permuted_classifier").mean == pytest.approx(1)
+    assert found.interval("all_ones", "average_drop")[:3] == (0, 0, 0)
+
+
+def test_grad_cam_beats_the_controls_and_the_controls_do_not(found):
+    assert found.beats_controls("grad_cam", "energy") and found.beats_controls("grad_cam", "other_class")
+    assert not any(found.beats_controls(control, "energy") for control in found.controls)
+    assert not found.beats_controls("grad_cam", "gini"), "it has no better end"
+    paired = found.paired("grad_cam", "energy", "mean_cam")
+    assert paired.mean == pytest.approx(found.interval("grad_cam", "energy").mean - found.interval("mean_cam", "energy").mean)
+
+
+def test_batches_do_not_matter(found, network):
+    again = camfn.evaluate(network, "features", scenes(6, batch=6), methods=["grad_cam", "layer_cam"], metrics=CHEAP)
+    for method, own in found.values.items():
+        for metric, values in own.items():
+            torch.testing.assert_close(again.values[method][metric], values, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def test_methods_share_the_clean_pass(network, batches):
+    """A function of the user, a composition and a name are judged alike."""
+    mine = camfn.method(lambda A, G: G.mean(-1), name="mine", needs="gradients")
+    found = camfn.evaluate(network, "features", batches, methods=[mine, camfn.smooth(mine, 2), "grad_cam"], metrics=["energy"])
+    torch.testing.assert_close(found.values["mine"]["energy"], found.values["grad_cam"]["energy"])
+    assert len(found.methods) == 3 + len(found.controls)
+
+
+def test_what_does_not_fit_is_left_out_with_the_reason(network, batches):
+    plain = [{"x": batch["x"]} for batch in batches]
+    found = camfn.evaluate(network, "features", plain, methods=["grad_cam", "legrad"], controls=False)
+    assert found.methods == ("grad_cam",) and "attention" in found.skipped["legrad"]
+    assert found.skipped["energy"] == "no masks were given"
+    assert "Not in the table: legrad" in found.markdown()
+    with pytest.raises(CamError, match="no method could be judged: legrad"):
+        camfn.evaluate(network, "features", plain, methods=["legrad"], controls=False)
+
+
+def test_a_target_that_is_no_class(network, batches):
+    def margin(y):
+        return y[0] - y[1]
+
+    found = camfn.evaluate(
+        network, "features", [{"x": batches[0]["x"], "target": margin}], methods=["grad_cam"], metrics=["other_class", "gini"]
+    )
+    assert found.metrics == ("gini",) and "no class" in found.skipped["other_class"]
+
+
+def test_a_target_of_several_scores_is_an_error(network, batches):
+    with pytest.raises(CamError, match="one target at a time"):
+        camfn.evaluate(network, "features", [{"x": batches[0]["x"], "target": targets.top(2)}], methods=["grad_cam"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"methods": ["grad_kam"]}, "grad_cam"),
+        ({"metrics": ["enrgy"]}, "closest: 'energy'"),
+        ({"metrics": ["max_box_acc"], "batches": [{"x": torch.zeros(1, 3, 96, 96)}]}, "no boxes were given"),
+        ({"batches": []}, "batches is empty"),
+        ({"batches": [{"image": 1}]}, "must have 'x'"),
+        (
+            {"batches": [{"x": torch.rand(1, 3, 96, 96), "target": 1}, {"x": torch.rand(1, 3, 96, 96)}]},
+            "batch 1 has x, and the",
+        ),
+        ({"num_samples": 3}, "no method of grad_cam"),
+    ],
+)
+def test_errors_are_one_sentence(network, given, message):
+    given = {
+        "batches": [{"x": torch.rand(1, 3, 96, 96)}],
+        "methods": ["grad_cam"],
+        "controls": False,
+        "metrics": ["gini"],
+        **given,
+    }
+    with pytest.raises(CamError, match=message):
+        camfn.evaluate(network, "features", given.pop("batches"), **given)
+
+
+def test_the_model_and_the_inputs_are_left_as_they_were(network, batches):
+    x, state = batches[0]["x"].clone(), {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    camfn.evaluate(network, "features", batches[:1], methods=["grad_cam"], metrics=CHEAP)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(batches[0]["x"], x)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+
+
+def test_all_metrics_have_a_value_on_scenes(network):
+    found = camfn.evaluate(network, "features", scenes(2, batch=2), methods=["grad_cam"], metrics="all", controls=False)
+    assert found.metrics == tuple(MEASURES) and not found.skipped
+    assert all(bool(torch.isfinite(values).any()) for values in found.values["grad_cam"].values())
+    assert 0 <= found.interval("grad_cam", "max_box_acc").mean <= 1
+
+
+def test_tables_and_pictures(found, tmp_path):
+    for name in ("a.md", "a.csv", "a.json", "a.png"):
+        found.save(tmp_path / name)
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert len(rows) == len(found.methods) * len(CHEAP)
+    energy = next(row for row in rows if (row["method"], row["metric"]) == ("grad_cam", "energy"))
+    assert energy["mean"] == pytest.approx(float(found.values["grad_cam"]["energy"].mean())) and energy["beats_controls"]
+    table = (tmp_path / "a.md").read_text()
+    assert table.index("other_class") < table.index("deletion") < table.index("| energy"), "class sensitivity comes first"
+    assert (tmp_path / "a.csv").read_text().count("\n") == len(rows) + 1
+    assert "grad_cam" in repr(found) and len(repr(found).splitlines()) < 100
+    with pytest.raises(CamError, match="must end in"):
+        found.save(tmp_path / "a.txt")
+    with pytest.raises(CamError, match="has no value of 'road'"):
+        found.interval("grad_cam", "road")
+
+
+def test_a_circular_metric_is_marked(network, batches):
+    found = camfn.evaluate(network, "features", batches[:1], methods=["score_cam"], metrics=["average_drop"], controls=False)
+    assert "°" in found.markdown() and found.records()[0]["circular"]
+
+
+class Summed(nn.Module):
+    """Logits that are sums of those before: no layer's rows are classes."""
+
+    def forward(self, z):
+        return z.cumsum(1)
+
+
+def test_a_network_without_a_classifier_to_permute_says_so(batches):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 8, 9, 8), nn.Tanh(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Summed())
+    found = camfn.evaluate(body, "1", [{"x": batches[0]["x"]}], methods=["grad_cam"], metrics=["permuted_classifier", "gini"])
+    assert found.metrics == ("gini",) and "no linear layer" in found.skipped["permuted_classifier"]
