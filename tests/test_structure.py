@@ -40,7 +40,7 @@ ROOMS = {
     "compose": ("_common", "averages", "multi_scale", "ensembles"),
     ".beside": ("concepts", "testing"),
     ".public": ("weights", "maps"),
-    "metrics": ("scoring", "localization"),
+    "metrics": ("scoring", "imputation", "faithfulness", "confidence", "localization"),
     "images": ("colors", "pictures", "preprocessing", "reading", "turns", "seen", "views", "overlays"),
     ".pictures": ("figures",),
     "explanation": ("fields", "text", "pictures", "html", "files", "card", "explain"),
