@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camfn._errors import CamError
-from camfn._types import Classes, Inputs, State, Target
+from camfn._types import Classes, Inputs, State, Target, wide
 from camfn.methods._common import clean_scores
 from camfn.model.forward import Forward, another_batch, first_nonfinite, look
 from camfn.model.inputs import Key, rows_of
@@ -153,3 +153,51 @@ def _kernel(forward: Forward, runner: Runner, score: Score) -> Kernel:
         return folded if runner.folded else partial(one_by_one, score.of, folded)
 
     return Kernel(of(runner.call()), False, guarded=of(runner.call(guarded=True)))
+
+
+# ------------------------------------------------------------------------------------------------ what metrics share
+
+_PIXELS = 1 << 24  # of changed inputs that are made at once
+
+
+def by_target(maps: Tensor, x: Tensor) -> Float[Tensor, "n t *grid"]:
+    """Maps `(n, *grid)` or `(n, t, *grid)` of inputs `(n, channels, *size)` with an axis of targets, in float32 or wider."""
+    if x.ndim < 3 or maps.ndim not in (x.ndim - 1, x.ndim) or len(maps) != len(x) or not maps.numel():
+        raise CamError(
+            f"maps have shape {tuple(maps.shape)} and x {tuple(x.shape)}: for x (n, channels, *size), maps are (n, *grid), or "
+            "(n, targets, *grid)"
+        )
+    if not bool(torch.isfinite(maps).all()):
+        raise CamError(f"maps have {int((~torch.isfinite(maps)).sum())} NaN or infinite values, which no metric can rank")
+    found = maps.detach().to(wide(maps.dtype))
+    return found if maps.ndim == x.ndim else found[:, None]
+
+
+def like(found: Float[Tensor, "n t *rest"], maps: Tensor, x: Tensor) -> Tensor:
+    """Values for each map, without the axis of targets if the maps have none."""
+    return found if maps.ndim == x.ndim else found[:, 0]
+
+
+def scored(score: Scores, count: int, make: Callable[[Tensor], Tensor], x: Tensor, t: int) -> Float[Tensor, "n t k"]:
+    """The scores of `count` changes of each input, for each of t targets.
+
+    `make(numbers)` gives the inputs `(b, n, t, channels, *size)` of b changes by number, of which each target scores its own,
+    or `(b, n, 1, channels, *size)`, which all targets share.
+    """
+    found, most = [], max(1, _PIXELS // (t * x.numel()))
+    for numbers in torch.arange(count, device=x.device).split(most):
+        inputs = make(numbers).transpose(1, 2)
+        scores = score(inputs.flatten(0, 2))
+        if scores.ndim != 2 or scores.shape[1] != t:
+            raise CamError(
+                f"the score has shape {tuple(scores.shape)} for {inputs.shape[:3].numel()} inputs, and maps have {t} "
+                f"{'target' if t == 1 else 'targets'}: there must be one score for each target, (inputs, {t})"
+            )
+        each = scores.detach().to(wide(scores.dtype)).unflatten(0, inputs.shape[:3])  # (b, 1 or t, n, t)
+        found.append(each[:, 0].permute(1, 2, 0) if each.shape[1] == 1 else each.diagonal(0, 1, 3).permute(1, 2, 0))
+    return torch.cat(found, 2)
+
+
+def clean_of(score: Scores, x: Tensor, t: int) -> Float[Tensor, "n t"]:
+    """The scores of the inputs themselves."""
+    return scored(score, 1, lambda numbers: x[None, :, None], x, t)[..., 0]
