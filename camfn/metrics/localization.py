@@ -114,7 +114,7 @@ def iou(
 
     **Arguments**
 
-    - `maps`, `masks`, `spatial_ndim`: as in `energy_pointing_game`. Negative values count as 0.
+    - `maps`, `masks`, `spatial_ndim`: as in `energy_pointing_game`.
     - `threshold`: a share of the map's maximum, from 0 to less than 1.
 
     **Returns** `(...)`, float32 or wider, from 0 to 1. A map that is nowhere positive has no pixels above, and scores 0. A
@@ -131,7 +131,6 @@ def iou(
     if not 0 <= threshold < 1:
         raise CamError(f"threshold={threshold!r} must be a share of the map's maximum, from 0 to less than 1")
     values, inside = on_pixels(maps, masks, spatial_ndim)
-    values = rectified(values)
     above = values > threshold * values.amax(-1, keepdim=True)
-    shared, either = ((above & inside).sum(-1), (above | inside).sum(-1))
+    shared, either = (above & inside).sum(-1), (above | inside).sum(-1)
     return known_where(inside.any(-1), shared.to(values.dtype) / either)

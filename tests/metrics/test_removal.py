@@ -58,10 +58,10 @@ def test_a_map_on_everything_preserves_and_one_on_nothing_deletes_nothing():
 
 
 def test_target_sensitivity_counts_pairs_that_the_model_tells_apart():
-    shares = torch.tensor([[0.5, 0.1, 0.6], [0.2, 0.5, 0.0], [0.1, 0.2, 0.4]])
+    shares = torch.tensor([[0.5, 0.1, 0.6], [0.2, 0.5, 0.0], [0.55, 0.2, 0.4]])
     drops = torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 4.0]])
-    # s_00 > s_10, s_00 > s_20, s_11 > s_01, s_11 > s_21; s_22 > s_12, but not s_02
-    assert metrics.target_sensitivity(shares, drops) == pytest.approx(5 / 6)
+    # s_00 > s_10, s_11 > s_01, s_11 > s_21, s_22 > s_12; but neither s_00 > s_20 nor s_22 > s_02
+    assert metrics.target_sensitivity(shares, drops) == pytest.approx(4 / 6)
     drops[2, 0] = 9.0  # the model itself takes object 0 for more of class 2 than object 2 is
     assert metrics.target_sensitivity(shares, drops) == pytest.approx(4 / 4)
     assert metrics.target_sensitivity(shares, torch.zeros(3, 3)).isnan()
@@ -74,7 +74,7 @@ def test_irrelevant_objects_take_little_of_the_score_or_raise_it():
     clean = torch.tensor([1.0, -2.0])
     assert metrics.irrelevant(drops, clean).tolist() == [[True, False, True], [True, True, True]]
     assert metrics.background_independence(drops, clean).tolist() == pytest.approx([2 / 3, 1])
-    shares = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.5]])
+    shares = torch.tensor([[0.5, 0.0, 0.0], [0.5, 0.5, 0.5]])
     assert metrics.distractibility(shares, drops, clean).tolist() == [0.5, 0]
     assert metrics.distractibility(shares[:1], 0 * drops[:1] + 1, clean[:1]).isnan()
 
