@@ -268,3 +268,14 @@ def compiled(function: types.FunctionType, **options: Any) -> Callable[..., Any]
     )
     own.__kwdefaults__ = function.__kwdefaults__
     return torch.compile(own, fullgraph=True, dynamic=False, **options)
+
+
+def switches() -> dict[str, Any]:
+    """torch's switches of the process that only its internals tell."""
+    cuda, mha = torch.backends.cuda, torch.backends.mha if hasattr(torch.backends, "mha") else None
+    return {
+        "attention": (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
+        "fast path": mha.get_fastpath_enabled() if mha else None,
+        "fx": sys.modules["torch.fx._symbolic_trace"]._is_fx_tracing_flag,
+        "transforms": _functorch.peek_interpreter_stack(),
+    }

@@ -4,7 +4,6 @@ A new method is tested here from the moment it is in the table; one that follows
 """
 
 import collections
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -22,6 +21,8 @@ from torch.func import grad, jvp, vmap
 
 import camfn
 from camfn import _compat
+from camfn.testing.laws import ROUGH, slope
+from camfn.testing.unchanged import picture, unchanged
 from tests.laws import laws
 from tests.oracles import closeness, networks
 from tests.oracles.closeness import assert_close, close
@@ -103,87 +104,6 @@ def in_chunks_of(method: str, chunk: int) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------- what must not change
-
-
-def fingerprint(tensor: Tensor) -> tuple:
-    """Everything that tells one tensor from another, and from itself at another time."""
-    plain = tensor.detach()
-    return (
-        *(id(tensor), type(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.data_ptr()),
-        *(tensor.requires_grad, id(tensor.grad_fn) if tensor.grad_fn is not None else None),
-        None if tensor.is_inference() else tensor._version,
-        plain.float().numpy().tobytes() if tensor.dtype == torch.bfloat16 else plain.numpy().tobytes(),
-        fingerprint(tensor.grad) if tensor.is_leaf and tensor.grad is not None else None,
-    )
-
-
-def picture(value, seen: set[int] | None = None):
-    """A value as nested tuples of plain data: identities, classes, attributes, tensors, in their order."""
-    seen = set() if seen is None else seen
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-        return value
-    if isinstance(value, Tensor):
-        return fingerprint(value)
-    if id(value) in seen:
-        return id(value)
-    seen.add(id(value))
-    head = id(value), type(value)
-    if isinstance(value, dict):
-        return (*head, *((repr(key), picture(item, seen)) for key, item in value.items()))
-    if isinstance(value, (list, tuple, collections.deque)):
-        return (*head, *(picture(item, seen) for item in value))
-    if isinstance(value, types.FunctionType):
-        return (*head, *(picture(cell.cell_contents, seen) for cell in value.__closure__ or ()))
-    if isinstance(value, types.MethodType):
-        return (type(value), value.__func__, picture(value.__self__, seen))
-    return (*head, picture(vars(value), seen)) if hasattr(value, "__dict__") and not isinstance(value, type) else head
-
-
-def world() -> dict:
-    """What belongs to the process or the thread, and to no argument."""
-    numpy_state = np.random.get_state()  # noqa: NPY002 - the one that the process has
-    cuda, mha = torch.backends.cuda, torch.backends.mha if hasattr(torch.backends, "mha") else None
-    return {
-        "torch rng": torch.get_rng_state().numpy().tobytes(),
-        "numpy rng": (numpy_state[0], numpy_state[1].tobytes(), *numpy_state[2:]),
-        "python rng": random.getstate(),
-        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        "autocast": (torch.is_autocast_enabled(), torch.is_autocast_cache_enabled()),
-        "default dtype": torch.get_default_dtype(),
-        "warning filters": (id(warnings.filters), tuple(warnings.filters), warnings.showwarning),
-        "attention": (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
-        "fast path": mha.get_fastpath_enabled() if mha else None,
-        "determinism": (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark),
-        "threads": torch.get_num_threads(),
-        "nn.Module": (nn.Module.__call__, nn.Module.__getattr__, nn.Module.__setattr__, nn.Module.forward),
-        "fx": torch.fx._symbolic_trace._is_fx_tracing_flag,
-        "transforms": torch._C._functorch.peek_interpreter_stack(),
-    }
-
-
-@contextlib.contextmanager
-def unchanged(*values):
-    """Inside, nothing changes of `values`, of what they hold, and of the process; says what did."""
-    __tracebackhide__ = True
-    before = world(), picture(values)
-    try:
-        yield
-    finally:
-        after = world(), picture(values)
-        process = [key for key in before[0] if before[0][key] != after[0][key]]
-        assert process == [], "the process is not what it was"
-        arguments = list(itertools.islice(differences(before[1], after[1]), 8))
-        assert arguments == [], "an argument is not what it was"
-
-
-def differences(old, new, path: str = ""):
-    """Where two pictures differ: the names of attributes and keys on the way there."""
-    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
-        named = len(old) == 2 and isinstance(old[0], str)
-        for pair in zip(old, new):
-            yield from differences(*pair, f"{path}.{old[0]}" if named else path)
-    elif old != new:
-        yield f"{path}: {str(old)[:40]} -> {str(new)[:40]}"
 
 
 def test_the_comparison_sees_every_kind_of_change():
@@ -1071,23 +991,6 @@ def picture_of(seed: int = 4) -> Tensor:
 def directions(tensors: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(t.shape, generator=generator, dtype=t.dtype) for name, t in tensors.items()}
-
-
-STEP = 1e-5
-
-
-def slope(function, at: dict[str, Tensor], along: dict[str, Tensor], step: float = STEP) -> Tensor:
-    """The derivative along a direction by central differences of the fourth order."""
-
-    def moved(t: float) -> Tensor:
-        return function({name: tensor + t * along[name] for name, tensor in at.items()})
-
-    near, far = (moved(step) - moved(-step)) / (2 * step), (moved(2 * step) - moved(-2 * step)) / (4 * step)
-    return (4 * near - far) / 3
-
-
-ROUGH = closeness.UNITS * torch.finfo(torch.float64).eps / STEP
-"""Of differences divided by a step: the rounding of what is compared, divided by it too. A tenth of this is seen."""
 
 
 LAST_STEPS = [{"normalize": False}, {"relu": False, "normalize": False}, {"size": "input"}]

@@ -38,7 +38,8 @@ ROOMS = {
         *("score_cam", "group_cam", "poly_cam", "opti_cam", "rise", "attention", "custom"),
     ),
     "compose": ("_common", "averages", "multi_scale", "ensembles"),
-    ".beside": ("concepts", "testing"),
+    ".beside": ("concepts",),
+    "testing": ("closeness", "threads", "unchanged", "strategies", "changes", "laws", "checking"),
     ".public": ("weights", "maps"),
     "metrics": (
         *("scoring", "imputation", "faithfulness", "confidence"),
@@ -55,7 +56,7 @@ ROOMS = {
         *("rows", "shards", "manifest", "sources", "lock", "decoding", "job", "making", "worker", "progress", "local"),
         *("on_ray", "run", "reading", "converting"),
     ),
-    "evaluation": ("statistics", "judged", "measures", "result", "drawing", "evaluate", "annotations", "stored"),
+    "evaluation": ("statistics", "judged", "measures", "drawing", "result", "evaluate", "annotations", "stored"),
     ".names": ("_public",),
     "cli": (
         *("signals", "streams", "catalog", "options", "tables", "files", "page", "drawing", "models", "cards", "job"),

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import _compat
+from camfn.testing.threads import at_once
 from tests.oracles.closeness import close
 from tests.oracles.networks import CHEAP, LAYERED, SmallNet, inputs, small_net
-from tests.oracles.threads import at_once
 
 # Where no group of channels adds to the blurred input, Group-CAM's map is flat.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps at layer '.*' are flat:camfn.CamWarning")

@@ -10,6 +10,8 @@ from camfn.evaluation.result import Evaluation
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from camfn import Evaluation
+
 _PANELS = 4
 """The number of panels beside each other."""
 _METHOD, _CONTROL, _BEST = "#4c72b0", "#b0b0b0", "#1b9e5a"
@@ -18,7 +20,7 @@ _CURVES = 8
 """The number of curves that a picture can tell apart."""
 
 
-def figure(found: Evaluation) -> "Figure":
+def figure(found: "Evaluation") -> "Figure":
     """A panel of bars for each metric, and one of deletion curves. Bars that beat every control are green, controls gray."""
     made = figures.empty()
     panels = [*found.metrics, *(["curves"] if found.curves else [])]
@@ -39,7 +41,7 @@ def figure(found: Evaluation) -> "Figure":
     return drawn
 
 
-def _draw_bars(axis: Any, found: Evaluation, metric: str) -> None:
+def _draw_bars(axis: Any, found: "Evaluation", metric: str) -> None:
     names = list(reversed(found.methods))
     intervals = [found.interval(name, metric) for name in names]
     means = [each.mean if each.n else 0.0 for each in intervals]
@@ -59,13 +61,13 @@ def _draw_bars(axis: Any, found: Evaluation, metric: str) -> None:
     axis.margins(y=0.01)
 
 
-def _color(found: Evaluation, method: str, metric: str) -> str:
+def _color(found: "Evaluation", method: str, metric: str) -> str:
     if method in found.controls:
         return _CONTROL
     return _BEST if found.beats_controls(method, metric) else _METHOD
 
 
-def _draw_curves(axis: Any, found: Evaluation) -> None:
+def _draw_curves(axis: Any, found: "Evaluation") -> None:
     """The mean curves: the controls in gray, and the methods whose curves fall first in color."""
     areas = {name: float(found.curves[name].area) for name in found.curves}
     best = sorted((name for name in areas if name not in found.controls), key=lambda name: areas[name])[:_CURVES]

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camfn._errors import CamError, first_line
+from camfn.evaluation import drawing
 from camfn.evaluation.measures import MEASURES, Measure
 from camfn.evaluation.statistics import Interval, difference, interval
 from camfn.metrics import CIRCULAR
@@ -146,8 +147,6 @@ class Evaluation(NamedTuple):
 
     def figure(self) -> "Figure":
         """Bars with intervals for each metric, and the mean deletion curves, as a figure of matplotlib."""
-        from camfn.evaluation import drawing
-
         return drawing.figure(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:

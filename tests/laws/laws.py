@@ -1,15 +1,15 @@
 """What must hold of every map, as plain functions of a variant (a method and its options) and a case.
 
-`LAWS` is the table of them, `VARIANTS` what they are tried on; `oracles/exceptions.py` says why one does not hold for another.
+`LAWS` is the table of them: those of any method, which are in `camfn.testing.laws`, and here those of camfn's own variants,
+options and formulas. `VARIANTS` is what they are tried on; `oracles/exceptions.py` says why one does not hold for another.
 Unless a law is about ReLU or min-max, signed and unscaled maps are compared: min-max makes much of rounding where a map is
 nearly flat.
 """
 
 import copy
+import functools
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 import camfn
 from camfn.formulas.masks import Recipe, recipe_of
-from camfn.targets import Contrast, OfClasses, Output, Sum, is_plain, resolve, score_rows
+from camfn.targets import resolve, score_rows
 from camfn.testing import Case, Spec, TinyNet
+from camfn.testing import laws as of_any
+from camfn.testing.changes import Do, activation, rescored, retapped, with_columns
+from camfn.testing.laws import UNITS
 from tests.oracles import closeness
 from tests.oracles.networks import CHEAP, LAYERED
-
-UNITS = 2**16
-"""Units of rounding (see `closeness.close`) that a law allows: a map may be a small difference of large terms. Of nine thousand
-random examples the worst was at 4,500 units, and examples get ten times as rare where they get ten times as bad."""
 
 ADAM_UNITS = 2**25
 """The same for Opti-CAM. Adam divides a slope by its size plus 1e-8, and so multiplies the rounding of a small slope by 1e8;
@@ -68,6 +67,15 @@ class Variant(NamedTuple):
         return {"layout": "channels_first", **self.options} if "a layer" in self.has else self.options
 
     @property
+    def asked(self) -> Callable[..., Any]:
+        """The method with its options, as the laws of any method take it."""
+        return functools.partial(self.function, **self.given)
+
+    @property
+    def units(self) -> int:
+        return ADAM_UNITS if self.method == "opti_cam" else UNITS
+
+    @property
     def linear_head(self) -> bool:
         return "linear head" in self.has
 
@@ -100,7 +108,16 @@ VARIANTS = {name: Variant(name, OPTIONS.get(name, {})) for name in (*LAYERED, *C
 }
 
 Law = Callable[[Variant, Case], None]
-LAWS: dict[str, Law] = {}
+
+
+def _of_variant(name: str) -> Law:
+    def asked(variant: Variant, case: Case) -> None:
+        of_any.LAWS[name](variant.asked, case, units=variant.units)
+
+    return asked
+
+
+LAWS: dict[str, Law] = {name: _of_variant(name) for name in of_any.LAWS}
 ABOUT: dict[str, str] = {}  # what a variant must have for a law to say anything about it; of all where it is not here
 
 
@@ -118,6 +135,8 @@ def law_about(need: str) -> Callable[[Law], Law]:
 
 
 def speaks_of(name: str, variant: Variant) -> bool:
+    if name in of_any.LAWS:
+        return of_any.speaks_of(name, variant.asked, fixed_case(Spec(), "features", 0))
     return ABOUT.get(name) in (None, *variant.has)
 
 
@@ -125,7 +144,7 @@ def speaks_of(name: str, variant: Variant) -> bool:
 
 
 def close(variant: Variant, ours: Tensor, theirs: Tensor) -> None:
-    closeness.close(ours, theirs, variant.method, units=ADAM_UNITS if variant.method == "opti_cam" else UNITS)
+    closeness.close(ours, theirs, variant.method, units=variant.units)
 
 
 def maps(variant: Variant, case: Case, **options: Any) -> Any:
@@ -160,14 +179,6 @@ def weights_of(variant: Variant, case: Case) -> Tensor:
     return found[0]
 
 
-def activation(case: Case) -> Tensor:
-    """What the layer gives, `(n, c, *grid)`, the plain way."""
-    model, seen = copy.deepcopy(case.model).eval(), []
-    model.get_submodule(case.layer).register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()))
-    model(case.x)
-    return seen[0]
-
-
 def score(model: nn.Module, case: Case, recipe: Recipe, x: Tensor) -> Tensor:
     """The target's score `(n, t)` at `x`, the target being the one of the case's own input."""
     model = copy.deepcopy(model).eval()
@@ -180,31 +191,8 @@ def dice(case: Case) -> torch.Generator:
     return torch.Generator().manual_seed(case.model.spec.seed)
 
 
-def shuffled(count: int, case: Case) -> Tensor:
-    return torch.randperm(count, generator=dice(case))
-
-
 def per_channel(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 2))
-
-
-class Do(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.function(z)
-
-
-def retapped(case: Case, change: Callable[[Tensor], Tensor], undo: Callable[[Tensor], Tensor]) -> Case:
-    """The tapped layer, with `change` behind it, tapped in its place, and `undo` behind that: the network is the same."""
-    model = copy.deepcopy(case.model)
-    parent, _, leaf = case.layer.rpartition(".")
-    owner = model.get_submodule(parent)
-    parts = OrderedDict(own=owner.get_submodule(leaf), seen=Do(change), back=Do(undo))
-    setattr(owner, leaf, nn.Sequential(parts))
-    return case._replace(model=model, layer=f"{case.layer}.seen")
 
 
 def rechanneled(variant: Variant, case: Case, change: Any, undo: Any, columns: Callable[[Tensor], Tensor]) -> Case:
@@ -215,43 +203,7 @@ def rechanneled(variant: Variant, case: Case, change: Any, undo: Any, columns: C
     """
     if not variant.linear_head:
         return retapped(case, change, undo)
-    changed = retapped(case, change, lambda z: z)
-    fc = changed.model.fc
-    fc.weight = nn.Parameter(columns(fc.weight.detach()))
-    fc.in_features = fc.weight.shape[1]
-    return changed
-
-
-def for_images(target: Any, index: Tensor) -> Any:
-    """The target of a batch made of the images `index` of this one."""
-    if isinstance(target, (OfClasses, Contrast)):
-        return replace(target, classes=for_images(target.classes, index))
-    if isinstance(target, Output):
-        return replace(target, index=for_images(target.index, index))
-    if isinstance(target, Sum):
-        return Sum(tuple((weight, for_images(term, index)) for weight, term in target.terms))
-    if isinstance(target, list):
-        return [target[i] for i in index]
-    return target[index] if isinstance(target, Tensor) else target
-
-
-def renamed(target: Any, names: Tensor) -> Any:
-    """The target where class `c` is now called `names[c]`."""
-    if isinstance(target, OfClasses):
-        return replace(target, classes=renamed(target.classes, names))
-    if isinstance(target, Contrast):
-        return replace(target, classes=renamed(target.classes, names), against=renamed(target.against, names))
-    if isinstance(target, Output):
-        return replace(target, index=renamed(target.index, names))
-    if isinstance(target, Sum):
-        return Sum(tuple((weight, renamed(term, names)) for weight, term in target.terms))
-    if isinstance(target, list):
-        return [renamed(one, names) for one in target]
-    if callable(target):
-        return lambda y: target(y[names])
-    if isinstance(target, Tensor):
-        return names[target]
-    return int(names[target]) if isinstance(target, int) else target  # None, "all" and top(k) name no class
+    return with_columns(case, retapped(case, change, lambda z: z), columns)
 
 
 def unit(values: Tensor, axes: int) -> Tensor:
@@ -265,26 +217,6 @@ def unit(values: Tensor, axes: int) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------- the form, and the last steps
-
-
-@law
-def form(variant: Variant, case: Case) -> None:
-    """A map per image (and target) on the layer's grid, or at the size asked for, in [0, 1] with both ends reached, unless
-    it is flat: zeros then. In the dtype of the model."""
-    grid, n = grid_of(variant, case), len(case.x)
-    outcome = told(variant, case)
-    for size, shape in ((None, grid), ("input", case.x.shape[2:]), ([2] * len(grid), (2,) * len(grid))):
-        found = maps(variant, case, size=size)
-        t = () if found.ndim == 1 + len(grid) else (outcome.scores.shape[1],)
-        assert found.shape == (n, *t, *shape)
-        assert found.dtype == torch.float64
-        low, high = (edge(found.flatten(-len(grid)), -1) for edge in (torch.amin, torch.amax))
-        assert bool(((low == 0) & ((high == 1) | (high == 0))).all()), f"from {low} to {high}"
-    half = case._replace(model=copy.deepcopy(case.model).float(), x=case.x.float())
-    assert maps(variant, half).dtype == torch.float32
-    if "a layer" in variant.has:
-        (alone,) = maps(variant, case._replace(layer=[case.layer]))
-        assert torch.equal(alone, maps(variant, case))
 
 
 @law
@@ -334,67 +266,6 @@ def flat_map(variant: Variant, case: Case) -> None:
     signed = raw(variant, flat).flatten(2 - case.x.ndim)
     close(variant, signed, signed[..., :1].expand_as(signed))
     assert int(maps(variant, flat, relu=False).count_nonzero()) == 0
-
-
-# ------------------------------------------------------------------------------------------------------- symmetries
-
-
-@law
-def images_permuted(variant: Variant, case: Case) -> None:
-    """The maps of the same images in another order are the same maps in that order."""
-    order = shuffled(len(case.x), case)
-    other = case._replace(x=case.x[order], target=for_images(case.target, order))
-    close(variant, raw(variant, other), raw(variant, case)[order])
-
-
-@law
-def neighbours(variant: Variant, case: Case) -> None:
-    """An image has the map that it has without the others of its batch."""
-    together = raw(variant, case)
-    for i in range(len(case.x)):
-        only = torch.tensor([i])
-        close(variant, raw(variant, case._replace(x=case.x[only], target=for_images(case.target, only))), together[only])
-
-
-@law_about("activations")
-def channels_permuted(variant: Variant, case: Case) -> None:
-    """The order of the layer's channels, and of what reads them, does not matter."""
-    order = shuffled(activation(case).shape[1], case)
-    back = order.argsort()
-    other = rechanneled(variant, case, lambda z: z[:, order], lambda z: z[:, back], lambda w: w[:, order])
-    close(variant, raw(variant, other), raw(variant, case))
-    if told(variant, case).weights:
-        close(variant, weights_of(variant, other), weights_of(variant, case)[:, :, order])
-
-
-@law
-def classes_permuted(variant: Variant, case: Case) -> None:
-    """The order of the classes, in the last layer and in the target, does not matter."""
-    order = shuffled(case.model.spec.classes, case)
-    model = copy.deepcopy(case.model)
-    with torch.no_grad():
-        model.fc.weight.copy_(model.fc.weight[order])
-        model.fc.bias.copy_(model.fc.bias[order])
-    before = raw(variant, case)
-    if isinstance(case.target, str):  # "all": the maps come in the order of the classes
-        before = before[:, order]
-    close(variant, raw(variant, case._replace(model=model, target=renamed(case.target, order.argsort()))), before)
-
-
-@law
-def flipped(variant: Variant, case: Case) -> None:
-    """The flipped network's map of the flipped input is the map, flipped; along one axis alone, the first or the last."""
-    axis = 2 if case.model.spec.seed % 2 else case.x.ndim - 1
-    model = copy.deepcopy(case.model)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 2:
-                weight.copy_(weight.flip(axis))
-            elif name == "fc.weight" and not model.spec.pooled:
-                placed = weight.unflatten(1, (model.spec.channels, *model.grid))
-                weight.copy_(placed.flip(axis).flatten(1))
-    other = case._replace(model=model, x=case.x.flip(axis))
-    close(variant, raw(variant, other), raw(variant, case).flip(axis - case.x.ndim))
 
 
 # ------------------------------------------------------------------------------- the activation, the masks, the scores
@@ -450,23 +321,6 @@ def zero_channel(variant: Variant, case: Case) -> None:
 # --------------------------------------------------------------------------------------------------- the gradients
 
 
-def rescored(case: Case, change: Callable[[Tensor], Tensor]) -> Case:
-    """The model with outputs that are a function of its own, and logits for targets."""
-    model = copy.deepcopy(case.model)
-    return case._replace(model=Changed(model, change), layer=f"model.{case.layer}")
-
-
-class Changed(nn.Module):
-    """A network, and a function of its output."""
-
-    def __init__(self, model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.model, self.change = model, change
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.change(self.model(x))
-
-
 CLASSES = torch.tensor([[0, 1]])
 
 
@@ -516,17 +370,6 @@ def between_the_channels(variant: Variant, case: Case) -> None:
     low, high = seen.amin(1 - case.x.ndim), seen.amax(1 - case.x.ndim)
     room = UNITS * torch.finfo(seen.dtype).eps * seen.abs().max()
     assert bool(((low - room <= signed) & (signed <= high + room)).all())
-
-
-@law
-def logits_shifted(variant: Variant, case: Case) -> None:
-    """A constant added to every logit does not change the map; but of a target that is a logit and the weight itself."""
-    if variant.method in ("score_cam_pp", "rise", "poly_cam") and not is_plain(case.target):
-        return
-    model = copy.deepcopy(case.model)
-    with torch.no_grad():
-        model.fc.bias += 3
-    close(variant, raw(variant, case._replace(model=model)), raw(variant, case))
 
 
 @law_about("a layer")
@@ -603,69 +446,6 @@ def path_of_inputs(variant: Variant, case: Case) -> None:
     close(
         variant, weights_of(variant.but(recipe=recipe), seen._replace(model=Front(case.model, 1.0))), torch.stack(found).mean(0)
     )
-
-
-# -------------------------------------------------------------------------------------------------------- execution
-
-
-@law
-def repeated(variant: Variant, case: Case) -> None:
-    """The same call gives the same map to the bit, whatever was drawn in between, and draws nothing from the global state."""
-    first = raw(variant, case)
-    torch.rand(1)
-    state = torch.get_rng_state()
-    assert torch.equal(raw(variant, case), first)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@law_about("sweep")
-def chunk_size(variant: Variant, case: Case) -> None:
-    """How many masked inputs go through the model at once does not matter."""
-    default = raw(variant, case)
-    for chunk in (1, 2, 5, 1000):
-        close(variant, raw(variant, case, sweep=camfn.Sweep(chunk=chunk)), default)
-
-
-@law_about("sweep")
-def folded(variant: Variant, case: Case) -> None:
-    """The model sees a chunk as its batch, or one row at a time: the map is the same."""
-    expected = raw(variant, case)
-    for chunk in (None, 1, 3):
-        close(variant, raw(variant, case, sweep=camfn.Sweep(fold=False, chunk=chunk)), expected)
-
-
-@law
-def stacked_states(variant: Variant, case: Case) -> None:
-    """`vmap` over stacked states gives the maps of the models one after the other."""
-    spec = case.model.spec
-    models = [case.model, TinyNet(spec._replace(seed=spec.seed + 1))]
-    names = camfn.state_of(case.model)
-    stacked = {name: torch.stack([camfn.state_of(model)[name] for model in models]) for name in names}
-    together = torch.func.vmap(lambda state: raw(variant, case, state=state))(stacked)
-    for i, model in enumerate(models):
-        close(variant, together[i], raw(variant, case._replace(model=model)))
-
-
-@law
-def many_targets(variant: Variant, case: Case) -> None:
-    """Several targets of one sweep have the maps that each has of a sweep of its own."""
-    n, classes = len(case.x), torch.arange(case.model.spec.classes)
-    rows = torch.stack([classes.roll(i) for i in range(n)])  # every image has its own order
-    together = raw(variant, case._replace(target=rows))
-    for t in range(len(classes)):
-        close(variant, together[:, t], raw(variant, case._replace(target=rows[:, t])))
-    every = raw(variant, case._replace(target="all"))
-    close(variant, torch.stack([maps[row] for maps, row in zip(every, rows)]), together)
-
-
-@law_about("a layer")
-def several_layers(variant: Variant, case: Case) -> None:
-    """Several layers have the maps that each has of a call of its own."""
-    other = "stem.0" if case.layer != "stem.0" else "features"
-    for layers in ((other, case.layer), (case.layer, other)):
-        together = raw(variant, case._replace(layer=layers))
-        for layer, found in zip(layers, together):
-            close(variant, found, raw(variant, case._replace(layer=layer)))
 
 
 # ------------------------------------------------------------------------------------------------------ fixed cases

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import camfn
 from camfn.formulas.masks import flat_channels
 from camfn.testing import cases, layers_of, models
-from tests.laws.laws import LAWS, VARIANTS, activation, every_position, fixed_cases, maps, speaks_of
+from camfn.testing.changes import activation
+from tests.laws.laws import LAWS, VARIANTS, every_position, fixed_cases, maps, speaks_of
 from tests.oracles.exceptions import EXCEPT
 from tests.oracles.networks import LAYERED
 
@@ -19,23 +20,43 @@ from tests.oracles.networks import LAYERED
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarning")
 
 PAIRS = [(law, name) for law in LAWS for name, variant in VARIANTS.items() if speaks_of(law, variant)]
-HOLDING = [pair for pair in PAIRS if pair not in EXCEPT]
+SOMEWHERE = "knows_the_class"
+"""Two classes of a small network may have one map: one case in which they have not is enough."""
+HOLDING = [pair for pair in PAIRS if pair not in EXCEPT and pair[0] != SOMEWHERE]
 
 UNSTEADY = ("opti_cam",)
 """Adam divides a slope by its size: of one that is rounding alone it makes a whole step. Such cases are drawn, not fixed."""
 STEADY = [pair for pair in HOLDING if pair[1] not in UNSTEADY]
-EXAMPLES = int(os.environ.get("CAMFN_EXAMPLES", "3"))
+EXAMPLES = int(os.environ.get("CAMFN_EXAMPLES", "0"))
 """For each pair, the same in each run. To search for more: CAMFN_ANEW=1 CAMFN_EXAMPLES=200."""
+ELSEWHERE = ("pure", "thread_safe", "gradcheck")
+"""What the contract asks of harder models. Here one example shows that the laws for users hold of camfn."""
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize(("law", "name"), STEADY)
-@settings(max_examples=EXAMPLES)
-@given(data=st.data())
-def test_law_holds(law, name, data):
+def test_law_holds(law, name):
     variant = VARIANTS[name]
     method = variant.method if variant.method in camfn.METHODS else "score_cam"
-    LAWS[law](variant, data.draw(cases(method, recipe=variant.recipe), label="case"))
+
+    @settings(max_examples=EXAMPLES or (1 if law in ELSEWHERE else 3))
+    @given(data=st.data())
+    def holds(data):
+        LAWS[law](variant, data.draw(cases(method, recipe=variant.recipe), label="case"))
+
+    holds()
+
+
+@pytest.mark.parametrize("name", [name for law, name in PAIRS if law == SOMEWHERE])
+def test_the_map_knows_the_class_somewhere(name):
+    def holds(case):
+        try:
+            LAWS[SOMEWHERE](VARIANTS[name], case)
+        except AssertionError:
+            return False
+        return True
+
+    assert any(map(holds, fixed_cases(VARIANTS[name])))
 
 
 @pytest.mark.kernels

@@ -4,6 +4,7 @@ A mutation that no law sees is a law that is missing; a law that sees no mutatio
 """
 
 import importlib
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,17 +39,19 @@ def mutation(place: str, **caught: str) -> Callable[[Callable[[Any], Any]], Call
 # ---------------------------------------------------------------------------------------------- weights and the map
 
 
-@mutation("formulas.weights:score_cam", neighbours="score_cam", between_the_channels="is_cam", zero_channel="score_cam, paper")
+@mutation(
+    "formulas.weights:score_cam", batch_independent="score_cam", between_the_channels="is_cam", zero_channel="score_cam, paper"
+)
 def softmax_over_the_images(softmax):
     return lambda scores, *weighting: torch.softmax(scores, 0).mT
 
 
-@mutation("formulas.weights:score_cam", many_targets="score_cam", between_the_channels="score_cam")
+@mutation("formulas.weights:score_cam", target_independent="score_cam", between_the_channels="score_cam")
 def softmax_over_the_targets(softmax):
     return lambda scores, *weighting: torch.softmax(scores, 2).mT
 
 
-@mutation("formulas.weights:score_cam", logits_shifted="ss_cam", between_the_channels="ss_cam", zero_channel="score_cam")
+@mutation("formulas.weights:score_cam", logit_shift="ss_cam", between_the_channels="ss_cam", zero_channel="score_cam")
 def scores_in_place_of_their_softmax(softmax):
     return lambda scores, *weighting: scores.mT
 
@@ -63,12 +66,12 @@ def mean_over_the_channels_in_place_of_the_sum(combine):
     return lambda weights, activations: combine(weights, activations) / activations.shape[1]
 
 
-@mutation("formulas.maps:normalize", form="cam", last_steps="score_cam")
+@mutation("formulas.maps:normalize", range="cam", last_steps="score_cam")
 def normalised_over_the_batch(normalize):
     return lambda maps, dim: normalize(maps, tuple(range(maps.ndim)))
 
 
-@mutation("formulas.maps:normalize", form="score_cam", scale_of_the_map="cam")
+@mutation("formulas.maps:normalize", range="score_cam", scale_of_the_map="cam")
 def epsilon_in_the_last_min_max(normalize):
     def unit(maps, dim):
         low, high = maps.amin(dim, keepdim=True), maps.amax(dim, keepdim=True)
@@ -96,12 +99,12 @@ def resized_in_single_precision(resize):
     return lambda maps, size, align_corners=False: resize(maps.float(), size, align_corners=align_corners).double()
 
 
-@mutation("methods._common:_on_grid", form="ss_cam", last_steps="cam")
+@mutation("methods._common:_on_grid", shape="ss_cam", last_steps="cam")
 def map_always_at_the_size_of_the_input(on_grid):
     return lambda maps, subject, axes, drawing: on_grid(maps, subject, axes, drawing._replace(size="input"))
 
 
-@mutation("layouts:read", form="cam", flipped="score_cam")
+@mutation("layouts:read", shape="cam", flip="score_cam")
 def grid_transposed(read):
     def transposed(*args, **options):
         found = read(*args, **options)
@@ -128,12 +131,12 @@ def mask_upsampled_with_aligned_corners(resize):
     return lambda maps, size, align_corners=False: resize(maps, size, align_corners=True)
 
 
-@mutation("formulas.masks:mask_of", flipped="is_cam")
+@mutation("formulas.masks:mask_of", flip="is_cam")
 def mask_shifted_by_a_pixel(mask_of):
     return lambda *args: mask_of(*args).roll(1, -1)
 
 
-@mutation("sweep.scoring:_rows_from", neighbours="score_cam", images_permuted="ss_cam")
+@mutation("sweep.scoring:_rows_from", batch_independent="score_cam", image_permutation="ss_cam")
 def mask_of_the_neighbouring_image(rows_from):
     def rolled(subject, read, *args):
         return rows_from(subject, read._replace(values=read.values.roll(1, 0)), *args)
@@ -141,7 +144,7 @@ def mask_of_the_neighbouring_image(rows_from):
     return rolled
 
 
-@mutation("sweep.scoring:_rows_from", channels_permuted="score_cam", zero_channel="is_cam")
+@mutation("sweep.scoring:_rows_from", channel_permutation="score_cam", zero_channel="is_cam")
 def mask_of_the_neighbouring_channel(rows_from):
     def rolled(subject, read, *args):
         return rows_from(subject, read._replace(values=read.values.roll(1, 1)), *args)
@@ -176,17 +179,17 @@ def hessian_without_the_activation(shapley_cam):
     return lambda gradients, bends: shapley_cam(gradients, bends / (bends.abs().amax(-1, keepdim=True) + 1e-9))
 
 
-@mutation("methods._common:gradients_of", many_targets="hires_cam", score_scaled="layer_cam")
+@mutation("methods._common:gradients_of", target_independent="hires_cam", score_scaled="layer_cam")
 def gradients_scaled_to_one(slopes_at):
     return lambda *args: [slopes / slopes.abs().amax((1, 2, 3), keepdim=True) for slopes in slopes_at(*args)]
 
 
-@mutation("formulas.noise:noises", repeated="smooth_grad_cam_pp")
+@mutation("formulas.noise:noises", deterministic="smooth_grad_cam_pp")
 def noisy_inputs_from_the_global_generator(noises):
     return lambda draws, std, seed, like: std * torch.randn(draws, *like.shape)
 
 
-@mutation("formulas.maps:full_grad", neighbours="full_grad")
+@mutation("formulas.maps:full_grad", batch_independent="full_grad")
 def saliency_over_the_batch(saliency):
     def whole(part, size, *, each=False, align_corners=True):
         high = part.abs().amax()
@@ -198,12 +201,12 @@ def saliency_over_the_batch(saliency):
 # --------------------------------------------------------------------------------------------------------- the noise
 
 
-@mutation("sweep.scoring:noise_stream", repeated="ss_cam")
+@mutation("sweep.scoring:noise_stream", deterministic="ss_cam")
 def noise_from_the_global_generator(noise_stream):
     return lambda variation, channels, shape, device: lambda pairs: torch.randn(len(pairs), *shape)
 
 
-@mutation("sweep.scoring:noise_stream", chunk_size="ss_cam")
+@mutation("sweep.scoring:noise_stream", chunk_independent="ss_cam")
 def noise_drawn_by_the_chunk(noise_stream):
     def stream(variation, channels, shape, device):
         def take(pairs):
@@ -215,7 +218,7 @@ def noise_drawn_by_the_chunk(noise_stream):
     return stream
 
 
-@mutation("sweep.scoring:noise_stream", neighbours="ss_cam, activation", images_permuted="ss_cam")
+@mutation("sweep.scoring:noise_stream", batch_independent="ss_cam, activation", image_permutation="ss_cam")
 def noise_of_its_own_for_each_image(noise_stream):
     def stream(variation, channels, shape, device):
         generator = torch.Generator().manual_seed(variation.seed)
@@ -224,7 +227,7 @@ def noise_of_its_own_for_each_image(noise_stream):
     return stream
 
 
-@mutation("sweep.scoring:noise_stream", several_layers="ss_cam")
+@mutation("sweep.scoring:noise_stream", layer_independent="ss_cam")
 def noise_goes_on_at_the_next_layer(noise_stream):
     begun = []
 
@@ -235,7 +238,7 @@ def noise_goes_on_at_the_next_layer(noise_stream):
     return stream
 
 
-@mutation("formulas.noise:rise", repeated="rise")
+@mutation("formulas.noise:rise", deterministic="rise")
 def cells_from_the_global_generator(random_cells):
     return lambda seed, *args: random_cells(int(torch.randint(1 << 30, ())), *args)
 
@@ -243,7 +246,7 @@ def cells_from_the_global_generator(random_cells):
 # --------------------------------------------------------------------------------------------- the sweep, the target
 
 
-@mutation("sweep.scoring:in_chunks", chunk_size="score_cam")
+@mutation("sweep.scoring:in_chunks", chunk_independent="score_cam")
 def last_incomplete_chunk_dropped(in_chunks):
     def dropped(kernel, rows_of, index, room, tick):
         found = in_chunks(kernel, rows_of, index, room, tick)
@@ -266,7 +269,7 @@ def scores_summed_over_the_draws(gather):
     return lambda found, todo, variation: gather(found, todo, variation) * len(variation.scales)
 
 
-@mutation("sweep.scoring:gather", stacked_states="score_cam, authors")
+@mutation("sweep.scoring:gather", vmap_equals_loop="score_cam, authors")
 def flat_channel_not_left_out_where_it_was_swept(gather):
     def kept(found, todo, variation):
         return gather(found, todo, variation._replace(recipe=variation.recipe._replace(flat="zero")))
@@ -287,7 +290,7 @@ def path_that_starts_at_zero(path_scales):
     return lambda num_samples, path: (0.0, *path_scales(num_samples, path)[:-1])
 
 
-@mutation("sweep.kernel:mapped", folded="score_cam")
+@mutation("sweep.kernel:mapped", chunk_independent="score_cam")
 def mapped_form_with_the_target_of_the_neighbour(mapped):
     def neighbour(scorer, rule, state, x, targets, rows):
         return mapped(scorer, rule, state, x, targets.roll(1, 0), rows)
@@ -295,7 +298,7 @@ def mapped_form_with_the_target_of_the_neighbour(mapped):
     return neighbour
 
 
-@mutation("methods.score_cam:sweep_all", stacked_states="score_cam")
+@mutation("methods.score_cam:sweep_all", vmap_equals_loop="score_cam")
 def swept_with_the_tensors_of_the_model_whatever_the_state(sweep_all):
     def swept(scoring):
         return sweep_all(scoring._replace(runner=scoring.runner._replace(state=scoring.forward.task.private.tensors)))
@@ -303,7 +306,7 @@ def swept_with_the_tensors_of_the_model_whatever_the_state(sweep_all):
     return swept
 
 
-@mutation("methods._common:resolve", images_permuted="cam")
+@mutation("methods._common:resolve", image_permutation="cam")
 def target_of_the_neighbour(resolve):
     def rolled(*args):
         score = resolve(*args)
@@ -312,7 +315,7 @@ def target_of_the_neighbour(resolve):
     return rolled
 
 
-@mutation("methods._common:resolve", neighbours="is_cam", images_permuted="score_cam")
+@mutation("methods._common:resolve", batch_independent="is_cam", image_permutation="score_cam")
 def target_of_the_first_image(resolve):
     def first(*args):
         score = resolve(*args)
@@ -321,7 +324,7 @@ def target_of_the_first_image(resolve):
     return first
 
 
-@mutation("targets.classes:_of_classes", classes_permuted="score_cam")
+@mutation("targets.classes:_of_classes", class_permutation="score_cam")
 def score_of_the_next_class(of_classes):
     def off_by_one(*told):
         *told, sample, row = told
@@ -330,12 +333,43 @@ def score_of_the_next_class(of_classes):
     return off_by_one
 
 
-@mutation("methods._common:read_layer", several_layers="score_cam")
+@mutation("methods._common:read_layer", layer_independent="score_cam")
 def layers_the_other_way_round(read):
     def other(forward, name, activation, layout):
         return read(forward, name, forward.activations[::-1][forward.layers.index(name)], layout)
 
     return other
+
+
+@mutation("methods._common:resolve", knows_the_class="score_cam", class_permutation="cam")
+def target_of_the_first_class(resolve):
+    def first(*args):
+        score = resolve(*args)
+        return score._replace(rows=torch.zeros_like(score.rows))
+
+    return first
+
+
+# --------------------------------------------------------------------------------------- the process, threads, transforms
+
+
+@mutation("methods._common:resolve", pure="cam")
+def a_number_drawn_on_the_way(resolve):
+    def drawing(*args):
+        torch.rand(())
+        return resolve(*args)
+
+    return drawing
+
+
+@mutation("formulas.weights:grad_cam", thread_safe="grad_cam")
+def set_up_in_the_first_thread_alone(grad_cam):
+    return lambda gradients: grad_cam(gradients) * (threading.current_thread() is threading.main_thread())
+
+
+@mutation("formulas.maps:combine", gradcheck="grad_cam")
+def activation_held_constant(combine):
+    return lambda weights, activations: combine(weights, activations.detach())
 
 
 # -------------------------------------------------------------------------------------------------------- the capture
@@ -350,7 +384,7 @@ def the_tensor_that_was_seen_is_handed_on(through):
     return spoiled
 
 
-@mutation("sweep.scoring:kernel_of", neighbours="score_cam", chunk_size="is_cam")
+@mutation("sweep.scoring:kernel_of", batch_independent="score_cam", chunk_independent="is_cam")
 def batch_norm_in_train_mode(kernel_of):
     def training(subject, runner, *args):
         for module in runner.private.module.modules():

@@ -1,4 +1,4 @@
-"""a method of the user is a method like any other: the formula of one of camfn's gives that method's maps, to the bit."""
+"""A method of the user is a method like any other: the formula of one of camfn's gives that method's maps, to the bit."""
 
 import functools
 
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
 import camfn
+from camfn.testing.threads import at_once
 from tests.oracles.closeness import close
 from tests.oracles.networks import inputs, small_net
-from tests.oracles.threads import at_once
 
 # A class against which all channels speak has a map that is nowhere positive.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarning")

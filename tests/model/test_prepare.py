@@ -17,8 +17,8 @@ from torch.func import grad, jvp, vmap
 
 import camfn
 from camfn import CamError, Sweep, _compat
+from camfn.testing.threads import at_once
 from tests.oracles.networks import LAYERED
-from tests.oracles.threads import at_once
 from tests.oracles.tiny import BOTH, NEAR, Net, filled, images, off, plain, prepared, raw
 from tests.oracles.vits import Patches
 

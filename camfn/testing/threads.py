@@ -1,13 +1,16 @@
 """Threads that start together."""
 
 import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
-def at_once(jobs):
-    """The results of the jobs, each in a thread of its own, started together."""
-    results, barrier = [None] * len(jobs), threading.Barrier(len(jobs))
+def at_once(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Run each job in a thread of its own, all started together, and return the results. The first error is raised."""
+    results: list[Any] = [None] * len(jobs)
+    barrier = threading.Barrier(len(jobs))
 
-    def work(place):
+    def work(place: int) -> None:
         try:
             barrier.wait()
             results[place] = jobs[place]()
