@@ -30,8 +30,8 @@ IMAGES is one of
   FOLDER, LIST.txt, TABLE.parquet, SHARDS.tar   as in camfn run
   RUN             the folder of camfn run: its maps are judged, and not made again
 
-FILE has the columns id, x0, y0, x1, y1, in pixels of the photo, and label, a class by index or name, if you like. Without a label
-the predicted class of each image is explained. Metrics of localization need boxes or scenes.
+FILE has the columns id, x0, y0, x1, y1, in pixels of the photo, and label, if you like: a class by index or name. Without a
+label the predicted class of each image is explained. Metrics of localization need boxes or scenes.
 
 A table with intervals is printed. --out writes it as evaluation.md and evaluation.csv, with evaluation.png.
 """

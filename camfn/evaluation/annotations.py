@@ -3,7 +3,6 @@
 import csv
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from camfn import demo, zoo
-from camfn._errors import CamError, closest
+from camfn._errors import CamError
 from camfn.images import View
 from camfn.metrics import boxes_to_masks
 from camfn.runs.decoding import Decoded, Decoder, batches, decoded
@@ -143,7 +142,9 @@ class Photos:
 
 def view_of(image: Decoded) -> View:
     """Where the input of a decoded image lies on its photo."""
-    assert image.view is not None and image.x is not None and image.photo is not None
+    assert image.view is not None
+    assert image.x is not None
+    assert image.photo is not None
     a, b, c, d, e, f = image.view
     return View(((a, b, c), (d, e, f)), (image.x.shape[2], image.x.shape[1]), image.photo)
 

@@ -91,7 +91,7 @@ class Judged:
 
     def __init__(self, asked: Asked, makes: Makes, maps: Tensor) -> None:
         self.asked, self.makes = asked, makes
-        self.maps: Float[Tensor, n * grid] = maps
+        self.maps = maps  # (n, *grid)
 
     @property
     def x(self) -> Tensor:

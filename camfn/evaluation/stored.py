@@ -40,7 +40,8 @@ def evaluate_run(
     """Judge the maps of a run as they were stored: with the ReLU of their methods, of the first target of each image.
 
     The network scores inputs; no map is made again. The map of another class is that of the second target, if the run has one
-    (`target="top2"`). A permuted classifier and noise on the input ask for new maps: such metrics are left out, with the reason.
+    (`target="top2"`). A permuted classifier and noise on the input ask for new maps. Such metrics are left out, with the
+    reason.
 
     **Arguments**
 
@@ -87,7 +88,8 @@ class _Stored:
     def add(self, row: runs.Row) -> None:
         """Keep a map. Those of an image and a method are in the order of its targets."""
         index = int(row.target) if row.target is not None and row.target.isdecimal() else None
-        assert row.map is not None and row.method is not None  # each row of a shard has both
+        assert row.map is not None
+        assert row.method is not None
         self._maps.setdefault((row.id, row.method), []).append((index, row.map))
         self.ids.add(row.id)
 

@@ -48,7 +48,8 @@ def test_boxes_lie_on_the_input_where_the_objects_are(photos, network):
     folder, boxes = photos
     given = Photos(network, items_of(folder), boxes=read_boxes(boxes), workers=0)
     (batch,) = list(given)
-    assert given.ids == [f"{seed}.png" for seed in range(COUNT)] and not given.failed
+    assert given.ids == [f"{seed}.png" for seed in range(COUNT)]
+    assert not given.failed
     assert batch["target"].tolist() == [demo.scene(seed).classes[0] for seed in range(COUNT)]
     for seed in range(COUNT):
         wanted = box_of(demo.scene(seed).masks[0])
@@ -101,9 +102,11 @@ def test_a_file_that_is_not_there_is_one_sentence(tmp_path):
 
 def test_scenes_have_exact_masks():
     (first, second) = scenes(5, batch=3)
-    assert len(first["x"]) == 3 and len(second["x"]) == 2
+    assert len(first["x"]) == 3
+    assert len(second["x"]) == 2
     scene = demo.scene(4, 2)
-    assert torch.equal(second["masks"][1], scene.masks[0]) and torch.equal(second["others"][1], scene.masks[1])
+    assert torch.equal(second["masks"][1], scene.masks[0])
+    assert torch.equal(second["others"][1], scene.masks[1])
     assert second["target"].tolist()[1] == scene.classes[0]
     x0, y0, x1, y1 = second["boxes"][1][0].int().tolist()
     rows, columns = scene.masks[0].nonzero().unbind(1)
@@ -122,7 +125,8 @@ def test_the_maps_of_a_run_are_judged_as_they_are(photos, network, tmp_path):
     known = read_boxes(boxes)
     found, given = evaluate_run(tmp_path, network, boxes=known)
     assert set(found.values) == {*methods, *camfn.metrics.CONTROLS}
-    assert "energy" in found.metrics and "new maps" in found.skipped["permuted_classifier"]
+    assert "energy" in found.metrics
+    assert "new maps" in found.skipped["permuted_classifier"]
     assert found.interval("mean_cam", "other_class").mean == pytest.approx(1)
     assert found.interval("grad_cam", "other_class").mean < 0.9
     x = next(iter(Photos(network, items_of(folder), boxes=known, workers=0)))

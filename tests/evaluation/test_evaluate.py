@@ -75,7 +75,9 @@ def test_deletion_is_the_area_under_random_orders_less_that_of_the_map(found, ne
     got = found.values["grad_cam"]["deletion"]
     assert float((got - torch.cat([minus_random(batch) for batch in batches])).abs().max()) < 0.2, "other random orders"
     curve = found.curves["grad_cam"]
-    assert curve.scores.shape == (1, len(curve.fractions)) and curve.fractions[0] == 0 and curve.fractions[-1] == 1
+    assert curve.scores.shape == (1, len(curve.fractions))
+    assert curve.fractions[0] == 0
+    assert curve.fractions[-1] == 1
 
 
 def test_controls_are_there_and_know_no_class(found):
@@ -88,7 +90,8 @@ def test_controls_are_there_and_know_no_class(found):
 
 
 def test_grad_cam_beats_the_controls_and_the_controls_do_not(found):
-    assert found.beats_controls("grad_cam", "energy") and found.beats_controls("grad_cam", "other_class")
+    assert found.beats_controls("grad_cam", "energy")
+    assert found.beats_controls("grad_cam", "other_class")
     assert not any(found.beats_controls(control, "energy") for control in found.controls)
     assert not found.beats_controls("grad_cam", "gini"), "it has no better end"
     paired = found.paired("grad_cam", "energy", "mean_cam")
@@ -104,7 +107,7 @@ def test_batches_do_not_matter(found, network):
 
 def test_methods_share_the_clean_pass(network, batches):
     """A function of the user, a composition and a name are judged alike."""
-    mine = camfn.method(lambda A, G: G.mean(-1), name="mine", needs="gradients")
+    mine = camfn.method(lambda activation, gradient: gradient.mean(-1), name="mine", needs="gradients")
     found = camfn.evaluate(network, "features", batches, methods=[mine, camfn.smooth(mine, 2), "grad_cam"], metrics=["energy"])
     torch.testing.assert_close(found.values["mine"]["energy"], found.values["grad_cam"]["energy"])
     assert len(found.methods) == 3 + len(found.controls)
@@ -113,7 +116,8 @@ def test_methods_share_the_clean_pass(network, batches):
 def test_what_does_not_fit_is_left_out_with_the_reason(network, batches):
     plain = [{"x": batch["x"]} for batch in batches]
     found = camfn.evaluate(network, "features", plain, methods=["grad_cam", "legrad"], controls=False)
-    assert found.methods == ("grad_cam",) and "attention" in found.skipped["legrad"]
+    assert found.methods == ("grad_cam",)
+    assert "attention" in found.skipped["legrad"]
     assert found.skipped["energy"] == "no masks were given"
     assert "Not in the table: legrad" in found.markdown()
     with pytest.raises(CamError, match="no method could be judged: legrad"):
@@ -127,7 +131,8 @@ def test_a_target_that_is_no_class(network, batches):
     found = camfn.evaluate(
         network, "features", [{"x": batches[0]["x"], "target": margin}], methods=["grad_cam"], metrics=["other_class", "gini"]
     )
-    assert found.metrics == ("gini",) and "no class" in found.skipped["other_class"]
+    assert found.metrics == ("gini",)
+    assert "no class" in found.skipped["other_class"]
 
 
 def test_a_target_of_several_scores_is_an_error(network, batches):
@@ -174,7 +179,8 @@ def test_the_model_and_the_inputs_are_left_as_they_were(network, batches):
 
 def test_all_metrics_have_a_value_on_scenes(network):
     found = camfn.evaluate(network, "features", scenes(2, batch=2), methods=["grad_cam"], metrics="all", controls=False)
-    assert found.metrics == tuple(MEASURES) and not found.skipped
+    assert found.metrics == tuple(MEASURES)
+    assert not found.skipped
     assert all(bool(torch.isfinite(values).any()) for values in found.values["grad_cam"].values())
     assert 0 <= found.interval("grad_cam", "max_box_acc").mean <= 1
 
@@ -185,11 +191,13 @@ def test_tables_and_pictures(found, tmp_path):
     rows = json.loads((tmp_path / "a.json").read_text())
     assert len(rows) == len(found.methods) * len(CHEAP)
     energy = next(row for row in rows if (row["method"], row["metric"]) == ("grad_cam", "energy"))
-    assert energy["mean"] == pytest.approx(float(found.values["grad_cam"]["energy"].mean())) and energy["beats_controls"]
+    assert energy["mean"] == pytest.approx(float(found.values["grad_cam"]["energy"].mean()))
+    assert energy["beats_controls"]
     table = (tmp_path / "a.md").read_text()
     assert table.index("other_class") < table.index("deletion") < table.index("| energy"), "class sensitivity comes first"
     assert (tmp_path / "a.csv").read_text().count("\n") == len(rows) + 1
-    assert "grad_cam" in repr(found) and len(repr(found).splitlines()) < 100
+    assert "grad_cam" in repr(found)
+    assert len(repr(found).splitlines()) < 100
     with pytest.raises(CamError, match="must end in"):
         found.save(tmp_path / "a.txt")
     with pytest.raises(CamError, match="has no value of 'road'"):
@@ -198,7 +206,8 @@ def test_tables_and_pictures(found, tmp_path):
 
 def test_a_circular_metric_is_marked(network, batches):
     found = camfn.evaluate(network, "features", batches[:1], methods=["score_cam"], metrics=["average_drop"], controls=False)
-    assert "°" in found.markdown() and found.records()[0]["circular"]
+    assert "°" in found.markdown()
+    assert found.records()[0]["circular"]
 
 
 class Summed(nn.Module):
@@ -212,4 +221,5 @@ def test_a_network_without_a_classifier_to_permute_says_so(batches):
     torch.manual_seed(0)
     body = nn.Sequential(nn.Conv2d(3, 8, 9, 8), nn.Tanh(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Summed())
     found = camfn.evaluate(body, "1", [{"x": batches[0]["x"]}], methods=["grad_cam"], metrics=["permuted_classifier", "gini"])
-    assert found.metrics == ("gini",) and "no linear layer" in found.skipped["permuted_classifier"]
+    assert found.metrics == ("gini",)
+    assert "no linear layer" in found.skipped["permuted_classifier"]

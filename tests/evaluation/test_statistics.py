@@ -2,7 +2,7 @@
 
 import torch
 
-from camfn.evaluation.statistics import DRAWS, difference, interval
+from camfn.evaluation.statistics import difference, interval
 
 
 def test_the_interval_of_many_normal_values_is_that_of_the_central_limit():
