@@ -80,9 +80,8 @@ def thickened(net: SmallNet, dims: int) -> SmallNet:
 
 
 def several_inputs(method: str) -> None:
-    pair = inputs(3), contract.GAIN
-    for x in (pair, dict(zip(("image", "gain"), pair))):
-        contract.test_each_sample_keeps_its_own_other_inputs(method, x)
+    for kind in ("tuple", "dict"):
+        contract.test_each_sample_keeps_its_own_other_inputs(method, kind)
 
 
 def several_layers(method: str) -> None:
@@ -199,8 +198,13 @@ def asked_anyway(method: str, column: str) -> bool:
     if column not in ASKED:
         return False
     test = ASKED[column]["attention" in camfn.METHODS[method].needs]
-    marks = [mark for mark in vars(test)["pytestmark"] if mark.name == "parametrize"]
-    return any(mark.args[0] == "method" and method in mark.args[1] for mark in marks)
+    asked = set()
+    for mark in vars(test)["pytestmark"]:
+        if mark.name == "parametrize":
+            names, values = mark.args[:2]
+            rows = zip(*values) if isinstance(names, tuple) else [values]
+            asked |= set(dict(zip(names if isinstance(names, tuple) else [names], rows)).get("method", ()))
+    return method in asked
 
 
 def check_of(method: str, column: str) -> Callable[[str], None]:

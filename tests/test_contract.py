@@ -77,6 +77,17 @@ every_row_and_one = pytest.mark.parametrize("method", [*sorted(LAYERED), next(it
 every_chunked = pytest.mark.parametrize("method", CHUNKED)
 every_composition = pytest.mark.parametrize("method", [name for name in COMPOSED if name not in laws.COMPOSED])
 """Of tests that the laws make of all others."""
+WAYS = ("cam", "grad_cam", "score_cam", "score_cam_pp", "ablation_cam", "full_grad", "opti_cam")
+"""A method of each way to use what it is given: the rows of a linear layer, gradients at a layer, logits of masked inputs,
+their probabilities, the head, all gradients, steps along a gradient. Targets, inputs and outputs are read before that."""
+
+
+def each_way(name: str, values, few, methods=tuple(sorted(LAYERED))):
+    """All values for the methods of `WAYS`, and a few for the others."""
+    pairs = [(method, value) for method in methods for value in (values if method in WAYS else few)]
+    return pytest.mark.parametrize(("method", name), pairs, ids=lambda part: part if isinstance(part, str) else None)
+
+
 can_compile = pytest.mark.skipif(bool(_compat.can_compile()), reason=_compat.can_compile() or "-")
 
 
@@ -237,8 +248,9 @@ def test_nothing_is_changed(method, given):
         run(method, net, ("stem", "features"), x, **options) if method in OF_LAYER and method != "cam" else None
 
 
-@every_method
+@pytest.mark.parametrize("method", WAYS)
 def test_the_second_call_gives_what_the_first_gave(method):
+    """The laws have it for every method, of models that keep nothing."""
     net, x = Everything(), inputs()
     assert torch.equal(run(method, net, "features", x), run(method, net, "features", x))
 
@@ -486,8 +498,7 @@ def test_tracing_a_head_patches_no_class_of_torch(monkeypatch):
     assert set(seen) == {seen[0]}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@every_method
+@each_way("dtype", [torch.float64, torch.bfloat16], [torch.bfloat16], METHODS)
 def test_the_default_dtype_does_not_matter(method, dtype):
     net, x = small_net(), inputs()
     expected = run(method, net, "features", x, normalize=False)
@@ -499,8 +510,7 @@ def test_the_default_dtype_does_not_matter(method, dtype):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("target", [None, 1, [1, 2], "all", "contrast", "callable"])
-@every_row_and_one
+@each_way("target", [None, 1, [1, 2], "all", "contrast", "callable"], ["contrast"], [*sorted(LAYERED), next(iter(COMPOSED))])
 def test_the_default_device_does_not_matter(method, target):
     named = {"contrast": camfn.targets.contrast(1, [2, 3]), "callable": lambda y: y[1] - y[2]}
     given, net, x = named.get(target, target) if isinstance(target, str) else target, small_net(), inputs()
@@ -587,8 +597,7 @@ def test_the_reference_tells_targets_apart():
     assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(maps, 2))
 
 
-@every_row_and_one
-@pytest.mark.parametrize("kind", TARGETS)
+@each_way("kind", TARGETS, ["None", "tensor (n, t)", "probability each", "callable"], [*sorted(LAYERED), next(iter(COMPOSED))])
 def test_every_kind_of_target_gives_maps_of_its_shape(method, kind):
     target, score = TARGETS[kind]
     with unless("a target that is no sum of logits", method, kind not in SUMS):
@@ -633,23 +642,21 @@ class TwoInputs(nn.Module):
 GAIN, IDS = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64), torch.arange(15).reshape(3, 5)
 
 
-@pytest.mark.parametrize(
-    "x",
-    [
-        (inputs(3), GAIN),
-        {"image": inputs(3), "gain": GAIN},
-        {"gain": GAIN, "image": inputs(3)},
-        (inputs(3), GAIN, None, "a word"),
-        collections.OrderedDict(gain=GAIN, image=inputs(3)),
-        types.MappingProxyType({"gain": GAIN, "image": inputs(3)}),
-        collections.UserDict({"gain": GAIN, "image": inputs(3)}),
-        collections.namedtuple("Pair", "image gain")(inputs(3), GAIN),
-    ],
-    ids=["tuple", "dict", "dict in another order", "tuple of more", "OrderedDict", "mappingproxy", "UserDict", "namedtuple"],
-)
-@every_row_and_one
-def test_each_sample_keeps_its_own_other_inputs(method, x):
-    net = TwoInputs()
+GIVEN_AS = {
+    "tuple": (inputs(3), GAIN),
+    "dict": {"image": inputs(3), "gain": GAIN},
+    "dict in another order": {"gain": GAIN, "image": inputs(3)},
+    "tuple of more": (inputs(3), GAIN, None, "a word"),
+    "OrderedDict": collections.OrderedDict(gain=GAIN, image=inputs(3)),
+    "mappingproxy": types.MappingProxyType({"gain": GAIN, "image": inputs(3)}),
+    "UserDict": collections.UserDict({"gain": GAIN, "image": inputs(3)}),
+    "namedtuple": collections.namedtuple("Pair", "image gain")(inputs(3), GAIN),
+}
+
+
+@each_way("kind", GIVEN_AS, ["tuple"], [*sorted(LAYERED), next(iter(COMPOSED))])
+def test_each_sample_keeps_its_own_other_inputs(method, kind):
+    net, x = TwoInputs(), GIVEN_AS[kind]
     found = run(method, net, "inner.features", x, 2)
     for i in range(3):
         alone = (inputs(3)[i : i + 1], GAIN[i : i + 1])
@@ -730,17 +737,15 @@ def agrees_with_the_bare_logits(method, kind, target):
     close(found, run(method, TwoInputs(), "inner.features", x, target), kind)
 
 
-@pytest.mark.parametrize("kind", WRAPS)
-@every_row_and_one
+@each_way("kind", WRAPS, ["dataclass"], [*sorted(LAYERED), next(iter(COMPOSED))])
 def test_logits_are_found_in_every_kind_of_output(method, kind):
     agrees_with_the_bare_logits(method, kind, [1, 4, 0])
 
 
 @pytest.mark.parametrize("target", [None, "all", T.probability(2), T.contrast()], ids=str)
 @pytest.mark.parametrize("kind", WRAPS)
-@pytest.mark.parametrize("method", ["cam", "grad_cam", "score_cam", "ablation_cam", "full_grad"])
+@pytest.mark.parametrize("method", ["cam", "grad_cam", "score_cam"])
 def test_every_kind_of_target_finds_the_logits_in_every_kind_of_output(method, kind, target):
-    """A target is resolved before the method begins: one method of each way to use it is enough."""
     with unless("a target that is no sum of logits", method, target == T.probability(2)):
         agrees_with_the_bare_logits(method, kind, target)
 
@@ -892,8 +897,7 @@ ANY |= {"callable": lambda y: y[0] * y[2]}
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("kind", ANY)
-@every_method
+@each_way("kind", ANY, ["top", "callable"], METHODS)
 def test_mapping_over_inputs_is_the_batch(method, kind):
     target, net, x = ANY[kind], small_net(), inputs(3)
     with unless("a target that is no sum of logits", method, kind in ("probability", "callable")):
@@ -904,7 +908,7 @@ def test_mapping_over_inputs_is_the_batch(method, kind):
 
 
 @pytest.mark.kernels
-@every_method
+@every_composition
 def test_targets_can_be_mapped_with_their_inputs(method):
     net, x, classes = small_net(), inputs(3), torch.tensor([4, 0, 2])
     found = vmap(lambda one, c: run(method, net, "features", one[None], c[None])[0])(x, classes)
@@ -993,13 +997,14 @@ def directions(tensors: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(t.shape, generator=generator, dtype=t.dtype) for name, t in tensors.items()}
 
 
+DERIVATIVES = [*itertools.product(sorted(LAYERED), ("x", "state="), (False, True), ({},))]
+DERIVATIVES += [(next(iter(COMPOSED)), wrt, False, {}) for wrt in ("x", "state=")]
 LAST_STEPS = [{"normalize": False}, {"relu": False, "normalize": False}, {"size": "input"}]
 """Behind the map they are the same for all methods, whatever the derivative is of."""
-DERIVATIVES = [*itertools.product(("x", "state="), (False, True), ({},)), *(("x", False, options) for options in LAST_STEPS)]
+DERIVATIVES += [(method, "x", False, options) for method in ("grad_cam", "score_cam", "full_grad") for options in LAST_STEPS]
 
 
-@pytest.mark.parametrize(("wrt", "flat", "options"), DERIVATIVES, ids=str)
-@every_row_and_one
+@pytest.mark.parametrize(("method", "wrt", "flat", "options"), DERIVATIVES, ids=str)
 def test_gradients_and_directional_derivatives_agree_with_finite_differences(method, wrt, flat, options):
     with unless("the derivative with a flat channel", method, flat):
         agrees_with_finite_differences(method, wrt, flat, options)
@@ -1137,8 +1142,7 @@ def runs_in(dtype: torch.dtype) -> bool:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("target", [1, "all"])
-@every_row_and_one
+@each_way("target", [1, "all"], ["all"], [*sorted(LAYERED), next(iter(COMPOSED))])
 def test_narrow_dtypes_with_a_flat_channel_give_nearly_the_wide_map(method, target, dtype):
     if not runs_in(dtype):
         pytest.skip(f"no {dtype} on this CPU with this torch")

@@ -73,13 +73,7 @@ def process() -> dict[str, Any]:
 def unchanged(*values: Any) -> Iterator[None]:
     """Inside, nothing changes of `values`, of what they hold, and of the process. Otherwise an `AssertionError` says what did.
 
-    >>> import torch
-    >>> from camfn.testing import unchanged
-    >>> x = torch.zeros(2)
-    >>> with unchanged(x):
-    ...     x.add_(1)
-    Traceback (most recent call last):
-    AssertionError: an argument is not what it was: ...
+    Modules that are imported meanwhile may add their warning filters.
     """
     __tracebackhide__ = True
     before, modules = (process(), picture(values)), set(sys.modules)
@@ -87,7 +81,7 @@ def unchanged(*values: Any) -> Iterator[None]:
         yield
     finally:
         after = process(), picture(values)
-        imported = {"warning filters"} if set(sys.modules) - modules else set()  # modules add theirs when they are imported
+        imported = {"warning filters"} if set(sys.modules) - modules else set()
         moved = [key for key in before[0] if before[0][key] != after[0][key] and key not in imported]
         if moved:
             raise AssertionError(f"the process is not what it was: {', '.join(moved)}")
