@@ -230,8 +230,10 @@ def checked_size(size: Size, batch: Batch, axes: int) -> tuple[int, ...] | None:
     return tuple(int(side) for side in size)
 
 
-def check_noise(method: str, num_samples: Any, std: Any, seed: Any) -> None:
+def check_noise(method: str, num_samples: Any, std: Any, seed: Any, units: Any = "input") -> None:
     """Raise an error unless the options of a method's noise are valid."""
+    if units not in ("range", "input"):
+        raise CamError(f'units must be "range" (std is a share of max - min of each image) or "input", found {units!r}')
     check_samples(method, num_samples)
     if not (isinstance(std, (int, float)) and 0 <= std < math.inf):
         raise CamError(f"{method} needs a finite std >= 0, found {std!r}")

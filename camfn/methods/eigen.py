@@ -9,7 +9,7 @@ from torch import nn
 from camfn._errors import CamError
 from camfn._types import FlatMaps, Inputs, Layers, Layout, Size, State, Target
 from camfn.formulas import components
-from camfn.formulas.components import Kernel
+from camfn.formulas.components import Kernel, Side
 from camfn.methods._common import Drawing, Graded, drawn, explain_layer, grade_layer, within
 from camfn.methods.activation import drawn_alike
 from camfn.methods.registry import Cost, Need, Outcome, method
@@ -168,6 +168,7 @@ def seg_eigen_cam(
     target: Target = None,
     *,
     center: bool = True,
+    side: Side = "largest",
     axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
@@ -180,13 +181,16 @@ def seg_eigen_cam(
     `L = sum_k v_k X_k`, where X is `|G| * A` minus each channel's mean over positions, `G = d(score)/dA`, and v is the first
     singular vector of X, with positions as rows (equations 10 to 13).
 
-    The entry of the map with the largest absolute value is positive. The method is meant for segmentation networks with
-    `camfn.targets.segmentation`, and accepts any target. The derivatives are those described in `camfn.eigen_cam`. There is no
-    ReLU by default. The cost is one forward pass, and one backward pass for each target.
+    The method is meant for segmentation networks with `camfn.targets.segmentation`, and accepts any target. It keeps no sign of
+    the gradient: the entry of the map with the largest absolute value is positive, whether it speaks for the class or against
+    it. The derivatives are those described in `camfn.eigen_cam`. There is no ReLU by default. The cost is one forward pass, and
+    one backward pass for each target.
 
     **Arguments**
 
     - `center`: `True` subtracts the means, as pytorch-grad-cam does. `False` does not.
+    - `side="largest"` (the paper and pytorch-grad-cam): the largest entry is positive, as above.
+    - `side="class"`: the sign agrees with `sum_k G_k A_k`, the map of HiResCAM, as that of `camfn.eigen_grad_cam` does.
 
     The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
@@ -200,8 +204,10 @@ def seg_eigen_cam(
     Chung & Ying, Seg-Eigen-CAM, Applied Sciences 2025 (doi 10.3390/app15137562). The same as pytorch-grad-cam's
     `SegEigenCAM`.
     """
+    if side not in ("largest", "class"):
+        raise CamError(f'side must be "largest" or "class" (the side that speaks for the target is positive), found {side!r}')
     graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes))
-    return _of_gradients(graded, partial(components.seg_eigen_cam, center=center))
+    return _of_gradients(graded, partial(components.seg_eigen_cam, center=center, side=side))
 
 
 def _of_gradients(graded: Graded, formula: Callable[..., FlatMaps]) -> Outcome:
