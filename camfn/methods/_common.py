@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from camfn import _compat, layouts
 from camfn._errors import CamError
 from camfn._types import Activations, Combine, FlatMaps, Gradients, Inputs, Layers, Layout, Size, State, Target, Weights, wide
 from camfn.formulas import maps
-from camfn.formulas.diagnostics import about_lost, about_maps
+from camfn.formulas.diagnostics import Finding, about_lost, about_maps, about_sums
 from camfn.formulas.scaling import rescale
 from camfn.layouts import Form, Read
 from camfn.methods.registry import Outcome
@@ -160,7 +160,25 @@ def combined(found: Explained, weights: Sequence[Weights | Gradients]) -> list[F
 
 def weighed(found: Explained, weights: Sequence[Weights | Gradients]) -> Outcome:
     """The outcome of weights `(n, t, c)` or `(n, t, c, p)` for each layer."""
-    return drawn(found, combined(found, weights))._replace(weights=tuple(weights))
+    signed = combined(found, weights)
+    findings = cancelled(found, weights, "map" if found.drawing.combine == "sum" else "sign")
+    return with_findings(drawn(found, signed), findings)._replace(weights=tuple(weights))
+
+
+def cancelled(found: Explained, weights: Sequence[Weights | Gradients], what: Literal["map", "sign"]) -> tuple[Finding, ...]:
+    """Findings about maps, or signs of components, that are the rest of `sum_k w_k A_k` after its parts cancel."""
+    if _compat.transformed():
+        return ()
+    with torch.no_grad():
+        pairs = [(within(w.detach(), found.drawing), part.values.detach()) for w, part in zip(weights, found.reads)]
+        shares = [maps.remainder(*pair, maps.combine(*pair)) for pair in pairs]
+    return about_sums(shares, found.forward.layers, what)
+
+
+def with_findings(outcome: Outcome, more: Sequence[Finding]) -> Outcome:
+    """The outcome with more findings, about layers of which it is not already known that their maps mean nothing."""
+    known = {each.layer for each in outcome.findings}
+    return outcome._replace(findings=(*outcome.findings, *(each for each in more if each.layer not in known)))
 
 
 def weighed_by_gradients(graded: Graded, weights: Sequence[Weights | Gradients]) -> Outcome:

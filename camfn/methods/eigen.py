@@ -10,7 +10,7 @@ from camfn._errors import CamError
 from camfn._types import FlatMaps, Inputs, Layers, Layout, Size, State, Target
 from camfn.formulas import components
 from camfn.formulas.components import Kernel, Side
-from camfn.methods._common import Drawing, Graded, drawn, explain_layer, grade_layer, within
+from camfn.methods._common import Drawing, Graded, cancelled, drawn, explain_layer, grade_layer, with_findings, within
 from camfn.methods.activation import drawn_alike
 from camfn.methods.registry import Cost, Need, Outcome, method
 
@@ -157,7 +157,7 @@ def eigen_grad_cam(
     Muhammad & Yeasin, Eigen-CAM, IJCNN 2020 (arXiv 2008.00299), with the gradient as in pytorch-grad-cam's `EigenGradCAM`.
     """
     graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes))
-    return _of_gradients(graded, partial(components.eigen_grad_cam, center=center))
+    return _of_gradients(graded, partial(components.eigen_grad_cam, center=center), True)
 
 
 @method(components.seg_eigen_cam, (Need.ACTIVATIONS, Need.GRADIENTS), Cost(backwards=1))
@@ -207,11 +207,12 @@ def seg_eigen_cam(
     if side not in ("largest", "class"):
         raise CamError(f'side must be "largest" or "class" (the side that speaks for the target is positive), found {side!r}')
     graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes))
-    return _of_gradients(graded, partial(components.seg_eigen_cam, center=center, side=side))
+    return _of_gradients(graded, partial(components.seg_eigen_cam, center=center, side=side), side == "class")
 
 
-def _of_gradients(graded: Graded, formula: Callable[..., FlatMaps]) -> Outcome:
-    """Return the outcome of a formula of gradients and activations."""
+def _of_gradients(graded: Graded, formula: Callable[..., FlatMaps], by_class: bool) -> Outcome:
+    """Return the outcome of a formula of gradients and activations. `by_class`: its sign is that of `sum_k G_k A_k`."""
     found = graded.explained
     signed = [formula(within(gradients, found.drawing), activations) for gradients, activations in graded.pairs]
-    return drawn(found, signed)._replace(backwards=found.clean.numel())
+    outcome = drawn(found, signed)._replace(backwards=found.clean.numel())
+    return with_findings(outcome, cancelled(found, graded.gradients, "sign")) if by_class else outcome

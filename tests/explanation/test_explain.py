@@ -15,6 +15,7 @@ from camfn.formulas import diagnostics
 from camfn.formulas.diagnostics import Finding
 from tests.oracles.closeness import close
 from tests.oracles.networks import CHEAP, SmallNet, inputs, small_net
+from tests.oracles.vits import Patches, randomised
 
 KINDS = ("score_cam", "grad_cam", "is_cam")
 
@@ -186,6 +187,113 @@ def test_weights_that_are_nearly_equal_and_one_that_has_it_all_are_found():
         loud.fc.weight *= 1e3
     assert only(explained(quiet, "score_cam"), "equal weights").value > 0.99
     assert only(explained(loud, "score_cam"), "one channel").value > 0.9
+
+
+def test_half_of_the_weight_on_one_channel_is_enough():
+    weights = torch.tensor([[[0.6, 0.2, 0.2]]])
+    (found,) = diagnostics.about_weights([weights], ["a"])
+    assert (found.kind, round(found.value, 6)) == ("one channel", 0.6)
+    assert diagnostics.about_weights([torch.tensor([[[0.4, 0.4, 0.2]]])], ["a"]) == ()
+
+
+# A layer norm follows this layer, and the class token alone is read: no length of a patch's vector matters.
+BEFORE_NORM, NORM = "blocks.layers.0", "blocks.layers.1.norm1"
+SIGNED = {
+    "hires_cam": {},
+    "eigen_grad_cam": {},
+    "seg_eigen_cam": {"side": "class"},
+    "hires_cam, eigen": {"combine": "eigen"},
+}
+
+
+def transformer() -> tuple[nn.Module, Tensor]:
+    return randomised(Patches(class_token=True)), inputs(2)
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_a_sum_that_cancels_before_a_layer_norm_warns(name):
+    (net, x), method, options = transformer(), name.partition(",")[0], SIGNED[name]
+    told = "2 of 2 maps at layer" if name == "hires_cam" else "the sign of 2 of 2 maps at layer"
+    with pytest.warns(camfn.CamWarning, match=f"^{told} 'blocks.layers.0' .* what is left where the parts of a sum cancel"):
+        camfn.METHODS[method].function(net, BEFORE_NORM, x, 1, relu=False, **options)
+    card = camfn.explain(net, BEFORE_NORM, x, 1, method=method, relu=False, **options)
+    assert kinds(card) == ["cancelled sum"]
+    assert "cancelled sum" not in kinds(camfn.explain(net, NORM, x, 1, method=method, relu=False, **options))
+
+
+def test_other_methods_do_not_cancel_there():
+    net, x = transformer()
+    for method in ("grad_cam", "layer_cam", "grad_cam_elementwise", "xgrad_cam", "seg_eigen_cam", "score_cam", "ablation_cam"):
+        assert "cancelled sum" not in kinds(camfn.explain(net, BEFORE_NORM, x, 1, method=method, relu=False))
+
+
+def test_the_sum_of_channels_behind_a_plain_layer_norm_cancels():
+    """Its mean over channels is zero by definition."""
+    net, x = transformer()
+    net.blocks.layers[1].norm1.weight.data.fill_(1), net.blocks.layers[1].norm1.bias.data.fill_(0)
+    assert only_at(camfn.explain(net, NORM, x, 1, method="mean_cam"), "cancelled sum").layer == NORM
+
+
+def only_at(card: camfn.Explanation, kind: str) -> Finding:
+    (found,) = [finding for finding in card.findings if finding.kind == kind]
+    return found
+
+
+def test_what_cancels_is_a_share_of_the_parts_without_signs():
+    left = torch.tensor([[1e-4, 1.0], [0.02, 1e-7]])
+    (found,) = diagnostics.about_sums([left], ["a"])
+    assert found.value == 0.5
+    assert found.sentence.startswith("2 of 4 maps at layer 'a' are what is left where the parts of a sum cancel (0.0001 of")
+
+
+def test_channels_of_a_negative_mean_are_found_in_fem():
+    spotted = torch.zeros(6, 6).double()
+    spotted[2, 3] = 5.0  # where every channel stands out
+
+    def shifted(by: float):
+        return lambda h: 0 * h + spotted + torch.tensor([by, 0, 0, 0, 0, 0]).double().reshape(6, 1, 1)
+
+    net = pooled(shifted(-3.0), weighted)
+    assert only(explained(net, "fem"), "negative channels").value == pytest.approx(_share_of_the_first(-3.0))
+    assert "negative channels" not in kinds(explained(net, "fem", form="share"))
+    assert "negative channels" not in kinds(explained(pooled(shifted(3.0), weighted), "fem"))
+
+
+def _share_of_the_first(shift: float) -> float:
+    """All channels mark the one spot, with the weight of their mean: 5 / 36, and the first less its shift."""
+    first, other = abs(5 / 36 + shift), 5 / 36
+    return first / (first + 5 * other)
+
+
+class Squeezed(nn.Module):
+    """A 1x1 convolution to the classes, a function, and a mean, as in SqueezeNet."""
+
+    def __init__(self, between=torch.relu):
+        super().__init__()
+        self.shown, self.fc, self.between = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.between(self.fc(self.shown(x))).mean((2, 3))
+
+
+def test_a_map_of_cam_that_is_not_the_parts_of_the_score_is_found():
+    torch.manual_seed(0)
+    net, plain = Squeezed().double(), Squeezed(lambda h: h).double()
+    plain.load_state_dict(net.state_dict())
+    card = camfn.explain(net, "shown", inputs(), 2, method="cam", fc="fc")
+    found, scores = only(card, "not the score's parts"), net(inputs())[:, 2].detach()
+    told = plain(inputs())[:, 2].detach()
+    assert found.value == pytest.approx(float(((told - scores).abs() / torch.maximum(told.abs(), scores.abs())).max()))
+    contrast = camfn.targets.logit(2) - camfn.targets.logit(1)
+    for target in (2, "all", contrast):
+        assert "not the score's parts" in kinds(camfn.explain(net, "shown", inputs(), target, method="cam", fc="fc"))
+        assert kinds(camfn.explain(plain, "shown", inputs(), target, method="cam", fc="fc")) == []
+
+
+def test_cam_at_a_layer_before_the_last_is_not_the_parts_of_the_score():
+    net = pooled(lambda h: h, lambda h: h.relu().mean((2, 3)))
+    assert "not the score's parts" in kinds(camfn.explain(net, "shown", inputs(), 2, method="cam", fc="fc"))
+    assert kinds(camfn.explain(pooled(), "shown", inputs(), 2, method="cam", fc="fc")) == []
 
 
 def test_a_flat_map_and_a_negative_one_are_found():
