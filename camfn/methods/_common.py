@@ -20,7 +20,7 @@ from camfn.methods.registry import Outcome
 from camfn.model.forward import Forward, Shared, another_batch, first_nonfinite, look, look_with_gradients, lost_layers
 from camfn.model.gradients import Pullback, each_target
 from camfn.model.inputs import Batch
-from camfn.model.layers import clues_of, placed_forms
+from camfn.model.layers import Site, clues_of, placed_forms
 from camfn.model.prepare import Model, weakly
 from camfn.model.task import once
 from camfn.sweep.scoring import Swept
@@ -77,14 +77,32 @@ class Graded(NamedTuple):
         return [(gradients, part.values) for gradients, part in zip(self.gradients, self.explained.reads)]
 
 
-def explain_layer(model: Model, layer: Layers, x: Inputs, target: Target, state: State | None, drawing: Drawing) -> Explained:
+def explain_layer(
+    model: Model,
+    layer: Layers,
+    x: Inputs,
+    target: Target,
+    state: State | None,
+    drawing: Drawing,
+    *,
+    site: Site = "block",
+) -> Explained:
     """The clean forward pass of a method that reads activations."""
-    return explained(look(model, layer, x, state, None, drawing.axes), target, drawing)
+    return explained(look(model, layer, x, state, None, drawing.axes, site=site), target, drawing)
 
 
-def grade_layer(model: Model, layer: Layers, x: Inputs, target: Target, state: State | None, drawing: Drawing) -> Graded:
+def grade_layer(
+    model: Model,
+    layer: Layers,
+    x: Inputs,
+    target: Target,
+    state: State | None,
+    drawing: Drawing,
+    *,
+    site: Site = "block",
+) -> Graded:
     """The clean forward pass of a method that reads activations and gradients."""
-    forward, pullback = look_with_gradients(model, layer, x, state, None, drawing.axes)
+    forward, pullback = look_with_gradients(model, layer, x, state, None, drawing.axes, site=site)
     found = explained(forward, target, drawing)
     return Graded(found, gradients_of(found, pullback))
 
