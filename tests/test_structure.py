@@ -40,7 +40,10 @@ ROOMS = {
     "compose": ("_common", "averages", "multi_scale", "ensembles"),
     ".beside": ("concepts", "testing"),
     ".public": ("weights", "maps"),
-    "metrics": ("localization",),
+    "metrics": (
+        *("pixels", "localization", "boxes", "complexity", "similarity", "sensitivity", "removal", "robustness", "states"),
+        *("randomization", "controls"),
+    ),
     "images": ("colors", "pictures", "preprocessing", "reading", "turns", "seen", "views", "overlays"),
     ".pictures": ("figures",),
     "explanation": ("fields", "text", "pictures", "html", "files", "card", "explain"),

@@ -10,6 +10,6 @@ tensor([1., 1.])
 """
 
 from camfn.demo.network import network, preprocess
-from camfn.demo.scenes import CLASSES, SIDE, Scene, scene
+from camfn.demo.scenes import CLASSES, SIDE, Interventions, Scene, interventions, scene
 
-__all__ = ["CLASSES", "SIDE", "Scene", "network", "preprocess", "scene"]
+__all__ = ["CLASSES", "SIDE", "Interventions", "Scene", "interventions", "network", "preprocess", "scene"]

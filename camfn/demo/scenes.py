@@ -76,6 +76,9 @@ _SHAPES: dict[str, Callable[[Array, Array], Array]] = {
 }
 CLASSES = tuple(_SHAPES)
 """The names of the classes, by index."""
+_BAR = "bar"
+"""The shape of a distractor, which is of no class."""
+_FORMS = {**_SHAPES, _BAR: lambda x, y: (np.abs(x) < 0.95) & (np.abs(y) < 0.3)}
 REACH = 1.7
 """The maximal distance of any point of a shape of size 1 from its center."""
 
@@ -84,7 +87,7 @@ REACH = 1.7
 def _measure(name: str) -> tuple[float, float, float]:
     """Return the scale that gives a shape the area of a disc of radius 1, and its center of mass."""
     y, x = np.mgrid[-1:1:801j, -1:1:801j]
-    inside = _SHAPES[name](x, y)
+    inside = _FORMS[name](x, y)
     return math.sqrt(inside.mean() * 4 / math.pi), float(x[inside].mean()), float(y[inside].mean())
 
 
@@ -101,7 +104,7 @@ def _inside(name: str, place: Place, x: Array, y: Array) -> Array:
     scale, x0, y0 = _measure(name)
     x, y = (x - place.x) / place.size * scale, (y - place.y) / place.size * scale
     cos, sin = math.cos(place.turn), math.sin(place.turn)
-    return _SHAPES[name](x * cos + y * sin + x0, y * cos - x * sin + y0)
+    return _FORMS[name](x * cos + y * sin + x0, y * cos - x * sin + y0)
 
 
 # ----------------------------------------------------------------------------------------------------------- textures
@@ -176,6 +179,19 @@ def scene(seed: int, objects: int = 1, *, classes: Sequence[str] | None = None, 
     >>> scene.image.shape, scene.masks.shape, [demo.CLASSES[c] for c in scene.classes]
     (torch.Size([3, 96, 96]), torch.Size([2, 96, 96]), ['star', 'ring'])
     """
+    plan = _planned(seed, objects, classes, size)
+    return _render(plan.ground, plan.objects, *plan.size)
+
+
+class _Plan(NamedTuple):
+    """All that is drawn at random for a scene."""
+
+    ground: Paint
+    objects: list["_Object"]
+    size: tuple[int, int]
+
+
+def _planned(seed: int, objects: int, classes: Sequence[str] | None, size: int | tuple[int, int]) -> _Plan:
     names = None if classes is None else _check_classes(classes)
     count = objects if names is None else len(names)
     height, width = _check_size(size)
@@ -184,9 +200,88 @@ def scene(seed: int, objects: int = 1, *, classes: Sequence[str] | None = None, 
     random = np.random.default_rng(seed)
     ground = _paint(random)
     paints = [_paint(random, unlike=ground.colors.mean(0)) for _ in range(count)]
-    places = _places(random, count, (height / min(height, width), width / min(height, width)))
+    places = _places(random, count, _sides(height, width))
     drawn = [CLASSES[i] for i in np.argsort(random.random(len(CLASSES)))[:count]]
-    return _render(ground, list(zip(names or drawn, paints, places)), height, width)
+    return _Plan(ground, [_Object(*of) for of in zip(names or drawn, paints, places)], (height, width))
+
+
+def _sides(height: int, width: int) -> tuple[float, float]:
+    """Return the sides of a picture in units of the shorter one."""
+    return height / min(height, width), width / min(height, width)
+
+
+class Interventions(NamedTuple):
+    """A scene, and what it would be with objects removed, without its distractors one by one, and on other grounds.
+
+    A set of removed objects has a number: bit j is 1 if object j is removed, and 0 is the whole picture.
+    """
+
+    image: Float[Tensor, "3 h w"]
+    masks: Bool[Tensor, "k h w"]  # the visible pixels of each object
+    classes: tuple[int, ...]
+    distractors: Bool[Tensor, "m h w"]  # the visible pixels of each distractor, a bar of no class
+    without: Float[Tensor, "subsets 3 h w"]  # the pictures of all 2**k sets of removed objects; the first is `image`
+    undistracted: Float[Tensor, "m 3 h w"]  # without each distractor
+    grounds: Float[Tensor, "g 3 h w"]  # on other grounds
+
+
+def interventions(
+    seed: int,
+    objects: int = 2,
+    *,
+    classes: Sequence[str] | None = None,
+    distractors: int = 0,
+    grounds: int = 0,
+    size: int | tuple[int, int] = SIDE,
+) -> Interventions:
+    """A scene with everything that removal metrics ask for: see `camfn.metrics.removal`.
+
+    - `seed`, `objects`, `classes`, `size`: as for `scene`. Without distractors, the picture is that of `scene`.
+    - `distractors`: the number of bars, which are of no class, beside the objects.
+    - `grounds`: the number of other grounds. They are drawn unlike all objects.
+
+    **Raises** `CamError` as `scene` does, or if a number is negative.
+
+    >>> from camfn import demo
+    >>> found = demo.interventions(3, classes=["star", "ring"], distractors=1)
+    >>> found.without.shape, found.undistracted.shape
+    (torch.Size([4, 3, 96, 96]), torch.Size([1, 3, 96, 96]))
+    """
+    if min(distractors, grounds) < 0:
+        raise CamError(f"distractors={distractors!r} and grounds={grounds!r} must be 0 or more")
+    plan = _planned(seed, objects, classes, size)
+    bars, others = _bars(plan, seed, distractors), _other_grounds(plan, seed, grounds)
+
+    def picture(ground: Paint = plan.ground, gone: int = 0, bar: int | None = None) -> Scene:
+        kept = [one for j, one in enumerate(plan.objects) if not gone >> j & 1]
+        return _render(ground, [one for j, one in enumerate(bars) if j != bar] + kept, *plan.size)
+
+    whole, sets = picture(), [picture(gone=gone).image for gone in range(2 ** len(plan.objects))]
+    return Interventions(
+        *(whole.image, whole.masks[distractors:], whole.classes, whole.masks[:distractors], torch.stack(sets)),
+        _stacked([picture(bar=bar).image for bar in range(distractors)], whole.image),
+        _stacked([picture(ground).image for ground in others], whole.image),
+    )
+
+
+def _stacked(images: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(images) if images else like.new_empty(0, *like.shape)
+
+
+def _bars(plan: _Plan, seed: int, count: int) -> list["_Object"]:
+    """Draw distractors, as large as objects and beside them, in paints unlike the ground."""
+    random = np.random.default_rng((seed, 1))
+    paints = [_paint(random, unlike=plan.ground.colors.mean(0)) for _ in range(count)]
+    places = _places(random, count, _sides(*plan.size), [one.place for one in plan.objects])
+    return [_Object(_BAR, *of) for of in zip(paints, places)]
+
+
+def _other_grounds(plan: _Plan, seed: int, count: int) -> list[Paint]:
+    """Draw grounds: of some colors, that which is most unlike the objects, since a color far from all may not exist."""
+    random = np.random.default_rng((seed, 2))
+    objects = np.stack([one.paint.colors.mean(0) for one in plan.objects])
+    drawn = [[_paint(random) for _ in range(8)] for _ in range(count)]
+    return [max(some, key=lambda paint: np.abs(objects - paint.colors.mean(0)).mean(1).min()) for some in drawn]
 
 
 def _check_classes(classes: Sequence[str]) -> list[str]:
@@ -205,8 +300,8 @@ def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def _places(random: np.random.Generator, count: int, sides: tuple[float, float]) -> list[Place]:
-    """Draw places that do not overlap. The objects shrink until they fit.
+def _places(random: np.random.Generator, count: int, sides: tuple[float, float], taken: Sequence[Place] = ()) -> list[Place]:
+    """Draw places that overlap neither each other nor those `taken`. The objects shrink until they fit.
 
     The picture's edge may cut off a far corner, since a wider margin would concentrate the objects in the middle.
     """
@@ -216,16 +311,29 @@ def _places(random: np.random.Generator, count: int, sides: tuple[float, float])
         for _ in range(50):
             margin = 1.2 * sizes[:, None]
             centers = margin + random.random((count, 2)) * (np.array(sides) - 2 * margin)
-            if all(np.hypot(*(centers[i] - centers[j])) > 1.3 * (sizes[i] + sizes[j]) for i in range(count) for j in range(i)):
-                return [Place(x, y, size, turn) for (y, x), size, turn in zip(centers, sizes, turns)]
+            drawn = [Place(x, y, size, turn) for (y, x), size, turn in zip(centers, sizes, turns)]
+            if all(_apart(one, other) for i, one in enumerate(drawn) for other in (*taken, *drawn[:i])):
+                return drawn
         sizes = 0.9 * sizes
+
+
+def _apart(one: Place, other: Place) -> bool:
+    return np.hypot(one.y - other.y, one.x - other.x) > 1.3 * (one.size + other.size)
+
+
+class _Object(NamedTuple):
+    """A shape with its paint and its place."""
+
+    name: str
+    paint: Paint
+    place: Place
 
 
 _FINE = 2
 """Samples per pixel along each side, over which edges and textures are averaged."""
 
 
-def _render(ground: Paint, objects: list[tuple[str, Paint, Place]], height: int, width: int) -> Scene:
+def _render(ground: Paint, objects: Sequence[_Object], height: int, width: int) -> Scene:
     step = 1 / (_FINE * min(height, width))
     x, y = ((np.arange(_FINE * side, dtype=np.float32) + 0.5) * step for side in (width, height))
     image = _paint_at(ground, x[None], y[:, None])
@@ -240,9 +348,10 @@ def _render(ground: Paint, objects: list[tuple[str, Paint, Place]], height: int,
         image[:, rows, columns] = np.where(inside, _paint_at(paint, *near), image[:, rows, columns])
         owner[rows, columns][inside] = number
     masks = _pixels(owner == 1 + np.arange(len(objects))[:, None, None]) > 0.5
-    return Scene(_pixels(image).clamp(0, 1), masks, tuple(CLASSES.index(name) for name, _, _ in objects))
+    classes = tuple(CLASSES.index(one.name) for one in objects if one.name != _BAR)
+    return Scene(_pixels(image).clamp(0, 1), masks, classes)
 
 
 def _pixels(fine: Array) -> Tensor:
     """Average the samples of each pixel, `(k, h, w)`."""
-    return torch.nn.functional.avg_pool2d(torch.from_numpy(fine.astype(np.float32)), _FINE)
+    return torch.nn.functional.avg_pool2d(torch.from_numpy(fine.astype(np.float32))[:, None], _FINE)[:, 0]

@@ -1,5 +1,66 @@
 """Metrics of maps: functions of tensors, and of a score."""
 
-from camfn.metrics.localization import energy_pointing_game, pointing_game
+from camfn.metrics.boxes import BoxAccuracy, box_ious, boxes_to_masks, max_box_acc
+from camfn.metrics.complexity import entropy, gini
+from camfn.metrics.controls import (
+    CONTROL_METHODS,
+    CONTROLS,
+    all_ones,
+    centered_gaussian,
+    input_edges,
+    random_pixels,
+)
+from camfn.metrics.localization import energy_pointing_game, iou, pixel_auc, pointing_game
+from camfn.metrics.randomization import Randomization, model_randomization
+from camfn.metrics.removal import (
+    background_independence,
+    deletion_check,
+    distractibility,
+    irrelevant,
+    preservation_check,
+    single_deletion,
+    target_sensitivity,
+)
+from camfn.metrics.robustness import maximum_sensitivity
+from camfn.metrics.sensitivity import cell_energy, grid_of, grid_pointing_game, object_energy, other_object_energy
+from camfn.metrics.similarity import rank_correlation, ssim
+from camfn.metrics.states import permuted_classifier, random_classifier, randomized_states
 
-__all__ = ["energy_pointing_game", "pointing_game"]
+__all__ = [
+    "CONTROLS",
+    "CONTROL_METHODS",
+    "BoxAccuracy",
+    "Randomization",
+    "all_ones",
+    "background_independence",
+    "box_ious",
+    "boxes_to_masks",
+    "cell_energy",
+    "centered_gaussian",
+    "deletion_check",
+    "distractibility",
+    "energy_pointing_game",
+    "entropy",
+    "gini",
+    "grid_of",
+    "grid_pointing_game",
+    "input_edges",
+    "iou",
+    "irrelevant",
+    "max_box_acc",
+    "maximum_sensitivity",
+    "model_randomization",
+    "object_energy",
+    "other_object_energy",
+    "permuted_classifier",
+    "pixel_auc",
+    "pointing_game",
+    "preservation_check",
+    "random_classifier",
+    "random_pixels",
+    "randomized_states",
+    "rank_correlation",
+    "single_deletion",
+    "ssim",
+    "target_sensitivity",
+]

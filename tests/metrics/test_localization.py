@@ -82,21 +82,93 @@ def test_pointing_is_the_loop_over_pixels(seed, tolerance):
     assert metrics.pointing_game(map, mask, tolerance=tolerance) == float(near)
 
 
-# ------------------------------------------------------------------------------------------------------ what both do
-
-BOTH = [metrics.energy_pointing_game, metrics.pointing_game]
+# ------------------------------------------------------------------------------------------------------------- AUC
 
 
-@pytest.mark.parametrize("metric", BOTH)
+@given(seed=st.integers(0, 999), levels=st.sampled_from([2, 5, 1000]))
+@settings(max_examples=30, deadline=None)
+def test_auc_is_the_share_of_pairs_in_order(seed, levels):
+    map, mask = (random(5, 7, seed=seed) * levels).floor() - 2, random(5, 7, seed=seed + 1000) > 0.6
+    inside, outside = map[mask], map[~mask]
+    pairs = [1.0 * bool(a > b) + 0.5 * bool(a == b) for a in inside for b in outside]
+    assert float(metrics.pixel_auc(map, mask)) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+
+
+def test_auc_is_that_of_sklearn():
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    map, mask = (random(40, 40) * 20).round(), random(40, 40, seed=1) > 0.7
+    expected = sklearn_metrics.roc_auc_score(mask.flatten().numpy(), map.flatten().numpy())
+    assert float(metrics.pixel_auc(map, mask)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_auc_of_a_large_picture_counts_pairs_exactly():
+    """The rank sum, 2.4e9, leaves float32, in which the maps are."""
+    ramp, mask = torch.arange(70_000.0)[None], torch.arange(70_000)[None] >= 20_000
+    assert metrics.pixel_auc(ramp, mask) == 1
+    assert metrics.pixel_auc(-ramp, mask) == 0
+    assert metrics.pixel_auc(torch.zeros_like(ramp), mask) == 0.5
+
+
+def test_auc_needs_pixels_on_both_sides():
+    assert math.isnan(metrics.pixel_auc(one(0, 0), torch.ones(4, 6, dtype=torch.bool)))
+
+
+# ------------------------------------------------------------------------------------------------------------- IoU
+
+
+@given(seed=st.integers(0, 999), threshold=st.sampled_from([0.0, 0.3, 0.9]))
+@settings(max_examples=30, deadline=None)
+def test_iou_is_the_loop_over_pixels(seed, threshold):
+    map, mask = random(5, 7, seed=seed) - 0.2, random(5, 7, seed=seed + 1000) > 0.6
+    above = [(r, c) for r in range(5) for c in range(7) if map[r, c] > max(0.0, threshold * float(map.max()))]
+    inside = [(r, c) for r in range(5) for c in range(7) if mask[r, c]]
+    expected = len({*above} & {*inside}) / len({*above} | {*inside})
+    assert float(metrics.iou(map, mask, threshold=threshold)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_iou_of_flat_maps():
+    assert metrics.iou(torch.full((4, 6), 0.3), TOP_LEFT) == pytest.approx(4 / 24)  # all pixels are above half of the maximum
+    assert metrics.iou(torch.zeros(4, 6), TOP_LEFT) == 0
+    assert metrics.iou(-torch.ones(4, 6), TOP_LEFT) == 0
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.0])
+def test_a_threshold_is_a_share_of_the_maximum(threshold):
+    with pytest.raises(CamError, match="must be a share of the map's maximum"):
+        metrics.iou(one(0, 0), TOP_LEFT, threshold=threshold)
+
+
+# ------------------------------------------------------------------------------------------------------ what all do
+
+ALL = [metrics.energy_pointing_game, metrics.pointing_game, metrics.pixel_auc, metrics.iou]
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_an_empty_mask_is_no_hit_and_no_miss(metric):
+    masks = torch.stack([TOP_LEFT, TOP_LEFT & False])
+    found = metric(TOP_LEFT.float().expand(2, -1, -1), masks)
+    assert found[0] == 1
+    assert found[1].isnan()
+
+
+def test_an_empty_mask_stays_empty_with_a_tolerance():
+    assert metrics.pointing_game(one(0, 0), TOP_LEFT & False, tolerance=2).isnan()
+
+
+@pytest.mark.parametrize("metric", ALL)
 def test_maps_are_resized_to_the_masks(metric):
     map, mask = random(3, 4), random(12, 20, seed=1) > 0.5
     assert torch.equal(metric(map, mask), metric(maps.resize(map, (12, 20)), mask))
+
+
+def test_energy_is_that_of_the_resized_map():
+    map, mask = random(3, 4), random(12, 20, seed=1) > 0.5
     assert float(metrics.energy_pointing_game(map, mask)) == pytest.approx(
         float(maps.resize(map, (12, 20))[mask].sum() / maps.resize(map, (12, 20)).sum()), abs=1e-12
     )
 
 
-@pytest.mark.parametrize("metric", BOTH)
+@pytest.mark.parametrize("metric", ALL)
 def test_a_batch_of_several_targets_is_each_alone(metric):
     map, mask = random(2, 3, 5, 5), random(2, 3, 10, 10, seed=1) > 0.6
     found = metric(map, mask)
@@ -106,13 +178,13 @@ def test_a_batch_of_several_targets_is_each_alone(metric):
             assert found[i, t] == pytest.approx(float(metric(map[i, t], mask[i, t])), abs=1e-12)
 
 
-@pytest.mark.parametrize("metric", BOTH)
+@pytest.mark.parametrize("metric", ALL)
 @pytest.mark.parametrize("axes", [1, 3])
 def test_one_and_three_spatial_axes(metric, axes):
     shape = (4,) * axes
     map, mask = random(2, *shape), random(2, *shape, seed=1) > 0.5
     flat = metric(map.reshape(2, 1, -1), mask.reshape(2, 1, -1))
-    assert torch.allclose(metric(map, mask, spatial_ndim=axes), flat)
+    assert torch.allclose(metric(map, mask, spatial_ndim=axes), flat, equal_nan=True)
 
 
 @pytest.mark.parametrize("axes", [1, 3])
@@ -124,22 +196,22 @@ def test_tolerance_in_one_and_three_axes(axes):
     assert [float(metrics.pointing_game(map, mask, tolerance=t, spatial_ndim=axes)) for t in (0, 1, 2)] == [0, 0, 1]
 
 
-@pytest.mark.parametrize("metric", BOTH)
+@pytest.mark.parametrize("metric", ALL)
 def test_metrics_map_over_a_batch(metric):
     map, mask = random(4, 6, 6), random(4, 6, 6, seed=1) > 0.5
     assert torch.equal(torch.func.vmap(metric)(map, mask), metric(map, mask))
 
 
-@pytest.mark.parametrize("metric", BOTH)
+@pytest.mark.parametrize("metric", ALL)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_metrics_are_float32_or_wider(metric, dtype):
-    map = one(1, 1).to(dtype) * 3
+    map = TOP_LEFT.to(dtype) * 3
     found = metric(map, TOP_LEFT)
     assert found == 1
     assert found.dtype == torch.promote_types(dtype, torch.float32)
 
 
-@pytest.mark.parametrize("metric", BOTH)
+@pytest.mark.parametrize("metric", ALL)
 def test_what_a_metric_does_not_take(metric):
     with pytest.raises(CamError, match=r"masks are torch\.float32: they must be bools"):
         metric(one(0, 0), TOP_LEFT.float())
@@ -149,7 +221,7 @@ def test_what_a_metric_does_not_take(metric):
         metric(torch.zeros(4), TOP_LEFT)
 
 
-@pytest.mark.parametrize("metric", BOTH)
+@pytest.mark.parametrize("metric", ALL)
 @pytest.mark.parametrize("axes", [0, 4])
 def test_there_are_one_to_three_spatial_axes(metric, axes):
     with pytest.raises(CamError, match=f"spatial_ndim={axes} must be 1, 2 or 3"):
