@@ -41,6 +41,7 @@ ROOMS = {
     ".beside": ("concepts", "testing"),
     ".public": ("weights", "maps"),
     "metrics": (
+        *("scoring", "imputation", "faithfulness", "confidence"),
         *("pixels", "localization", "boxes", "complexity", "similarity", "sensitivity", "removal", "robustness", "states"),
         *("randomization", "controls"),
     ),

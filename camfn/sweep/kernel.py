@@ -26,7 +26,7 @@ from camfn.model.prepare import Slot, shapes, weakly
 from camfn.sweep.folding import with_channels_last
 from camfn.sweep.options import Sweep
 from camfn.sweep.runner import Runner
-from camfn.targets import Score, rows_at, score_rows
+from camfn.targets import Kind, Score, rows_at, score_rows
 
 Rows = dict[str, Tensor]
 
@@ -62,19 +62,27 @@ def folded(scorer: Scorer, rule: Rule, state: State, x: Inputs, targets: Any, ro
     """The scores `(b, t)` of a chunk of rows, with the chunk as one batch of the model."""
     images = pick(x, scorer.companions.pixels)
     masked = vmap(functools.partial(mask_row, rule, images))(rows)
-    output = scorer.call(state, rows_of(x, scorer.companions, rows["image"], masked))
-    return score_rows(scorer.of, output, rows_at(targets, rows["image"]))
+    return scored_images(scorer, state, x, targets, rows["image"], masked)
+
+
+def scored_images(scorer: Scorer, state: State, x: Inputs, targets: Any, image: Tensor, made: Tensor) -> Tensor:
+    """The scores `(b, t)` of inputs that were made from these images, as one batch of the model."""
+    output = scorer.call(state, rows_of(x, scorer.companions, image, made))
+    return score_rows(scorer.of, output, rows_at(targets, image))
 
 
 def mapped(scorer: Scorer, rule: Rule, state: State, x: Inputs, targets: Any, rows: Rows) -> Tensor:
     """The scores `(b, t)` by definition: one row, including the model, mapped over the chunk."""
 
-    def one(row: Rows) -> Tensor:
-        return folded(scorer, rule, state, x, targets, {name: value[None] for name, value in row.items()})[0]
+    return one_by_one(scorer.of, functools.partial(folded, scorer, rule, state, x, targets), rows)
 
-    if scorer.of.way != "mapped":  # the target itself cannot be mapped
-        return torch.stack([one({name: value[i] for name, value in rows.items()}) for i in range(len(rows["image"]))])
-    return vmap(one)(rows)
+
+def one_by_one(of: Kind, folded: Callable[[Rows], Tensor], rows: Rows) -> Tensor:
+    """The scores of a function of a chunk that sees one row at a time: mapped, unless the target itself cannot be."""
+    if of.way != "mapped":
+        each = [folded({name: value[i : i + 1] for name, value in rows.items()}) for i in range(len(rows["image"]))]
+        return torch.cat(each)
+    return vmap(lambda row: folded({name: value[None] for name, value in row.items()})[0])(rows)
 
 
 def kernel_of(forward: Forward, runner: Runner, score: Score, rule: Rule, grid: tuple[int, ...], options: Sweep) -> Kernel:

@@ -121,6 +121,14 @@ def _rewritten(forward: Forward, own: Runner, rows: int) -> Iterator[Runner]:
             yield own._replace(private=private, state=state, merged=merged, channels_last=spread)
 
 
+def renewed(forward: Forward, runner: Runner) -> Runner:
+    """The same way to run the model, on a private copy that the forward's call lends."""
+    private = forward.task.model.borrow()
+    if runner.merged:
+        private, _ = merge_norms(private, forward.task.state, second_of(forward).found.folds)
+    return runner._replace(private=private)
+
+
 def narrowed(forward: Forward, runner: Runner, dtype: torch.dtype) -> Runner:
     """The runner in a narrow dtype. Raises `CamError` if the model does not run in it."""
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in runner.state.items()}
