@@ -38,9 +38,9 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "shallow": Plan(3, 64, 8, 4, 0, windows=12, scenes=2),
-    "coarse": Plan(5, 48, 12, 3, 1, windows=20, scenes=6),
-    "third": Plan(4, 64, 8, 4, 2, windows=10, scenes=2),
+    "shallow": Plan(3, 64, 8, 4, 0, windows=16, scenes=2),
+    "coarse": Plan(5, 48, 12, 3, 1, windows=24, scenes=4),
+    "third": Plan(4, 64, 8, 4, 2, windows=14, scenes=2),
 }
 CHOSEN_ON, JUDGED_ON = ("shallow", "coarse"), "third"
 
@@ -108,7 +108,7 @@ def load(name: str) -> SmallViT:
 class Settings(NamedTuple):
     """The hyperparameters of the training."""
 
-    scenes: int = 8000
+    scenes: int = 4000
     window: int = 48  # pixels, a multiple of every patch
     batch: int = 64
     rate: float = 2e-3

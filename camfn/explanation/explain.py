@@ -16,6 +16,7 @@ from camfn._types import Inputs, Layers, Target
 from camfn._version import __version__
 from camfn.explanation import pictures
 from camfn.explanation.card import Explanation
+from camfn.explanation.check import checked, mean_correlations
 from camfn.explanation.fields import ReadOnly
 from camfn.formulas import diagnostics
 from camfn.formulas.diagnostics import Finding
@@ -49,6 +50,7 @@ def explain(
     images: Any = None,
     names: Names = None,
     preprocess: Callable[[Any], Any] | None = None,
+    check: bool = False,
     **options: Any,
 ) -> Explanation: ...
 @overload
@@ -62,6 +64,7 @@ def explain(
     images: Any = None,
     names: Names = None,
     preprocess: Callable[[Any], Any] | None = None,
+    check: bool = False,
     **options: Any,
 ) -> tuple[Explanation, ...]: ...
 def explain(
@@ -74,6 +77,7 @@ def explain(
     images: Any = None,
     names: Names = None,
     preprocess: Callable[[Any], Any] | None = None,
+    check: bool = False,
     **options: Any,
 ) -> Explanation | tuple[Explanation, ...]:
     """Compute a method's maps by name, with classes, scores, weights, settings, cost and findings.
@@ -90,6 +94,9 @@ def explain(
     - `preprocess`: the function that made the inputs of the pictures, from a PIL image to `(channels, h, w)`, or an image
       processor of transformers. It is run on pictures of known positions (`camfn.images.view_of`) to find where the inputs lie
       on the pictures. Without it, a picture must have the proportions of its input, and the input must show all of it.
+    - `check`: compare each map with controls: the map of the likeliest other class, `mean_cam`'s, and the removal of cells in
+      random orders. The card has the result as `check`, and as one line of its text. It costs the method once more, and some
+      forty forward passes for each target.
     - `options`: options of the methods. Each method gets those that it has. At least one method must have each option.
 
     **Returns** an `Explanation`, or a tuple of them for a sequence of methods.
@@ -107,7 +114,7 @@ def explain(
     [1, 0]
     """
     shown, methods = Shown(images, names, preprocess), [method] if isinstance(method, str) else method
-    with prepared(model, layer, x, target, methods, options, shown=shown) as makes:
+    with prepared(model, layer, x, target, methods, options, shown=shown, check=check) as makes:
         cards = tuple(make() for make in makes)
     return cards[0] if isinstance(method, str) else cards
 
@@ -122,6 +129,7 @@ def prepared(
     options: Mapping[str, Any],
     *,
     shown: Shown = Shown(),
+    check: bool = False,
 ) -> Iterator[list[Callable[[], Explanation]]]:
     """Yield, for each method, a function that makes its explanation.
 
@@ -132,12 +140,16 @@ def prepared(
     stray = [key for key in options if not any(key in own for own in given.values())]
     if stray:
         raise CamError(f"{', '.join(rows)} {'has' if len(rows) == 1 else 'have'} no option {', '.join(map(repr, stray))}")
+    if check and _compat.transformed():
+        raise CamError("check=True reads values: call camfn.explain outside of transforms of torch.func")
     layers = {name: layer if row.of_layer else None for name, row in rows.items()}
     graph = any(Need.GRADIENTS in row.needs for row in rows.values())
     with Shared(opened(model).prepared, x, graph=graph, several=len(rows) > 1) as shared:
         complete = _shown(shared, x, options, shown)
         arguments = {name: (layers[name], x, target) for name in method}
-        yield [lambda name=name: complete(_card(shared, name, rows[name], arguments[name], given[name])) for name in method]
+        yield [
+            lambda name=name: complete(_card(shared, name, rows[name], arguments[name], given[name], check)) for name in method
+        ]
 
 
 def _shown(shared: Shared, x: Inputs, options: Mapping[str, Any], shown: Shown) -> Callable[[Explanation], Explanation]:
@@ -206,19 +218,22 @@ def _parameters(row: Method) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(row.run).parameters
 
 
-def _card(shared: Shared, name: str, row: Method, arguments: tuple[Any, ...], options: dict[str, Any]) -> Explanation:
+def _card(
+    shared: Shared, name: str, row: Method, arguments: tuple[Any, ...], options: dict[str, Any], check: bool
+) -> Explanation:
     """Run one method, and make its explanation."""
     start, shared.last = time.perf_counter(), None
     outcome = row.run(shared, *arguments, **options)
-    seconds = time.perf_counter() - start
+    seconds, forward = time.perf_counter() - start, shared.last
     named = [p for p in _parameters(row).values() if p.kind == inspect.Parameter.KEYWORD_ONLY]
     settings = {p.name: options.get(p.name, p.default) for p in named}
     fields: dict[str, Any] = outcome._asdict()
     fields["targets"] = _named(fields.pop("score"), outcome.scores)
     found = [each for each in outcome.findings if each.kind != "no gradient" or Need.GRADIENTS in row.needs]  # of this method
     lost = {each.layer for each in found if each.kind == "no gradient"}
-    about = [each for each in _about(outcome, row, settings, shared.last) if each.layer not in lost]
+    about = [each for each in _about(outcome, name, row, settings, forward) if each.layer not in lost]
     fields["findings"] = (*found, *fields.pop("remarks"), *about)
+    fields["check"] = checked(shared, row, arguments, options, outcome, settings["layout"]) if check else None
     return Explanation(method=name, settings=ReadOnly(settings), seconds=seconds, versions=ReadOnly(_versions()), **fields)
 
 
@@ -227,7 +242,9 @@ def _named(score: Score, scores: Tensor) -> tuple[tuple[str, ...], ...]:
     return () if _compat.transformed() else names_of(score, scores.shape[1])
 
 
-def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], forward: Forward | None) -> tuple[Finding, ...]:
+def _about(
+    outcome: Outcome, name: str, row: Method, settings: Mapping[str, Any], forward: Forward | None
+) -> tuple[Finding, ...]:
     """Findings about weights, activations and gradients; none under a transform, where values cannot be read."""
     if _compat.transformed():
         return ()
@@ -237,6 +254,8 @@ def _about(outcome: Outcome, row: Method, settings: Mapping[str, Any], forward: 
     if forward is not None and Need.ACTIVATIONS in row.needs:
         reads = [read_layer(forward, *each, settings["layout"]) for each in zip(forward.layers, forward.activations)]
         found += diagnostics.about_activations([part.values for part in reads], forward.layers)
+        if name != "mean_cam":
+            found += diagnostics.about_agreement(mean_correlations(outcome.maps, forward, settings["layout"]), forward.layers)
         gradients = next((value for key, value in forward.task.facts.items() if key[0] == "gradients"), None)
         if Need.GRADIENTS in row.needs and gradients is not None:
             found += diagnostics.about_gradients(gradients, forward.layers)

@@ -127,7 +127,7 @@ def about_agreement(correlations: Sequence[Float[Tensor, "n t"]], layers: Sequen
     """Find maps that rank the positions as `mean_cam` does, by their rank correlations with it."""
     found = []
     for name, each in zip(layers, correlations):
-        same = each >= _ALIKE
+        same = each >= ALIKE
         if same.any():
             sentence = (
                 f"{int(same.sum())} of {same.numel()} maps at layer {name!r} rank the positions as mean_cam does (correlation "
@@ -137,7 +137,7 @@ def about_agreement(correlations: Sequence[Float[Tensor, "n t"]], layers: Sequen
     return tuple(found)
 
 
-_ALIKE = 0.95
+ALIKE = 0.95
 """The rank correlation from which maps hardly differ by class. That of Grad-CAM on trained networks is below 0.9."""
 
 

@@ -1,6 +1,7 @@
 """The card: what it tells, what several methods share, and the findings, each on a network that is made to show it."""
 
 import copy
+import functools
 import inspect
 import pickle
 import typing
@@ -8,9 +9,11 @@ import typing
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
 import camfn
 from camfn._types import Maps
+from camfn.explanation.fields import Check
 from camfn.formulas import diagnostics
 from camfn.formulas.diagnostics import Finding
 from tests.oracles.closeness import close
@@ -429,3 +432,106 @@ def test_a_method_says_that_it_returns_maps(name):
     parameters = [*inspect.signature(function).parameters]
     assert parameters[:4] == ["model", "layer", "x", "target"]
     assert "normalize" in parameters
+
+
+# ---------------------------------------------------------------------------------------------------- maps and controls
+
+
+def test_maps_that_rank_the_positions_as_the_mean_of_the_channels_are_found():
+    card = explained(pooled(lambda h: h.abs(), weighted), "eigen_cam")
+    found = only(card, "no class")
+    mean = camfn.mean_cam(pooled(lambda h: h.abs(), weighted), "shown", inputs())
+    told = camfn.metrics.rank_correlation(card.maps, mean)
+    assert found.value == float((told >= 0.95).float().mean())
+    assert f"correlation {float(told[told >= 0.95].min()):.2f} or more" in found.sentence
+    for method in ("grad_cam", "mean_cam", "hires_cam"):  # `mean_cam` need not be told that it is itself
+        assert "no class" not in kinds(explained(pooled(head=weighted), method))
+
+
+def test_the_trained_network_has_no_findings_about_a_usual_map():
+    net, x = camfn.demo.network(), torch.stack([camfn.demo.preprocess(camfn.demo.scene(i, 1 + i % 3).image) for i in range(9)])
+    for method in ("grad_cam", "xgrad_cam", "hires_cam", "recipro_cam", "ablation_cam"):
+        assert set(kinds(camfn.explain(net, "features", x, method=method))) <= {"no position"}, method
+    assert set(kinds(camfn.explain(net, "features", x, method="cam", fc="classify"))) == set()
+
+
+@pytest.fixture
+def scenes() -> Tensor:
+    return torch.stack([camfn.demo.preprocess(camfn.demo.scene(i, 2).image) for i in (1, 3)])
+
+
+def test_a_check_compares_with_each_control(scenes):
+    net = camfn.demo.network()
+    card = camfn.explain(net, "features", scenes, method="grad_cam", check=True)
+    plain = camfn.explain(net, "features", scenes, method="grad_cam")
+    assert torch.equal(card.maps, plain.maps)
+    assert plain.check is None
+    best = net(scenes).topk(2).indices
+    other = camfn.grad_cam(net, "features", scenes, best[:, 1])
+    close(card.check.other[:, 0, 0], camfn.metrics.rank_correlation(plain.maps, other))
+    close(card.check.mean[:, 0, 0], camfn.metrics.rank_correlation(plain.maps, camfn.mean_cam(net, "features", scenes)))
+    score = camfn.metrics.score_function(net, scenes, camfn.targets.probability(best[:, 0]))
+    area = functools.partial(camfn.metrics.deletion_curve, plain.maps, scenes, score, steps=6)
+    wins = [area().area < area(order="random", seed=seed).area for seed in range(5)]
+    assert torch.equal(card.check.random[:, 0, 0], torch.stack(wins).float().mean(0))
+    assert f"  check: {card.check.sentence}" in repr(card)
+    assert card.check.sentence in card._repr_html_()
+
+
+def test_a_map_of_no_class_fails_its_check_and_says_why(scenes):
+    card = camfn.explain(camfn.demo.network(), "features", scenes, method="mean_cam", check=True)
+    assert not card.check.passed.any()
+    assert "2 than the map of another class (correlation 1.00); 2 than the mean of the channels (correlation 1.00)" in repr(
+        card
+    )
+
+
+def test_a_check_has_a_value_for_each_target_and_layer(scenes):
+    table = torch.tensor([[1, 2], [3, 4]])
+    card = camfn.explain(camfn.demo.network(), ["body", "features"], scenes, table, method="grad_cam", check=True)
+    alone = camfn.explain(camfn.demo.network(), "features", scenes, table, method="grad_cam", check=True)
+    assert card.check.other.shape == card.check.mean.shape == card.check.random.shape == (2, 2, 2)
+    for mine, own in zip(card.check[:3], alone.check[:3]):
+        close(mine[..., 1], own[..., 0])
+
+
+def test_a_check_leaves_out_what_does_not_apply(scenes):
+    """No class, or no layer."""
+    of_callable = camfn.explain(camfn.demo.network(), "features", scenes, lambda y: y[0] - y[1], method="grad_cam", check=True)
+    assert of_callable.check.other.isnan().all()
+    assert not of_callable.check.mean.isnan().any()
+    whole = camfn.explain(camfn.demo.network(), None, scenes, method="full_grad", check=True)
+    assert whole.check.mean.isnan().all()
+    assert not whole.check.other.isnan().any()
+
+
+def test_the_line_of_a_check():
+    def line(other: float, mean: float, random: float) -> str:
+        return Check(*(torch.tensor([[[each]]]) for each in (other, mean, random)), 5).sentence
+
+    assert line(0.25, 0.5, 1.0) == (
+        "the map is better than the controls: a random order of the cells (ahead of 5 of 5); the map of another class "
+        "(correlation 0.25); the mean of the channels (correlation 0.50)"
+    )
+    assert line(torch.nan, torch.nan, 1.0) == (
+        "the map is better than the controls: a random order of the cells (ahead of 5 of 5)"
+    )
+    assert line(0.96, 0.5, 0.4) == (
+        "1 of 1 maps is no better than a control: 1 than a random order of the cells (the worst is ahead of 2 of 5); "
+        "1 than the map of another class (correlation 0.96)"
+    )
+
+
+def test_a_check_goes_with_its_card(scenes, tmp_path):
+    card = camfn.explain(camfn.demo.network(), "features", scenes, method="grad_cam", check=True)
+    for name in ("card.npz", "card.safetensors"):
+        card.save(tmp_path / name)
+        again = camfn.load(tmp_path / name).check
+        assert all(torch.equal(mine, own) for mine, own in zip(again[:3], card.check[:3]))
+        assert again.sentence == card.check.sentence
+    assert pickle.loads(pickle.dumps(card)).check.sentence == card.check.sentence
+
+
+def test_a_check_is_refused_under_a_transform():
+    with pytest.raises(camfn.CamError, match="check=True reads values"):
+        vmap(lambda x: camfn.explain(small_net(), "features", x[None], 1, method="grad_cam", check=True).maps)(inputs())
