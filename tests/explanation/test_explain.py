@@ -533,5 +533,6 @@ def test_a_check_goes_with_its_card(scenes, tmp_path):
 
 
 def test_a_check_is_refused_under_a_transform():
+    net = small_net()
     with pytest.raises(camfn.CamError, match="check=True reads values"):
-        vmap(lambda x: camfn.explain(small_net(), "features", x[None], 1, method="grad_cam", check=True).maps)(inputs())
+        vmap(lambda x: camfn.explain(net, "features", x[None], 1, method="grad_cam", check=True).maps)(inputs())
