@@ -121,7 +121,7 @@ def read(
         why = _unplaced_message(fitting) if fitting and not forms else _unclear_message(forms, shape, layout, spatial)
         raise CamError(f"{layer_called(layer)} gives {shape}, {why}")
     form = forms[0]
-    view, restore = functools.partial(view_of, form), functools.partial(_restore, form, activation)
+    view, restore = functools.partial(view_of, form), functools.partial(restored, form, activation)
     return Read(view(activation), form.grid, view, restore, form.like)
 
 
@@ -181,7 +181,8 @@ def _move_axes(form: Form, activation: Tensor) -> Tensor:
     return batched.movedim(-1, 1) if form.last else batched
 
 
-def _restore(form: Form, activation: Tensor, values: Activations, images: Tensor | None = None) -> Tensor:
+def restored(form: Form, activation: Tensor, values: Activations, images: Tensor | None = None) -> Tensor:
+    """Bring `(n, c, p)` back to the layout of an activation, whose other tokens are kept."""
     whole = _move_axes(form, activation)
     flat = values.to(activation.dtype)
     if form.prefix or form.suffix:

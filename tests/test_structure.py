@@ -48,7 +48,7 @@ ROOMS = {
     ),
     "images": ("colors", "pictures", "preprocessing", "reading", "turns", "seen", "views", "overlays"),
     ".pictures": ("figures",),
-    "explanation": ("fields", "text", "pictures", "html", "files", "card", "explain"),
+    "explanation": ("fields", "text", "pictures", "html", "files", "card", "check", "explain"),
     "demo": ("scenes", "network"),
     ".train": ("demo.train",),
     "zoo": ("checkpoints", "downloads", "libraries", "specs", "networks"),

@@ -117,7 +117,7 @@ def _explain(job: Job, source: Source, photo: Any) -> list[Written]:
     """Compute all maps of a picture, then write all files, so that an error leaves no files."""
     seen = through(job, photo)
     picture, notes = drawing.ground(job.wish, photo, seen.x, job.loaded.preprocess, job.views)
-    made = [each for layer in job.layers for each in maps_of(job, source, seen, layer)]
+    made = [each for layer in job.layers for each in maps_of(job, source, seen, layer, job.wish.check)]
     made = [each._replace(notes=(*each.notes, *notes)) for each in made]
     for note in dict.fromkeys(note for each in made for note in each.notes):  # methods may have the same notes
         sys.stderr.write(f"note: {escaped(source)}: {options.one_line(note)}\n")

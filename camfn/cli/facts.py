@@ -73,6 +73,7 @@ def facts_of_map(job: Job, made: Map) -> Facts:
         "heads": card.heads,
         "findings": [finding._asdict() for finding in card.findings],
         "notes": list(notes),
+        "check": None if card.check is None else card.check.sentence,
         "camfn": camfn.__version__,
         "torch": torch.__version__,
     }

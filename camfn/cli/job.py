@@ -64,14 +64,14 @@ def through(job: Job, picture: Any) -> Seen:
     return Seen(x, zoo.outputs_of(job.loaded, x))
 
 
-def maps_of(job: Job, source: Source, seen: Seen, layer: str | None) -> list[Map]:
+def maps_of(job: Job, source: Source, seen: Seen, layer: str | None, check: bool = False) -> list[Map]:
     """Return the maps of each method at the layer. With `all`, methods that do not fit are skipped with a note."""
     given, report = dict(job.options), _Report()
     target = torch.tensor([zoo.classes_of(job.targets, seen.outputs)])
     if "sweep" in given:
         given["sweep"] = given["sweep"]._replace(progress=report)
     made, left_out = [], []
-    with prepared(job.loaded.model, layer, seen.x, target, job.methods, given) as makes:
+    with prepared(job.loaded.model, layer, seen.x, target, job.methods, given, check=check) as makes:
         for name, make in zip(job.methods, makes):
             label = escaped(" ".join(filter(None, (source.path.name, layer, name if len(job.methods) > 1 else ""))))
             try:
@@ -110,7 +110,8 @@ def _map(job: Job, method: str, make: Callable[[], Any]) -> Map:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     raw = card.maps[0].detach().cpu()
     check_grid(card.layers[0] if card.layers else method, raw.shape[1:])
-    return Map(card, raw, (*said, *card.notes))
+    checked = [] if card.check is None else [f"{method}: {card.check.sentence}"]
+    return Map(card, raw, (*said, *card.notes, *checked))
 
 
 @contextmanager

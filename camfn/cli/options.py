@@ -58,6 +58,7 @@ class Wish(NamedTuple):
     layout: str
     seed: int | None
     chunk: int | None
+    check: bool
     out: Path
     no_progress: bool
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from camfn._errors import CamError
 from camfn._types import Maps
 from camfn.compose._common import Clean, Question, composed, each_layer, joined, look_at, scaled
-from camfn.formulas.noise import noises
+from camfn.formulas.noise import Units, deviation, noisy
 from camfn.methods._common import check_noise, check_samples
 from camfn.methods.registry import Made, Outcome, made
 
@@ -18,11 +18,16 @@ Part = tuple[Outcome, Maps]
 
 
 def smooth(
-    method: Callable[..., Maps], num_samples: int = 4, std: float = 0.3, seed: int | torch.Generator = 0
+    method: Callable[..., Maps],
+    num_samples: int = 4,
+    std: float = 0.05,
+    seed: int | torch.Generator = 0,
+    *,
+    units: Units = "range",
 ) -> Callable[..., Maps]:
     """Return a method whose map is the mean of a method's maps of noisy inputs.
 
-    `L = mean_i norm(L(x + e_i))` with `e_i ~ N(0, std^2)` for each value of the input.
+    `L = mean_i norm(L(x + e_i))` with `e_i ~ N(0, s^2)` for each value of the input, and `s = std (max x - min x)`.
 
     The mean is of **normalized** maps, so that no sample dominates. The cost is `num_samples` times that of the method, plus
     one forward pass.
@@ -31,8 +36,11 @@ def smooth(
 
     - `method`: a method of camfn, a `functools.partial` of one, or a composition.
     - `num_samples`: the number of noisy inputs.
-    - `std`: the standard deviation of the noise, in units of the input.
-    - `seed`: an int, or a `torch.Generator`, which is copied and not advanced. The images of a batch share their noise.
+    - `std`: the standard deviation of the noise, as a share of the range of each image. The paper takes 0.1 to 0.2, for
+      gradients at the pixels. Maps of a layer lose their objects at as much.
+    - `seed`: an int, or a `torch.Generator`, which is copied and not advanced. The images of a batch share their noise, each in
+      its own range.
+    - `units`: `"range"`, or `"input"` if `std` is in units of the input: `s = std`.
 
     **Returns** a method like any other. It takes the arguments that all methods share (see `camfn.score_cam`), and those of the
     given method. `masked=` selects the image among several inputs, and `axes=` names its axes. The target is resolved once, on
@@ -50,12 +58,12 @@ def smooth(
 
     Smilkov et al., SmoothGrad, 2017 (arXiv 1706.03825), whose mean is of gradients: this one is of maps.
     """
-    check_noise("smooth", num_samples, std, seed)
+    check_noise("smooth", num_samples, std, seed, units)
     inner = made(method)
 
     def parts(clean: Clean) -> Iterator[Part]:
-        for noise in noises(num_samples, std, seed, clean.image[0]):
-            outcome = clean.put_to(inner, clean.image + noise.to(clean.image.dtype), normalize=True)
+        for image in noisy(clean.image, num_samples, seed, deviation(clean.image, std, units)):
+            outcome = clean.put_to(inner, image, normalize=True)
             yield outcome, outcome.maps
 
     return _mean_of("smooth", inner, parts)

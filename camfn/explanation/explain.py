@@ -17,6 +17,7 @@ from camfn._types import Inputs, Layers, Maps, Target
 from camfn._version import __version__
 from camfn.explanation import pictures
 from camfn.explanation.card import Explanation
+from camfn.explanation.check import checked, mean_correlations
 from camfn.explanation.fields import ReadOnly
 from camfn.formulas import diagnostics
 from camfn.formulas.diagnostics import Finding
@@ -53,6 +54,7 @@ def explain(
     images: Any = None,
     names: Names = None,
     preprocess: Callable[[Any], Any] | None = None,
+    check: bool = False,
     **options: Any,
 ) -> Explanation: ...
 @overload
@@ -66,6 +68,7 @@ def explain(
     images: Any = None,
     names: Names = None,
     preprocess: Callable[[Any], Any] | None = None,
+    check: bool = False,
     **options: Any,
 ) -> tuple[Explanation, ...]: ...
 def explain(
@@ -78,6 +81,7 @@ def explain(
     images: Any = None,
     names: Names = None,
     preprocess: Callable[[Any], Any] | None = None,
+    check: bool = False,
     **options: Any,
 ) -> Explanation | tuple[Explanation, ...]:
     """Compute a method's maps by name, with classes, scores, weights, settings, cost and findings.
@@ -95,6 +99,9 @@ def explain(
     - `preprocess`: the function that made the inputs of the pictures, from a PIL image to `(channels, h, w)`, or an image
       processor of transformers. It is run on pictures of known positions (`camfn.images.view_of`) to find where the inputs lie
       on the pictures. Without it, a picture must have the proportions of its input, and the input must show all of it.
+    - `check`: compare each map with controls: the map of the likeliest other class, `mean_cam`'s, and the removal of cells in
+      random orders. The card has the result as `check`, and as one line of its text. It costs the method once more, and some
+      forty forward passes for each target.
     - `options`: options of the methods. Each method gets those that it has. At least one method must have each option.
 
     **Returns** an `Explanation`, or a tuple of them for a sequence of methods.
@@ -113,7 +120,7 @@ def explain(
     """
     methods = [method] if isinstance(method, str) or callable(method) else method
     shown = Shown(images, names, preprocess)
-    with prepared(model, layer, x, target, methods, options, shown=shown) as makes:
+    with prepared(model, layer, x, target, methods, options, shown=shown, check=check) as makes:
         cards = tuple(make() for make in makes)
     return cards if methods is method else cards[0]
 
@@ -128,6 +135,7 @@ def prepared(
     options: Mapping[str, Any],
     *,
     shown: Shown = Shown(),
+    check: bool = False,
 ) -> Iterator[list[Callable[[], Explanation]]]:
     """Yield, for each method, a function that makes its explanation.
 
@@ -139,12 +147,14 @@ def prepared(
     if stray:
         named = dict.fromkeys(row.name for row in rows)
         raise CamError(f"{', '.join(named)} {'has' if len(named) == 1 else 'have'} no option {', '.join(map(repr, stray))}")
+    if check and _compat.transformed():
+        raise CamError("check=True reads values: call camfn.explain outside of transforms of torch.func")
     graph = any(Need.GRADIENTS in row.needs for row in rows)
     with Shared(opened(model).prepared, x, graph=graph, several=len(rows) > 1) as shared:
         complete = _shown(shared, x, options, shown)
 
         def make(row: Made, own: dict[str, Any]) -> Explanation:
-            return complete(_card(shared, row, (layer if row.of_layer else None, x, target), own))
+            return complete(_card(shared, row, (layer if row.of_layer else None, x, target), own, check))
 
         yield [functools.partial(make, *pair) for pair in zip(rows, given)]
 
@@ -215,19 +225,20 @@ def takes(row: Made, option: str) -> bool:
     return option in own or any(p.kind == inspect.Parameter.VAR_KEYWORD for p in own.values())
 
 
-def _card(shared: Shared, row: Made, arguments: tuple[Any, ...], options: dict[str, Any]) -> Explanation:
+def _card(shared: Shared, row: Made, arguments: tuple[Any, ...], options: dict[str, Any], check: bool) -> Explanation:
     """Run one method, and make its explanation."""
     start, shared.last = time.perf_counter(), None
     outcome = row.run(shared, *arguments, **options)
-    seconds = time.perf_counter() - start
+    seconds, forward = time.perf_counter() - start, shared.last
     named = [p for p in _parameters(row).values() if p.kind == inspect.Parameter.KEYWORD_ONLY]
     settings = {p.name: p.default for p in named} | options
     fields: dict[str, Any] = outcome._asdict()
     fields["targets"] = _named(fields.pop("score"), outcome.scores)
     found = [each for each in outcome.findings if each.kind != "no gradient" or Need.GRADIENTS in row.needs]  # of this method
     lost = {each.layer for each in found if each.kind == "no gradient"}
-    about = [each for each in _about(outcome, row, settings, shared.last) if each.layer not in lost]
+    about = [each for each in _about(outcome, row, settings, forward) if each.layer not in lost]
     fields["findings"] = (*found, *fields.pop("remarks"), *about)
+    fields["check"] = checked(shared, row, arguments, options, outcome, settings.get("layout")) if check else None
     return Explanation(method=row.name, settings=ReadOnly(settings), seconds=seconds, versions=ReadOnly(_versions()), **fields)
 
 
@@ -244,8 +255,14 @@ def _about(outcome: Outcome, row: Made, settings: Mapping[str, Any], forward: Fo
     if "recipe" in settings:
         found += diagnostics.about_weights([each.detach() for each in outcome.weights], outcome.layers)
     if forward is not None and Need.ACTIVATIONS in row.needs:
-        reads = [read_layer(forward, *each, settings["layout"]) for each in zip(forward.layers, forward.activations)]
+        reads = [
+            read_layer(forward, *each, settings.get("layout", "auto")) for each in zip(forward.layers, forward.activations)
+        ]
         found += diagnostics.about_activations([part.values for part in reads], forward.layers)
+        if row.name != "mean_cam":
+            found += diagnostics.about_agreement(
+                mean_correlations(outcome.maps, forward, settings.get("layout", "auto")), forward.layers
+            )
         gradients = next((value for key, value in forward.task.facts.items() if key[0] == "gradients"), None)
         if Need.GRADIENTS in row.needs and gradients is not None:
             found += diagnostics.about_gradients(gradients, forward.layers)

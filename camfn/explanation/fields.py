@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 from camfn._errors import CamError
 from camfn._types import Maps, Weights
-from camfn.formulas.diagnostics import Finding
+from camfn.formulas.diagnostics import ALIKE, Finding
 from camfn.images import View
 from camfn.model.gradients import detached
 
@@ -66,6 +66,40 @@ class Picture(NamedTuple):
     name: str = ""  # its file
 
 
+class Check(NamedTuple):
+    """A card's maps beside their controls, `(n, t, layers)`. NaN where a control does not apply."""
+
+    other: Tensor  # the rank correlation with the map of the likeliest other class
+    mean: Tensor  # the rank correlation with `mean_cam`'s map
+    random: Tensor  # the share of random orders in which the score outlasts the removal of the map's cells, the highest first
+    orders: int  # the number of random orders
+
+    @property
+    def passed(self) -> Tensor:
+        """Which maps are better than all controls that apply."""
+        return ~(self.other >= ALIKE) & ~(self.mean >= ALIKE) & (self.random == 1)
+
+    @property
+    def sentence(self) -> str:
+        """One line for people."""
+        count, failed = self.passed.numel(), int((~self.passed).sum())
+        least = round(float(self.random.min()) * self.orders)
+        other, mean = (float(each.nan_to_num(-2).max()) for each in (self.other, self.mean))
+        if not failed:
+            told = [f"a random order of the cells (ahead of {self.orders} of {self.orders})"]
+            told += [f"the map of another class (correlation {other:.2f})"] if other > -2 else []
+            told += [f"the mean of the channels (correlation {mean:.2f})"] if mean > -2 else []
+            whole = "the map is better" if count == 1 else f"all {count} maps are better"
+            return f"{whole} than the controls: {'; '.join(told)}"
+        reasons = (
+            (self.random < 1, f"a random order of the cells (the worst is ahead of {least} of {self.orders})"),
+            (self.other >= ALIKE, f"the map of another class (correlation {other:.2f})"),
+            (self.mean >= ALIKE, f"the mean of the channels (correlation {mean:.2f})"),
+        )
+        told = [f"{int(bad.sum())} than {control}" for bad, control in reasons if bad.any()]
+        return f"{failed} of {count} maps {'is' if failed == 1 else 'are'} no better than a control: {'; '.join(told)}"
+
+
 class Fields(NamedTuple):
     """The fields of `Explanation`."""
 
@@ -87,6 +121,7 @@ class Fields(NamedTuple):
     versions: Mapping[str, str]  # versions of Python and the packages
     pictures: tuple[Picture, ...] = ()  # of each input, if `images=` was given
     names: tuple[str, ...] = ()  # the names of the classes, if `names=` was given
+    check: Check | None = None  # the comparison with controls, if `check=True` was given
 
 
 def class_name(card: Fields, image: int, target: int) -> str:

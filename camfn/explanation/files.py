@@ -13,13 +13,15 @@ from torch import Tensor
 
 from camfn._errors import CamError, first_line
 from camfn._paths import kind
-from camfn.explanation.fields import Fields, Picture, ReadOnly
+from camfn.explanation.fields import Check, Fields, Picture, ReadOnly
 from camfn.formulas.diagnostics import Finding
 from camfn.images import View
 
 FORMAT = "camfn card 1"
 _PLAIN = ("method", "layers", "grids", "targets", "forwards", "backwards", "heads", "seconds", "names")
 """The fields of strings and numbers."""
+_CHECK = ("other", "mean", "random")
+"""The tensors of a check."""
 
 
 def write(card: Fields, path: Path) -> None:
@@ -95,6 +97,7 @@ def _tensors(card: Fields) -> dict[str, Tensor]:
     found |= {} if card.classes is None else {"classes": card.classes}
     found |= {f"weights.{i}": each for i, each in enumerate(card.weights)}
     found |= {f"errors.{i}": each for i, each in enumerate(card.errors) if each is not None}
+    found |= {} if card.check is None else {f"check.{name}": getattr(card.check, name) for name in _CHECK}
     found |= {f"pictures.{i}": torch.from_numpy(np.array(each.image)) for i, each in enumerate(card.pictures)}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
 
@@ -107,6 +110,7 @@ def _facts(card: Fields) -> dict[str, Any]:
     facts: dict[str, Any] = {"format": FORMAT, **{name: getattr(card, name) for name in _PLAIN}}
     facts |= {"settings": {key: _jsonable(value) for key, value in card.settings.items()}, "versions": dict(card.versions)}
     facts |= {"findings": [tuple(finding) for finding in card.findings], "errors": [each is not None for each in card.errors]}
+    facts |= {} if card.check is None else {"orders": card.check.orders}
     return facts | {"pictures": [(picture.view, picture.name) for picture in card.pictures]}
 
 
@@ -124,6 +128,8 @@ def _card(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Fields:
     views = [View(*map(_tuples, view)) for view, _ in facts["pictures"]]
     photos = [Image.fromarray(tensors[f"pictures.{i}"].numpy()) for i in range(len(views))]
     plain = {name: _tuples(facts[name]) for name in _PLAIN}
+    compared: dict[str, Any] = {name: tensors.get(f"check.{name}") for name in _CHECK}
+    check = Check(**compared, orders=facts["orders"]) if "orders" in facts else None
     return Fields(
         **plain,
         maps=tensors["maps"] if "maps" in tensors else _numbered(tensors, "maps"),
@@ -135,6 +141,7 @@ def _card(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Fields:
         findings=tuple(Finding(*finding) for finding in facts["findings"]),
         versions=ReadOnly(facts["versions"]),
         pictures=tuple(Picture(photo, view, name) for photo, view, (_, name) in zip(photos, views, facts["pictures"])),
+        check=check,
     )
 
 

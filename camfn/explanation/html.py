@@ -38,10 +38,11 @@ def fragment(card: Fields, most: int = IMAGES) -> str:
     heads = "".join(f"<th {_CELL}>{head}</th>" for head in ("image", "class", "target and score"))
     more = f"<p>... and {len(card.scores) - most} more images</p>" if len(card.scores) > most else ""
     findings = "".join(f"<li>{escape(finding.sentence)}</li>" for finding in card.findings)
+    check = "" if card.check is None else f"<p><b>Check</b>: {escape(card.check.sentence)}</p>"
     place = f" at {escape(', '.join(card.layers))}" if card.layers else ""
     return (
         f"<div><p><b>{escape(card.method)}</b>{place}</p>{pictures}<table><tr>{heads}</tr>{rows}</table>{more}"
-        f"{f'<ul>{findings}</ul>' if findings else ''}<p>{escape(cost(card))}</p></div>"
+        f"{f'<ul>{findings}</ul>' if findings else ''}{check}<p>{escape(cost(card))}</p></div>"
     )
 
 

@@ -28,6 +28,8 @@ def _lines(card: Fields) -> Iterator[str]:
             [f"image {i}{_file(card, i)}: {_targets(card, i)}" for i in range(len(card.targets))], IMAGES, "images"
         )
     yield from limited([f"finding: {finding.sentence}" for finding in card.findings], FINDINGS, "findings")
+    if card.check is not None:
+        yield f"  check: {card.check.sentence}"
     yield f"  cost: {cost(card)}"
 
 

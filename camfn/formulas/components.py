@@ -12,6 +12,7 @@ from camfn._types import Activations, FlatMaps, Gradients, Weights, wide
 from camfn.formulas.scaling import is_flat, magnitude
 
 Sign = Literal["sum", "peak"]
+Side = Literal["largest", "class"]
 Kernel = Literal["sigmoid", "rbf", "poly", "linear"]
 
 
@@ -69,9 +70,19 @@ def eigen_grad_cam(gradients: Gradients, activations: Activations, center: bool 
     return component(gradients, activations, center=center)
 
 
-def seg_eigen_cam(gradients: Gradients, activations: Activations, center: bool = True) -> FlatMaps:
-    """Seg-Eigen-CAM: the first component of `|G| * A`; its entry with the largest size is positive (Chung & Ying, 2025)."""
-    return component(gradients.abs(), activations, center=center, sign="peak")
+def seg_eigen_cam(gradients: Gradients, activations: Activations, center: bool = True, side: Side = "largest") -> FlatMaps:
+    """Seg-Eigen-CAM: the first component of `|G| * A`; its entry with the largest size is positive (Chung & Ying, 2025).
+
+    `side="class"` gives it the sign of its product with `sum_k G_k A_k` instead, as `eigen_grad_cam` has it.
+    """
+    found = component(gradients.abs(), activations, center=center, sign="peak")
+    if side == "largest":
+        return found
+    evidence = torch.einsum("ntcp,ncp->ntp", gradients.to(found.dtype), activations.to(found.dtype))
+    evidence = evidence - evidence.mean(-1, keepdim=True) if center else evidence
+    along = (found * evidence).sum(-1)
+    length = (found.square().sum(-1) * evidence.square().sum(-1)).sqrt()
+    return orientation(along / torch.where(length == 0, 1, length), found) * found
 
 
 def kpca_cam(

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from camfn._types import Activations, FlatMaps, Gradients, Weights
@@ -17,6 +18,10 @@ Kind = Literal[
     "dead channels",
     "equal weights",
     "one channel",
+    "cancelled sum",
+    "no class",
+    "negative channels",
+    "not the score's parts",
     "no gradient",
     "no position",
     "parts left out",
@@ -90,6 +95,86 @@ def _non_finite_sentence(count: int, of: int, layer: str, source: bool) -> str:
     return f"{maps}{', though the layer is' if layer else ''}: a gradient or a product overflows; try float64 for model and x"
 
 
+def about_sums(
+    left: Sequence[Float[Tensor, "n t"]], layers: Sequence[str], what: Literal["map", "sign"] = "map"
+) -> tuple[Finding, ...]:
+    """Find maps, or signs of maps, that are what is left of a sum whose parts cancel.
+
+    `left` is `formulas.maps.remainder` of each layer. Before a layer norm, `sum_k G_k A_k` is zero at each position, since the
+    score does not depend on the length of a position's vector: what is left is rounding, and the norm's epsilon.
+    """
+    found = []
+    for name, shares in zip(layers, left):
+        none = shares < _CANCELLED
+        if none.any():
+            maps = f"{int(none.sum())} of {none.numel()} maps at layer {name!r}"
+            told = f"{maps} are" if what == "map" else f"the sign of {maps} is"
+            most = float(shares[none].max())
+            sentence = (
+                f"{told} what is left where the parts of a sum cancel ({most:.1g} of their size), so rounding and no evidence: "
+                "before a layer norm, the score does not depend on the length of a position's vector; name the norm that "
+                "follows, or an earlier layer"
+            )
+            found.append(Finding("cancelled sum", name, float(none.float().mean()), sentence))
+    return tuple(found)
+
+
+_CANCELLED = 1e-3
+"""The share of its parts below which a sum of channels has cancelled. Sums of thousands of channels keep some hundredths."""
+
+
+def about_agreement(correlations: Sequence[Float[Tensor, "n t"]], layers: Sequence[str]) -> tuple[Finding, ...]:
+    """Find maps that rank the positions as `mean_cam` does, by their rank correlations with it."""
+    found = []
+    for name, each in zip(layers, correlations):
+        same = each >= ALIKE
+        if same.any():
+            sentence = (
+                f"{int(same.sum())} of {same.numel()} maps at layer {name!r} rank the positions as mean_cam does (correlation "
+                f"{float(each[same].min()):.2f} or more): they show where the layer is active, whatever the class"
+            )
+            found.append(Finding("no class", name, float(same.float().mean()), sentence))
+    return tuple(found)
+
+
+ALIKE = 0.95
+"""The rank correlation from which maps hardly differ by class. That of Grad-CAM on trained networks is below 0.9."""
+
+
+def about_negative(shares: Sequence[Float[Tensor, " n"]], layers: Sequence[str]) -> tuple[Finding, ...]:
+    """Find layers where a tenth of FEM's weight or more is negative: `formulas.maps.negative_share`."""
+    found = []
+    for name, each in zip(layers, shares):
+        share = float(each.max())
+        if share >= 0.1:
+            sentence = (
+                f"channels of a negative mean have {share:.0%} of FEM's weight at layer {name!r}: what stands out in them is "
+                'dark in the map; name a layer after a ReLU, or pass form="share"'
+            )
+            found.append(Finding("negative channels", name, share, sentence))
+    return tuple(found)
+
+
+def about_linear(told: Float[Tensor, "n t"], scores: Float[Tensor, "n t"], layer: str) -> tuple[Finding, ...]:
+    """Find that CAM's map does not add up to the score: the linear layer of the pooled layer is not the score."""
+    size = torch.maximum(told.abs(), scores.abs())
+    apart = (told - scores).abs() / torch.where(size > 0, size, 1)
+    worst = int(apart.argmax())
+    share = float(apart.flatten()[worst])
+    if not share > _APART:
+        return ()
+    sentence = (
+        f"the mean of CAM's map at layer {layer!r}, with the bias, is {float(told.flatten()[worst]):.3g}, and the score is "
+        f"{float(scores.flatten()[worst]):.3g}: between this layer and the score is more than a mean and the linear layer (a "
+        "ReLU, a norm, another block?), so the map's values are not the score's parts"
+    )
+    return (Finding("not the score's parts", layer, share, sentence),)
+
+
+_APART = 0.05
+"""The difference of two scores, as a share of the larger, that rounding does not explain, in bfloat16 either."""
+
+
 def about_weights(weights: Sequence[Weights], layers: Sequence[str]) -> tuple[Finding, ...]:
     """Find softmax weights that are nearly equal (the map is the mean activation) or dominated by one channel."""
     found = []
@@ -103,8 +188,11 @@ def about_weights(weights: Sequence[Weights], layers: Sequence[str]) -> tuple[Fi
                 "activation and says little about the target"
             )
             found.append(Finding("equal weights", name, share, sentence))
-        elif strongest > 0.9:
-            sentence = f"one channel at layer {name!r} has {strongest:.0%} of the weight: the map is roughly that channel"
+        elif strongest > 0.5:
+            sentence = (
+                f"one channel at layer {name!r} has {strongest:.0%} of the weight: the map is roughly that channel, and "
+                "blank if that is nowhere positive"
+            )
             found.append(Finding("one channel", name, strongest, sentence))
     return tuple(found)
 

@@ -39,10 +39,12 @@ __all__ = [
     "group_levels",
     "is_flat",
     "layer_cam",
+    "negative_share",
     "normalize",
     "percentile",
     "poly_cam",
     "recipro_cam",
+    "remainder",
     "resize",
     "rise",
     "score_cam_pp",
@@ -75,6 +77,37 @@ def combine(weights: Weights | Gradients, activations: Activations) -> FlatMaps:
     if weights.ndim == 4:
         return torch.einsum("ntcp,ncp->ntp", weights.to(dtype), activations.to(dtype))
     return weights.to(dtype) @ activations.to(dtype)
+
+
+def remainder(weights: Weights | Gradients, activations: Activations, found: FlatMaps) -> Float[Tensor, "n t"]:
+    """What is left of a sum after its parts cancel: the size of `combine`, as a share of that of its parts without signs.
+
+    `max_p |L_tp| / max_p sum_k |w_tk A_kp|`. It is 1 if all parts have one sign, or are zero.
+
+    Args:
+        weights: `w`, as in `combine`.
+        activations: `A`, `(n, c, p)`.
+        found: `L = combine(w, A)`.
+
+    >>> import torch
+    >>> w, activations = torch.tensor([[[1.0, -1.0]]]), torch.tensor([[[1.0, 2.0], [1.0, 1.5]]])
+    >>> remainder(w, activations, combine(w, activations)).tolist()
+    [[0.1428571492433548]]
+    """
+    whole, left = combine(weights.abs(), activations.abs()).amax(-1), found.abs().amax(-1)
+    return torch.where(whole > 0, left / torch.where(whole > 0, whole, 1), 1)
+
+
+def negative_share(weights: Float[Tensor, "n c"], values: Activations) -> Float[Tensor, " n"]:
+    """The share of `sum_kp |w_k B_kp|` that comes from negative weights. 0 if all are zero.
+
+    >>> import torch
+    >>> negative_share(torch.tensor([[3.0, -1.0]]), torch.ones(1, 2, 5)).tolist()
+    [0.25]
+    """
+    parts = (weights * values.sum(-1)).abs()
+    whole = parts.sum(-1)
+    return torch.where(weights < 0, parts, 0).sum(-1) / torch.where(whole > 0, whole, 1)
 
 
 def score_cam_pp(scores: Weights, activations: Activations, grid: Sequence[int], size: Sequence[int]) -> FlatMaps:

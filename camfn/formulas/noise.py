@@ -5,12 +5,13 @@ A caller's `torch.Generator` is copied and does not advance.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from camfn import _compat
+from camfn._types import wide
 from camfn.formulas.masks import Variation
 
 
@@ -82,10 +83,30 @@ def noise_stream(
     return take
 
 
-def noises(draws: int, std: float, seed: int | torch.Generator, like: Tensor) -> Iterator[Tensor]:
-    """Iterate over draws of noise in the shape of one image `(k, *size)`, float32."""
-    take: Any = noise_stream(Variation((1.0,) * draws, "input", std, seed), 1, tuple(like.shape), like.device)
-    return (take(torch.tensor([(draw, 0)], device="cpu"))[0] for draw in range(draws))
+def noisy(image: Tensor, draws: int, seed: int | torch.Generator, deviation: Tensor) -> Iterator[Tensor]:
+    """Iterate over draws of `image + deviation * e`, for images `(n, k, *size)` that share `e ~ N(0, 1)`, float32."""
+    take: Any = noise_stream(Variation((1.0,) * draws, "input", 1.0, seed), 1, tuple(image.shape[1:]), image.device)
+    drawn = (take(torch.tensor([(draw, 0)], device="cpu"))[0] for draw in range(draws))
+    return (image + (deviation * noise).to(image.dtype) for noise in drawn)
+
+
+Units = Literal["range", "input"]
+
+
+def deviation(image: Tensor, std: float, units: Units) -> Tensor:
+    """The standard deviation of each image's noise, `(n, 1, ...)`: `std` in units of the input, or as a share of its range.
+
+    The range of an image is `max x - min x` over all of its values. A constant image gets no noise.
+
+    Smilkov et al., SmoothGrad, 2017 (arXiv 1706.03825), section 3: the noise level is `sigma / (max x - min x)`.
+
+    >>> image = torch.tensor([[[0.0, 1.0]], [[0.0, 255.0]]])
+    >>> deviation(image, 0.2, "range").flatten().tolist(), deviation(image, 0.2, "input").flatten().tolist()
+    ([0.20000000298023224, 51.0], [0.20000000298023224, 0.20000000298023224])
+    """
+    axes = tuple(range(1, image.ndim))
+    low, high = (extreme(axes, keepdim=True).to(wide(image.dtype)) for extreme in (image.amin, image.amax))
+    return std * (high - low if units == "range" else torch.ones_like(low))
 
 
 @_compat.eager

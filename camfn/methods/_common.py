@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ from camfn import _compat, layouts
 from camfn._errors import CamError
 from camfn._types import Activations, Combine, FlatMaps, Gradients, Inputs, Layers, Layout, Size, State, Target, Weights, wide
 from camfn.formulas import maps
-from camfn.formulas.diagnostics import about_lost, about_maps
+from camfn.formulas.diagnostics import Finding, about_lost, about_maps, about_sums
 from camfn.formulas.scaling import rescale
 from camfn.layouts import Form, Read
 from camfn.methods.registry import Outcome
 from camfn.model.forward import Forward, Shared, another_batch, first_nonfinite, look, look_with_gradients, lost_layers
 from camfn.model.gradients import Pullback, each_target
 from camfn.model.inputs import Batch
-from camfn.model.layers import clues_of, placed_forms
+from camfn.model.layers import Site, clues_of, placed_forms
 from camfn.model.prepare import Model, weakly
 from camfn.model.task import once
 from camfn.sweep.scoring import Swept
@@ -77,14 +77,32 @@ class Graded(NamedTuple):
         return [(gradients, part.values) for gradients, part in zip(self.gradients, self.explained.reads)]
 
 
-def explain_layer(model: Model, layer: Layers, x: Inputs, target: Target, state: State | None, drawing: Drawing) -> Explained:
+def explain_layer(
+    model: Model,
+    layer: Layers,
+    x: Inputs,
+    target: Target,
+    state: State | None,
+    drawing: Drawing,
+    *,
+    site: Site = "block",
+) -> Explained:
     """The clean forward pass of a method that reads activations."""
-    return explained(look(model, layer, x, state, None, drawing.axes), target, drawing)
+    return explained(look(model, layer, x, state, None, drawing.axes, site=site), target, drawing)
 
 
-def grade_layer(model: Model, layer: Layers, x: Inputs, target: Target, state: State | None, drawing: Drawing) -> Graded:
+def grade_layer(
+    model: Model,
+    layer: Layers,
+    x: Inputs,
+    target: Target,
+    state: State | None,
+    drawing: Drawing,
+    *,
+    site: Site = "block",
+) -> Graded:
     """The clean forward pass of a method that reads activations and gradients."""
-    forward, pullback = look_with_gradients(model, layer, x, state, None, drawing.axes)
+    forward, pullback = look_with_gradients(model, layer, x, state, None, drawing.axes, site=site)
     found = explained(forward, target, drawing)
     return Graded(found, gradients_of(found, pullback))
 
@@ -160,7 +178,25 @@ def combined(found: Explained, weights: Sequence[Weights | Gradients]) -> list[F
 
 def weighed(found: Explained, weights: Sequence[Weights | Gradients]) -> Outcome:
     """The outcome of weights `(n, t, c)` or `(n, t, c, p)` for each layer."""
-    return drawn(found, combined(found, weights))._replace(weights=tuple(weights))
+    signed = combined(found, weights)
+    findings = cancelled(found, weights, "map" if found.drawing.combine == "sum" else "sign")
+    return with_findings(drawn(found, signed), findings)._replace(weights=tuple(weights))
+
+
+def cancelled(found: Explained, weights: Sequence[Weights | Gradients], what: Literal["map", "sign"]) -> tuple[Finding, ...]:
+    """Findings about maps, or signs of components, that are the rest of `sum_k w_k A_k` after its parts cancel."""
+    if _compat.transformed():
+        return ()
+    with torch.no_grad():
+        pairs = [(within(w.detach(), found.drawing), part.values.detach()) for w, part in zip(weights, found.reads)]
+        shares = [maps.remainder(*pair, maps.combine(*pair)) for pair in pairs]
+    return about_sums(shares, found.forward.layers, what)
+
+
+def with_findings(outcome: Outcome, more: Sequence[Finding]) -> Outcome:
+    """The outcome with more findings, about layers of which it is not already known that their maps mean nothing."""
+    known = {each.layer for each in outcome.findings}
+    return outcome._replace(findings=(*outcome.findings, *(each for each in more if each.layer not in known)))
 
 
 def weighed_by_gradients(graded: Graded, weights: Sequence[Weights | Gradients]) -> Outcome:
@@ -230,8 +266,10 @@ def checked_size(size: Size, batch: Batch, axes: int) -> tuple[int, ...] | None:
     return tuple(int(side) for side in size)
 
 
-def check_noise(method: str, num_samples: Any, std: Any, seed: Any) -> None:
+def check_noise(method: str, num_samples: Any, std: Any, seed: Any, units: Any = "input") -> None:
     """Raise an error unless the options of a method's noise are valid."""
+    if units not in ("range", "input"):
+        raise CamError(f'units must be "range" (std is a share of max - min of each image) or "input", found {units!r}')
     check_samples(method, num_samples)
     if not (isinstance(std, (int, float)) and 0 <= std < math.inf):
         raise CamError(f"{method} needs a finite std >= 0, found {std!r}")

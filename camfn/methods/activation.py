@@ -9,13 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layer, Layers, Layout, Size, State, Target
-from camfn.formulas import noise, weights
-from camfn.methods._common import Drawing, Explained, combined, drawn, explain_layer, weighed
+from camfn.formulas import maps, noise, weights
+from camfn.formulas.diagnostics import about_linear, about_negative
+from camfn.methods._common import Drawing, Explained, cancelled, combined, drawn, explain_layer, weighed, with_findings
 from camfn.methods.registry import Need, Outcome, method
-from camfn.model.linear_head import find_linear, matrix_of
-from camfn.targets import at_columns
+from camfn.model.linear_head import find_linear, linear_of
+from camfn.targets import at_columns, at_rows
 
 
 @method(weights.cam, (Need.ACTIVATIONS, Need.LINEAR_HEAD))
@@ -78,8 +80,14 @@ def cam(
         )
     task = found.forward.task
     name = find_linear(task.private, fc, found.reads[0].values.shape[1], found.forward.output)
-    matrix = matrix_of(task.private, task.state, name)
-    return weighed(found, [weights.cam(partial(at_columns, found.score), matrix)])
+    matrix, bias = linear_of(task.private, task.state, name)
+    outcome = weighed(found, [weights.cam(partial(at_columns, found.score), matrix)])
+    if _compat.transformed():
+        return outcome
+    with torch.no_grad():
+        pooled = found.reads[0].values.mean(-1).to(matrix.dtype)
+        told = at_rows(found.score, pooled @ matrix.mT + bias)
+    return outcome._replace(remarks=about_linear(told, found.clean, outcome.layers[0]))
 
 
 @method(weights.mean_cam, (Need.ACTIVATIONS,))
@@ -175,7 +183,12 @@ def fem(
     found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
     pairs = [weights.fem(part.values, k, form) for part in found.reads]
     summed = tuple(part._replace(values=values) for part, (_, values) in zip(found.reads, pairs))
-    return weighed_alike(found._replace(reads=summed), [weight for weight, _ in pairs])
+    outcome = weighed_alike(found._replace(reads=summed), [weight for weight, _ in pairs])
+    if form == "share" or _compat.transformed():
+        return outcome
+    with torch.no_grad():
+        against = [maps.negative_share(*pair) for pair in pairs]
+    return outcome._replace(remarks=about_negative(against, found.forward.layers))
 
 
 @method(weights.random_cam, (Need.ACTIVATIONS,))
@@ -233,8 +246,9 @@ def random_cam(
 
 def weighed_alike(found: Explained, weights: Sequence[Float[Tensor, "n c"]]) -> Outcome:
     """Return the outcome of weights that all targets share."""
-    signed = combined(found, [each[:, None] for each in weights])
-    return drawn_alike(found, [part[:, 0] for part in signed], weights)
+    each = [part[:, None] for part in weights]
+    outcome = drawn_alike(found, [part[:, 0] for part in combined(found, each)], weights)
+    return with_findings(outcome, cancelled(found, each, "map" if found.drawing.combine == "sum" else "sign"))
 
 
 def drawn_alike(

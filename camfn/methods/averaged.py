@@ -12,6 +12,7 @@ from camfn._errors import CamError, first_line
 from camfn._types import Combine, Inputs, Layers, Layout, Size, State, Target
 from camfn.formulas import maps, noise, weights
 from camfn.formulas.maps import Resized
+from camfn.formulas.noise import Units
 from camfn.formulas.scaling import magnitude
 from camfn.methods._common import (
     Drawing,
@@ -44,7 +45,8 @@ def smooth_grad_cam_pp(
     target: Target = None,
     *,
     num_samples: int = 4,
-    std: float = 0.3,
+    std: float = 0.05,
+    units: Units = "range",
     seed: int | torch.Generator = 0,
     masked: Key = None,
     combine: Combine = "sum",
@@ -57,7 +59,7 @@ def smooth_grad_cam_pp(
 ) -> Outcome:
     """Smooth Grad-CAM++: weight each channel as Grad-CAM++ does, with powers of the gradient averaged over noisy inputs.
 
-    `D_i = mean of G^i` over `num_samples` inputs `x + e` with `e ~ N(0, std^2)`, `w_k = sum_p a_kp relu(D1_kp)`,
+    `D_i = mean of G^i` over `num_samples` inputs `x + e` with `e ~ N(0, s^2)`, `w_k = sum_p a_kp relu(D1_kp)`,
     `a = D2 / (2 D2 + S_k D3)`, `S_k = sum_p A_kp`, `L = relu(sum_k w_k A_k)`.
 
     A is the activation of the clean input. The paper prints D1 as the numerator of alpha, which without noise would not be
@@ -67,8 +69,9 @@ def smooth_grad_cam_pp(
     **Arguments**
 
     - `num_samples`: the number of noisy inputs.
-    - `std`: the standard deviation of the noise, in units of the input, as in torchcam. The paper's is a share of the input's
-      range.
+    - `std`: the standard deviation s of the noise, in the given units.
+    - `units`: `"range"`, so that `std` is a share of `max x - min x` of each image, as in the paper; or `"input"` for the units
+      of the input, as in torchcam, where `std` is 0.3.
     - `seed`: an int, or a `torch.Generator`, which is copied and not advanced. All images of a batch share the noise. On the
       CPU it is what torchcam draws for one image after `torch.manual_seed(seed)`.
     - `masked`: the key or index of the input to add noise to. The default is the only floating-point input with spatial axes.
@@ -87,13 +90,14 @@ def smooth_grad_cam_pp(
 
     Omeiza et al., Smooth Grad-CAM++, 2019 (arXiv 1908.01224).
     """
-    check_noise("smooth_grad_cam_pp", num_samples, std, seed)
+    check_noise("smooth_grad_cam_pp", num_samples, std, seed, units)
     with without_graph(x, state):
         forward = look(model, layer, x, state, masked, axes, masks=True)
         found = explained(forward, target, Drawing(relu, size, normalize, layout, axes, combine))
         held: list[Any] = [None] * len(found.reads)
-        for sample in noise.noises(num_samples, std, seed, forward.image[0]):
-            noisy, pullback = again(forward, forward.image + sample.to(forward.image.dtype))
+        deviation = noise.deviation(forward.image, std, units)
+        for image in noise.noisy(forward.image, num_samples, seed, deviation):
+            noisy, pullback = again(forward, image)
             gradients = gradients_of(found._replace(forward=noisy), pullback)
             held = [weights.with_draw(*pair) for pair in zip(held, gradients)]
         each = [weights.smooth_grad_cam_pp(moments, num_samples, part.values) for moments, part in zip(held, found.reads)]

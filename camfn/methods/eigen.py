@@ -9,8 +9,8 @@ from torch import nn
 from camfn._errors import CamError
 from camfn._types import FlatMaps, Inputs, Layers, Layout, Size, State, Target
 from camfn.formulas import components
-from camfn.formulas.components import Kernel
-from camfn.methods._common import Drawing, Graded, drawn, explain_layer, grade_layer, within
+from camfn.formulas.components import Kernel, Side
+from camfn.methods._common import Drawing, Graded, cancelled, drawn, explain_layer, grade_layer, with_findings, within
 from camfn.methods.activation import drawn_alike
 from camfn.methods.registry import Cost, Need, Outcome, method
 
@@ -156,8 +156,8 @@ def eigen_grad_cam(
 
     Muhammad & Yeasin, Eigen-CAM, IJCNN 2020 (arXiv 2008.00299), with the gradient as in pytorch-grad-cam's `EigenGradCAM`.
     """
-    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes))
-    return _of_gradients(graded, partial(components.eigen_grad_cam, center=center))
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes), site="norm")
+    return _of_gradients(graded, partial(components.eigen_grad_cam, center=center), True)
 
 
 @method(components.seg_eigen_cam, (Need.ACTIVATIONS, Need.GRADIENTS), Cost(backwards=1))
@@ -168,6 +168,7 @@ def seg_eigen_cam(
     target: Target = None,
     *,
     center: bool = True,
+    side: Side = "largest",
     axes: str | None = None,
     state: State | None = None,
     layout: Layout = "auto",
@@ -180,13 +181,16 @@ def seg_eigen_cam(
     `L = sum_k v_k X_k`, where X is `|G| * A` minus each channel's mean over positions, `G = d(score)/dA`, and v is the first
     singular vector of X, with positions as rows (equations 10 to 13).
 
-    The entry of the map with the largest absolute value is positive. The method is meant for segmentation networks with
-    `camfn.targets.segmentation`, and accepts any target. The derivatives are those described in `camfn.eigen_cam`. There is no
-    ReLU by default. The cost is one forward pass, and one backward pass for each target.
+    The method is meant for segmentation networks with `camfn.targets.segmentation`, and accepts any target. It keeps no sign of
+    the gradient: the entry of the map with the largest absolute value is positive, whether it speaks for the class or against
+    it. The derivatives are those described in `camfn.eigen_cam`. There is no ReLU by default. The cost is one forward pass, and
+    one backward pass for each target.
 
     **Arguments**
 
     - `center`: `True` subtracts the means, as pytorch-grad-cam does. `False` does not.
+    - `side="largest"` (the paper and pytorch-grad-cam): the largest entry is positive, as above.
+    - `side="class"`: the sign agrees with `sum_k G_k A_k`, the map of HiResCAM, as that of `camfn.eigen_grad_cam` does.
 
     The other arguments, the returned maps and the errors are those of `camfn.score_cam`.
 
@@ -200,12 +204,15 @@ def seg_eigen_cam(
     Chung & Ying, Seg-Eigen-CAM, Applied Sciences 2025 (doi 10.3390/app15137562). The same as pytorch-grad-cam's
     `SegEigenCAM`.
     """
-    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes))
-    return _of_gradients(graded, partial(components.seg_eigen_cam, center=center))
+    if side not in ("largest", "class"):
+        raise CamError(f'side must be "largest" or "class" (the side that speaks for the target is positive), found {side!r}')
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes), site="norm")
+    return _of_gradients(graded, partial(components.seg_eigen_cam, center=center, side=side), side == "class")
 
 
-def _of_gradients(graded: Graded, formula: Callable[..., FlatMaps]) -> Outcome:
-    """Return the outcome of a formula of gradients and activations."""
+def _of_gradients(graded: Graded, formula: Callable[..., FlatMaps], by_class: bool) -> Outcome:
+    """Return the outcome of a formula of gradients and activations. `by_class`: its sign is that of `sum_k G_k A_k`."""
     found = graded.explained
     signed = [formula(within(gradients, found.drawing), activations) for gradients, activations in graded.pairs]
-    return drawn(found, signed)._replace(backwards=found.clean.numel())
+    outcome = drawn(found, signed)._replace(backwards=found.clean.numel())
+    return with_findings(outcome, cancelled(found, graded.gradients, "sign")) if by_class else outcome

@@ -47,7 +47,7 @@ def hires_cam(
 
     Draelos & Carin, Use HiResCAM instead of Grad-CAM, 2020 (arXiv 2011.08891).
     """
-    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine), site="norm")
     return weighed_by_gradients(graded, [weights.hires_cam(gradients) for gradients in graded.gradients])
 
 
@@ -90,7 +90,7 @@ def grad_cam_elementwise(
     Cai, CAMs as Shapley Value-based Explainers, 2025 (arXiv 2501.06261), as Grad-CAM-E. The same as pytorch-grad-cam's
     `GradCAMElementWise`.
     """
-    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine), site="norm")
     return weighed_by_gradients(graded, [weights.grad_cam_elementwise(*pair) for pair in graded.pairs])
 
 
@@ -145,7 +145,7 @@ def layer_cam(
     """
     if fuse not in (None, "paper", "torchcam"):
         raise CamError(f'fuse must be None, "paper" or "torchcam", found {fuse!r}')
-    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine), site="norm")
     found = [weights.layer_cam(gradients) for gradients in graded.gradients]
     return weighed_by_gradients(graded, found) if fuse is None else _fused(graded, found, fuse)
 

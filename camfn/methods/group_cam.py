@@ -36,7 +36,7 @@ def group_cam(
     target: Target = None,
     *,
     groups: int = 32,
-    percentile: float | None = None,
+    percentile: float | None = 70,
     blur: tuple[int, float] = (51, 50.0),
     masked: Key = None,
     sweep: Sweep = Sweep(),
@@ -62,8 +62,8 @@ def group_cam(
 
     - `groups`: the number of groups, cut as by `torch.chunk`. The last group may be smaller, and there are fewer groups if
       there are fewer channels.
-    - `percentile`: set a group's values up to this percentile to zero before upsampling. The paper uses 70. `None`, as in the
-      authors' first code, sets none to zero.
+    - `percentile`: set a group's values up to this percentile to zero before upsampling. 70 is that of the paper and of the
+      authors' first code (March 2021). `None` sets none to zero, as their code does since August 2021.
     - `blur`: kernel size in pixels (an odd number) and standard deviation of the Gaussian. The border is mirrored.
 
     The other arguments, the returned maps and the errors are those of `camfn.score_cam`. `sweep` must not set a dtype. The

@@ -20,7 +20,7 @@ from camfn.model.capture import Captured, pure_from, tap_from, watch
 from camfn.model.gradients import Lost, Pullback, Run, reason_at, total_of, ungraphed, with_pullback
 from camfn.model.graph_ends import Reason
 from camfn.model.inputs import Batch, Companions, Key, beside, check_inputs, key_of, plain, rows_of
-from camfn.model.layers import choose
+from camfn.model.layers import Site, choose
 from camfn.model.memory import is_exhausted
 from camfn.model.ports import is_several, resolve_layers
 from camfn.model.prepare import Call, Model, Prepared, opened
@@ -105,6 +105,7 @@ class Shared(Call):
             question.graph,
             question.masks and not question.graph,
             question.needed,
+            question.site if question.layer is None else None,
         )
         if key not in self.seen:
             self.seen[key] = _look(self, question)
@@ -124,6 +125,7 @@ class _Question(NamedTuple):
     graph: bool = False  # whether gradients are needed
     taps: bool = True  # whether a layer is explained
     needed: bool = True  # whether gradients that do not reach the layer are an error
+    site: Site = "block"  # where `layer=None` is
 
     @property
     def layers(self) -> Any:
@@ -141,12 +143,13 @@ def look(
     *,
     masks: bool = False,
     taps: bool = True,
+    site: Site = "block",
 ) -> Forward:
     """Validate the arguments and run the clean forward pass.
 
-    `masks` says that the method masks an input; `taps=False` that it has no layer.
+    `masks` says that the method masks an input; `taps=False` that it has no layer; `site` where `layer=None` is.
     """
-    return _answered(model, _Question(layer, x, state, masked, axes, masks, taps=taps))[0]
+    return _answered(model, _Question(layer, x, state, masked, axes, masks, taps=taps, site=site))[0]
 
 
 def look_with_gradients(
@@ -159,12 +162,14 @@ def look_with_gradients(
     *,
     masks: bool = False,
     needed: bool = True,
+    site: Site = "block",
 ) -> tuple[Forward, Pullback]:
     """Like `look`, and return the pullback from the output to the layers.
 
     `needed=False`: the gradients are a guess that may be zero, as those that guide a budget, and no map is made of them.
     """
-    forward, pullback = _answered(model, _Question(layer, x, state, masked, axes, masks, graph=True, needed=needed))
+    question = _Question(layer, x, state, masked, axes, masks, graph=True, needed=needed, site=site)
+    forward, pullback = _answered(model, question)
     assert pullback is not None
     return forward, pullback
 
@@ -174,9 +179,9 @@ def _answered(model: Model, question: _Question) -> tuple[Forward, Pullback | No
 
 
 def _look(model: Call, question: _Question) -> tuple[Forward, Pullback | None]:
-    layer, x, state, masked, axes, masks, graph, taps, needed = question
+    layer, x, state, masked, axes, masks, graph, taps, needed, site = question
     task = begin(model, x, state, masked, axes, masks=masks)
-    names, forwards = _layers_of(task, layer) if taps else ((), task.batch.n)
+    names, forwards = _layers_of(task, layer, site) if taps else ((), task.batch.n)
     distinct = list(dict.fromkeys(names))
     # Under a transform, tensors that the model writes to must be created inside it: each run then makes its own copy.
     run = tapped(task, distinct, None if _compat.transformed() else task.private)
@@ -200,16 +205,16 @@ def _look(model: Call, question: _Question) -> tuple[Forward, Pullback | None]:
     return Forward(task, names, is_several(layer), captured.output, activations, companions, forwards), pullback
 
 
-def _layers_of(task: Task, layer: Layers) -> tuple[tuple[str, ...], int]:
+def _layers_of(task: Task, layer: Layers, site: Site) -> tuple[tuple[str, ...], int]:
     """The names of the layers, and the number of forward passes, including the clean one that follows."""
     if is_several(layer) and not layer:
         raise CamError("layer is an empty sequence: name one layer or more, or pass None to have one chosen")
     if layer is not None:
         return tuple(resolve_layers(task.private, layer)), task.batch.n
-    name, why = choose(task)
+    name, why, forwards = choose(task, site)
     if not _compat.transformed():
         warn(f"layer=None: {name!r} was chosen, the {why}; name it to be sure")
-    return (name,), 2 * task.batch.n
+    return (name,), (1 + forwards) * task.batch.n
 
 
 def _companions(task: Task, output: Any) -> Companions:

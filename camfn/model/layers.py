@@ -4,7 +4,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 from camfn import _compat
 from camfn._errors import CamError, RefusedError
 from camfn._types import Inputs, State
-from camfn.layouts import Clues, Form, Sides, forms_of, in_doubt
-from camfn.model.capture import tap_from, watch
+from camfn.layouts import Clues, Form, Sides, forms_of, in_doubt, restored, view_of
+from camfn.model.capture import Captured, tap_from, watch
 from camfn.model.inputs import Batch, Key, sample
 from camfn.model.linear_head import is_auxiliary, is_convolution, sides
 from camfn.model.memory import is_exhausted
@@ -92,20 +92,37 @@ def candidate_layers(
     )
 
 
+Site = Literal["block", "norm"]
+"""Where a method explains a model that does not depend on the lengths of a layer's vectors: there, or at the norm after it."""
+
+
 class Choice(NamedTuple):
     """The layer that `layer=None` chooses."""
 
     name: str
     why: str  # the reason, for the end of a message: "the ..."
+    forwards: int = 1  # forward passes of the inputs that the choice took
 
 
-def choose(task: Task) -> Choice:
-    """Choose a layer, by one forward pass, and by those of `placed_forms` for layers that are in doubt."""
+def choose(task: Task, site: Site = "block") -> Choice:
+    """Choose a layer, by one forward pass, and by those of `placed_forms` for layers that are in doubt.
+
+    For `site="norm"`, three forward passes more tell whether the model depends on the lengths of the layer's vectors. They are
+    taken only if layers of the same grid follow. Products of activation and gradient cancel where it does not.
+    """
     found = _outputs(task)
     if not found.all:
         raise CamError(none_on_a_grid(task.model, task.batch.size))
     chosen, why = _chosen(found)
-    return Choice(chosen.name, why[chosen.name])
+    after = [out for out in found.all[found.all.index(chosen) + 1 :] if _is_like(out, chosen)][:_NORMS]
+    tried = [] if site == "block" or not after else [chosen, *after]
+    forwards = 1
+    for out in tried:
+        forwards += 3
+        if _length_matters(task, out):
+            later = f"first layer after {chosen.name!r} whose vectors' lengths count, which this method needs"
+            return Choice(out.name, why[out.name] if out is chosen else later, forwards)
+    return Choice(chosen.name, why[chosen.name], forwards)
 
 
 def stages(task: Task) -> tuple[str, ...]:
@@ -134,6 +151,63 @@ def none_on_a_grid(model: Model, spatial: Sides | None) -> str:
         f"no layer of {kind} has {axes} of more than one position that can be told from its shape; "
         "name one: [name for name, _ in model.named_modules()]"
     )
+
+
+# --------------------------------------------------------------------------------------- the lengths of its vectors
+
+
+_NORMS = 3
+"""The number of layers after the chosen one that are tried."""
+_LITTLE = 0.02
+"""The change of the output, as a share of that by other changes of the layer, below which lengths do not count."""
+
+
+def _is_like(out: "_Output", chosen: "_Output") -> bool:
+    return out.lone and (out.form.grid, out.form.channels) == (chosen.form.grid, chosen.form.channels)
+
+
+@_compat.eager
+def _length_matters(task: Task, out: "_Output") -> bool:
+    """Whether the output changes if the vector at each position is scaled, compared with a scaling of each channel.
+
+    A layer norm takes the length off a vector. So it does not matter before one, unless the vector also goes elsewhere.
+    """
+    own = _compat.transformed()
+    generator = torch.Generator().manual_seed(0)
+
+    def run(nudge: tuple[Tensor, ...] | None = None) -> Captured:
+        private = task.model.borrow()
+        given = (dict(private.tensors), sample(task.batch.x)) if own else (task.state, task.batch.x)
+        return tap_from(private, [out.name])(*given, nudge)
+
+    def change(clean: Captured, axis: int) -> float:
+        seen = clean.seen[0].detach()
+        values = view_of(out.form, seen)
+        shape = [side if number == axis else 1 for number, side in enumerate(values.shape)]
+        factors = (0.5 + torch.rand(shape, generator=generator)).to(values)
+        return _apart(run((restored(out.form, seen, factors * values) - seen,)).output, clean.output)
+
+    try:
+        with _compat.outside_transforms(), torch.inference_mode(False), torch.no_grad():
+            clean = run()
+            return change(clean, 2) > _LITTLE * change(clean, 1)
+    except Exception as error:
+        if is_exhausted(error) or isinstance(error, RefusedError):
+            raise
+        return True  # the output has no fixed shape, or the layer cannot be changed
+
+
+def _apart(one: Any, other: Any) -> float:
+    """The largest difference between two outputs: of their logits, or of all tensors if the output has no logits."""
+    pairs = zip(_told(one), _told(other), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs if a.is_floating_point() and a.numel())
+
+
+def _told(output: Any) -> list[Tensor]:
+    try:
+        return [logits_of(output)]
+    except CamError:
+        return [tensor for _, tensor in tensors_of(output)]
 
 
 # ---------------------------------------------------------------------------------------------- the layers' outputs

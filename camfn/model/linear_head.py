@@ -1,4 +1,4 @@
-"""The linear layer after global pooling, and its matrix."""
+"""The linear layer after global pooling, with its matrix and bias."""
 
 import math
 from typing import Any, TypeGuard
@@ -50,15 +50,16 @@ def is_auxiliary(name: str) -> bool:
     return any(part.startswith("aux") for part in name.lower().split("."))
 
 
-def matrix_of(private: PrivateCopy, state: State, name: str) -> Tensor:
-    """Return the matrix `(classes, channels)` of a linear layer."""
-    weight = private.aliases.get(f"{name}.weight")
-    if weight is not None:
-        return state[weight].flatten(1)
-    module = private.modules[name]
+def linear_of(private: PrivateCopy, state: State, name: str) -> tuple[Tensor, Tensor]:
+    """Return the matrix `(classes, channels)` of a linear layer, and its bias `(classes,)`."""
+    weight, bias = (private.aliases.get(f"{name}.{part}") for part in ("weight", "bias"))
+    module: Any = private.modules[name]
+    if weight is not None and (bias is not None or getattr(module, "bias", None) is None):
+        matrix = state[weight].flatten(1)
+        return matrix, matrix.new_zeros(len(matrix)) if bias is None else state[bias]
     if is_quantized(module):
-        packed: Any = module
-        return packed.weight().dequantize().flatten(1)
+        matrix, bias = module.weight().dequantize().flatten(1), module.bias()
+        return matrix, matrix.new_zeros(len(matrix)) if bias is None else bias
     # A parametrized weight is computed in each forward: run the layer on the unit vectors.
     channels, _ = sides(module) or (0, 0)
     own = {slot.removeprefix(f"{name}."): state[of] for slot, of in private.slots.items() if slot.startswith(f"{name}.")}
@@ -66,7 +67,7 @@ def matrix_of(private: PrivateCopy, state: State, name: str) -> Tensor:
     inputs = torch.eye(channels + 1, channels, dtype=like.dtype, device=like.device)  # the last row gives the bias
     inputs = inputs.reshape(*inputs.shape, *(1,) * (len(module.kernel_size) if isinstance(module, _ConvNd) else 0))
     rows = functional_call(module, own, (inputs,), tie_weights=False).flatten(1)
-    return (rows[:-1] - rows[-1:]).mT
+    return (rows[:-1] - rows[-1:]).mT, rows[-1]
 
 
 def _check_linear(name: str, module: nn.Module, channels: int, classes: int) -> None:

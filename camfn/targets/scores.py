@@ -139,6 +139,13 @@ def at_columns(score: Score, matrix: Float[Tensor, "k c"]) -> Weights:
     return vmap(of_image)(score.rows)
 
 
+def at_rows(score: Score, logits: Float[Tensor, "n k"]) -> Float[Tensor, "n t"]:
+    """Return a linear score of other logits, of one row for each image."""
+    of, told = score.of, score.of.told
+    rows = rows_at(score.rows, torch.arange(len(logits), device=logits.device))
+    return vmap(lambda y, row: of.score(*told, of.read(*told, y), row))(logits, rows)
+
+
 def rows_at(rows: Any, image: Tensor) -> Any:
     """Return the rows of these images. Rows of a single image are expanded without a copy."""
 

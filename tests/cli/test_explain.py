@@ -128,6 +128,7 @@ def test_the_card_tells_what_was_explained_and_how(here):
         "heads": 0,
         "findings": [finding._asdict() for finding in card.findings],
         "notes": list(card.notes),
+        "check": None,
         "camfn": camfn.__version__,
         "torch": torch.__version__,
     }
@@ -411,6 +412,16 @@ def test_with_json_notes_are_in_the_object_and_on_stderr(here):
     (found,) = map(json.loads, result.stdout.splitlines())
     assert found["notes"][0].startswith("layer=None: '3' was chosen")
     assert result.stderr.splitlines() == [f"note: a.png: {note}" for note in found["notes"]]
+
+
+def test_a_check_is_a_line_and_a_fact(here):
+    command = ("a.png", "--model", "net.py:pair", "--layer", "2", "--method", "mean_cam", "--check", "--json", "--out", "maps")
+    result = invoke(*command)
+    (found,) = map(json.loads, result.stdout.splitlines())
+    assert found["check"].startswith("1 of 1 maps is no better than a control: ")
+    assert "1 than the mean of the channels (correlation 1.00)" in found["check"]
+    assert f"note: a.png: mean_cam: {found['check']}" in result.stderr.splitlines()
+    assert "--check" in invoke("--help").stdout
 
 
 def test_a_layer_that_is_named_twice_is_explained_once(here):

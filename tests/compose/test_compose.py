@@ -45,18 +45,42 @@ def varied(found: Tensor) -> Tensor:
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_smooth_is_the_mean_of_normalised_maps_of_noisy_inputs(dims):
     model, x, classes = small_net(dims=dims), inputs(2, dims, side=16 if dims == 1 else 8), [3, 4]
-    e = torch.randn(3, *x.shape[1:], generator=torch.Generator().manual_seed(5)) * 0.4
-    maps = [[unit(grad_cam_loop(model, "features", image + noise.double(), c)) for noise in e] for image, c in zip(x, classes)]
+    e = torch.randn(3, *x.shape[1:], generator=torch.Generator().manual_seed(5)).double() * 0.4
+    maps = [[unit(grad_cam_loop(model, "features", image + noise, c)) for noise in e] for image, c in zip(x, classes)]
     expected = varied(torch.stack([sum(some) / 3 for some in maps]))
-    method = camfn.smooth(camfn.grad_cam, num_samples=3, std=0.4, seed=5)
+    method = camfn.smooth(camfn.grad_cam, num_samples=3, std=0.4, seed=5, units="input")
     close(method(model, "features", x, classes, normalize=False), expected)
     close(method(model, "features", x, classes), torch.stack(list(map(unit, expected))))
 
 
-def test_smooth_by_default_has_four_draws_of_three_tenths():
+def test_smooth_by_default_has_four_draws_of_a_twentieth_of_the_range():
     model, x = small_net(), inputs()
-    explicit = camfn.smooth(camfn.grad_cam, num_samples=4, std=0.3, seed=0)
+    explicit = camfn.smooth(camfn.grad_cam, num_samples=4, std=0.05, seed=0, units="range")
     assert torch.equal(camfn.smooth(camfn.grad_cam)(model, "features", x), explicit(model, "features", x))
+
+
+def test_a_share_of_the_range_is_of_each_images_own():
+    """Each image alone, with the same deviation in units of the input."""
+    model, x = small_net(), inputs(2) * torch.tensor([1.0, 20.0]).double().reshape(2, 1, 1, 1)
+    found = camfn.smooth(camfn.grad_cam, std=0.1)(model, "features", x, 3)
+    for image, one in zip(x, found):
+        own = camfn.smooth(camfn.grad_cam, std=0.1 * float(image.max() - image.min()), units="input")
+        close(one[None], own(model, "features", image[None], 3))
+    shared = camfn.smooth(camfn.grad_cam, std=0.1, units="input")(model, "features", x, 3)
+    assert (found - shared).abs().amax((1, 2)).min() > 1e-3
+
+
+def test_a_share_of_the_range_does_not_depend_on_the_units_of_the_input():
+    class Bytes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x):
+            return self.net(x / 255)
+
+    x, method = inputs(2), camfn.smooth(camfn.grad_cam)
+    close(method(small_net(), "features", x, 3), method(Bytes(), "net.features", 255 * x, 3))
 
 
 def test_without_noise_smooth_is_the_method():
@@ -447,6 +471,7 @@ def test_a_composition_has_a_name_and_says_its_arguments():
         (lambda: camfn.smooth("grad_cam"), "'grad_cam' is no method"),
         (lambda: camfn.smooth(camfn.grad_cam, num_samples=0), "smooth needs a whole num_samples >= 1, found 0"),
         (lambda: camfn.smooth(camfn.grad_cam, std=-1.0), "smooth needs a finite std >= 0, found -1.0"),
+        (lambda: camfn.smooth(camfn.grad_cam, units="std"), 'units must be "range" .* or "input", found \'std\''),
         (lambda: camfn.smooth(camfn.grad_cam, seed="a"), "seed must be an int or a torch.Generator, found 'a'"),
         (lambda: camfn.integrate(camfn.grad_cam, steps=0), "integrate needs a whole num_samples >= 1, found 0"),
         (lambda: camfn.integrate(camfn.grad_cam, baseline="black"), "baseline must be a number or a tensor, found str"),

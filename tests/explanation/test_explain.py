@@ -1,6 +1,7 @@
 """The card: what it tells, what several methods share, and the findings, each on a network that is made to show it."""
 
 import copy
+import functools
 import inspect
 import pickle
 import typing
@@ -8,13 +9,16 @@ import typing
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
 import camfn
 from camfn._types import Maps
+from camfn.explanation.fields import Check
 from camfn.formulas import diagnostics
 from camfn.formulas.diagnostics import Finding
 from tests.oracles.closeness import close
 from tests.oracles.networks import CHEAP, SmallNet, inputs, small_net
+from tests.oracles.vits import Patches, randomised
 
 KINDS = ("score_cam", "grad_cam", "is_cam")
 
@@ -188,6 +192,113 @@ def test_weights_that_are_nearly_equal_and_one_that_has_it_all_are_found():
     assert only(explained(loud, "score_cam"), "one channel").value > 0.9
 
 
+def test_half_of_the_weight_on_one_channel_is_enough():
+    weights = torch.tensor([[[0.6, 0.2, 0.2]]])
+    (found,) = diagnostics.about_weights([weights], ["a"])
+    assert (found.kind, round(found.value, 6)) == ("one channel", 0.6)
+    assert diagnostics.about_weights([torch.tensor([[[0.4, 0.4, 0.2]]])], ["a"]) == ()
+
+
+# A layer norm follows this layer, and the class token alone is read: no length of a patch's vector matters.
+BEFORE_NORM, NORM = "blocks.layers.0", "blocks.layers.1.norm1"
+SIGNED = {
+    "hires_cam": {},
+    "eigen_grad_cam": {},
+    "seg_eigen_cam": {"side": "class"},
+    "hires_cam, eigen": {"combine": "eigen"},
+}
+
+
+def transformer() -> tuple[nn.Module, Tensor]:
+    return randomised(Patches(class_token=True)), inputs(2)
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_a_sum_that_cancels_before_a_layer_norm_warns(name):
+    (net, x), method, options = transformer(), name.partition(",")[0], SIGNED[name]
+    told = "2 of 2 maps at layer" if name == "hires_cam" else "the sign of 2 of 2 maps at layer"
+    with pytest.warns(camfn.CamWarning, match=f"^{told} 'blocks.layers.0' .* what is left where the parts of a sum cancel"):
+        camfn.METHODS[method].function(net, BEFORE_NORM, x, 1, relu=False, **options)
+    card = camfn.explain(net, BEFORE_NORM, x, 1, method=method, relu=False, **options)
+    assert kinds(card) == ["cancelled sum"]
+    assert "cancelled sum" not in kinds(camfn.explain(net, NORM, x, 1, method=method, relu=False, **options))
+
+
+def test_other_methods_do_not_cancel_there():
+    net, x = transformer()
+    for method in ("grad_cam", "layer_cam", "grad_cam_elementwise", "xgrad_cam", "seg_eigen_cam", "score_cam", "ablation_cam"):
+        assert "cancelled sum" not in kinds(camfn.explain(net, BEFORE_NORM, x, 1, method=method, relu=False))
+
+
+def test_the_sum_of_channels_behind_a_plain_layer_norm_cancels():
+    """Its mean over channels is zero by definition."""
+    net, x = transformer()
+    net.blocks.layers[1].norm1.weight.data.fill_(1), net.blocks.layers[1].norm1.bias.data.fill_(0)
+    assert only_at(camfn.explain(net, NORM, x, 1, method="mean_cam"), "cancelled sum").layer == NORM
+
+
+def only_at(card: camfn.Explanation, kind: str) -> Finding:
+    (found,) = [finding for finding in card.findings if finding.kind == kind]
+    return found
+
+
+def test_what_cancels_is_a_share_of_the_parts_without_signs():
+    left = torch.tensor([[1e-4, 1.0], [0.02, 1e-7]])
+    (found,) = diagnostics.about_sums([left], ["a"])
+    assert found.value == 0.5
+    assert found.sentence.startswith("2 of 4 maps at layer 'a' are what is left where the parts of a sum cancel (0.0001 of")
+
+
+def test_channels_of_a_negative_mean_are_found_in_fem():
+    spotted = torch.zeros(6, 6).double()
+    spotted[2, 3] = 5.0  # where every channel stands out
+
+    def shifted(by: float):
+        return lambda h: 0 * h + spotted + torch.tensor([by, 0, 0, 0, 0, 0]).double().reshape(6, 1, 1)
+
+    net = pooled(shifted(-3.0), weighted)
+    assert only(explained(net, "fem"), "negative channels").value == pytest.approx(_share_of_the_first(-3.0))
+    assert "negative channels" not in kinds(explained(net, "fem", form="share"))
+    assert "negative channels" not in kinds(explained(pooled(shifted(3.0), weighted), "fem"))
+
+
+def _share_of_the_first(shift: float) -> float:
+    """All channels mark the one spot, with the weight of their mean: 5 / 36, and the first less its shift."""
+    first, other = abs(5 / 36 + shift), 5 / 36
+    return first / (first + 5 * other)
+
+
+class Squeezed(nn.Module):
+    """A 1x1 convolution to the classes, a function, and a mean, as in SqueezeNet."""
+
+    def __init__(self, between=torch.relu):
+        super().__init__()
+        self.shown, self.fc, self.between = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.between(self.fc(self.shown(x))).mean((2, 3))
+
+
+def test_a_map_of_cam_that_is_not_the_parts_of_the_score_is_found():
+    torch.manual_seed(0)
+    net, plain = Squeezed().double(), Squeezed(lambda h: h).double()
+    plain.load_state_dict(net.state_dict())
+    card = camfn.explain(net, "shown", inputs(), 2, method="cam", fc="fc")
+    found, scores = only(card, "not the score's parts"), net(inputs())[:, 2].detach()
+    told = plain(inputs())[:, 2].detach()
+    assert found.value == pytest.approx(float(((told - scores).abs() / torch.maximum(told.abs(), scores.abs())).max()))
+    contrast = camfn.targets.logit(2) - camfn.targets.logit(1)
+    for target in (2, "all", contrast):
+        assert "not the score's parts" in kinds(camfn.explain(net, "shown", inputs(), target, method="cam", fc="fc"))
+        assert kinds(camfn.explain(plain, "shown", inputs(), target, method="cam", fc="fc")) == []
+
+
+def test_cam_at_a_layer_before_the_last_is_not_the_parts_of_the_score():
+    net = pooled(lambda h: h, lambda h: h.relu().mean((2, 3)))
+    assert "not the score's parts" in kinds(camfn.explain(net, "shown", inputs(), 2, method="cam", fc="fc"))
+    assert kinds(camfn.explain(pooled(), "shown", inputs(), 2, method="cam", fc="fc")) == []
+
+
 def test_a_flat_map_and_a_negative_one_are_found():
     flat = explained(pooled(lambda h: h.mean((2, 3), keepdim=True).expand_as(h), weighted))
     assert only(flat, "flat map").value == 1
@@ -321,3 +432,107 @@ def test_a_method_says_that_it_returns_maps(name):
     parameters = [*inspect.signature(function).parameters]
     assert parameters[:4] == ["model", "layer", "x", "target"]
     assert "normalize" in parameters
+
+
+# ---------------------------------------------------------------------------------------------------- maps and controls
+
+
+def test_maps_that_rank_the_positions_as_the_mean_of_the_channels_are_found():
+    card = explained(pooled(lambda h: h.abs(), weighted), "eigen_cam")
+    found = only(card, "no class")
+    mean = camfn.mean_cam(pooled(lambda h: h.abs(), weighted), "shown", inputs())
+    told = camfn.metrics.rank_correlation(card.maps, mean)
+    assert found.value == float((told >= 0.95).float().mean())
+    assert f"correlation {float(told[told >= 0.95].min()):.2f} or more" in found.sentence
+    for method in ("grad_cam", "mean_cam", "hires_cam"):  # `mean_cam` need not be told that it is itself
+        assert "no class" not in kinds(explained(pooled(head=weighted), method))
+
+
+def test_the_trained_network_has_no_findings_about_a_usual_map():
+    net, x = camfn.demo.network(), torch.stack([camfn.demo.preprocess(camfn.demo.scene(i, 1 + i % 3).image) for i in range(9)])
+    for method in ("grad_cam", "xgrad_cam", "hires_cam", "recipro_cam", "ablation_cam"):
+        assert set(kinds(camfn.explain(net, "features", x, method=method))) <= {"no position"}, method
+    assert set(kinds(camfn.explain(net, "features", x, method="cam", fc="classify"))) == set()
+
+
+@pytest.fixture
+def scenes() -> Tensor:
+    return torch.stack([camfn.demo.preprocess(camfn.demo.scene(i, 2).image) for i in (1, 3)])
+
+
+def test_a_check_compares_with_each_control(scenes):
+    net = camfn.demo.network()
+    card = camfn.explain(net, "features", scenes, method="grad_cam", check=True)
+    plain = camfn.explain(net, "features", scenes, method="grad_cam")
+    assert torch.equal(card.maps, plain.maps)
+    assert plain.check is None
+    best = net(scenes).topk(2).indices
+    other = camfn.grad_cam(net, "features", scenes, best[:, 1])
+    close(card.check.other[:, 0, 0], camfn.metrics.rank_correlation(plain.maps, other))
+    close(card.check.mean[:, 0, 0], camfn.metrics.rank_correlation(plain.maps, camfn.mean_cam(net, "features", scenes)))
+    score = camfn.metrics.score_function(net, scenes, camfn.targets.probability(best[:, 0]))
+    area = functools.partial(camfn.metrics.deletion_curve, plain.maps, scenes, score, steps=6)
+    wins = [area().area < area(order="random", seed=seed).area for seed in range(5)]
+    assert torch.equal(card.check.random[:, 0, 0], torch.stack(wins).float().mean(0))
+    assert f"  check: {card.check.sentence}" in repr(card)
+    assert card.check.sentence in card._repr_html_()
+
+
+def test_a_map_of_no_class_fails_its_check_and_says_why(scenes):
+    card = camfn.explain(camfn.demo.network(), "features", scenes, method="mean_cam", check=True)
+    assert not card.check.passed.any()
+    assert "2 than the map of another class (correlation 1.00); 2 than the mean of the channels (correlation 1.00)" in repr(
+        card
+    )
+
+
+def test_a_check_has_a_value_for_each_target_and_layer(scenes):
+    table = torch.tensor([[1, 2], [3, 4]])
+    card = camfn.explain(camfn.demo.network(), ["body", "features"], scenes, table, method="grad_cam", check=True)
+    alone = camfn.explain(camfn.demo.network(), "features", scenes, table, method="grad_cam", check=True)
+    assert card.check.other.shape == card.check.mean.shape == card.check.random.shape == (2, 2, 2)
+    for mine, own in zip(card.check[:3], alone.check[:3]):
+        close(mine[..., 1], own[..., 0])
+
+
+def test_a_check_leaves_out_what_does_not_apply(scenes):
+    """No class, or no layer."""
+    of_callable = camfn.explain(camfn.demo.network(), "features", scenes, lambda y: y[0] - y[1], method="grad_cam", check=True)
+    assert of_callable.check.other.isnan().all()
+    assert not of_callable.check.mean.isnan().any()
+    whole = camfn.explain(camfn.demo.network(), None, scenes, method="full_grad", check=True)
+    assert whole.check.mean.isnan().all()
+    assert not whole.check.other.isnan().any()
+
+
+def test_the_line_of_a_check():
+    def line(other: float, mean: float, random: float) -> str:
+        return Check(*(torch.tensor([[[each]]]) for each in (other, mean, random)), 5).sentence
+
+    assert line(0.25, 0.5, 1.0) == (
+        "the map is better than the controls: a random order of the cells (ahead of 5 of 5); the map of another class "
+        "(correlation 0.25); the mean of the channels (correlation 0.50)"
+    )
+    assert line(torch.nan, torch.nan, 1.0) == (
+        "the map is better than the controls: a random order of the cells (ahead of 5 of 5)"
+    )
+    assert line(0.96, 0.5, 0.4) == (
+        "1 of 1 maps is no better than a control: 1 than a random order of the cells (the worst is ahead of 2 of 5); "
+        "1 than the map of another class (correlation 0.96)"
+    )
+
+
+def test_a_check_goes_with_its_card(scenes, tmp_path):
+    card = camfn.explain(camfn.demo.network(), "features", scenes, method="grad_cam", check=True)
+    for name in ("card.npz", "card.safetensors"):
+        card.save(tmp_path / name)
+        again = camfn.load(tmp_path / name).check
+        assert all(torch.equal(mine, own) for mine, own in zip(again[:3], card.check[:3]))
+        assert again.sentence == card.check.sentence
+    assert pickle.loads(pickle.dumps(card)).check.sentence == card.check.sentence
+
+
+def test_a_check_is_refused_under_a_transform():
+    net = small_net()
+    with pytest.raises(camfn.CamError, match="check=True reads values"):
+        vmap(lambda x: camfn.explain(net, "features", x[None], 1, method="grad_cam", check=True).maps)(inputs())

@@ -184,9 +184,9 @@ def gradients_scaled_to_one(slopes_at):
     return lambda *args: [slopes / slopes.abs().amax((1, 2, 3), keepdim=True) for slopes in slopes_at(*args)]
 
 
-@mutation("formulas.noise:noises", deterministic="smooth_grad_cam_pp")
-def noisy_inputs_from_the_global_generator(noises):
-    return lambda draws, std, seed, like: std * torch.randn(draws, *like.shape)
+@mutation("formulas.noise:noisy", deterministic="smooth_grad_cam_pp")
+def noisy_inputs_from_the_global_generator(noisy):
+    return lambda image, draws, seed, deviation: (image + deviation * torch.randn(image.shape[1:]) for _ in range(draws))
 
 
 @mutation("formulas.maps:full_grad", batch_independent="full_grad")

@@ -219,10 +219,29 @@ def test_the_signs_of_the_two_gradient_forms():
 
 def test_before_global_pooling_the_two_gradient_forms_are_one_up_to_the_sign():
     """A gradient that is the same everywhere turns a channel round, or not; a singular vector turns it back."""
-    net, x = small_net(), inputs(5)
+    net, x = small_net(), inputs(40)
     one, other = (function(net, "features", x, 1, **RAW) for function in (camfn.eigen_grad_cam, camfn.seg_eigen_cam))
     turn = (one * other).sum((1, 2), keepdim=True).sign()
     close(one, turn * other)
+    assert set(turn.flatten().tolist()) == {1.0, -1.0}  # one map is the other's negative
+    close(one, camfn.seg_eigen_cam(net, "features", x, 1, side="class", **RAW))
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_the_side_that_speaks_for_the_class_agrees_with_hires_cam(center):
+    net, x = small_net(channels=8, dense=True), inputs(40)
+    a, g = slopes(net, x, 1)
+    largest, side = (camfn.seg_eigen_cam(net, "features", x, 1, center=center, side=s, **RAW) for s in ("largest", "class"))
+    close(largest.abs(), side.abs())
+    evidence = (a * g).sum(1)
+    evidence = evidence - evidence.mean((1, 2), keepdim=True) if center else evidence
+    assert ((side * evidence).sum((1, 2)) > 0).all()
+    assert ((largest * evidence).sum((1, 2)) < 0).any()
+
+
+def test_another_side_is_an_error():
+    with pytest.raises(camfn.CamError, match='side must be "largest" or "class"'):
+        camfn.seg_eigen_cam(small_net(), "features", inputs(), 1, side="sum")
 
 
 def test_one_channel_alone_is_its_own_component():

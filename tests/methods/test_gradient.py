@@ -362,7 +362,9 @@ def test_smooth_grad_cam_pp_is_a_loop_over_noisy_inputs(layer, draws, std, seed)
     net, x = headed(), inputs(3)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.stack([torch.randn(3, 8, 8, generator=generator) for _ in range(draws)]).double() * std
-    found = camfn.METHODS["smooth_grad_cam_pp"].run(net, layer, x, CLASSES, num_samples=draws, std=std, seed=seed)
+    found = camfn.METHODS["smooth_grad_cam_pp"].run(
+        net, layer, x, CLASSES, num_samples=draws, std=std, seed=seed, units="input"
+    )
     assert_close(found.weights[0][:, 0], smooth_weights(net, layer, x, noise), 1e-7)  # float32 noise times std is rounded
     assert (found.forwards, found.backwards) == (3 * (1 + draws), 3 * draws)
     plain = camfn.METHODS["grad_cam_pp"].run(net, layer, x, CLASSES).weights[0]
@@ -379,9 +381,12 @@ def test_smooth_grad_cam_pp_without_noise_is_grad_cam_pp(layer):
 
 def test_the_defaults_of_smooth_grad_cam_pp():
     net, x = headed(), inputs(3)
-    assert torch.equal(
-        camfn.smooth_grad_cam_pp(net, "act", x, 3), camfn.smooth_grad_cam_pp(net, "act", x, 3, num_samples=4, std=0.3, seed=0)
-    )
+    options = {"num_samples": 4, "std": 0.05, "units": "range", "seed": 0}
+    found = camfn.smooth_grad_cam_pp(net, "act", x, 3)
+    assert torch.equal(found, camfn.smooth_grad_cam_pp(net, "act", x, 3, **options))
+    for i, image in enumerate(x):
+        own = options | {"std": 0.05 * float(image.max() - image.min()), "units": "input"}
+        close(found[i], camfn.smooth_grad_cam_pp(net, "act", image[None], 3, **own)[0])
 
 
 # --------------------------------------------------------------------------------------------------- LayerCAM, fused

@@ -87,6 +87,9 @@ def test_fused_layer_cam_equals_torchcams(dims):
         assert float((paper - expected).abs().max()) > 1e-2  # which leaves the deepest as it is
 
 
+LIKE_TORCHCAM = {"std": 0.3, "units": "input"}
+
+
 def noisy_inputs(x: Tensor, draws: int, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [x + torch.randn(x.shape, generator=generator) * 0.3 for _ in range(draws)]
@@ -100,7 +103,7 @@ def test_weights_of_smooth_grad_cam_pp_equal_torchcams_where_the_gradient_does_n
     for c in (0, 3):
         score = lambda y, c=c: 1000 * y[c]  # noqa: E731 - so that 2 g^2 is large beside the 1e-8 that it adds
         (expected,) = theirs("SmoothGradCAMpp", model, "act", x, targets=score, seed=5)
-        weights = camfn.METHODS["smooth_grad_cam_pp"].run(model, "act", x, score, seed=5).weights[0][:, 0]
+        weights = camfn.METHODS["smooth_grad_cam_pp"].run(model, "act", x, score, seed=5, **LIKE_TORCHCAM).weights[0][:, 0]
         assert float(expected.max()) > 1e-2
         assert_close(torch.einsum("nk,nk...->n...", weights, run(state, last).seen).relu(), expected, 1e-6)
 
@@ -121,7 +124,7 @@ def test_fault_torchcams_smooth_grad_cam_pp():
     weights, last = (second / below * slopes[-1].relu()).sum((2, 3)), run(state, noisy).seen
     close(torch.einsum("nk,nkhw->nhw", weights, last).relu(), expected)
     (scaled,) = theirs("SmoothGradCAMpp", model, "act", x, 3, normalize=True, seed=11, num_samples=draws)
-    assert differ(camfn.smooth_grad_cam_pp(model, "act", x, 3, seed=11, num_samples=draws), scaled) > 1e-2
+    assert differ(camfn.smooth_grad_cam_pp(model, "act", x, 3, seed=11, num_samples=draws, **LIKE_TORCHCAM), scaled) > 1e-2
     (still,) = theirs("SmoothGradCAMpp", model, "act", x, 3, normalize=True, num_samples=1, std=1e-12)
     assert differ(camfn.grad_cam_pp(model, "act", x, 3), still) > 1e-2
 

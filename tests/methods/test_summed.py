@@ -68,13 +68,13 @@ def test_group_cam_is_the_authors_loop(dims, groups, percentile):
     close(card.weights[0], weights, "weights")
 
 
-def test_group_cam_by_default_has_32_groups_no_percentile_and_a_blur_of_51_pixels():
+def test_group_cam_by_default_has_32_groups_the_percentile_70_and_a_blur_of_51_pixels():
     model, x = softer(small_net(side=60, channels=70)), inputs(1, side=60)
-    expected, weights = group_cam_loop(model, "features", x, [2], 32, None, (51, 50.0))
+    expected, weights = group_cam_loop(model, "features", x, [2], 32, 70, (51, 50.0))
     assert weights.shape == (1, 24)  # 70 channels in chunks of three
     found = camfn.group_cam(model, "features", x, 2, size="input", normalize=False)
     close(found, expected)
-    for other in ({"groups": 35}, {"percentile": 70}, {"blur": (51, 9.0)}, {"blur": (49, 50.0)}):
+    for other in ({"groups": 35}, {"percentile": None}, {"blur": (51, 9.0)}, {"blur": (49, 50.0)}):
         assert (camfn.group_cam(model, "features", x, 2, size="input", normalize=False, **other) - found).abs().max() > 1e-9
 
 
@@ -90,7 +90,7 @@ TARGETS = {
 def test_group_cam_of_a_target_that_says_its_scale_takes_it_for_gradient_and_score(kind):
     target, gradient, score = TARGETS[kind]
     model, x = softer(small_net()), inputs(1)
-    expected, _ = group_cam_loop(model, "features", x, [0], 3, None, (3, 2.0), gradient, score)
+    expected, _ = group_cam_loop(model, "features", x, [0], 3, 70, (3, 2.0), gradient, score)
     found = camfn.group_cam(model, "features", x, target, groups=3, blur=(3, 2.0), size="input", normalize=False)
     close(found, expected, kind)
 

@@ -13,9 +13,13 @@ import camfn
 from camfn import CamError, _compat, layouts
 from camfn.methods._common import read_layer
 from camfn.model.forward import look
+from camfn.model.layers import _length_matters
+from camfn.model.layers import _outputs as layers_of_model
+from camfn.model.task import begin
 from tests.oracles.closeness import assert_close, close
 from tests.oracles.libraries import torchvision_models
 from tests.oracles.networks import CHEAP, inputs, small_net
+from tests.oracles.vits import Patches, randomised, vit
 
 # ----------------------------------------------------------------------------- one network in several layouts
 
@@ -565,3 +569,100 @@ def test_a_transformer_on_the_samples_of_a_sound():
     x = {"input_values": torch.randn(1, 1000)}
     maps = camfn.grad_cam(model, "wav2vec2.encoder.layers.0", x, 0)
     assert maps.shape == (1, 50)
+
+
+# -------------------------------------------------------------------------------------------- a layer for each method
+
+
+BY_PRODUCTS = ("hires_cam", "layer_cam", "grad_cam_elementwise", "eigen_grad_cam", "seg_eigen_cam")
+"""Methods that multiply activation and gradient at each position."""
+NORMS = {
+    "torchvision": ("encoder.layers.encoder_layer_1", "encoder.layers.encoder_layer_2.ln_1"),
+    "timm": ("blocks.1", "blocks.2.norm1"),
+    "DeiT, distilled": ("blocks.1", "blocks.2.norm1"),
+    "ViT, eager": ("vit.layers.1", "vit.layers.2.layernorm_before"),
+}
+
+
+def taken(method: str, model: nn.Module, x, target=1, **options) -> camfn.Explanation:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", camfn.CamWarning)
+        return camfn.explain(model, None, x, target, method=method, relu=False, **options)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_method_of_products_is_at_the_norm_of_the_block_that_is_read(name):
+    model, (block, norm) = vit(name), NORMS[name]
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    given = {"pixel_values": x} if name.startswith("ViT") else x
+    assert {taken(method, model, given).layers for method in BY_PRODUCTS} == {(norm,)}
+    assert {taken(method, model, given).layers for method in ("grad_cam", "grad_cam_pp", "mean_cam")} == {(block,)}
+    assert "cancelled sum" not in {found.kind for found in taken("hires_cam", model, given).findings}
+    with pytest.warns(camfn.CamWarning, match=f"layer=None: '{norm}' was chosen, the first layer after '{block}' whose"):
+        camfn.hires_cam(model, None, given, 1, relu=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", camfn.CamWarning)
+        named = camfn.explain(model, block, given, 1, method="hires_cam", relu=False)
+    assert named.layers == (block,)
+
+
+@pytest.mark.parametrize("name", ["timm, registers, mean", "BEiT", "DINOv2, sdpa"])
+def test_where_the_lengths_of_the_vectors_count_the_layer_is_that_of_grad_cam(name):
+    """The patches are read themselves, not only by the norm of a last block."""
+    model = vit(name)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    given = {"pixel_values": x} if name.startswith("DINOv2") else x
+    assert taken("hires_cam", model, given).layers == taken("grad_cam", model, given).layers
+
+
+def test_lengths_are_asked_for_only_if_layers_follow_and_only_by_methods_of_products():
+    x = inputs(2)
+    assert taken("hires_cam", small_net(), x).forwards == taken("grad_cam", small_net(), x).forwards == 4
+    model = randomised(Patches(class_token=True))
+    found, plain = taken("hires_cam", model, x), taken("grad_cam", model, x)
+    assert (plain.layers, plain.forwards) == (("blocks.layers.0",), 4)
+    assert (found.layers, found.forwards) == (("blocks.layers.1.norm1",), 16)
+
+
+def test_methods_of_one_call_have_each_its_layer():
+    model, x = randomised(Patches(class_token=True)), inputs(2)
+    cards = taken(["grad_cam", "hires_cam", "layer_cam"], model, x)
+    assert [card.layers[0] for card in cards] == ["blocks.layers.0", "blocks.layers.1.norm1", "blocks.layers.1.norm1"]
+    for card in cards:
+        close(card.maps, taken(card.method, model, x).maps)
+
+
+def test_the_layer_is_the_same_under_a_transform():
+    model, x = randomised(Patches(class_token=True)), inputs(2)
+    each = vmap(lambda image: camfn.hires_cam(model, None, image[None], 1, relu=False)[0])(x)
+    close(each, taken("hires_cam", model, x).maps)
+
+
+class Loose(nn.Module):
+    """A layer that is read through a norm, and, if asked, beside it."""
+
+    def __init__(self, beside: float):
+        super().__init__()
+        self.layer, self.norm, self.fc, self.beside = Tokens(), nn.LayerNorm(8), nn.Linear(8, 5), beside
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.layer(x)
+        return self.fc((self.norm(tokens) + self.beside * tokens).relu().mean(1))
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.patches(x).flatten(2).mT
+
+
+@pytest.mark.parametrize("beside", [0.0, 0.1, 1.0])
+def test_whether_lengths_count_is_observed(beside):
+    torch.manual_seed(0)
+    task = begin(Loose(beside).double(), inputs(2), None)
+    layers_found = {out.name: out for out in layers_of_model(task).all}
+    assert _length_matters(task, layers_found["layer"]) == (beside > 0)
+    assert _length_matters(task, layers_found["norm"])
