@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from camfn import figures
 from camfn.evaluation.measures import MEASURES
-from camfn.evaluation.result import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -254,15 +254,12 @@ def _about(outcome: Outcome, row: Made, settings: Mapping[str, Any], forward: Fo
     found = [Finding("about the target", "", 1.0, remark) for remark in outcome.score.remarks]
     if "recipe" in settings:
         found += diagnostics.about_weights([each.detach() for each in outcome.weights], outcome.layers)
+    layout = settings.get("layout", "auto")
     if forward is not None and Need.ACTIVATIONS in row.needs:
-        reads = [
-            read_layer(forward, *each, settings.get("layout", "auto")) for each in zip(forward.layers, forward.activations)
-        ]
+        reads = [read_layer(forward, *each, layout) for each in zip(forward.layers, forward.activations)]
         found += diagnostics.about_activations([part.values for part in reads], forward.layers)
         if row.name != "mean_cam":
-            found += diagnostics.about_agreement(
-                mean_correlations(outcome.maps, forward, settings.get("layout", "auto")), forward.layers
-            )
+            found += diagnostics.about_agreement(mean_correlations(outcome.maps, forward, layout), forward.layers)
         gradients = next((value for key, value in forward.task.facts.items() if key[0] == "gradients"), None)
         if Need.GRADIENTS in row.needs and gradients is not None:
             found += diagnostics.about_gradients(gradients, forward.layers)
