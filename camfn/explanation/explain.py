@@ -23,7 +23,7 @@ from camfn.formulas import diagnostics
 from camfn.formulas.diagnostics import Finding
 from camfn.methods import Need, Outcome
 from camfn.methods._common import read_layer
-from camfn.methods.registry import Made, made
+from camfn.methods.registry import Made, method_of
 from camfn.model.forward import Forward, Shared
 from camfn.model.prepare import opened
 from camfn.model.task import begin
@@ -141,7 +141,7 @@ def prepared(
 
     The caller can continue after a method that fails, and show which method runs.
     """
-    rows = [made(each) for each in method]
+    rows = [method_of(each) for each in method]
     given = [{key: value for key, value in options.items() if takes(row, key)} for row in rows]
     stray = [key for key in options if not any(key in own for own in given)]
     if stray:

@@ -167,12 +167,17 @@ class Made(NamedTuple):
     needs: frozenset[Need]
 
 
-def made(method: str | Callable[..., Maps]) -> Made:
-    """Return a method, given by its name in `METHODS`, as a function, or as a `functools.partial` of one."""
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise CamError(f"no method named {method!r}; closest: {closest(method, METHODS)}; all: {', '.join(METHODS)}")
-        return made(METHODS[method].function)
+def method_of(method: str | Callable[..., Maps]) -> Made:
+    """Return a method, given by its name in `METHODS` or as a function."""
+    if not isinstance(method, str):
+        return made(method)
+    if method not in METHODS:
+        raise CamError(f"no method named {method!r}; closest: {closest(method, METHODS)}; all: {', '.join(METHODS)}")
+    return made(METHODS[method].function)
+
+
+def made(method: Callable[..., Maps]) -> Made:
+    """Return a method, given as a function or as a `functools.partial` of one."""
     if isinstance(method, functools.partial):
         inner = made(method.func)
         return inner._replace(run=functools.partial(inner.run, *method.args, **method.keywords))

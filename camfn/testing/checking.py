@@ -11,7 +11,7 @@ from hypothesis.strategies import SearchStrategy
 from camfn._errors import CamError, closest
 from camfn._types import Inputs, Layer, Maps, Target
 from camfn.methods import grad_cam
-from camfn.methods.registry import Need, made
+from camfn.methods.registry import Need, method_of
 from camfn.testing import laws
 from camfn.testing.laws import LAWS, UNITS
 from camfn.testing.strategies import Case, cases, token_cases
@@ -36,7 +36,7 @@ def check(
     **Arguments**
 
     - `method`: a method of camfn, a `functools.partial` of one, your own (`camfn.method`), or a composition.
-    - `examples`: cases for each law. The same `seed` draws the same cases.
+    - `examples`: cases for each law. The first is the simplest, of one position or few. The same `seed` draws the same cases.
     - `skip`: names of laws that your method does not promise: a method with noise belonging to pixels is not symmetric under
       `flip`.
     - `among`: a strategy of cases. By default, convolutional networks and vision transformers that the method accepts.
@@ -55,7 +55,7 @@ def check(
     ...     print(str(error).splitlines()[1].split(".")[0])
     - flip does not hold of first_cam
     """
-    name, drawn = made(method).name, _drawn(method) if among is None else among
+    name, drawn = method_of(method).name, _drawn(method) if among is None else among
     failed = [_counterexample(law, method, drawn, (examples, seed), units) for law in _chosen(skip)]
     _raise(name, [each for each in failed if each])
 
@@ -97,12 +97,12 @@ def check_model(
             LAWS[law](method, case, units=units)
         except Exception as error:
             failed.append(_told(law, error))
-    _raise(f"{made(method).name} of this model", failed)
+    _raise(f"{method_of(method).name} of this model", failed)
 
 
 def _drawn(method: Callable[..., Maps] | str) -> SearchStrategy[Case]:
     """The cases that a method accepts."""
-    one = made(method)
+    one = method_of(method)
     if Need.ATTENTION in one.needs:
         return token_cases()
     some = cases(method)

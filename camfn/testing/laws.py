@@ -22,7 +22,7 @@ from torch.func import grad, jvp, vmap
 
 from camfn._errors import CamError
 from camfn._types import Maps
-from camfn.methods.registry import Made, Need, Outcome, made
+from camfn.methods.registry import Made, Need, Outcome, method_of
 from camfn.model.capture import state_of
 from camfn.sweep.options import Sweep
 from camfn.targets import is_plain, logits_of
@@ -73,7 +73,7 @@ _SPEAKS: dict[str, Callable[[Asked, Case], bool]] = {}
 
 def asked(method: Callable[..., Maps] | str, case: Case, units: float = UNITS) -> Asked:
     """The method, put to a case. The layers of the strategies' networks are read as they are made, without a doubt."""
-    one = made(method)
+    one = method_of(method)
     drawn = isinstance(case.model, Drawn) and one.of_layer
     return Asked(one, {"layout": case.model.layout} if drawn else {}, units)
 

@@ -17,7 +17,7 @@ from camfn import layouts, targets
 from camfn._errors import CamError
 from camfn._types import Activations, Gradients, Layout, Maps, Target
 from camfn.formulas.masks import Recipe, recipe_of
-from camfn.methods.registry import Need, made
+from camfn.methods.registry import Need, method_of
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -324,7 +324,7 @@ def cases(
     - `varied`: in every image, some channel of the layer is not flat.
     - `fields`: fields of `Spec`, as in `models`.
     """
-    needs = frozenset((Need.LINEAR_HEAD,)) if method is None else made(method).needs
+    needs = frozenset((Need.LINEAR_HEAD,)) if method is None else method_of(method).needs
     if Need.ATTENTION in needs:
         raise CamError("the method needs attention, and these networks have none: use camfn.testing.token_cases")
     linear_head = Need.LINEAR_HEAD in needs

@@ -29,8 +29,16 @@ UNSTEADY = ("opti_cam",)
 STEADY = [pair for pair in HOLDING if pair[1] not in UNSTEADY]
 EXAMPLES = int(os.environ.get("CAMFN_EXAMPLES", "0"))
 """For each pair, the same in each run. To search for more: CAMFN_ANEW=1 CAMFN_EXAMPLES=200."""
-ELSEWHERE = ("pure", "thread_safe", "gradcheck")
-"""What the contract asks of harder models. Here one example shows that the laws for users hold of camfn."""
+ELSEWHERE = ("pure", "thread_safe", "gradcheck", "same_size", "scale_of_the_map")
+"""What the contract asks of harder models, and what is one piece of code for all methods."""
+EXECUTION = ("batch_independent", "image_permutation", "class_permutation", "deterministic", "shape", "range")
+EXECUTION += ("chunk_independent", "target_independent", "layer_independent", "vmap_equals_loop")
+"""What options of a method have little to do with: of its variants a case less is tried."""
+
+
+def examples_of(law: str, name: str) -> int:
+    """The first example is the simplest, of one channel and one position: two are the least that say something."""
+    return EXAMPLES or (2 if law in ELSEWHERE or ("," in name and law in EXECUTION) else 3)
 
 
 @pytest.mark.kernels
@@ -39,7 +47,7 @@ def test_law_holds(law, name):
     variant = VARIANTS[name]
     method = variant.method if variant.method in camfn.METHODS else "score_cam"
 
-    @settings(max_examples=EXAMPLES or (1 if law in ELSEWHERE else 3))
+    @settings(max_examples=examples_of(law, name))
     @given(data=st.data())
     def holds(data):
         LAWS[law](variant, data.draw(cases(method, recipe=variant.recipe), label="case"))
