@@ -13,6 +13,7 @@ from camfn.metrics.confidence import (
 )
 from camfn.metrics.faithfulness import (
     CIRCULAR,
+    Curve,
     deletion,
     deletion_curve,
     infidelity,
@@ -26,6 +27,7 @@ from camfn.metrics.scoring import ScoreFunction, score_function
 
 __all__ = [
     "CIRCULAR",
+    "Curve",
     "ScoreFunction",
     "adcc",
     "adcc_parts",

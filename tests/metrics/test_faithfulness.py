@@ -430,7 +430,8 @@ def quantus_values(metric, x: Tensor, map: Tensor) -> Tensor:
 
 
 AS_IT_IS = {"abs": False, "normalise": False, "disable_warnings": True, "perturb_baseline": 0.0}
-"""Quantus divides maps by their largest value by default, and runs models in float32. Its features are the pixels of each channel: here there is one."""
+"""Quantus divides maps by their largest value by default, and runs models in float32. Its features are the
+pixels of each channel: here there is one."""
 
 
 def test_pixel_flipping_of_quantus_is_deletion_without_its_first_step():
