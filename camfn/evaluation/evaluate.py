@@ -15,7 +15,7 @@ from camfn.evaluation.result import Evaluation, Gathered
 from camfn.explanation import AnyMethod, explain
 from camfn.explanation.explain import takes
 from camfn.methods import METHODS
-from camfn.methods.registry import made
+from camfn.methods.registry import method_of
 from camfn.metrics.controls import CONTROL_METHODS, CONTROLS
 from camfn.model.prepare import Prepared, prepare
 
@@ -147,8 +147,8 @@ class _Methods:
     ) -> None:
         self.model, self._layer, self._options = model, layer, options
         given = list(METHODS) if methods == "all" else [methods] if isinstance(methods, str) or callable(methods) else methods
-        self._rows = {made(each).name: each for each in [*given, *(CONTROL_METHODS if controls else ())]}
-        stray = [key for key in options if not any(takes(made(each), key) for each in self._rows.values())]
+        self._rows = {method_of(each).name: each for each in [*given, *(CONTROL_METHODS if controls else ())]}
+        stray = [key for key in options if not any(takes(method_of(each), key) for each in self._rows.values())]
         if stray:
             raise CamError(f"no method of {', '.join(self._rows)} has an option {', '.join(map(repr, stray))}")
         self.controls = (*(CONTROL_METHODS if controls else ()), *(CONTROLS if controls else ()))
@@ -174,12 +174,12 @@ class _Methods:
         self._seen += len(about.x)
 
     def _makes(self, row: AnyMethod, about: Asked) -> Makes:
-        own = {key: value for key, value in {**self._options, **SIGNED}.items() if takes(made(row), key)}
+        own = {key: value for key, value in {**self._options, **SIGNED}.items() if takes(method_of(row), key)}
 
         def makes(x: Any = None, target: Target = None, state: State | None = None) -> Tensor:
             given = own if state is None else {**own, "state": state}
-            if state is not None and not takes(made(row), "state"):
-                raise CamError(f"{made(row).name} has no option state=")
+            if state is not None and not takes(method_of(row), "state"):
+                raise CamError(f"{method_of(row).name} has no option state=")
             model: Any = self.model
             card = explain(model, self._layer, about.images.x if x is None else x, target, method=row, **given)
             maps = card.maps

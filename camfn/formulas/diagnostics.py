@@ -155,6 +155,13 @@ def about_negative(shares: Sequence[Float[Tensor, " n"]], layers: Sequence[str])
     return tuple(found)
 
 
+def pooled_logits(
+    activations: Activations, matrix: Float[Tensor, "classes c"], bias: Float[Tensor, " classes"]
+) -> Float[Tensor, "n classes"]:
+    """The logits of a linear layer after global average pooling: those that CAM's map adds up to."""
+    return activations.mean(-1).to(matrix.dtype) @ matrix.mT + bias
+
+
 def about_linear(told: Float[Tensor, "n t"], scores: Float[Tensor, "n t"], layer: str) -> tuple[Finding, ...]:
     """Find that CAM's map does not add up to the score: the linear layer of the pooled layer is not the score."""
     size = torch.maximum(told.abs(), scores.abs())

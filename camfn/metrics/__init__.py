@@ -23,6 +23,7 @@ from camfn.metrics.controls import (
 )
 from camfn.metrics.faithfulness import (
     CIRCULAR,
+    Curve,
     deletion,
     deletion_curve,
     infidelity,
@@ -53,6 +54,7 @@ __all__ = [
     "CONTROLS",
     "CONTROL_METHODS",
     "BoxAccuracy",
+    "Curve",
     "Randomization",
     "ScoreFunction",
     "adcc",

@@ -4,6 +4,7 @@ Noisy linear imputation makes each removed pixel the weighted mean of its eight 
 system for each picture. Here all of them are solved at once, without a matrix, by conjugate gradients.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -260,12 +261,11 @@ def road(
     if not len(percentiles) or not all(0 <= p <= 100 for p in percentiles):
         raise CamError(f"percentiles={percentiles!r} must be numbers from 0 to 100, one or more")
     given = by_target(maps, x)
-    values = resize(given, x.shape[2:]).flatten(2).double()
-    shares = torch.tensor(percentiles, dtype=values.dtype, device=values.device) / 100
+    values = resize(given, x.shape[2:]).flatten(2)
 
     def mean_score(sign: int) -> Tensor:
         ranked = sign * values
-        thresholds = torch.quantile(ranked, shares, -1)  # (k, n, t)
+        thresholds = _percentiles(ranked, percentiles)
 
         def made(numbers: Tensor) -> Tensor:
             removed = (ranked >= thresholds[numbers][..., None]).unflatten(-1, x.shape[2:])
@@ -273,8 +273,17 @@ def road(
             filled = linear_imputation(pictures.flatten(0, 2), removed.flatten(0, 2), noise=noise, seed=seed)
             return filled.reshape(pictures.shape)
 
-        return scored(score, len(shares), made, x, given.shape[1]).mean(-1)
+        return scored(score, len(percentiles), made, x, given.shape[1]).mean(-1)
 
     if order == "combined":
         return like((mean_score(-1) - mean_score(1)) / 2, maps, x)
     return like(mean_score(1 if order == "morf" else -1) - clean_of(score, x, given.shape[1]), maps, x)
+
+
+def _percentiles(values: Float[Tensor, "n t p"], percentiles: Sequence[float]) -> Float[Tensor, "k n t"]:
+    """NumPy's percentiles along the last axis. `torch.quantile` takes no more than 16 million values."""
+    ordered = values.sort(-1).values.movedim(-1, 0)
+    at = [percentile / 100 * (len(ordered) - 1) for percentile in percentiles]
+    low, high = ([rounded(place) for place in at] for rounded in (math.floor, math.ceil))
+    share = torch.tensor([place - below for place, below in zip(at, low)], dtype=values.dtype, device=values.device)
+    return torch.lerp(ordered[low], ordered[high], share.reshape(-1, 1, 1))

@@ -169,7 +169,7 @@ def by_target(maps: Tensor, x: Tensor) -> Float[Tensor, "n t *grid"]:
         )
     if not bool(torch.isfinite(maps).all()):
         raise CamError(f"maps have {int((~torch.isfinite(maps)).sum())} NaN or infinite values, which no metric can rank")
-    found = maps.detach().to(wide(maps.dtype))
+    found = maps.detach().to(x.device, wide(maps.dtype))
     return found if maps.ndim == x.ndim else found[:, None]
 
 

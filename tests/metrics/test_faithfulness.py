@@ -12,7 +12,7 @@ from torch import Tensor
 
 import camfn
 from camfn import CamError, metrics
-from tests.oracles.closeness import close
+from tests.oracles.closeness import assert_close, close
 
 BASELINES = ["zero", "mean", "blur", "linear"]
 CURVES = [metrics.deletion_curve, metrics.insertion_curve]
@@ -412,3 +412,74 @@ def test_circular_pairs_are_of_names_that_exist():
         assert methods <= set(camfn.METHODS)
         assert {"opti_cam", "rise", "score_cam"} <= methods
         assert all("masked inputs" in camfn.METHODS[name].needs for name in methods)
+
+
+# ------------------------------------------------------------------------------------------------------------- Quantus
+
+
+class Plain(torch.nn.Module):
+    """Two logits that no sum over pixels gives."""
+
+    def forward(self, x):
+        return bent(x)
+
+
+def quantus_values(metric, x: Tensor, map: Tensor) -> Tensor:
+    given = {"x_batch": x.numpy(), "y_batch": np.zeros(len(x), dtype=int), "a_batch": map[:, None].numpy()}
+    return torch.tensor(np.asarray(metric(model=Plain().eval(), **given, softmax=False, device="cpu"), dtype=float))
+
+
+AS_IT_IS = {"abs": False, "normalise": False, "disable_warnings": True, "perturb_baseline": 0.0}
+"""Quantus divides maps by their largest value by default, and runs models in float32. Its features are the
+pixels of each channel: here there is one."""
+
+
+def test_pixel_flipping_of_quantus_is_deletion_without_its_first_step():
+    """Departures: it leaves out the score of the whole input, orders pixels and not cells, and breaks ties by their place."""
+    quantus = pytest.importorskip("quantus")
+    x, map = random(3, 1, 8, 8), random(3, 8, 8, seed=1)
+    theirs = quantus_values(quantus.PixelFlipping(features_in_step=4, **AS_IT_IS), x, map)
+    close(metrics.deletion_curve(map, x, first, steps=16, baseline="zero").scores[:, 1:], theirs, dtype=torch.float32)
+
+
+def test_infidelity_of_quantus_where_one_square_is_the_input():
+    """Departures: its patches lie on a lattice, and stay removed when the next one is. Its map has no best factor."""
+    quantus = pytest.importorskip("quantus")
+    x, map = random(3, 1, 8, 8), random(3, 8, 8, seed=1)
+    theirs = quantus_values(quantus.Infidelity(perturb_patch_sizes=[8], n_perturb_samples=1, **AS_IT_IS), x, map)
+    close(metrics.infidelity(map, x, first, share=1.0, samples=1, scaled=False), theirs, dtype=torch.float32)
+
+
+def test_linear_imputation_of_quantus():
+    """Its ROAD is another metric: the share of inputs whose class stays. Its `SensitivityN` removes cells in the map's order,
+    where the source draws random sets."""
+    perturb = pytest.importorskip("quantus.functions.perturb_func")
+    x, removed = random(2, 3, 16, 16), random(2, 16, 16, seed=1) > 0.4
+    theirs = [
+        perturb.noisy_linear_imputation(x[i].numpy(), removed[i].flatten().nonzero()[:, 0].numpy(), 0.0) for i in range(2)
+    ]
+    assert_close(metrics.linear_imputation(x, removed), torch.from_numpy(np.stack(theirs)), 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- OpenVINO-XAI
+
+
+def test_openvino_xais_numbers_by_its_formula():
+    """Its formula for one input: pixels in 30 steps, zeros for both, the trapezoid rule over equal steps, and the difference
+    insertion - deletion as `delta`. Where the steps divide the pixels, its areas are those of camfn."""
+    x, map = random(1, 3, 6, 10), random(1, 6, 10, seed=1)
+    order = np.argsort(-map[0].numpy().flatten(), kind="stable")
+    areas = {}
+    for name in ("insertion", "deletion"):
+        scores = []
+        for count in range(0, 61, 2):
+            keep = np.full(60, name == "deletion")
+            keep[order[:count]] = name == "insertion"
+            scores.append(float(first(x * torch.from_numpy(keep.reshape(6, 10)))))
+        areas[name] = sum((a + b) / 2 for a, b in itertools.pairwise(scores)) / 30
+    for metric in AREAS:
+        assert float(metric(map, x, first, steps=30, baseline="zero")) == pytest.approx(areas[metric.__name__], rel=1e-6)
+    delta = areas["insertion"] - areas["deletion"]
+    assert float(metrics.deletion(map, x, first, steps=30, baseline="zero", order="difference")) == pytest.approx(
+        delta, rel=1e-6
+    )

@@ -213,6 +213,12 @@ def test_road_is_the_mean_over_percentiles_and_of_both_orders():
     close(metrics.road(map, x, seen), (least - most) / 2, size=1.0)
 
 
+def test_percentiles_are_numpys():
+    values, asked = random(2, 3, 50), [0, 3, 10, 50, 99.5, 100]
+    found = imputation._percentiles(values, asked)
+    close(found, torch.from_numpy(np.percentile(values.numpy(), asked, axis=-1)))
+
+
 def test_what_road_does_not_take():
     x, map = random(2, 1, 16, 16), random(2, 4, 4, seed=1)
     for options, message in [
