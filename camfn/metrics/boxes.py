@@ -22,7 +22,7 @@ def boxes_to_masks(boxes: Sequence[Tensor | Sequence[Sequence[float]]], size: tu
     - `boxes`: for each image `(k, 4)` numbers `x0, y0, x1, y1` in pixels of `size`, the edges of the box; k may differ.
     - `size`: the (height, width) of the masks.
 
-    **Returns** bools `(n, h, w)`. An image without boxes has an empty mask.
+    **Returns** bools `(n, h, w)`, on the CPU. An image without boxes has an empty mask.
 
     **Raises** `CamError` if a box does not have four numbers.
 

@@ -10,6 +10,7 @@ import math
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from camfn import _compat
 from camfn._errors import CamError
 from camfn.metrics.pixels import check_axes, known_where, on_pixels, rectified, rows
 
@@ -171,6 +172,6 @@ def grid_pointing_game(maps: Float[Tensor, "..."], cell: Int[Tensor, "..."], *, 
     energy = cell_energy(maps, cells=cells)
     if cell.shape != energy.shape[:-1]:
         raise CamError(f"cell has shape {tuple(cell.shape)}, and the maps need {tuple(energy.shape[:-1])}: a cell for each map")
-    if bool(((cell < 0) | (cell >= cells**2)).any()):
+    if not _compat.transformed() and bool(((cell < 0) | (cell >= cells**2)).any()):
         raise CamError(f"cell must number the {cells**2} cells from 0; found {int(cell.min())} to {int(cell.max())}")
     return energy.gather(-1, cell.to(energy.device).long()[..., None])[..., 0]

@@ -197,7 +197,7 @@ def randomized_states(
     - `seed`: the seed of the weights: normal numbers with the mean and the deviation of each parameter. Buffers, such as the
       statistics of batch norms, stay. A layer has the same weights in both orders.
 
-    **Returns** an iterator over pairs.
+    **Returns** an iterator over pairs. The empty name is the model itself, for parameters that it reads without a layer.
 
     **Raises** `CamError` if a layer has no parameters.
 

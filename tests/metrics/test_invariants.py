@@ -65,6 +65,13 @@ def test_an_image_has_its_value_beside_any_other(name):
         assert same(METRICS[name](*(part[i : i + 1] for part in given))[0], whole[i])
 
 
+@every_metric
+def test_metrics_map_over_a_batch(name):
+    given = drawn()
+    mapped = torch.func.vmap(lambda *one: METRICS[name](*(part[None] for part in one))[0])(*given)
+    assert same(mapped, METRICS[name](*given))
+
+
 @pytest.mark.parametrize("name", [name for name in METRICS if name not in WITH_A_PLACE])
 def test_permuting_classes_permutes_the_result(name):
     given, order = drawn(), torch.tensor([2, 0, 1])

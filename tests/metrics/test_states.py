@@ -198,5 +198,6 @@ def test_blocks_by_name():
     assert [*states] == ["fc", "stem"]
     changed = differing(camfn.state_of(model), states["stem"])
     assert {key.split(".")[0] for key in changed} == {"fc", "stem"}
+    assert not any("running" in key for key in changed), "buffers stay"
     with pytest.raises(CamError, match="has no parameters in the state"):
         list(metrics.randomized_states(model, inputs(), layers=["act"]))
