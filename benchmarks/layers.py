@@ -34,8 +34,8 @@ from camfn import demo
 
 GRADED = ("grad_cam", "grad_cam_pp", "xgrad_cam", "hires_cam", "layer_cam", "grad_cam_elementwise", "shapley_cam")
 EIGEN = ("eigen_grad_cam", "seg_eigen_cam", "eigen_cam", "kpca_cam", "mean_cam", "fem", "random_cam")
-SWEPT = ("ablation_cam", "recipro_cam", "score_cam", "is_cam", "group_cam", "score_cam_pp", "lift_cam")
-OPTIONS: dict[str, dict[str, Any]] = {"is_cam": {"num_samples": 3}}
+SWEPT = ("ablation_cam", "recipro_cam", "score_cam", "group_cam")
+OPTIONS: dict[str, dict[str, Any]] = {"recipro_cam": {"window": "gaussian"}}
 FIRST = 5000
 """The first seed of the scenes, on which no network was trained."""
 
@@ -48,6 +48,10 @@ class Samples(NamedTuple):
     classes: Tensor  # (n, 2)
     grids: Tensor  # (m, 3, h, w)
     cells: Tensor  # (m, 4): the class in each cell
+
+    def first(self, count: int) -> "Samples":
+        """Some of the samples."""
+        return Samples(*(None if each is None else each[:count] for each in self))
 
 
 # ------------------------------------------------------------------------------------------------------------ samples
@@ -64,7 +68,7 @@ def of_scenes(model: nn.Module, count: int) -> Samples:
         if set(scene.classes) <= set(best):
             pairs.append(scene)
     windows: dict[int, list[Tensor]] = {c: [] for c in range(len(demo.CLASSES))}
-    for number in range(12 * count):
+    for number in range(6 * count):
         scene = demo.scene(2 * FIRST + number)
         y, x = scene.masks[0].nonzero().float().mean(0).sub(24).round().long().clamp(0, 48).tolist()
         windows[scene.classes[0]].append(demo.preprocess(scene.image)[:, y : y + 48, x : x + 48])
@@ -149,7 +153,7 @@ def measured(maps: Tensor, cells: Tensor, found: Samples) -> dict[str, Tensor]:
 
 def run(model: nn.Module, found: Samples, method: str, layers: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """The measures of a method at each layer; nothing at a layer that it refuses."""
-    own = {"relu": False, "normalize": False, **OPTIONS.get(method, {})}
+    own = {"relu": False, "normalize": False, "layout": camfn.layouts.tokens(prefix=1), **OPTIONS.get(method, {})}
     results = {}
     groups = [list(layers)] if method in (*GRADED, *EIGEN) else [[layer] for layer in layers]
     for names in groups:
@@ -203,7 +207,8 @@ def main() -> None:
         layers = [block, norm, f"blocks.{depth - 3}", f"blocks.{depth - 2}.norm1"]
         own = record[name] = {"block": block, "norm": norm, "samples": asked.samples, "methods": {}}
         for method in asked.methods:
-            results = run(model, found, method, layers)
+            few = method in SWEPT  # many forward passes: half of the samples, at the two places between which to choose
+            results = run(model, found.first(asked.samples // 2) if few else found, method, layers[: 2 if few else None])
             own["methods"][method] = row = {
                 layer: {key: [round(v, 4) for v in interval(value.double())] for key, value in each.items()}
                 for layer, each in results.items()

@@ -1,8 +1,10 @@
 """Train three small pre-norm vision transformers on the shipped scenes: `python benchmarks/train_vits.py`.
 
-It takes MINUTES in one thread. The transformers serve `benchmarks/layers.py`, which chooses layers on two of them and judges
-the choice on the third. They differ in depth, width, patch and seed. As in `camfn.demo.train`, the first epochs use windows
-around single objects, and the others whole scenes. A window takes the embeddings of positions of its place on the scene.
+It took 7 to 10 minutes for each, in one thread of a busy machine. Their accuracy on other scenes of one object is 83 %
+(shallow), 68 % (coarse) and 68 % (third). The transformers serve `benchmarks/layers.py`, which chooses layers on two of them
+and judges the choice on the third. They differ in depth, width, patch and seed. As in `camfn.demo.train`, the first epochs use
+windows around single objects, and the others whole scenes. A window takes the embeddings of positions of its place on the
+scene.
 
 The weights are stored in float16, `benchmarks/vits/NAME.safetensors`, a few hundred kB each.
 """

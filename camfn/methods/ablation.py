@@ -69,7 +69,8 @@ def ablation_cam(
     pytorch-grad-cam's `AblationCAM`.
     """
     with without_graph(x, state):
-        found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
+        drawing = Drawing(relu, size, normalize, layout, axes, combine)
+        found = explain_layer(model, layer, x, target, state, drawing, site="none")
         swept = _swept(found, sweep, _without_channel, _channels)
         each = [_drops(part, numbers, scored) for part, numbers, scored in zip(found.reads, swept.wanted, swept.scored)]
         return _counted(weighed(found, each), swept)

@@ -179,7 +179,8 @@ def fem(
         raise CamError(f'form must be "mean" or "share", found {form!r}')
     if isinstance(k, bool) or not isinstance(k, (int, float)) or not math.isfinite(k):
         raise CamError(f"fem needs a finite number of deviations for k, found {k!r}")
-    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
+    drawing = Drawing(relu, size, normalize, layout, axes, combine)
+    found = explain_layer(model, layer, x, target, state, drawing, site="none")
     pairs = [weights.fem(part.values, k, form) for part in found.reads]
     summed = tuple(part._replace(values=values) for part, (_, values) in zip(found.reads, pairs))
     outcome = weighed_alike(found._replace(reads=summed), [weight for weight, _ in pairs])

@@ -62,7 +62,7 @@ def eigen_cam(
 
     Muhammad & Yeasin, Eigen-CAM, IJCNN 2020 (arXiv 2008.00299).
     """
-    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes))
+    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes), site="none")
     first = [components.eigen_cam(part.values, center) for part in found.reads]
     return drawn_alike(found, [each.scores for each in first], [each.loadings for each in first])
 
@@ -113,7 +113,7 @@ def kpca_cam(
         raise CamError(f"kernel {kernel!r} is not known; all: {', '.join(components.KERNELS)}")
     if gamma is not None and not (isinstance(gamma, (int, float)) and 0 < gamma < math.inf):
         raise CamError(f"gamma must be None or a finite number above 0, found {gamma!r}")
-    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes))
+    found = explain_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes), site="norm")
     return drawn_alike(found, [components.kpca_cam(part.values, kernel, gamma, unit=normalize) for part in found.reads])
 
 

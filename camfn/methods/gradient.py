@@ -152,7 +152,8 @@ def xgrad_cam(
     Fu et al., Axiom-based Grad-CAM, BMVC 2020 (arXiv 2008.02312). torchcam's `XGradCAM`
     adds 1e-8 to the denominator.
     """
-    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes, combine))
+    drawing = Drawing(relu, size, normalize, layout, axes, combine)
+    graded = grade_layer(model, layer, x, target, state, drawing, site="none")
     return weighed_by_gradients(graded, [weights.xgrad_cam(*pair) for pair in graded.pairs])
 
 

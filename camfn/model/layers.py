@@ -59,6 +59,10 @@ def candidate_layers(
       linear head takes what follows.
     - A layer with one channel for each class is an output, not a feature, and is not chosen. An embedding has no classes.
 
+    Some methods take the norm after the chosen layer instead, if only the norm reads it: those that multiply activation and
+    gradient at each position, as `camfn.hires_cam` does, since such products cancel before a layer norm, and those that were
+    better there (see docs/layers.md).
+
     Layers that do not run, layers whose shape fits several layouts or none, and layers whose positions do not follow those of
     the input, such as learned queries, are not listed.
 
@@ -92,8 +96,9 @@ def candidate_layers(
     )
 
 
-Site = Literal["block", "norm"]
-"""Where a method explains a model that does not depend on the lengths of a layer's vectors: there, or at the norm after it."""
+Site = Literal["block", "norm", "none"]
+"""Where a method explains a model that does not depend on the lengths of a layer's vectors: there, at the norm after it, or at
+no layer that is known (`benchmarks/layers.py`)."""
 
 
 class Choice(NamedTuple):
@@ -107,22 +112,30 @@ class Choice(NamedTuple):
 def choose(task: Task, site: Site = "block") -> Choice:
     """Choose a layer, by one forward pass, and by those of `placed_forms` for layers that are in doubt.
 
-    For `site="norm"`, three forward passes more tell whether the model depends on the lengths of the layer's vectors. They are
-    taken only if layers of the same grid follow. Products of activation and gradient cancel where it does not.
+    For other sites than `"block"`, three forward passes more tell whether the model depends on the lengths of the layer's
+    vectors. They are taken only if layers of the same grid follow. Where it does not, products of activation and gradient
+    cancel.
     """
     found = _outputs(task)
     if not found.all:
         raise CamError(none_on_a_grid(task.model, task.batch.size))
     chosen, why = _chosen(found)
     after = [out for out in found.all[found.all.index(chosen) + 1 :] if _is_like(out, chosen)][:_NORMS]
-    tried = [] if site == "block" or not after else [chosen, *after]
+    tried = {"block": [], "norm": [chosen, *after], "none": [chosen]}[site] if after else []
     forwards = 1
     for out in tried:
         forwards += 3
         if _length_matters(task, out):
             later = f"first layer after {chosen.name!r} whose vectors' lengths count, which this method needs"
             return Choice(out.name, why[out.name] if out is chosen else later, forwards)
-    return Choice(chosen.name, why[chosen.name], forwards)
+    none = "" if site != "none" or not tried else f"; {_NO_PLACE}"
+    return Choice(chosen.name, why[chosen.name] + none, forwards)
+
+
+_NO_PLACE = (
+    "but this method was no better than its controls at any layer of such a transformer that was tried, so compare it with "
+    "another class (camfn.explain(check=True)), or take grad_cam"
+)
 
 
 def stages(task: Task) -> tuple[str, ...]:

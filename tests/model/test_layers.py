@@ -624,6 +624,16 @@ def test_lengths_are_asked_for_only_if_layers_follow_and_only_by_methods_of_prod
     assert (found.layers, found.forwards) == (("blocks.layers.1.norm1",), 16)
 
 
+@pytest.mark.parametrize("method", ["xgrad_cam", "ablation_cam", "eigen_cam", "fem"])
+def test_a_method_that_has_no_place_on_such_a_transformer_says_so(method):
+    x, none = inputs(2), "but this method was no better than its controls at any layer of such a transformer that was tried"
+    with pytest.warns(camfn.CamWarning, match=f"layer=None: 'blocks.layers.0' was chosen, .*; {none}"):
+        camfn.METHODS[method].function(randomised(Patches(class_token=True)), None, x, 1, relu=False)
+    with pytest.warns(camfn.CamWarning, match="layer=None") as told:
+        camfn.METHODS[method].function(small_net(), None, x, 1, relu=False)
+    assert not any(none in str(each.message) for each in told)
+
+
 def test_methods_of_one_call_have_each_its_layer():
     model, x = randomised(Patches(class_token=True)), inputs(2)
     cards = taken(["grad_cam", "hires_cam", "layer_cam"], model, x)
