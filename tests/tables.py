@@ -194,9 +194,13 @@ ASKED = {
 
 
 def asked_anyway(method: str, column: str) -> bool:
-    """Is the check of the column a test that has the method among its parameters?"""
+    """Is the check of the column a test that has the method among its parameters?
+
+    What differs from another method in its formula alone is compiled as that is, and `--write` tries it.
+    """
     if column not in ASKED:
         return False
+    method = contract.COMPOSED_ALIKE.get(method, method) if column == COMPILED else method
     test = ASKED[column]["attention" in camfn.METHODS[method].needs]
     asked = set()
     for mark in vars(test)["pytestmark"]:
