@@ -417,7 +417,7 @@ def test_which_of_several_inputs_is_changed_is_said_by_masked():
             return self.net(a) + b.mean((1, 2, 3))[:, None].clamp(max=0.1)
 
     model, a, b = Two(), inputs(seed=1), inputs(seed=2)
-    noisy = a + (torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.3).double()
+    noisy = a + (torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0)).double() * 0.3)
     once = camfn.smooth(camfn.grad_cam, num_samples=1, std=0.3, units="input")
     close(once(model, "net.features", (a, b), 1, masked=0), camfn.grad_cam(model.net, "features", noisy, 1))
     with pytest.raises(camfn.CamError, match="masked= must say which input"):

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import CamError, metrics, targets
+from camfn.testing.threads import at_once
 from tests.oracles.closeness import close
 from tests.oracles.foldable import Net, images, pair, seeded
 from tests.oracles.networks import inputs
 from tests.oracles.networks import small_net as training_net
-from tests.oracles.threads import at_once
 
 
 def small_net(**options):
