@@ -85,8 +85,7 @@ def cam(
     if _compat.transformed():
         return outcome
     with torch.no_grad():
-        pooled = found.reads[0].values.mean(-1).to(matrix.dtype)
-        told = at_rows(found.score, pooled @ matrix.mT + bias)
+        told = at_rows(found.score, maps.pooled_logits(found.reads[0].values, matrix, bias))
     return outcome._replace(remarks=about_linear(told, found.clean, outcome.layers[0]))
 
 
