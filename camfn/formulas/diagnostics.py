@@ -155,13 +155,6 @@ def about_negative(shares: Sequence[Float[Tensor, " n"]], layers: Sequence[str])
     return tuple(found)
 
 
-def pooled_logits(
-    activations: Activations, matrix: Float[Tensor, "classes c"], bias: Float[Tensor, " classes"]
-) -> Float[Tensor, "n classes"]:
-    """The logits of a linear layer after global average pooling: those that CAM's map adds up to."""
-    return activations.mean(-1).to(matrix.dtype) @ matrix.mT + bias
-
-
 def about_linear(told: Float[Tensor, "n t"], scores: Float[Tensor, "n t"], layer: str) -> tuple[Finding, ...]:
     """Find that CAM's map does not add up to the score: the linear layer of the pooled layer is not the score."""
     size = torch.maximum(told.abs(), scores.abs())
@@ -182,6 +175,10 @@ _APART = 0.05
 """The difference of two scores, as a share of the larger, that rounding does not explain, in bfloat16 either."""
 
 
+_SOME = 8
+"""The number of channels from which it is strange that one has more weight than all others."""
+
+
 def about_weights(weights: Sequence[Weights], layers: Sequence[str]) -> tuple[Finding, ...]:
     """Find softmax weights that are nearly equal (the map is the mean activation) or dominated by one channel."""
     found = []
@@ -195,7 +192,7 @@ def about_weights(weights: Sequence[Weights], layers: Sequence[str]) -> tuple[Fi
                 "activation and says little about the target"
             )
             found.append(Finding("equal weights", name, share, sentence))
-        elif strongest > 0.5:
+        elif strongest > (0.5 if w.shape[-1] >= _SOME else 0.9):
             sentence = (
                 f"one channel at layer {name!r} has {strongest:.0%} of the weight: the map is roughly that channel, and "
                 "blank if that is nowhere positive"

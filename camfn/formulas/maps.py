@@ -43,6 +43,7 @@ __all__ = [
     "normalize",
     "percentile",
     "poly_cam",
+    "pooled_logits",
     "recipro_cam",
     "remainder",
     "resize",
@@ -96,6 +97,18 @@ def remainder(weights: Weights | Gradients, activations: Activations, found: Fla
     """
     whole, left = combine(weights.abs(), activations.abs()).amax(-1), found.abs().amax(-1)
     return torch.where(whole > 0, left / torch.where(whole > 0, whole, 1), 1)
+
+
+def pooled_logits(
+    activations: Activations, matrix: Float[Tensor, "classes c"], bias: Float[Tensor, " classes"]
+) -> Float[Tensor, "n classes"]:
+    """The logits of a linear layer behind global average pooling: `W mean_p A_p + b`.
+
+    >>> import torch
+    >>> pooled_logits(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[2.0], [-1.0]]), torch.tensor([0.0, 1.0])).tolist()
+    [[4.0, -1.0]]
+    """
+    return activations.mean(-1).to(matrix.dtype) @ matrix.mT + bias
 
 
 def negative_share(weights: Float[Tensor, "n c"], values: Activations) -> Float[Tensor, " n"]:

@@ -13,7 +13,7 @@ from camfn import _compat
 from camfn._errors import CamError
 from camfn._types import Combine, Inputs, Layer, Layers, Layout, Size, State, Target
 from camfn.formulas import maps, noise, weights
-from camfn.formulas.diagnostics import about_linear, about_negative, pooled_logits
+from camfn.formulas.diagnostics import about_linear, about_negative
 from camfn.methods._common import Drawing, Explained, cancelled, combined, drawn, explain_layer, weighed, with_findings
 from camfn.methods.registry import Need, Outcome, method
 from camfn.model.linear_head import find_linear, linear_of
@@ -85,7 +85,7 @@ def cam(
     if _compat.transformed():
         return outcome
     with torch.no_grad():
-        told = at_rows(found.score, pooled_logits(found.reads[0].values, matrix, bias))
+        told = at_rows(found.score, maps.pooled_logits(found.reads[0].values, matrix, bias))
     return outcome._replace(remarks=about_linear(told, found.clean, outcome.layers[0]))
 
 

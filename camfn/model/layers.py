@@ -134,7 +134,7 @@ def choose(task: Task, site: Site = "block") -> Choice:
 
 _NO_PLACE = (
     "but this method was no better than its controls at any layer of such a transformer that was tried, so compare it with "
-    "another class (camfn.explain(check=True)), or take grad_cam"
+    "another class (camfn.explain(check=True)), or take hires_cam"
 )
 
 
