@@ -20,9 +20,8 @@ _EVALUATE = """Judge maps by metrics, beside controls that know neither the clas
 
 \b
 Example:
-  camfn evaluate scenes --model demo --layer features --method grad_cam --method score_cam
-  camfn evaluate photos --model demo --layer features --boxes boxes.csv --metric all
-  camfn evaluate maps --model demo --boxes boxes.csv
+  camfn evaluate scenes --model demo --layer features --method grad_cam --method cam --limit 2
+  camfn evaluate photos --model demo --layer features --metric other_class --metric deletion
 
 \b
 IMAGES is one of
@@ -30,8 +29,8 @@ IMAGES is one of
   FOLDER, LIST.txt, TABLE.parquet, SHARDS.tar   as in camfn run
   RUN             the folder of camfn run: its maps are judged, and not made again
 
-FILE has the columns id, x0, y0, x1, y1, in pixels of the photo, and label, if you like: a class by index or name. Without a
-label the predicted class of each image is explained. Metrics of localization need boxes or scenes.
+--boxes FILE.csv has the columns id, x0, y0, x1, y1, in pixels of the photo, and label, if you like: a class by index or name.
+Without a label the predicted class of each image is explained. Metrics of localization need boxes or scenes.
 
 A table with intervals is printed. --out writes it as evaluation.md and evaluation.csv, with evaluation.png.
 """

@@ -422,7 +422,7 @@ def test_which_of_several_inputs_is_changed_is_said_by_masked():
     close(once(model, "net.features", (a, b), 1, masked=0), camfn.grad_cam(model.net, "features", noisy, 1))
     with pytest.raises(camfn.CamError, match="masked= must say which input"):
         once(model, "net.features", (a, b), 1)
-    swept = camfn.smooth(camfn.score_cam, num_samples=1)
+    swept = camfn.smooth(camfn.score_cam, num_samples=1, std=0.3, units="input")
     close(swept(model, "net.features", (a, b), 1, masked=0), camfn.score_cam(model.net, "features", noisy, 1))
 
 
