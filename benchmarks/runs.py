@@ -6,6 +6,9 @@ Draws JPEGs of 224 to 640 px, and makes their Grad-CAM maps, all interleaved:
   differ in size, so that each needs it.
 - `plain`: the same decoders and batches, a forward, and a backward from the logits to the layer. Nothing is written.
 - `grad-cam`: a loop of pytorch-grad-cam, which saves each map as .npy.
+- `two processes`: `run without views` in two processes of one thread each, instead of one process of two threads.
+
+And the Score-CAM maps of a few of them, by `camfn.runs.run` with `budget=0.1`, and by a loop of torchcam that saves each map.
 
 A ratio is the time of another over that of `run` within the round, median over rounds; above 1, `run` is faster.
 
@@ -55,6 +58,12 @@ def draw(folder: Path, count: int) -> None:
         coarse.resize((int(width), int(height)), Image.Resampling.BICUBIC).save(folder / f"{number:05}.jpg", quality=90)
 
 
+def resnet18() -> tuple[torch.nn.Module, Callable[[Any], torch.Tensor]]:
+    """A ResNet-18 with random weights and its preprocessing."""
+    torch.manual_seed(0)
+    return common.torchvision_models().resnet18(weights=None).eval(), preprocess
+
+
 def plain(network: Network, images: Path) -> None:
     """A batched loop of a forward and a backward from the logits to the layer."""
     model, kept = network.model.requires_grad_(False), []
@@ -83,7 +92,7 @@ def peer(network: Network, images: Path, out: Path) -> None:
             np.save(out / f"{path.stem}.npy", cam(x, None)[0])
 
 
-def measure(name: str, images: Path, rounds: int, skip: bool) -> dict[str, Any]:
+def measure(name: str, images: Path, rounds: int, skip: bool, two: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     network = Network(name, None, getattr(common.torchvision_models(), name)(weights=None).eval(), preprocess, ())
 
@@ -92,9 +101,8 @@ def measure(name: str, images: Path, rounds: int, skip: bool) -> dict[str, Any]:
             make(Path(out))
 
     def run(out: Path, **options: Any) -> None:
-        made = runs.run(
-            images, model=network, layer=LAYER, out=out, batch=BATCH, workers=WORKERS, progress_line=False, **options
-        )
+        given = {"model": network, "layer": LAYER, "batch": BATCH, "workers": WORKERS, "progress_line": False, **options}
+        made = runs.run(images, out=out, **given)
         assert made.failed == 0
 
     calls: dict[str, Callable[[], Any]] = {
@@ -104,10 +112,39 @@ def measure(name: str, images: Path, rounds: int, skip: bool) -> dict[str, Any]:
     }
     if not skip:
         calls["grad-cam"] = partial(fresh, partial(peer, network, images))
+    if two:
+        spec = f"{__file__}:resnet18"  # each process loads the model on its own
+        calls["two processes"] = partial(fresh, partial(run, views=False, model=spec, devices=["cpu", "cpu"]))
     calls["plain"]()
     found = common.interleaved(calls, rounds)
     ratios = {other: common.ratio(found[other], found["run"]) for other in calls}
     return {"seconds": {other: timing.median for other, timing in found.items()}, "over run": ratios}
+
+
+def measure_score_cam(images: Path, rounds: int) -> dict[str, Any]:
+    """Score-CAM with a budget beside torchcam's, on ResNet-18."""
+    torch.manual_seed(0)
+    network = Network("resnet18", None, common.torchvision_models().resnet18(weights=None).eval(), preprocess, ())
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as out:
+            options: dict[str, Any] = {"methods": ["score_cam"], "budget": 0.1, "progress_line": False, "workers": WORKERS}
+            assert runs.run(images, model=network, layer=LAYER, out=out, **options).failed == 0
+
+    def torchcam() -> None:
+        from torchcam.methods import ScoreCAM
+
+        with tempfile.TemporaryDirectory() as out, ScoreCAM(network.model, LAYER, batch_size=32) as cam:
+            for path in sorted(images.glob("*.jpg")):
+                with Image.open(path) as file, torch.no_grad():
+                    x = preprocess(file.convert("RGB"))[None]
+                    np.save(Path(out) / f"{path.stem}.npy", cam(int(network.model(x).argmax()), None)[0].numpy())
+
+    found = common.interleaved({"run": ours, "torchcam": torchcam}, rounds)
+    return {
+        "seconds": {name: timing.median for name, timing in found.items()},
+        "over run": {"torchcam": common.ratio(found["torchcam"], found["run"])},
+    }
 
 
 def size_of_maps(count: int = 20_000) -> float:
@@ -134,22 +171,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--score-cam-images", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--out", metavar="FILE.json", help="where to write the record")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         draw(Path(folder), arguments.images)
-        found = {name: measure(name, Path(folder), arguments.rounds, arguments.no_peer) for name in arguments.models}
+        rounds = arguments.rounds
+        found = {name: measure(name, Path(folder), rounds, arguments.no_peer, name == "resnet18") for name in arguments.models}
+    with tempfile.TemporaryDirectory() as folder:
+        draw(Path(folder), arguments.score_cam_images)
+        score_cam = measure_score_cam(Path(folder), rounds) if arguments.score_cam_images else None
     record = {
         "question": (__doc__ or "").splitlines()[0],
         "environment": common.environment(["torchvision", "pyarrow", "pillow", "grad-cam"]),
-        "arguments": {"images": arguments.images, "rounds": arguments.rounds, "batch": BATCH, "workers": WORKERS},
+        "arguments": {
+            "images": arguments.images,
+            "rounds": arguments.rounds,
+            "batch": BATCH,
+            "workers": WORKERS,
+            "score_cam_images": arguments.score_cam_images,
+        },
         "models": found,
+        "score_cam": score_cam,
         "bytes of a map": size_of_maps(),
     }
     for name, of in found.items():
         print(name, of)
+    print("score_cam", score_cam)
     print("bytes of a map", record["bytes of a map"])
     if arguments.out:
         common.write(arguments.out, record)
