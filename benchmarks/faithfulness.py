@@ -45,8 +45,9 @@ NETWORKS = {"cifar10_resnet20": "layer3", "mobilenet_v2": "features.18", "darkne
 
 def on_pairs(count: int, methods: Sequence[str]) -> Evaluation:
     wanted = [name for name, each in camfn.evaluation.MEASURES.items() if each.default or name in EXTRA]
+    own = {"fc": LINEAR} if any(takes(method_of(method), "fc") for method in methods) else {}
     batches = scenes(count, batch=20)
-    return camfn.evaluate(demo.network(), LAYER, batches, methods=methods, metrics=wanted, fc=LINEAR, progress=progress())
+    return camfn.evaluate(demo.network(), LAYER, batches, methods=methods, metrics=wanted, progress=progress(), **own)
 
 
 def progress() -> Any:

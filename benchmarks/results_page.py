@@ -85,8 +85,8 @@ italics. Maps are raw and signed.
 ## Which class?
 
 `other_class` and `permuted_classifier` are rank correlations with the map of another class, and with the map after the classes
-are permuted: 1 means that the class does not matter. `other_energy` is the energy on the object of the other class, as a share of
-that on both; a map of no class has 0.5.
+are permuted: 1 means that the class does not matter. `other_energy` is the energy on the object of the other class, as a share
+of that on both; a map of no class has 0.5.
 """
 _REMOVALS = """
 On {grids} grids of four scenes of different classes, `cell_energy` is the energy in the cell of the class. On {scenes} scenes
