@@ -105,6 +105,11 @@ class Judged:
     def seed(self) -> int:
         return self.asked.seed
 
+    @property
+    def axes(self) -> int:
+        """The number of spatial axes of a map."""
+        return self.maps.ndim - 1
+
     @cached_property
     def masks(self) -> Tensor:
         """The maps as masks: negative values become 0, and the highest is 1. A map of ones stays one."""
@@ -118,11 +123,14 @@ class Judged:
 
     def like_other(self) -> Tensor:
         """The rank correlation with the map of another class."""
-        return metrics.rank_correlation(self.maps, self.makes(target=self.asked.other))
+        return self._like(self.makes(target=self.asked.other))
 
     def like_permuted(self) -> Tensor:
         """The rank correlation with the map of the network whose classes are permuted."""
-        return metrics.rank_correlation(self.maps, self.makes(target=self.asked.target, state=self.asked.permuted))
+        return self._like(self.makes(target=self.asked.target, state=self.asked.permuted))
+
+    def _like(self, maps: Tensor) -> Tensor:
+        return metrics.rank_correlation(self.maps, maps, spatial_ndim=self.axes)
 
     @cached_property
     def deletion(self) -> Curve:

@@ -33,12 +33,12 @@ class Measure(NamedTuple):
 
 
 def _own_energy(judged: Judged) -> Tensor:
-    return metrics.energy_pointing_game(judged.maps, _there(judged.asked.images.masks))
+    return metrics.energy_pointing_game(judged.maps, _there(judged.asked.images.masks), spatial_ndim=judged.axes)
 
 
 def _other_energy(judged: Judged) -> Tensor:
     own, other = (
-        metrics.energy_pointing_game(judged.maps, _there(masks))
+        metrics.energy_pointing_game(judged.maps, _there(masks), spatial_ndim=judged.axes)
         for masks in (judged.asked.images.masks, judged.asked.images.others)
     )
     return torch.where(own + other > 0, other / (own + other), float("nan"))
@@ -49,8 +49,8 @@ def _there(masks: Tensor | None) -> Tensor:
     return masks
 
 
-def _on(metric: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Judged], Tensor]:
-    return lambda judged: metric(judged.maps, _there(judged.asked.images.masks))
+def _on(metric: Callable[..., Tensor]) -> Callable[[Judged], Tensor]:
+    return lambda judged: metric(judged.maps, _there(judged.asked.images.masks), spatial_ndim=judged.axes)
 
 
 def _scored(metric: Callable[[Tensor, Tensor, metrics.ScoreFunction], Tensor]) -> Callable[[Judged], Tensor]:
@@ -136,19 +136,28 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
             _on(metrics.pixel_auc), "higher", "localization", "area under the ROC curve of the object's pixels", "masks"
         ),
         "iou": Measure(
-            lambda judged: metrics.iou(judged.masks, _there(judged.asked.images.masks)),
+            lambda judged: metrics.iou(judged.masks, _there(judged.asked.images.masks), spatial_ndim=judged.axes),
             *("higher", "localization", "intersection over union at half of the maximum", "masks"),
             default=False,
         ),
         "max_box_acc": Measure(
             _ious, "higher", "localization", "MaxBoxAccV2, the threshold chosen over the data", "boxes", False, _accuracy
         ),
-        "gini": Measure(lambda judged: metrics.gini(judged.maps), "", "complexity", "Gini index; higher is sparser"),
+        "gini": Measure(
+            lambda judged: metrics.gini(judged.maps, spatial_ndim=judged.axes),
+            "",
+            "complexity",
+            "Gini index; higher is sparser",
+        ),
         "entropy": Measure(
-            lambda judged: metrics.entropy(judged.maps), "", "complexity", "entropy in nats; lower is simpler", default=False
+            lambda judged: metrics.entropy(judged.maps, spatial_ndim=judged.axes),
+            "",
+            "complexity",
+            "entropy in nats; lower is simpler",
+            default=False,
         ),
         "maximum_sensitivity": Measure(
-            lambda judged: metrics.maximum_sensitivity(judged.again, judged.x, seed=judged.seed),
+            lambda judged: metrics.maximum_sensitivity(judged.again, judged.x, seed=judged.seed, spatial_ndim=judged.axes),
             *("lower", "robustness", "largest relative change of the map under small noise"),
             default=False,
         ),

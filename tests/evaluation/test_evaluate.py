@@ -10,6 +10,7 @@ import camfn
 from camfn import CamError, demo, metrics, targets
 from camfn.evaluation import MEASURES, scenes
 from camfn.metrics.controls import CONTROL_METHODS, CONTROLS
+from camfn.testing import Spec, TinyNet
 
 CHEAP = ["other_class", "permuted_classifier", "other_energy", "deletion", "average_drop", "energy", "pixel_auc", "gini"]
 
@@ -223,3 +224,25 @@ def test_a_network_without_a_classifier_to_permute_says_so(batches):
     found = camfn.evaluate(body, "1", [{"x": batches[0]["x"]}], methods=["grad_cam"], metrics=["permuted_classifier", "gini"])
     assert found.metrics == ("gini",)
     assert "no linear layer" in found.skipped["permuted_classifier"]
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_other_numbers_of_axes(dims):
+    """One image after the other has the values that the batch has: no axis is taken for another."""
+    spec = Spec(sides=(12,) if dims == 1 else (4, 5, 6), seed=3)
+    model, side = TinyNet(spec), (3, spec.colors, *spec.sides)
+    x = torch.randn(side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    masks = torch.rand(3, *spec.sides, generator=torch.Generator().manual_seed(1)) > 0.6
+
+    def batches(size):
+        for start in range(0, 3, size):
+            part = slice(start, start + size)
+            yield {"x": x[part], "masks": masks[part], "target": torch.tensor([0, 1, 2])[part]}
+
+    plain = [name for name, each in MEASURES.items() if each.needs in ("", "masks") and name not in ("road", "arcc")]
+    options = {"methods": ["grad_cam", "hires_cam"], "metrics": plain, "layout": "channels_first"}
+    whole, single = (camfn.evaluate(model, "features", batches(size), **options) for size in (3, 1))
+    assert set(whole.metrics) == set(plain)
+    for method, own in whole.values.items():
+        for metric, values in own.items():
+            torch.testing.assert_close(single.values[method][metric], values, rtol=1e-4, atol=1e-6, equal_nan=True)
