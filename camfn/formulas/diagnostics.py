@@ -157,6 +157,7 @@ def about_negative(shares: Sequence[Float[Tensor, " n"]], layers: Sequence[str])
 
 def about_linear(told: Float[Tensor, "n t"], scores: Float[Tensor, "n t"], layer: str) -> tuple[Finding, ...]:
     """Find that CAM's map does not add up to the score: the linear layer of the pooled layer is not the score."""
+    told, scores = told.detach(), scores.detach()
     size = torch.maximum(told.abs(), scores.abs())
     apart = (told - scores).abs() / torch.where(size > 0, size, 1)
     worst = int(apart.argmax())

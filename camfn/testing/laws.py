@@ -243,7 +243,7 @@ def image_permutation(ask: Asked, case: Case) -> None:
 def channel_permutation(ask: Asked, case: Case) -> None:
     """The order of the layer's channels, and of what reads them, does not matter."""
     seen, told = changes.activation(case), ask.told(case, relu=False, normalize=False)
-    axis = 1 if tuple(seen.shape[2:]) == told.grids[0] else seen.ndim - 1
+    axis = _axis_of_channels(tuple(seen.shape), told.grids[0])
     order = _shuffled(seen.shape[axis], case)
     back = order.argsort()
     read = Need.LINEAR_HEAD in ask.method.needs
@@ -253,6 +253,12 @@ def channel_permutation(ask: Asked, case: Case) -> None:
     ask.close(permuted.maps, told.maps, f"channels {order.tolist()}")
     if told.weights:
         ask.close(permuted.weights[0], told.weights[0][:, :, order], f"weights of channels {order.tolist()}")
+
+
+def _axis_of_channels(shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
+    """1, or the last for tokens and for an activation whose other axes are the grid. A grid may be larger, as CAMERAS's is."""
+    first, last = shape[2:], shape[1:-1]
+    return len(shape) - 1 if len(first) != len(grid) or (first != grid and last == grid) else 1
 
 
 @_law(_of_classes)

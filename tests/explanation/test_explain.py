@@ -193,10 +193,14 @@ def test_weights_that_are_nearly_equal_and_one_that_has_it_all_are_found():
 
 
 def test_half_of_the_weight_on_one_channel_is_enough():
-    weights = torch.tensor([[[0.6, 0.2, 0.2]]])
-    (found,) = diagnostics.about_weights([weights], ["a"])
+    """Of eight channels and more: of few, some have to."""
+    rest = [0.05] * 6
+    (found,) = diagnostics.about_weights([torch.tensor([[[0.6, 0.1, *rest]]])], ["a"])
     assert (found.kind, round(found.value, 6)) == ("one channel", 0.6)
-    assert diagnostics.about_weights([torch.tensor([[[0.4, 0.4, 0.2]]])], ["a"]) == ()
+    assert diagnostics.about_weights([torch.tensor([[[0.4, 0.3, *rest]]])], ["a"]) == ()
+    assert diagnostics.about_weights([torch.tensor([[[0.6, 0.2, 0.2]]])], ["a"]) == ()
+    (found,) = diagnostics.about_weights([torch.tensor([[[0.95, 0.05]]])], ["a"])
+    assert found.kind == "one channel"
 
 
 # A layer norm follows this layer, and the class token alone is read: no length of a patch's vector matters.

@@ -642,6 +642,7 @@ def test_methods_of_one_call_have_each_its_layer():
         close(card.maps, taken(card.method, model, x).maps)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of attention under vmap
 def test_the_layer_is_the_same_under_a_transform():
     model, x = randomised(Patches(class_token=True)), inputs(2)
     each = vmap(lambda image: camfn.hires_cam(model, None, image[None], 1, relu=False)[0])(x)

@@ -153,7 +153,6 @@ EXCEPT = {
     ("activation_moved", "score_cam_pp"): _SCALE_MATTERS,
     **{("upsampled_layer", name): _SCALED_FIRST for name in _POLY},
     **{("layer_independent", name): "a layer's map is made of those after it too" for name in _POLY},
-    ("last_steps", "group_cam"): "its masks begin at zero where they are upsampled, not on the grid",
     **{("activation_moved", name): _SCALE_MATTERS for name in _GROUPED},
     ("channel_permutation", "group_cam, two groups"): _NEXT_TO_EACH_OTHER,
     ("zero_channel", "group_cam, two groups"): _NEXT_TO_EACH_OTHER,
