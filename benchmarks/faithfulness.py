@@ -5,7 +5,8 @@
 - `grids`: four scenes of different classes in one input: the share of the energy in the cell of the class, .25 by chance.
 - `removals`: each object is removed in turn: the correlation of the score's drop with the share of the map on it.
 - the trained networks and photos of the folder in CAMFN_REAL (`tests/oracles/libraries.py` describes its `load.py`): metrics
-  that need no boxes, of methods that take no sweep over the channels. Without the folder they are left out.
+  that need no boxes; on the large networks, of methods that take no sweep over the channels. Without the folder they are left
+  out.
 
     CAMFN_REAL=FOLDER python benchmarks/faithfulness.py --out benchmarks/results/faithfulness.json --page docs/results.md
     python benchmarks/faithfulness.py --parts pairs --scenes 8                  # a quick look
@@ -38,6 +39,11 @@ LAYER, LINEAR = "features", "classify"
 FITTING = tuple(name for name, row in camfn.METHODS.items() if "attention" not in row.needs)
 SLOW = ("ss_cam", "is_cam", "rise", "opti_cam", "score_cam_pp", "smooth_grad_cam_pp", "cameras")
 FAST = tuple(name for name in FITTING if name not in (*SLOW, *CONTROL_METHODS))
+LIGHT = (
+    *("cam", "grad_cam", "grad_cam_pp", "hires_cam", "xgrad_cam", "layer_cam", "grad_cam_elementwise", "eigen_grad_cam"),
+    *("seg_eigen_cam", "full_grad", "recipro_cam", "fem", "eigen_cam"),
+)
+ATTENTIVE = tuple(name for name, row in camfn.METHODS.items() if "attention" in row.needs)
 EXTRA = ("insertion_difference", "max_box_acc", "iou")
 NETWORKS = {"cifar10_resnet20": "layer3", "mobilenet_v2": "features.18", "darknet_tiny": "features", "deit_tiny": None}
 """The trained networks, and the layer of each: a small CNN, a CNN, a leaky CNN and a ViT, whose layer each method chooses."""
@@ -135,8 +141,8 @@ def on_photos(folder: Path, name: str) -> Evaluation:
     labels = json.loads((folder / "images" / "labels.json").read_text())
     kind = "cifar10_png" if len(classes) == 10 else "imagenet_foolbox"
     paths = sorted(path for path in labels if path.startswith(kind))
-    sweeps = [each for each, row in camfn.METHODS.items() if row.cost.per_channel or row.cost.masked or each in SLOW]
-    methods = [each for each in camfn.METHODS if each not in (*CONTROL_METHODS, *(sweeps if len(classes) > 10 else SLOW))]
+    small = len(classes) == 10
+    methods = [each for each in FAST if small or each in LIGHT] + (list(ATTENTIVE) if name == "deit_tiny" else [])
 
     def batches() -> Iterator[dict[str, Any]]:
         from PIL import Image
