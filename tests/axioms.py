@@ -225,7 +225,7 @@ def lines() -> Iterator[str]:
     yield f"| --- | {' | '.join(':-:' for _ in AXIOMS)} |"
     marks = {True: "yes", False: "no", None: "-"}
     for method, row in table().items():
-        yield f"| [`{method}`](methods.md#{method}) | {' | '.join(marks[each] for each in row)} |"
+        yield f"| `{method}` | {' | '.join(marks[each] for each in row)} |"
     yield ""
     yield _FOOT.rstrip()
 
