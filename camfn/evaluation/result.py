@@ -68,8 +68,8 @@ class Evaluation(NamedTuple):
         controls = [name for name in self.controls if name in self.values and name != method]
         if not better or not controls or method in self.controls:
             return False
-        found = [self.paired(method, metric, control) for control in controls]
-        return all(each.low > 0 if better == "higher" else each.high < 0 for each in found if each.n)
+        known = [each for control in controls if (each := self.paired(method, metric, control)).n]
+        return bool(known) and all(each.low > 0 if better == "higher" else each.high < 0 for each in known)
 
     def _of(self, method: str, metric: str) -> Tensor:
         if method not in self.values or metric not in self.values[method]:

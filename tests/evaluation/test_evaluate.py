@@ -99,6 +99,14 @@ def test_grad_cam_beats_the_controls_and_the_controls_do_not(found):
     assert paired.mean == pytest.approx(found.interval("grad_cam", "energy").mean - found.interval("mean_cam", "energy").mean)
 
 
+def test_a_method_without_values_beats_nothing():
+    """No object, no energy: neither the method nor a control has a value."""
+    nan, controls = torch.full((3,), torch.nan), ("mean_cam", "all_ones")
+    for own, other in ((nan, nan), (torch.ones(3), nan), (nan, torch.ones(3))):
+        values = {"grad_cam": {"energy": own}, **{name: {"energy": other} for name in controls}}
+        assert not camfn.Evaluation(values, controls, {}, {}, 0).beats_controls("grad_cam", "energy")
+
+
 def test_batches_do_not_matter(found, network):
     again = camfn.evaluate(network, "features", scenes(6, batch=6), methods=["grad_cam", "layer_cam"], metrics=CHEAP)
     for method, own in found.values.items():
