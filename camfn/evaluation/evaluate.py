@@ -157,20 +157,9 @@ class _Methods:
 
     def judged(self, about: Asked, gathered: Gathered) -> Iterator[tuple[str, Judged]]:
         """The maps of each method, and then of each control, on the grid of the methods."""
-        grid: tuple[int, ...] | None = None
-        for name, row in self._rows.items():
-            if name in gathered.skipped:
-                continue
-            makes = self._makes(row, about)
-            try:
-                maps = makes(target=about.target)
-            except CamError as error:
-                gathered.skip(name, error)
-                continue
-            grid = grid or tuple(maps.shape[1:])
-            yield name, Judged(about, makes, maps)
-        for name, makes in drawn(self.controls, grid, about, self._seen):
-            yield name, Judged(about, makes, makes())
+        yield from in_turn(
+            {name: self._makes(row, about) for name, row in self._rows.items()}, self, about, self._seen, gathered
+        )
         self._seen += len(about.x)
 
     def _makes(self, row: AnyMethod, about: Asked) -> Makes:
@@ -188,6 +177,25 @@ class _Methods:
             return maps.detach()
 
         return makes
+
+
+def in_turn(
+    methods: Mapping[str, Makes], given: Given, about: Asked, seen: int, gathered: Gathered
+) -> Iterator[tuple[str, Judged]]:
+    """The maps of each method, but of those that failed, and then of each control that no method makes."""
+    grid: tuple[int, ...] | None = None
+    for name, makes in methods.items():
+        if name in gathered.skipped:
+            continue
+        try:
+            maps = makes(target=about.target)
+        except CamError as error:
+            gathered.skip(name, error)
+            continue
+        grid = grid or tuple(maps.shape[1:])
+        yield name, Judged(about, makes, maps)
+    for name, makes in drawn(given.controls, grid, about, seen):
+        yield name, Judged(about, makes, makes())
 
 
 def drawn(names: Sequence[str], grid: Sequence[int] | None, about: Asked, seen: int) -> Iterator[tuple[str, Makes]]:

@@ -12,7 +12,7 @@ from camfn import runs
 from camfn._errors import CamError
 from camfn._types import State, Target
 from camfn.evaluation.annotations import Boxes, Photos
-from camfn.evaluation.evaluate import drawn, judge
+from camfn.evaluation.evaluate import in_turn, judge
 from camfn.evaluation.judged import Asked, Judged, Makes
 from camfn.evaluation.result import Evaluation, Gathered
 from camfn.metrics.controls import CONTROLS
@@ -104,18 +104,8 @@ class _Stored:
 
     def judged(self, about: Asked, gathered: Gathered) -> Iterator[tuple[str, Judged]]:
         assert self._photos is not None
-        ids, grid = self._photos.ids[-len(about.x) :], None
-        for name in self._methods:
-            makes = self._makes(name, ids, about)
-            try:
-                maps = makes(target=about.target)
-            except CamError as error:
-                gathered.skip(name, error)
-                continue
-            grid = grid or tuple(maps.shape[1:])
-            yield name, Judged(about, makes, maps)
-        for name, makes in drawn(self.controls, grid, about, self._seen):
-            yield name, Judged(about, makes, makes())
+        ids = self._photos.ids[-len(about.x) :]
+        yield from in_turn({name: self._makes(name, ids, about) for name in self._methods}, self, about, self._seen, gathered)
         self._seen += len(ids)
 
     def _makes(self, method: str, ids: Sequence[str], about: Asked) -> Makes:
