@@ -9,7 +9,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -112,9 +112,9 @@ def decoded(items: Iterable[Item], decoder: Decoder, workers: int) -> Generator[
         yield from map(decoder, items)
         return
     processes, window = _Processes(decoder, workers), deque[tuple[Item, Future[Decoded | None]]]()
-    with ThreadPoolExecutor(workers) as threads, contextlib.closing(processes):
+    with contextlib.closing(processes):
         for item in items:
-            window.append((item, threads.submit(processes.decode, item)))
+            window.append((item, processes.submit(item)))
             if len(window) == workers * AHEAD:
                 yield _settled(*window.popleft(), processes)
         while window:
@@ -122,55 +122,65 @@ def decoded(items: Iterable[Item], decoder: Decoder, workers: int) -> Generator[
 
 
 def _settled(item: Item, result: "Future[Decoded | None]", processes: "_Processes") -> Decoded:
-    found = result.result()
-    if found is None:
-        processes.replace_dead()
-        found = processes.decode(item)
-    if found is None:
-        processes.replace_dead()
-        found = Decoded(item, error="it kills the process that decodes it")
-    return found
+    return result.result() or processes.decode_anew(item) or Decoded(item, error="it kills the process that decodes it")
 
 
 class _Processes:
     """Processes that decode, one image at a time each, so that a death tells its image.
+
+    A thread gives a process its images, and ends where the process dies. Images are taken and settled in one order; a process
+    that died is replaced when its image is settled. So the image that is waited for is always taken by some process.
 
     Those of torch's `DataLoader` are not used: where one dies, torch raises in the main thread, at whatever line it is.
     """
 
     def __init__(self, decoder: Decoder, workers: int) -> None:
         self._decoder = decoder
-        self._all: list[_Process] = []
-        self._free: SimpleQueue[_Process] = SimpleQueue()
-        self._closed = False
-        for _ in range(workers):
-            self._start()
+        self._waiting: SimpleQueue[tuple[Item, Future[Decoded | None]] | None] = SimpleQueue()
+        self._all: list[tuple[_Process, threading.Thread]] = []
+        for process in [_Process(decoder) for _ in range(workers)]:
+            self._serve(process)
 
-    def _start(self) -> None:
-        """Start a process. Only the thread that runs the model does, between two batches, since a fork copies held locks."""
-        self._all.append(_Process(self._decoder))
-        self._free.put(self._all[-1])
+    def submit(self, item: Item) -> "Future[Decoded | None]":
+        """An image decoded by the next process that is free; None if the process dies."""
+        result: Future[Decoded | None] = Future()
+        self._waiting.put((item, result))
+        return result
 
-    def decode(self, item: Item) -> Decoded | None:
-        """Decode an image in the next process that is free; None if the process dies, which is not free again."""
-        process = self._free.get()
-        found = None if self._closed else process.decode(item)
-        if found is not None or self._closed:
-            self._free.put(process)
+    def decode_anew(self, item: Item) -> Decoded | None:
+        """Decode an image whose process died in the one that replaces it; None if this dies too, and is replaced.
+
+        Only the thread that runs the model starts processes, between two batches, since a fork copies held locks.
+        """
+        self._all = [each for each in self._all if each[1].is_alive()]
+        process = _Process(self._decoder)
+        found = process.decode(item)
+        self._serve(process if found else _Process(self._decoder))
         return found
 
-    def replace_dead(self) -> None:
-        for process in [each for each in self._all if each.dead]:
-            self._all.remove(process)
-            process.kill()
-            self._start()
+    def _serve(self, process: "_Process") -> None:
+        """Give a process images in a thread of its own."""
+        thread = threading.Thread(target=self._feed, args=(process,), daemon=True)
+        self._all.append((process, thread))
+        thread.start()
+
+    def _feed(self, process: "_Process") -> None:
+        while task := self._waiting.get():
+            item, result = task
+            try:
+                result.set_result(found := process.decode(item))
+            except Exception as error:  # of an image, or a result, that cannot be pickled
+                result.set_exception(error)
+            else:
+                if found is None:
+                    return
 
     def close(self) -> None:
-        self._closed = True
-        for process in self._all:
+        for process, _ in self._all:
             process.kill()
-        for process in self._all:
-            self._free.put(process)  # for threads that wait for one
+            self._waiting.put(None)  # for a thread that waits
+        for _, thread in self._all:
+            thread.join()
 
 
 class _Process:
@@ -180,7 +190,6 @@ class _Process:
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_decode_from, args=(other, decoder), daemon=True)
-        self.dead = False
         try:
             self._process.start()
         except (pickle.PicklingError, TypeError, AttributeError) as error:  # of what is spawned
@@ -192,9 +201,12 @@ class _Process:
     def decode(self, item: Item) -> Decoded | None:
         try:
             self._pipe.send(item)
+            while not self._pipe.poll(1):
+                if not self._process.is_alive():  # and the pipe has not ended: a process forked meanwhile has its other end too
+                    raise EOFError
             return self._pipe.recv()
-        except (EOFError, OSError):
-            self.dead = True
+        except (EOFError, OSError):  # it died
+            self.kill()
             return None
 
     def kill(self) -> None:

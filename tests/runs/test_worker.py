@@ -214,7 +214,11 @@ class Deadly:
         return self.decode(item)
 
 
-@pytest.mark.parametrize("ids", [(), ("a/0000.png",), ("a/0004.png", "b/0005.png"), ("b/0005.png",)])
+EVERY = ("a/0000.png", "a/0002.png", "a/0004.png", "a/0006.png", "b/0001.png", "b/0003.png", "b/0005.png")
+"""The pictures of `images`. Where neighbors kill their processes, one dies before the other's process is replaced."""
+
+
+@pytest.mark.parametrize("ids", [(), EVERY[:1], EVERY[2:5], EVERY[-1:], EVERY[2::4], EVERY])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_picture_that_kills_its_process_fails_alone(images, ids, workers):
     items = items_of(images)
@@ -224,6 +228,14 @@ def test_a_picture_that_kills_its_process_fails_alone(images, ids, workers):
     for each in found:
         assert (each.error == "it kills the process that decodes it") == (each.item.id in ids)
         assert (each.x is None) == (each.item.id in ids)
+
+
+def test_pictures_that_kill_one_process_after_the_other_are_waited_for(images):
+    """While one's process is replaced, the other may be the first to take the new one. Each round is a race."""
+    items = items_of(images)
+    for _ in range(10):
+        with contextlib.closing(decoded(items, Deadly(*EVERY[1:3]), 1)) as taken:
+            assert [each.item.id for each in taken if each.error] == [*EVERY[1:3]]
 
 
 def test_processes_decode_as_this_one_does(tmp_path, images):
