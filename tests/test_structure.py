@@ -46,7 +46,7 @@ ROOMS = {
         *("pixels", "localization", "boxes", "complexity", "similarity", "sensitivity", "removal", "robustness", "states"),
         *("randomization", "controls"),
     ),
-    "images": ("colors", "pictures", "preprocessing", "reading", "turns", "seen", "views", "overlays"),
+    "images": ("colors", "pictures", "preprocessing", "reading", "turns", "seen", "views", "observing", "overlays"),
     ".pictures": ("figures",),
     "explanation": ("fields", "text", "pictures", "html", "files", "card", "check", "explain"),
     "demo": ("scenes", "network"),

@@ -41,8 +41,7 @@ class Decoder:
 
     def __init__(self, network: zoo.Loaded, views: bool = True) -> None:
         self._network = zoo.Loaded(*network._replace(model=nn.Identity()))  # the model stays where it runs
-        self._with_views = views
-        self._views: dict[tuple[int, int], tuple[float, ...] | None] = {}
+        self._views = images.Views(network.preprocess) if views else None
 
     def __call__(self, item: Item) -> Decoded:
         """Decode an image. Never raises an error: it is a part of the result."""
@@ -57,18 +56,11 @@ class Decoder:
             return _as_input(item, item.source.picture)
         picture = opened(item)
         x = zoo.input_of(self._network, picture)[0].cpu().numpy()
-        if picture.size not in self._views:
-            self._views[picture.size] = self._view(picture.size)
-        return Decoded(item, x, picture.size, self._views[picture.size])
+        return Decoded(item, x, picture.size, self._view(picture.size))
 
     def _view(self, size: tuple[int, int]) -> tuple[float, ...] | None:
-        if not self._with_views:
-            return None
-        try:
-            rows = images.view_of(self._network.preprocess, size).matrix
-        except CamError:  # it cannot be undone
-            return None
-        return (*rows[0], *rows[1])
+        view = self._views(size) if self._views else None
+        return view and (*view.matrix[0], *view.matrix[1])
 
 
 def sentence(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from camfn import CamError, demo, images
-from camfn.images import View, view_of, whole
+from camfn.images import View, Views, view_of, whole
 from camfn.images.preprocessing import pixels_of
 from tests.oracles.libraries import torchvision_models
 
@@ -253,6 +253,92 @@ def test_what_cannot_be_undone_is_an_error_of_one_sentence_and_leaves_no_trace(n
     assert (before[1][1], before[2]) == (after[1][1], after[2])
 
 
+# ----------------------------------------------------------------------------------------------- photos of many sizes
+
+
+def check_alike(view: View | None, wanted: View) -> None:
+    """The corners of two views lie within half a cell of each other."""
+    assert view is not None
+    assert (view.size, view.photo) == (wanted.size, wanted.photo)
+    corners = np.array([[0, 0], [view.size[0], 0], [0, view.size[1]], view.size])
+    cell = max(1.0, float(np.linalg.norm(np.asarray(wanted.matrix)[:, :2], axis=0).max()))
+    assert np.linalg.norm(view.to_photo(corners) - wanted.to_photo(corners), axis=-1).max() <= cell / 2
+
+
+@pytest.mark.parametrize("name", PREPROCESSINGS)
+def test_views_of_photos_of_many_sizes_are_those_of_each(name):
+    preprocess, sizes = PREPROCESSINGS[name]
+    views, sizes = Views(preprocess), [*sizes, (227, 391)]
+    for size in sizes:
+        check_alike(views(size), view_of(preprocess, size))
+    again = Views(preprocess)
+    assert {size: again(size) for size in reversed(sizes)} == {size: views(size) for size in sizes}, "their order tells"
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_what_cannot_be_undone_has_no_views(name):
+    preprocess, _ = NEVER[name]
+    torch.manual_seed(3), random.seed(3), np.random.seed(3)  # noqa: NPY002
+    before = torch.get_rng_state(), random.getstate()
+    views = Views(preprocess)
+    assert [views(size) for size in (LANDSCAPE, PORTRAIT, LANDSCAPE)] == [None] * 3
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+
+
+def floored(picture: Image.Image) -> torch.Tensor:
+    """Colors rounded down, so that all positions look as if they lay further left and up."""
+    return (tensor(usual(picture)) * 254.9).floor() / 255
+
+
+def by_size(change: Callable) -> Callable:
+    """The usual preprocessing, and a change of its output for photos that are wider than 400 pixels."""
+    return lambda p: change(scaled(usual(p))) if p.width > 400 else scaled(usual(p))
+
+
+CHANGES = {
+    "mirrored": by_size(lambda x: x.flip(-1)),
+    "other channels": by_size(lambda x: x.flip(0)),
+    "one channel": by_size(lambda x: x[:1]),
+    "brighter": by_size(lambda x: x + 0.1),
+    "more contrast": by_size(lambda x: x * 1.5),
+    "padding in black": by_size(lambda x: torch.nn.functional.pad(x, (20, 20), value=-2.0)),
+    "padding in gray": by_size(lambda x: torch.cat([scaled(Image.new("RGB", (50, 224), (128, 128, 128))), x], -1)),
+    "padding that mirrors": by_size(lambda x: torch.nn.functional.pad(x, (90, 90), mode="reflect")),
+    "a tenth of it": by_size(lambda x: x[..., 100:124, 60:82]),
+    "a curve": by_size(lambda x: x**2),
+    "an error": by_size(lambda x: 1 / 0),
+    "random numbers": by_size(lambda x: x.flip(-1) if torch.rand(()) < 0.5 else x),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_preprocessing_does_to_photos_of_another_shape_is_seen(name):
+    views = Views(CHANGES[name])
+    for size in (PORTRAIT, LANDSCAPE, (410, 500), SQUARE):
+        try:
+            wanted = view_of(CHANGES[name], size)
+        except CamError:
+            assert views(size) is None
+        else:
+            check_alike(views(size), wanted)
+
+
+@pytest.mark.parametrize("preprocess", [lambda p: scaled(usual(p)), lambda p: 1 - 2 * tensor(usual(p)), floored])
+def test_one_picture_tells_the_view_of_a_size(preprocess):
+    runs = []
+    views = Views(lambda p: (runs.append(p.size), preprocess(p))[1])
+    views((30, 20))
+    del runs[:]
+    sizes = [PORTRAIT, SQUARE, ODD, (500, 380), (640, 250)]  # the last is cropped to less than half: a second, steeper ramp
+    for size in [*sizes, *sizes]:
+        check_alike(views(size), view_of(preprocess, size))
+    assert runs == [*sizes, sizes[-1]]
+
+
+# ------------------------------------------------------------------------------------------------------------ the view
+
+
 def test_random_numbers_that_change_nothing_are_no_error_and_leave_no_trace():
     """As albumentations draws a number for each transform, also where its probability is one."""
 
@@ -334,7 +420,7 @@ def sampled(view: View, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for j in range(view.photo[1]):
         for i in range(view.photo[0]):
             x, y = np.linalg.solve([[a, b], [d, e]], [i + 0.5 - c, j + 0.5 - f])
-            shown[j, i] = -0.5 <= x <= view.size[0] + 0.5 and -0.5 <= y <= view.size[1] + 0.5
+            shown[j, i] = -0.4 <= x <= view.size[0] + 0.4 and -0.4 <= y <= view.size[1] + 0.4
             u = min(max(x / view.size[0] * columns - 0.5, 0), columns - 1)
             v = min(max(y / view.size[1] * rows - 0.5, 0), rows - 1)
             left, top = min(int(u), max(columns - 2, 0)), min(int(v), max(rows - 2, 0))
