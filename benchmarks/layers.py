@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import camfn
 from camfn import demo
+from camfn.evaluation.statistics import Interval, difference, interval
 
 GRADED = ("grad_cam", "grad_cam_pp", "xgrad_cam", "hires_cam", "layer_cam", "grad_cam_elementwise", "shapley_cam")
 EIGEN = ("eigen_grad_cam", "seg_eigen_cam", "eigen_cam", "kpca_cam", "mean_cam", "fem", "random_cam")
@@ -113,20 +114,6 @@ def of_photos(folder: Path, count: int) -> tuple[nn.Module, Samples]:
 # ----------------------------------------------------------------------------------------------------------- measures
 
 
-def ranks(values: Tensor) -> Tensor:
-    """Ranks over the last axis; equal values share theirs."""
-    ordered = values.sort(-1).values
-    low, high = (torch.searchsorted(ordered, values.contiguous(), right=right) for right in (False, True))
-    return (low + high).double() / 2
-
-
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's correlation over the last axis; 1 for equal values."""
-    a, b = (ranks(each) - (each.shape[-1] - 1) / 2 - 0.5 for each in (a, b))
-    length = a.norm(dim=-1) * b.norm(dim=-1)
-    return torch.where(length > 0, (a * b).sum(-1) / length.clamp(min=1e-12), 1)
-
-
 def share(parts: Tensor, own: Tensor) -> Tensor:
     """The share of the own part; that of chance where all are zero."""
     total = parts.sum(-1)
@@ -135,19 +122,16 @@ def share(parts: Tensor, own: Tensor) -> Tensor:
 
 def measured(maps: Tensor, cells: Tensor, found: Samples) -> dict[str, Tensor]:
     """The measures of each scene and each grid, from raw maps `(n, 2, *grid)` and `(m, 4, *grid)`."""
-    values = {"other": correlation(maps[:, 0].flatten(1), maps[:, 1].flatten(1))}
+    values = {"other": camfn.metrics.rank_correlation(maps[:, 0], maps[:, 1])}
     half = cells.shape[-1] // 2
     rows = cells.clamp(min=0).unflatten(-1, (2, half)).unflatten(-3, (2, half)).sum((-1, -3)).flatten(2)  # (m, 4, 4)
     values["cell"] = share(rows, rows.diagonal(dim1=1, dim2=2)).mean(1)
     if found.masks is not None:
         size = found.masks.shape[-2:]
-        pixels = camfn.maps.resize(maps, size).flatten(2)
-        inside = found.masks.flatten(2).double()
-        energy = pixels.clamp(min=0).double() @ inside.mT
+        pixels = camfn.maps.resize(maps, size)
+        energy = pixels.flatten(2).clamp(min=0).double() @ found.masks.flatten(2).double().mT
         values["energy"] = share(energy, energy.diagonal(dim1=1, dim2=2)).mean(1)
-        count = inside.sum(-1)
-        above = ((ranks(pixels) + 0.5) * inside).sum(-1) - count * (count + 1) / 2
-        values["auc"] = (above / (count * (inside.shape[-1] - count))).mean(1)
+        values["auc"] = camfn.metrics.pixel_auc(pixels, found.masks).mean(1)
     return values
 
 
@@ -169,16 +153,14 @@ def run(model: nn.Module, found: Samples, method: str, layers: Sequence[str]) ->
     return results
 
 
-def interval(values: Tensor, seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
-    """The mean, with its 95 % interval by bootstrap."""
-    picked = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
-    means = values[picked].mean(1)
-    return float(values.mean()), *(float(means.quantile(q)) for q in (0.025, 0.975))
-
-
 def compared(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, list[float]]:
     """By measure, the mean difference `other - one`, with its paired interval."""
-    return {name: [round(each, 4) for each in interval((other[name] - one[name]).double())] for name in one}
+    return {name: rounded(difference(other[name], one[name])) for name in one}
+
+
+def rounded(found: Interval) -> list[float]:
+    """A mean and its interval."""
+    return [round(each, 4) for each in found[:3]]
 
 
 def main() -> None:
@@ -210,8 +192,7 @@ def main() -> None:
             few = method in SWEPT  # many forward passes: half of the samples, at the two places between which to choose
             results = run(model, found.first(asked.samples // 2) if few else found, method, layers[: 2 if few else None])
             own["methods"][method] = row = {
-                layer: {key: [round(v, 4) for v in interval(value.double())] for key, value in each.items()}
-                for layer, each in results.items()
+                layer: {key: rounded(interval(value)) for key, value in each.items()} for layer, each in results.items()
             }
             if block in results and norm in results:
                 row["norm less block"] = compared(results[block], results[norm])
