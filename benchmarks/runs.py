@@ -12,12 +12,13 @@ And the Score-CAM maps of a few of them, by `camfn.runs.run` with `budget=0.1`, 
 
 A ratio is the time of another over that of `run` within the round, median over rounds; above 1, `run` is faster.
 
-    python benchmarks/runs.py --out benchmarks/results/runs.json                       # half an hour
-    python benchmarks/runs.py --models resnet18 --images 50 --rounds 1                 # a quick look
+    python benchmarks/runs.py --out benchmarks/results/runs.json                       # an hour
+    python benchmarks/runs.py --parts resnet18 --images 50 --rounds 1                  # a quick look
 """
 
 import argparse
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -167,42 +168,50 @@ def row_of(number: int, generator: torch.Generator) -> Row:
     return Row(id, id, **sides, view=view, **about, predicted=1, score=found[0], probability=abs(found[1]), map=map)
 
 
+def on_network(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        draw(Path(folder), arguments.images)
+        found = measure(name, Path(folder), arguments.rounds, arguments.no_peer, name == "resnet18")
+    return {"images": arguments.images, "rounds": arguments.rounds, **found}
+
+
+def on_score_cam(arguments: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        draw(Path(folder), arguments.score_cam_images)
+        found = measure_score_cam(Path(folder), arguments.rounds)
+    return {"images": arguments.score_cam_images, "rounds": arguments.rounds, **found}
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "resnet18": partial(on_network, "resnet18"),
+    "resnet50": partial(on_network, "resnet50"),
+    "score_cam": on_score_cam,
+    "bytes of a map": lambda arguments: size_of_maps(),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--score-cam-images", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-peer", action="store_true")
-    parser.add_argument("--out", metavar="FILE.json", help="where to write the record")
+    parser.add_argument("--out", metavar="FILE.json", help="where to write the record; parts in it that are not asked for stay")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        draw(Path(folder), arguments.images)
-        rounds = arguments.rounds
-        found = {name: measure(name, Path(folder), rounds, arguments.no_peer, name == "resnet18") for name in arguments.models}
-    with tempfile.TemporaryDirectory() as folder:
-        draw(Path(folder), arguments.score_cam_images)
-        score_cam = measure_score_cam(Path(folder), rounds) if arguments.score_cam_images else None
-    record = {
-        "question": (__doc__ or "").splitlines()[0],
-        "environment": common.environment(["torchvision", "pyarrow", "pillow", "grad-cam"]),
-        "arguments": {
-            "images": arguments.images,
-            "rounds": arguments.rounds,
-            "batch": BATCH,
-            "workers": WORKERS,
-            "score_cam_images": arguments.score_cam_images,
-        },
-        "models": found,
-        "score_cam": score_cam,
-        "bytes of a map": size_of_maps(),
-    }
-    for name, of in found.items():
-        print(name, of)
-    print("score_cam", score_cam)
-    print("bytes of a map", record["bytes of a map"])
-    if arguments.out:
-        common.write(arguments.out, record)
+    out = arguments.out and Path(arguments.out)
+    parts = json.loads(out.read_text())["parts"] if out and out.exists() else {}
+    for name in arguments.parts:
+        parts[name] = PARTS[name](arguments)
+        print(name, parts[name], flush=True)
+        record = {
+            "question": (__doc__ or "").splitlines()[0],
+            "environment": common.environment(["torchvision", "pyarrow", "pillow", "grad-cam", "torchcam"]),
+            "arguments": {"batch": BATCH, "workers": WORKERS},
+            "parts": parts,
+        }
+        if out:
+            common.write(out, record)
 
 
 if __name__ == "__main__":

@@ -132,12 +132,15 @@ def convert() -> "click.Command":
     @click.option("--out", required=True, metavar="DIR", type=place, help="Folder of the files.")
     @click.option("--method", metavar="M", help="Only this method.")
     @click.option("--layer", metavar="L", help="Only this layer.")
-    def command(run: Path, form: str, out: Path, method: str | None, layer: str | None) -> None:
+    @click.option(
+        "--images", type=place, metavar="IMAGES", help="Images of the run, for png of those in a table or a tar file."
+    )
+    def command(run: Path, form: str, out: Path, **given: Any) -> None:
         with options.refusing() as stdout:
             options.need("PIL")
             from camfn import runs
 
-            written = runs.convert(run, out, form, method=method, layer=layer)
+            written = runs.convert(run, out, form, **given)
             click.echo(f"{written} files in {options.one_line(out)}", file=stdout)
 
     return command

@@ -114,16 +114,43 @@ def _all(size: tuple[int, int]) -> list[Span]:
 
 
 def _observed_view(scaling: "_Scaling") -> View:
-    view = _affine(_observed(scaling), scaling.shown, scaling.size)
+    view = _affine(_Blocks.of(_observed(scaling), scaling.shown), scaling.size)
     _check_mark(view, scaling)
     return view
 
 
-def _affine(places: Tensor, shown: Tensor, size: tuple[int, int]) -> View:
-    """The view that the places `(2, k, h, w)` of the input's pixels tell, each observed k times."""
-    matrix, distance = _fitted(places, shown, size)
+class _Blocks(NamedTuple):
+    """The mean places of the pixels in each block of the input."""
+
+    places: Tensor  # (2, k, rows, columns), each observed k times
+    shown: Tensor  # (rows, columns): whether all of the block is
+    side: tuple[int, int]  # the pixels in a block, (down, across)
+    input: tuple[int, int]  # (width, height)
+
+    @classmethod
+    def of(cls, places: Tensor, shown: Tensor) -> "_Blocks":
+        """Gather the places `(2, k, h, w)` of pixels."""
+        side = _side(shown)
+        kept = F.avg_pool2d(shown[None, None].to(places.dtype), side)[0, 0] == 1
+        return cls(F.avg_pool2d(places, side).double(), kept, side, (shown.shape[1], shown.shape[0]))
+
+    @property
+    def centers(self) -> Tensor:
+        """The centers of the blocks, `(2, rows, columns)`, each (x, y)."""
+        y, x = ((torch.arange(count) + 0.5) * side for count, side in zip(self.shown.shape, self.side))
+        return torch.stack(torch.meshgrid(x, y, indexing="xy")).double()
+
+
+def _side(pixels: Tensor) -> tuple[int, int]:
+    height, width = pixels.shape[-2:]
+    return max(1, height // _BLOCKS), max(1, width // _BLOCKS)
+
+
+def _affine(blocks: _Blocks, size: tuple[int, int]) -> View:
+    """The view on a photo of (width, height) that places tell."""
+    matrix, distance = _fitted(blocks, size)
     rows = [(float(a), float(b), float(c)) for a, b, c in matrix]
-    view = View((rows[0], rows[1]), (shown.shape[1], shown.shape[0]), size)
+    view = View((rows[0], rows[1]), blocks.input, size)
     limit = _cell(view)
     if distance > limit:
         raise _lost(
@@ -237,9 +264,8 @@ class _Scaling(NamedTuple):
         if len(self.black) != 3 or not bool((self.contrast != 0).logical_or_(~self.shown).all()):
             return None
         found = _beside(_run(self.preprocess, _colored(ramps)), self.black)
-        levels = (found - self.black) / self.contrast
-        apart = _apart(levels.masked_fill(~self.shown, _BLUE / 255))
-        return None if apart is None else apart.masked_fill(~self.shown, 0)
+        levels = ((found - self.black) / self.contrast).masked_fill_(~self.shown, _BLUE / 255)
+        return levels[:2] if _is_blue(levels[2]) else None
 
     def level(self, picture: "Image") -> Tensor:
         brighter = _beside(_run(self.preprocess, picture), self.black) - self.black
@@ -267,29 +293,29 @@ class _Colors(NamedTuple):
         if channels != 3 or not bool(scaling.shown.all()):
             return None
         middle = [each[:, height // 2, width // 2, None, None] for each in (scaling.black, scaling.contrast)]
-        colors = cls(middle[0], middle[1], torch.zeros(2, 1, 1))
-        levels = colors.levels(scaling.preprocess, scaling.size, _all(scaling.size))
-        if levels is None:
+        colors, sides = cls(middle[0], middle[1], torch.zeros(2, 1, 1)), torch.tensor(scaling.size)[:, None, None]
+        blocks = colors.blocks(scaling.preprocess, scaling.size, _all(scaling.size))
+        if blocks is None:
             return None
-        y, x = np.mgrid[:height, :width] + 0.5
-        wanted = torch.from_numpy(view.to_photo(np.stack([x, y], -1)) / view.photo).permute(2, 0, 1)
-        shift = (levels - wanted).flatten(1).median(1).values
+        wanted = torch.from_numpy(view.to_photo(blocks.centers.permute(1, 2, 0).numpy())).permute(2, 0, 1)
+        shift = ((blocks.places[:, 0] - wanted) / sides).flatten(1).median(1).values
         return colors._replace(shift=shift[:, None, None].float())
 
-    def levels(self, preprocess: Callable[[Any], Any], size: tuple[int, int], spans: Sequence[Span]) -> Tensor | None:
-        """The levels `(2, h, w)` of ramps across and down a photo; None if the input does not keep colors apart."""
+    def blocks(self, preprocess: Callable[[Any], Any], size: tuple[int, int], spans: Sequence[Span]) -> _Blocks | None:
+        """The places that two ramps over spans tell; None if blue does not arrive as it is everywhere."""
         found = _run(preprocess, _colored([_ramp(size, axis, span) for axis, span in enumerate(spans)]))
-        levels = _apart(found.sub_(self.black).div_(self.contrast)) if len(found) == 3 else None
-        return None if levels is None else levels - self.shift
+        if len(found) != 3 or not _is_blue((found[2] - self.black[2]).div_(self.contrast[2])):
+            return None
+        starts, stops = torch.tensor(spans).T[..., None, None]
+        side = _side(found)
+        levels = (F.avg_pool2d(found[:2], side) - self.black[:2]) / self.contrast[:2] - self.shift
+        places = (levels * (stops - starts) + starts)[:, None].double()
+        return _Blocks(places, torch.ones(places.shape[2:], dtype=torch.bool), side, (found.shape[2], found.shape[1]))
 
     def view(self, preprocess: Callable[[Any], Any], size: tuple[int, int], spans: Sequence[Span]) -> View | None:
-        """The view that two ramps over spans tell; None if the input does not keep colors apart."""
-        levels = self.levels(preprocess, size, spans)
-        if levels is None:
-            return None
-        starts, stops = torch.tensor(spans).T[..., None, None, None]
-        places = levels[:, None] * (stops - starts) + starts
-        return _affine(places, torch.ones(places.shape[2:], dtype=torch.bool), size)
+        """The view that two ramps over spans tell; None if blue does not arrive as it is everywhere."""
+        blocks = self.blocks(preprocess, size, spans)
+        return None if blocks is None else _affine(blocks, size)
 
 
 def _colored(ramps: "list[Image]") -> "Image":
@@ -298,9 +324,9 @@ def _colored(ramps: "list[Image]") -> "Image":
     return image.merge("RGB", (*ramps, image.new("L", ramps[0].size, _BLUE)))
 
 
-def _apart(levels: Tensor) -> Tensor | None:
-    """The levels of red and green out of `(3, h, w)`; None if blue has not arrived as it was, so that colors are mixed."""
-    return levels[:2] if float(levels[2].sub(_BLUE / 255).abs_().max()) < 1 / 255 else None
+def _is_blue(levels: Tensor) -> bool:
+    """Whether blue has arrived as it was, so that colors are neither mixed nor scaled in another way."""
+    return float(levels.sub(_BLUE / 255).abs_().max()) < 1 / 255
 
 
 def _lost(why: str) -> CamError:
@@ -347,27 +373,21 @@ def _run(preprocess: Callable[[Any], Any], picture: "Image") -> Tensor:
 _CHANNELS = (1, 3, 4)
 
 
-def _fitted(places: Tensor, shown: Tensor, size: tuple[int, int]) -> tuple[np.ndarray, float]:
-    """Fit an affine map to the places `(2, k, h, w)` of pixels.
+def _fitted(blocks: _Blocks, size: tuple[int, int]) -> tuple[np.ndarray, float]:
+    """Fit an affine map to places.
 
     **Returns** the matrix `(2, 3)` and the largest distance from it.
     """
-    height, width = shown.shape
-    block = max(1, height // _BLOCKS), max(1, width // _BLOCKS)
-    values = F.avg_pool2d(places, block).double()
-    y, x = ((torch.arange(count) + 0.5) * side for count, side in zip(values.shape[2:], block))
-    positions = torch.stack(torch.meshgrid(x, y, indexing="xy")).double()
-    target = values.mean(1)
-    kept = F.avg_pool2d(shown[None, None].to(places.dtype), block)[0, 0] == 1
-    inner = kept & _inner(kept)
-    checked = _telling(positions, inner, kept)
+    positions, target = blocks.centers, blocks.places.mean(1)
+    inner = blocks.shown & _inner(blocks.shown)
+    checked = _telling(positions, inner, blocks.shown)
     used = _telling(positions, inner & _between(target, size), checked)
     source = _with_ones(positions.flatten(1).T.numpy())
     matrix = np.linalg.lstsq(source[used.flatten()], target[:, used].T.numpy(), rcond=None)[0].T
     scale = float(np.linalg.norm(matrix[:, :2], axis=0).max())
     if abs(np.linalg.det(matrix[:, :2])) < 1e-6 * scale**2:
         raise _lost("its output is constant along an axis of the photo")
-    away = (values.flatten(2).numpy() - (source @ matrix.T).T[:, None])[..., checked.flatten()]
+    away = (blocks.places.flatten(2).numpy() - (source @ matrix.T).T[:, None])[..., checked.flatten()]
     away -= away.mean(-1, keepdims=True)  # by as much, rounding shifts the two observations apart
     return matrix, float(np.abs(away).max())
 

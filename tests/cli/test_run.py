@@ -10,6 +10,7 @@ from PIL import Image
 from camfn import CamError, runs
 from tests.support import datasets
 from tests.support.command_line import command, process
+from tests.support.datasets import table, tarred
 
 pytest.importorskip("pyarrow")
 
@@ -91,6 +92,33 @@ def test_overlays_have_the_size_of_the_photos(run, images, tmp_path):
     for row in runs.read(run):
         with Image.open(tmp_path / f"{row.id[:-4]}-features-grad_cam-{row.target}.png") as file:
             assert file.size == (row.width, row.height)
+
+
+def test_overlays_of_photos_in_a_tar_file_or_a_table_are_those_of_files(run, images, tmp_path):
+    photos = {str(path.relative_to(images)): path.read_bytes() for path in sorted(images.rglob("*.png"))}
+    packed = [
+        tarred(tmp_path / "photos.tar", photos),
+        table(tmp_path / "photos.parquet", image=list(photos.values()), id=list(photos)),
+    ]
+    runs.convert(run, tmp_path / "files", "png")
+    for place in packed:
+        out, overlays = tmp_path / f"run-{place.suffix}", tmp_path / f"overlays-{place.suffix}"
+        datasets.made(place, out)
+        missing = command("convert", out, "--to", "png", "--out", overlays)
+        assert missing.exit_code == 2
+        assert "pass the images of the run" in missing.stderr
+        result = command("convert", out, "--to", "png", "--out", overlays, "--images", place)
+        assert result.exit_code == 0, result.output
+        found, wanted = (
+            {path.name: pixels(path) for path in folder.rglob("*.png")} for folder in (overlays, tmp_path / "files")
+        )
+        assert found == wanted
+        assert len(found) == 4
+
+
+def pixels(path) -> bytes:
+    with Image.open(path) as file:
+        return file.tobytes()
 
 
 def test_arrays_are_the_raw_maps(run, tmp_path):

@@ -14,6 +14,7 @@ from camfn.runs.decoding import Decoder
 from camfn.runs.sources import Cell, File, Member, items_of
 from camfn.zoo.networks import open_network
 from tests.support import datasets
+from tests.support.datasets import table, tarred
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -28,20 +29,6 @@ def png(color=0, size=(6, 5)) -> bytes:
 def opened(item):
     with item.source.open() as stream, Image.open(stream) as file:
         return np.asarray(file)[0, 0, 0]
-
-
-def tarred(path, members, *, mode="w"):
-    with tarfile.open(path, mode) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def table(where, **columns):
-    pq.write_table(pa.table(columns), where, row_group_size=2)
-    return where
 
 
 # ----------------------------------------------------------------------------------------------------------- they work

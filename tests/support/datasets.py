@@ -1,10 +1,12 @@
 """What the tests of runs share: small pictures, runs of the demo network, and what a run must hold."""
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -27,6 +29,25 @@ def pictures(folder: Path, count: int, side: int = SIDE) -> Path:
         shape = (side, side + 8 * (number % 3 == 0), 3)
         Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(place / f"{number:04}.png")
     return folder
+
+
+def tarred(path: Path, members: dict[str, bytes], *, mode: str = "w") -> Path:
+    """A tar file with these members."""
+    with tarfile.open(path, mode) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def table(where: Path, **columns) -> Path:
+    """A table in row groups of two rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), where, row_group_size=2)
+    return where
 
 
 DEMO = {"model": "demo", "layer": "features", "progress_line": False}
