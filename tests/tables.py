@@ -124,7 +124,7 @@ def differentiated(method: str) -> None:
 def compiled(method: str) -> None:
     if reason := _compat.can_compile():
         pytest.skip(reason)
-    contract.test_the_whole_method_can_be_compiled(method)
+    contract.test_a_method_can_be_called_in_compiled_code(method)
 
 
 COLUMNS: dict[str, Callable[[str], None]] = {
@@ -158,7 +158,7 @@ OF_TRANSFORMERS: dict[str, Callable[[str], None]] = {
     "`vmap` over inputs": lambda method: transformers.test_under_vmap(method, "timm"),
     "`vmap` over models": transformers.test_an_ensemble_by_vmap_over_states,
     "`grad`, `jvp`": lambda method: [transformers.test_maps_are_differentiable(method, wrt, False) for wrt in ("x", "state=")],
-    COMPILED: transformers.test_the_whole_method_can_be_compiled,
+    COMPILED: transformers.test_a_method_can_be_called_in_compiled_code,
     "8 threads": transformers.test_threads,
     "float16": lambda method: transformers.test_narrow_dtypes(method, torch.float16),
     "bfloat16": lambda method: transformers.test_narrow_dtypes(method, torch.bfloat16),
@@ -174,7 +174,7 @@ ASKED = {
         contract.test_gradients_and_directional_derivatives_agree_with_finite_differences,
         transformers.test_maps_are_differentiable,
     ),
-    COMPILED: (contract.test_the_whole_method_can_be_compiled, transformers.test_the_whole_method_can_be_compiled),
+    COMPILED: (contract.test_a_method_can_be_called_in_compiled_code, transformers.test_a_method_can_be_called_in_compiled_code),
     "8 threads": (
         test_threads.test_eight_threads_with_different_inputs_states_and_seeds_at_one_layer,
         transformers.test_threads,
@@ -194,13 +194,9 @@ ASKED = {
 
 
 def asked_anyway(method: str, column: str) -> bool:
-    """Is the check of the column a test that has the method among its parameters?
-
-    What differs from another method in its formula alone is compiled as that is, and `--write` tries it.
-    """
+    """Is the check of the column a test that has the method among its parameters?"""
     if column not in ASKED:
         return False
-    method = contract.COMPOSED_ALIKE.get(method, method) if column == COMPILED else method
     test = ASKED[column]["attention" in camfn.METHODS[method].needs]
     asked = set()
     for mark in vars(test)["pytestmark"]:

@@ -267,7 +267,6 @@ def ag_cam(
 # ------------------------------------------------------------------------------------------------ shared functions
 
 
-@_compat.eager
 def _explain_attention(
     name: str,
     layer: Layers,

@@ -129,7 +129,6 @@ def _bare(forward: Forward) -> Forward:
     return forward._replace(task=task._replace(state=state, batch=task.batch._replace(x=x)), activations=activations)
 
 
-@_compat.eager
 def _weights(site: _Site, climb: Callable[..., Tensor], room: Room, tick: Callable[[int | None], None]) -> Tensor:
     """The weights of each image and target, `(n, t, c)`."""
     values, targets, forward = site.read.values, site.found.clean.shape[1], site.found.forward

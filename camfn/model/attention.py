@@ -37,7 +37,6 @@ class Attention(NamedTuple):
     logits: tuple[Tensor, ...]  # their logits: scaled, and with masks and position biases added
 
 
-@_compat.eager
 def attended(run: Callable[[], T], nudge: Nudge = None, *, held: bool = False) -> tuple[T, Attention]:
     """Call `run()`, and return its result and its attention.
 
@@ -60,7 +59,6 @@ def attended(run: Callable[[], T], nudge: Nudge = None, *, held: bool = False) -
     return out, Attention(tuple(mode.seen), tuple(mode.logits))
 
 
-@_compat.eager
 def unfused(run: Callable[[], T]) -> T:
     """Call `run()` with all attention written out: fused kernels have no second derivative and no batching rule for `vmap`."""
     with _Unfused(None, False):
@@ -97,7 +95,6 @@ class Blocks(NamedTuple):
     axis: int  # the axis of the tokens: 1 for `(n, tokens, c)`, 0 for `(tokens, n, c)` as in torch's own transformers
 
 
-@_compat.eager
 def blocks_of(model: nn.Module | Prepared | Call, state: State, x: Inputs, n: int) -> Blocks:
     """Find the blocks, by a forward pass of the first of the n images. Companion inputs without n rows are shared."""
 

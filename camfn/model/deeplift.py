@@ -35,7 +35,6 @@ class Three(NamedTuple):
     base: Any  # at zeros
 
 
-@_compat.eager
 def multipliers(forward: Forward, layer: str, activation: Tensor, score: Score) -> list[Tensor]:
     """The multipliers `m` of each target: the gradient of the affine function, in the layer's own shape."""
     # The head is recorded at zeros and tested at the activation, the two values of the rule.

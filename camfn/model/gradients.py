@@ -47,7 +47,6 @@ Lost = Callable[[Sequence[Any], Callable[[Any, str], Reason]], None]
 `why(name, what)` is the reason for one layer, which it calls `what`. It runs the model once or twice."""
 
 
-@_compat.eager
 def with_pullback(
     run: Run, state: State, x: Inputs, names: Sequence[str] | None, lost: Lost, *, graphed: bool, constants: bool = False
 ) -> tuple[Captured, Pullback]:
@@ -252,13 +251,11 @@ def _has_slope(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-@_compat.eager
 def each_target(way: Callable[[Of], Any], output: Any, score: Score) -> list[Any]:
     """Apply a function of a pullback to each target's score, one target after the other."""
     return [way(of) for of in _sums(output, score)]
 
 
-@_compat.eager
 def last_gradient(pullback: Pullback, output: Any, score: Score) -> Tensor:
     """The gradient of the first target's score at the last layer."""
     return pullback.last(_sums(output, score)[0])

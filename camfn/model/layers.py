@@ -179,7 +179,6 @@ def _is_like(out: "_Output", chosen: "_Output") -> bool:
     return out.lone and (out.form.grid, out.form.channels) == (chosen.form.grid, chosen.form.channels)
 
 
-@_compat.eager
 def _length_matters(task: Task, out: "_Output") -> bool:
     """Whether the output changes if the vector at each position is scaled, compared with a scaling of each channel.
 
@@ -335,7 +334,6 @@ def _forms_on_grid(shape: Sides, batch: Batch, clues: Clues) -> list[Form]:
     return [form for form in forms if math.prod(form.grid) > 1 and axes in (None, len(form.grid))]
 
 
-@_compat.eager
 def placed_forms(task: Task, forms: dict[str, list[Form]], twice: bool = True) -> dict[str, list[Form]]:
     """Keep the forms of each layer whose positions follow the input's, by forward passes of changed inputs.
 
@@ -373,7 +371,6 @@ _EARLY = 3
 """The number of layers that are asked for the places of a model's tokens. In the first ones, attention has mixed them least."""
 
 
-@_compat.eager
 def placed_tokens(task: Task, forms: list[Form]) -> list[Form]:
     """Keep the forms of the model's tokens, by layers that return as many; all forms if no such layer shows its positions."""
     counts = {math.prod(form.grid) + form.prefix + form.suffix for form in forms}

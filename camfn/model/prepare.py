@@ -252,7 +252,7 @@ def opened(model: Model) -> Call:
 def restarted(prepared: Prepared, call: Callable[[], T]) -> T:
     """Return `call()`, restarted if a forward is about to write to a parameter, which is copied for each run from then on."""
     met: set[str] = set()  # the parameters that this call met; another thread may have added the same ones to `written`
-    while not _compat.compiling():
+    while True:
         try:
             return call()
         except WriteError as error:
@@ -260,12 +260,16 @@ def restarted(prepared: Prepared, call: Callable[[], T]) -> T:
                 raise
             met.add(error.name)
             prepared.written.add(error.name)
-    return call()
 
 
 def prepares(function: F) -> F:
-    """Decorate a public function whose first argument is a model: it receives a `Call`, and is restarted if necessary."""
+    """Decorate a public function whose first argument is a model: it receives a `Call`, and is restarted if necessary.
 
+    While `torch.compile` traces the caller, it runs uncompiled: the compiler cannot follow a mode, and would compile the code
+    around each forward pass piece by piece, for seconds.
+    """
+
+    @_compat.eager
     @functools.wraps(function)
     def call(model: Any, *args: Any, **kwargs: Any) -> Any:
         with model.inner() if isinstance(model, Call) else opened(model) as own:

@@ -49,7 +49,7 @@ def checked_limits(limits: Limits, weighting: str) -> Limits:
     if not limits.any:
         return limits
     if _compat.transformed():
-        raise CamError("budget= and tolerance= read values, which is impossible under a transform (vmap, grad, jvp, compile)")
+        raise CamError("budget= and tolerance= read values, which is impossible under a transform (vmap, grad, jvp)")
     if weighting != "softmax":
         raise CamError("budget= and tolerance= need a recipe whose weights are a softmax of the scores")
     if tolerance is not None and order != "predicted":
