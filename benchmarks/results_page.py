@@ -54,9 +54,8 @@ def blind(record: Record) -> list[str]:
     return [method for (method, _), each in grids.items() if method not in CONTROLS and each["low"] <= CHANCE]
 
 
-def no_better(record: Record) -> list[str]:
-    """The methods that beat the controls in no metric of faithfulness and localization on the scenes."""
-    found = {**of(record, "pairs"), **of(record, "slow")}
+def no_better(found: Mapping[tuple[str, str], Record]) -> list[str]:
+    """The methods that beat the controls in no metric of faithfulness and localization."""
     names = dict.fromkeys(method for method, _ in found if method not in CONTROLS)
     rooms = ("faithfulness", "localization")
     beats = {m for (m, metric), each in found.items() if MEASURES[metric].room in rooms and each["beats_controls"]}
@@ -98,7 +97,7 @@ object.
 def lines(record: Record) -> Iterator[str]:
     given, pairs = record["arguments"], of(record, "pairs")
     n = next(iter(pairs.values()))["n"]
-    yield _INTRO.format(n=n, blind=listed(blind(record)), no_better=listed(no_better(record)))
+    yield _INTRO.format(n=n, blind=listed(blind(record)), no_better=listed(no_better({**pairs, **of(record, "slow")})))
     yield from table(pairs, ("other_class", "permuted_classifier", "other_energy"))
     yield _REMOVALS.format(**given)
     both = {**of(record, "grids"), **of(record, "removals")}
@@ -119,7 +118,9 @@ def lines(record: Record) -> Iterator[str]:
 
 def photos(found: Mapping[tuple[str, str], Record], name: str) -> Iterator[str]:
     n = next(iter(found.values()))["n"]
-    yield f"\n## {name}\n\n{n} photos, without boxes: metrics of localization are absent.\n"
+    yield f"\n## {name}\n\n{n} photos, without boxes: metrics of localization are absent."
+    poor, methods = no_better(found), {method for method, _ in found if method not in CONTROLS}
+    yield f"Better than all controls in no metric of faithfulness: {'all of them' if {*poor} == methods else listed(poor)}.\n"
     wanted = ("other_class", "permuted_classifier", "deletion", "deletion_difference", "average_drop")
     yield from table(found, [metric for metric in wanted if any(metric == each for _, each in found)])
 
