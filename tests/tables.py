@@ -174,7 +174,10 @@ ASKED = {
         contract.test_gradients_and_directional_derivatives_agree_with_finite_differences,
         transformers.test_maps_are_differentiable,
     ),
-    COMPILED: (contract.test_a_method_can_be_called_in_compiled_code, transformers.test_a_method_can_be_called_in_compiled_code),
+    COMPILED: (
+        contract.test_a_method_can_be_called_in_compiled_code,
+        transformers.test_a_method_can_be_called_in_compiled_code,
+    ),
     "8 threads": (
         test_threads.test_eight_threads_with_different_inputs_states_and_seeds_at_one_layer,
         transformers.test_threads,
