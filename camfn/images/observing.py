@@ -290,7 +290,7 @@ class _Colors(NamedTuple):
     def of(cls, scaling: _Scaling) -> "_Colors | None":
         """The colors at the middle pixel, where no pixel is padding; the shift is what a picture of ramps shows."""
         view, (channels, height, width) = _observed_view(scaling), scaling.black.shape
-        if channels != 3 or not bool(scaling.shown.all()):
+        if channels != 3 or not bool(scaling.shown.all()) or not bool(scaling.contrast.all()):
             return None
         middle = [each[:, height // 2, width // 2, None, None] for each in (scaling.black, scaling.contrast)]
         colors, sides = cls(middle[0], middle[1], torch.zeros(2, 1, 1)), torch.tensor(scaling.size)[:, None, None]

@@ -77,6 +77,8 @@ PREPROCESSINGS = {
     "0 to 255 less a mean, BGR": (lambda p: 255 * tensor(usual(p)).flip(0) - 110, [LANDSCAPE]),
     "inverted": (lambda p: 1 - 2 * tensor(usual(p)), [PORTRAIT]),
     "one channel inverted": (lambda p: tensor(usual(p)) * torch.tensor([1.0, -1.0, 0.1])[:, None, None], [PORTRAIT]),
+    "no green": (lambda p: tensor(usual(p)) * torch.tensor([1.0, 0.0, 1.0])[:, None, None], [PORTRAIT]),
+    "no blue": (lambda p: tensor(usual(p)) * torch.tensor([1.0, 1.0, 0.0])[:, None, None], [PORTRAIT]),
     "a batch of one": (lambda p: scaled(usual(p))[None], [LANDSCAPE]),
     "channels last": (lambda p: scaled(usual(p)).movedim(0, -1), [LANDSCAPE]),
     "an array": (lambda p: np.asarray(usual(p)).transpose(2, 0, 1), [LANDSCAPE]),
