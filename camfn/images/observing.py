@@ -70,6 +70,13 @@ class Views:
     How it scales colors is observed once, on pictures of one size. Then one picture tells the view of each size: a ramp in red,
     a ramp in green, and a level of blue, which has to arrive as that level at all pixels. Where it does not, or the places are
     not those of an affine map, or random numbers are drawn, `view_of` tells.
+
+    - `preprocess`: that of `view_of`.
+
+    >>> from camfn import demo
+    >>> views = Views(demo.preprocess)
+    >>> [views(size).photo for size in ((96, 96), (120, 160))], views((1, 40))
+    ([(96, 96), (120, 160)], None)
     """
 
     def __init__(self, preprocess: Callable[[Any], Any]) -> None:
@@ -88,13 +95,14 @@ class Views:
             return view_of(self._preprocess, size)
 
     def _by_one_picture(self, size: tuple[int, int]) -> View | None:
-        states = random_states()
+        colors, states = self._colors, random_states()
+        if colors is None:
+            return None
         with contextlib.suppress(CamError):  # what it says may hold for these pictures alone
             check_narrow(self._preprocess, _checked(size))
-            view = self._colors and self._colors.view(self._preprocess, size, _all(size))
-            spans = view and _corners(view)
-            if self._colors and spans and _narrow(spans, size):
-                view = self._colors.view(self._preprocess, size, spans)
+            view = colors.view(self._preprocess, size, _all(size))
+            if view and _narrow(spans := _shown_by(view), size):
+                view = colors.view(self._preprocess, size, spans)
             return view if states == random_states() else None
 
     @cached_property
@@ -181,11 +189,15 @@ def _seen(places: Tensor, side: int) -> Span:
     return max(0.0, float(within.min()) - margin), min(float(side), float(within.max()) + margin)
 
 
-def _corners(view: View) -> list[Span]:
+def _shown_by(view: View) -> list[Span]:
     """The parts of the photo's sides that a view shows, with such a margin."""
+    return [_seen(places, side) for places, side in zip(torch.from_numpy(_corners(view)).T, view.photo)]
+
+
+def _corners(view: View) -> np.ndarray:
+    """The corners `(4, 2)` of the input, on the photo."""
     width, height = view.size
-    corners = torch.from_numpy(view.to_photo(np.array([[0, 0], [width, 0], [0, height], [width, height]])))
-    return [_seen(places, side) for places, side in zip(corners.T, view.photo)]
+    return view.to_photo(np.array([[0, 0], [width, 0], [0, height], [width, height]]))
 
 
 def _narrow(spans: Sequence[Span], size: tuple[int, int]) -> bool:
@@ -195,8 +207,7 @@ def _narrow(spans: Sequence[Span], size: tuple[int, int]) -> bool:
 
 def _check_mark(view: View, scaling: "_Scaling") -> None:
     """Raise CamError if a white rectangle on black does not arrive where it should, so that the content decides."""
-    width, height = view.size
-    corners = view.to_photo(np.array([[0, 0], [width, 0], [0, height], [width, height]]))
+    (width, height), corners = view.size, _corners(view)
     low, high = corners.min(0).clip(0, view.photo), corners.max(0).clip(0, view.photo)
     (left, top), (right, bottom) = (np.rint(low + (high - low) * share).astype(int) for share in _MARK)
     picture = pillow().Image.new("L", view.photo)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -236,6 +237,15 @@ def test_pictures_that_kill_one_process_after_the_other_are_waited_for(images):
     for _ in range(10):
         with contextlib.closing(decoded(items, Deadly(*EVERY[1:3]), 1)) as taken:
             assert [each.item.id for each in taken if each.error] == [*EVERY[1:3]]
+
+
+def test_a_death_is_seen_while_another_process_holds_the_pipe(images, monkeypatch):
+    """As one that is forked between the making of the pipe and the closing of its other end here."""
+    held = []
+    monkeypatch.setattr(Connection, "close", lambda self: held.append(self))
+    with contextlib.closing(decoded(items_of(images), Deadly(*EVERY[:1]), 1)) as taken:
+        assert [each.item.id for each in taken if each.error] == [*EVERY[:1]]
+    assert held
 
 
 def test_processes_decode_as_this_one_does(tmp_path, images):
