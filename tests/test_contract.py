@@ -956,6 +956,35 @@ def test_a_method_can_be_called_in_compiled_code(method):
     torch._dynamo.reset()
 
 
+def backward(function, x):
+    given = x.clone().requires_grad_()
+    function(given).sum().backward()
+    return given.grad
+
+
+@can_compile
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # the compiler reads it
+@pytest.mark.parametrize("method", ["grad_cam", "score_cam"])
+def test_a_gradient_flows_back_through_a_map_in_compiled_code(method):
+    net, x = small_net(), inputs(2)
+
+    def maps(x):
+        return 2 * run(method, net, "features", x, 1, normalize=False)
+
+    torch._dynamo.reset()
+    close(backward(torch.compile(maps, backend="eager"), x), backward(maps, x))
+    torch._dynamo.reset()
+
+
+@can_compile
+def test_a_card_can_be_made_in_compiled_code():
+    net, x = small_net(), inputs(2)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: camfn.explain(net, "features", x, 1).maps * 2, backend="eager")
+    close(compiled(x), camfn.explain(net, "features", x, 1).maps * 2)
+    torch._dynamo.reset()
+
+
 # ------------------------------------------------------------------------------------------------- differentiation
 
 

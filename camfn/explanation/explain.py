@@ -71,6 +71,7 @@ def explain(
     check: bool = False,
     **options: Any,
 ) -> tuple[Explanation, ...]: ...
+@_compat.eager
 def explain(
     model: nn.Module,
     layer: Layers,

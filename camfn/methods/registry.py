@@ -145,6 +145,7 @@ def published(of: Callable[P, Outcome], of_layer: bool, needs: Iterable[Need]) -
             return prepares(of)(*args, **kwargs)
 
     @functools.wraps(of)
+    @_compat.eager
     def function(*args: P.args, **kwargs: P.kwargs) -> Maps:
         outcome = run(*args, **kwargs)
         for finding in outcome.findings:

@@ -269,8 +269,8 @@ def prepares(function: F) -> F:
     around each forward pass piece by piece, for seconds.
     """
 
-    @_compat.eager
     @functools.wraps(function)
+    @_compat.eager
     def call(model: Any, *args: Any, **kwargs: Any) -> Any:
         with model.inner() if isinstance(model, Call) else opened(model) as own:
             return restarted(own.prepared, lambda: function(own, *args, **kwargs))
