@@ -3,6 +3,7 @@
 - `pairs`: scenes of two objects. The first is explained; the other shows whether a map knows its class.
 - `slow`: the same for methods that need hundreds of forward passes and more, on fewer scenes.
 - `grids`: four scenes of different classes in one input: the share of the energy in the cell of the class, .25 by chance.
+- `apart`: the same grids, where only one cell can have caused a logit (DiFull).
 - `removals`: each object is removed in turn: the correlation of the score's drop with the share of the map on it.
 - the trained networks and photos of the folder in CAMFN_REAL (`tests/oracles/libraries.py` describes its `load.py`): metrics
   that need no boxes; on the large networks, of methods that take no sweep over the channels. Without the folder they are left
@@ -61,18 +62,18 @@ def progress() -> Any:
     return lambda name: common.say(f"{time.monotonic() - start:6.0f} s: {name}")
 
 
-def raw(method: str, model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
+def raw(method: str, model: nn.Module, x: Tensor, classes: Tensor, *, layer: str = LAYER, fc: str | None = LINEAR) -> Tensor:
     """Raw, signed maps `(n, t, *grid)` of a method or a control."""
     if method in CONTROLS:
         return CONTROLS[method](x, (12, 12), 0)[:, None].expand(-1, classes.shape[1], -1, -1)
-    given: dict[str, Any] = {"relu": False, "normalize": False, "fc": LINEAR}
+    given: dict[str, Any] = {"relu": False, "normalize": False, "fc": fc}
     known = {name: value for name, value in given.items() if takes(method_of(method), name)}
-    card = camfn.explain(model, LAYER, x, classes, method=method, **known)
+    card = camfn.explain(model, layer, x, classes, method=method, **known)
     return card.maps.detach()
 
 
-def on_grids(count: int, methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Four scenes of one object each, of different classes that the network is right about."""
+def grids_of_scenes(count: int) -> tuple[Tensor, Tensor]:
+    """Four scenes of one object each, of different classes that the network is right about: `(n, 4, c, h, w)` and `(n, 4)`."""
     model, found, singles = demo.network(), [], []
     for seed in itertools.count(2000):
         scene = demo.scene(seed)
@@ -86,15 +87,31 @@ def on_grids(count: int, methods: Sequence[str]) -> list[dict[str, Any]]:
             singles = []
         if len(found) == count:
             break
-    x = metrics.grid_of(torch.stack([torch.stack([each[0] for each in four]) for four in found]))
-    classes = torch.tensor([[each[1] for each in four] for four in found])
-    records = []
-    for method in methods:
-        maps = raw(method, model, x, classes)
-        share = metrics.grid_pointing_game(maps, torch.arange(4).expand(len(x), 4)).nanmean(1)
-        records.append({"method": method, "metric": "cell_energy", **interval(share)._asdict()})
-        common.say(f"grids: {method}")
-    return records
+    x = torch.stack([torch.stack([each[0] for each in four]) for four in found])
+    return x, torch.tensor([[each[1] for each in four] for four in found])
+
+
+def on_grids(count: int, methods: Sequence[str]) -> list[dict[str, Any]]:
+    inputs, classes = grids_of_scenes(count)
+    x, model = metrics.grid_of(inputs), demo.network()
+    return [in_cells(method, raw(method, model, x, classes), "cell_energy") for method in methods]
+
+
+def on_cells_apart(count: int, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Of the methods that explain any layer: `full_grad` explains none, and `cam` needs a linear head of all logits."""
+    inputs, classes = grids_of_scenes(count)
+    x, network = metrics.grid_of(inputs), demo.network()
+    model = metrics.DiFull(network[:3], network[3:])
+    targets = classes + len(demo.CLASSES) * torch.arange(4)
+    fitting = [method for method in methods if method not in ("cam", "full_grad")]
+    return [in_cells(each, raw(each, model, x, targets, layer="grid", fc=None), "cell_energy_apart") for each in fitting]
+
+
+def in_cells(method: str, maps: Tensor, metric: str) -> dict[str, Any]:
+    """The share of each map's energy in the cell of its class."""
+    share = metrics.grid_pointing_game(maps, torch.arange(4).expand(len(maps), 4)).nanmean(1)
+    common.say(f"{metric}: {method}")
+    return {"method": method, "metric": metric, **interval(share)._asdict()}
 
 
 def on_removals(count: int, methods: Sequence[str]) -> list[dict[str, Any]]:
@@ -114,6 +131,10 @@ def on_removals(count: int, methods: Sequence[str]) -> list[dict[str, Any]]:
         records.append({"method": method, "metric": "target_sensitivity", **interval(held)._asdict()})
         common.say(f"removals: {method}")
     return records
+
+
+CLASSES = {"grids": on_grids, "apart": on_cells_apart, "removals": on_removals}
+"""The parts that need more than an image, a class and a mask."""
 
 
 def _pooled(shares: Tensor, drops: Tensor) -> Tensor:
@@ -170,7 +191,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=common.positive, default=60)
     parser.add_argument("--slow-scenes", type=common.positive, default=16)
     parser.add_argument("--grids", type=common.positive, default=20)
-    parser.add_argument("--parts", nargs="+", default=["pairs", "grids", "removals", "slow", *NETWORKS])
+    parser.add_argument("--parts", nargs="+", default=["pairs", "grids", "apart", "removals", "slow", *NETWORKS])
     parser.add_argument(
         "--out", metavar="FILE.json", help="where to write the record; parts that it has and that are not asked stay"
     )
@@ -189,9 +210,9 @@ def main() -> None:
         if part in NETWORKS and folder is None:
             print(f"{part}: CAMFN_REAL names no folder of trained networks, so it is left out")
             continue
-        if part in ("grids", "removals"):
-            made = (on_grids if part == "grids" else on_removals)(options.grids if part == "grids" else options.scenes, every)
-            record["parts"][part] = {"records": made}
+        if part in CLASSES:
+            count = options.scenes if part == "removals" else options.grids
+            record["parts"][part] = {"records": CLASSES[part](count, every)}
         elif part in NETWORKS:
             record["parts"][part] = told(on_photos(Path(folder or ""), part))
         else:

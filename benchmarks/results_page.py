@@ -88,9 +88,10 @@ are permuted: 1 means that the class does not matter. `other_energy` is the ener
 of that on both; a map of no class has 0.5.
 """
 _REMOVALS = """
-On {grids} grids of four scenes of different classes, `cell_energy` is the energy in the cell of the class. On {scenes} scenes
-from which each object is removed in turn, `single_deletion` is the correlation of the score's drop with the map's share on the
-object.
+On {grids} grids of four scenes of different classes, `cell_energy` is the energy in the cell of the class. In
+`cell_energy_apart` the network sees each cell apart (DiFull): the rest lies on cells that cannot change the logit.
+On {scenes} scenes from which each object is removed in turn, `single_deletion` is the correlation of the score's drop with the
+map's share on the object.
 """
 
 
@@ -100,8 +101,8 @@ def lines(record: Record) -> Iterator[str]:
     yield _INTRO.format(n=n, blind=listed(blind(record)), no_better=listed(no_better({**pairs, **of(record, "slow")})))
     yield from table(pairs, ("other_class", "permuted_classifier", "other_energy"))
     yield _REMOVALS.format(**given)
-    both = {**of(record, "grids"), **of(record, "removals")}
-    yield from table(both, ("cell_energy", "single_deletion", "target_sensitivity"))
+    all_parts = {**of(record, "grids"), **of(record, "apart"), **of(record, "removals")}
+    yield from table(all_parts, ("cell_energy", "cell_energy_apart", "single_deletion", "target_sensitivity"))
     yield "\n![Removal of objects](results-removals.png)\n\n## Does the score follow the map?\n"
     yield from table(pairs, ("deletion", "deletion_difference", "insertion_difference", "average_drop", "average_gain"))
     yield "\n![Deletion](results-deletion.png)\n\n## Is it on the object?\n"

@@ -43,8 +43,8 @@ ROOMS = {
     ".public": ("weights", "maps"),
     "metrics": (
         *("scoring", "imputation", "faithfulness", "confidence"),
-        *("pixels", "localization", "boxes", "complexity", "similarity", "sensitivity", "removal", "robustness", "states"),
-        *("randomization", "controls"),
+        *("pixels", "localization", "boxes", "complexity", "similarity", "sensitivity", "grids", "removal", "robustness"),
+        *("states", "randomization", "controls"),
     ),
     "images": ("colors", "pictures", "preprocessing", "reading", "turns", "seen", "views", "observing", "overlays"),
     ".pictures": ("figures",),

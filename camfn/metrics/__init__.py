@@ -31,6 +31,7 @@ from camfn.metrics.faithfulness import (
     insertion_curve,
     sensitivity_n,
 )
+from camfn.metrics.grids import DiFull, cell_energy, grid_of, grid_pointing_game
 from camfn.metrics.imputation import linear_imputation, road
 from camfn.metrics.localization import energy_pointing_game, iou, pixel_auc, pointing_game
 from camfn.metrics.randomization import Randomization, model_randomization
@@ -45,7 +46,7 @@ from camfn.metrics.removal import (
 )
 from camfn.metrics.robustness import maximum_sensitivity
 from camfn.metrics.scoring import ScoreFunction, score_function
-from camfn.metrics.sensitivity import cell_energy, grid_of, grid_pointing_game, object_energy, other_object_energy
+from camfn.metrics.sensitivity import object_energy, other_object_energy
 from camfn.metrics.similarity import rank_correlation, ssim
 from camfn.metrics.states import permuted_classifier, random_classifier, randomized_states
 
@@ -55,6 +56,7 @@ __all__ = [
     "CONTROL_METHODS",
     "BoxAccuracy",
     "Curve",
+    "DiFull",
     "Randomization",
     "ScoreFunction",
     "adcc",

@@ -4,8 +4,6 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import camfn
 from camfn import CamError, demo, metrics
@@ -62,59 +60,6 @@ def test_what_object_metrics_do_not_take():
         metrics.other_object_energy(random(1, 3, 4, 4), random(1, 2, 4, 4) > 0.5)
     with pytest.raises(CamError, match="there are 1 targets and 1 objects"):
         metrics.other_object_energy(random(1, 1, 4, 4), random(1, 1, 4, 4) > 0.5)
-
-
-# -------------------------------------------------------------------------------------------------------------- grids
-
-
-@pytest.mark.parametrize("side", [2, 3])
-def test_a_grid_has_its_inputs_row_by_row(side):
-    inputs = random(2, side * side, 3, 4, 5)
-    grid = metrics.grid_of(inputs)
-    assert grid.shape == (2, 3, side * 4, side * 5)
-    for cell in range(side * side):
-        row, column = divmod(cell, side)
-        assert torch.equal(grid[:, :, row * 4 : row * 4 + 4, column * 5 : column * 5 + 5], inputs[:, cell])
-
-
-@given(seed=st.integers(0, 999), height=st.integers(1, 8), width=st.integers(1, 8), cells=st.integers(2, 3))
-@settings(max_examples=30, deadline=None)
-def test_a_position_counts_in_each_cell_by_its_area(seed, height, width, cells):
-    map = random(height, width, seed=seed) - 0.2
-    expected = [0.0] * cells**2
-    for y in range(height):
-        for x in range(width):
-            for row in range(cells):
-                for column in range(cells):
-                    tall = min((y + 1) / height, (row + 1) / cells) - max(y / height, row / cells)
-                    wide = min((x + 1) / width, (column + 1) / cells) - max(x / width, column / cells)
-                    area = max(0.0, tall) * max(0.0, wide)
-                    expected[row * cells + column] += area * max(0.0, float(map[y, x]))
-    found = metrics.cell_energy(map, cells=cells)
-    total = sum(expected)
-    if total == 0:
-        assert found.isnan().all()
-    else:
-        assert found.tolist() == pytest.approx([part / total for part in expected], abs=1e-12)
-
-
-def test_a_flat_map_scores_chance_and_none_is_not_a_number():
-    assert metrics.grid_pointing_game(torch.ones(1, 7, 7), torch.tensor([3])) == 0.25
-    assert metrics.grid_pointing_game(torch.ones(1, 7, 7), torch.tensor([8]), cells=3) == pytest.approx(1 / 9)
-    assert metrics.grid_pointing_game(-torch.ones(1, 7, 7), torch.tensor([3])).isnan()
-
-
-def test_what_grids_do_not_take():
-    with pytest.raises(CamError, match=r"they must be \(\.\.\., g\*g, c, h, w\)"):
-        metrics.grid_of(random(1, 3, 3, 4, 4))
-    with pytest.raises(CamError, match=r"they must be \(\.\.\., g\*g, c, h, w\)"):
-        metrics.grid_of(random(1, 3, 4, 4))
-    with pytest.raises(CamError, match="must be 2 or more"):
-        metrics.cell_energy(random(4, 4), cells=1)
-    with pytest.raises(CamError, match=r"cell has shape \(\), and the maps need \(2,\)"):
-        metrics.grid_pointing_game(random(2, 4, 4), torch.tensor(1))
-    with pytest.raises(CamError, match="found 0 to 4"):
-        metrics.grid_pointing_game(random(2, 4, 4), torch.tensor([0, 4]))
 
 
 # ------------------------------------------------------------------------------------------------ the shipped network
