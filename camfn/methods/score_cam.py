@@ -255,8 +255,8 @@ def _looked(
 ) -> tuple[Forward, Pullback | None]:
     """Run the clean forward pass, with gradients if a budget or a tolerance needs them."""
     if how.limits.any:
-        return look_with_gradients(model, layer, x, state, masked, how.drawing.axes, masks=True, needed=False, site="norm")
-    return look(model, layer, x, state, masked, how.drawing.axes, masks=True, site="norm"), None
+        return look_with_gradients(model, layer, x, state, masked, how.drawing.axes, masks=True, needed=False)
+    return look(model, layer, x, state, masked, how.drawing.axes, masks=True), None
 
 
 def _swept(looked: tuple[Forward, Pullback | None], target: Target, how: _How) -> Outcome:
