@@ -1,11 +1,13 @@
 """Every law, tried on every method; and every exception, to see that it is one."""
 
+import math
 import os
 import random
+import zlib
 
 import pytest
 import torch
-from hypothesis import Phase, find, given, settings
+from hypothesis import Phase, assume, find, given, seed, settings
 from hypothesis import strategies as st
 
 import camfn
@@ -30,29 +32,32 @@ STEADY = [pair for pair in HOLDING if pair[1] not in UNSTEADY]
 EXAMPLES = int(os.environ.get("CAMFN_EXAMPLES", "0"))
 """For each pair, the same in each run. To search for more: CAMFN_ANEW=1 CAMFN_EXAMPLES=200."""
 ELSEWHERE = ("pure", "thread_safe", "gradcheck", "same_size", "scale_of_the_map")
-"""What the contract asks of harder models, and what is one piece of code for all methods."""
+"""What the contract asks of harder models, and what is one piece of code for all methods: one case is tried."""
 EXECUTION = ("batch_independent", "image_permutation", "class_permutation", "deterministic", "shape", "range")
 EXECUTION += ("chunk_independent", "target_independent", "layer_independent", "vmap_equals_loop")
-"""What options of a method have little to do with: of its variants a case less is tried."""
+"""What options of a method have little to do with: of its variants one case is tried."""
 
 
 def examples_of(law: str, name: str) -> int:
-    """The first example is the simplest, of one channel and one position: two are the least that say something."""
-    return EXAMPLES or (2 if law in ELSEWHERE or ("," in name and law in EXECUTION) else 3)
+    return EXAMPLES or (1 if law in ELSEWHERE or ("," in name and law in EXECUTION) else 2)
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize(("law", "name"), STEADY)
 def test_law_holds(law, name):
+    """Each pair has cases of its own. One channel at one position, the simplest case, says little and is not counted."""
     variant = VARIANTS[name]
     method = variant.method if variant.method in camfn.METHODS else "score_cam"
 
     @settings(max_examples=examples_of(law, name))
     @given(data=st.data())
     def holds(data):
-        LAWS[law](variant, data.draw(cases(method, recipe=variant.recipe), label="case"))
+        case = data.draw(cases(method, recipe=variant.recipe), label="case")
+        assume(case.model.spec.channels > 1 or math.prod(case.model.grid) > 1)
+        LAWS[law](variant, case)
 
-    holds()
+    own = holds if os.environ.get("CAMFN_ANEW") else seed(zlib.crc32(f"{law}, {name}".encode()))(holds)
+    own()
 
 
 @pytest.mark.parametrize("name", [name for law, name in PAIRS if law == SOMEWHERE])
