@@ -76,7 +76,7 @@ def axes_of(model: nn.Module, image: Tensor, run: Run) -> Axes:
     conv = first_convolution(model)
     if _fits(image, conv) and not widths & {*image.shape[2:]}:
         return usual(image.ndim)
-    letters = None if _compat.compiling() else _observed(image, run)
+    letters = _observed(image, run)
     if letters is not None:
         return Axes(letters)
     return usual(image.ndim) if _is_usual(image, conv) else unclear_of(image.ndim, _WAYS.get(image.ndim, ()))

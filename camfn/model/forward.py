@@ -329,9 +329,6 @@ def deterministic(again: Callable[[], Any]) -> Iterator[list[Any]]:
     If the state of Python's or NumPy's generator has changed, `again()` must give the same output. Otherwise `RefusedError` is
     raised.
     """
-    if _compat.compiling():
-        yield []
-        return
     before, outputs = _generators(), []
     yield outputs
     moved = [name for name, state in _generators().items() if state != before[name]]

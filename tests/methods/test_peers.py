@@ -359,7 +359,7 @@ def torchvision_net():
         ("score_cam", "mobilenet_v2", "features.18", 64),
         ("score_cam", "resnet18", "layer1", 96),
         ("score_cam", "mobilenet_v2", ("features.3", "features.6"), 96),
-        ("score_cam", "vgg16", "features.4", 64),
+        ("score_cam", "alexnet", "features.4", 64),
         ("is_cam", "resnet18", "layer1", 64),
         ("is_cam", "mobilenet_v2", "features.3", 64),
         ("ss_cam", "resnet18", "layer1", 64),
@@ -382,7 +382,7 @@ def test_networks_of_torchvision_equal_torchcam_in_float32(torchvision_net, meth
         assert_close(ours, other, 1e-4, f"{method} {name} {layer}")
 
 
-@pytest.mark.parametrize(("name", "layer"), [("resnet18", "layer4"), ("mobilenet_v2", "features"), ("vgg16", "avgpool")])
+@pytest.mark.parametrize(("name", "layer"), [("resnet18", "layer4"), ("mobilenet_v2", "features"), ("alexnet", "avgpool")])
 def test_the_layer_chosen_for_a_network_of_torchvision_is_torchcams(torchvision_net, name, layer):
     peer()
     model = torchvision_net(name)
