@@ -156,7 +156,7 @@ def eigen_grad_cam(
 
     Muhammad & Yeasin, Eigen-CAM, IJCNN 2020 (arXiv 2008.00299), with the gradient as in pytorch-grad-cam's `EigenGradCAM`.
     """
-    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes))
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes), site="norm")
     return _of_gradients(graded, partial(components.eigen_grad_cam, center=center), True)
 
 
