@@ -161,7 +161,7 @@ def _explain() -> "click.Command":
     @click.option(
         "--chunk", type=click.IntRange(1), metavar="N", help="Masked inputs per forward.  [default: 32; fewer for large inputs]"
     )
-    @click.option("--check", is_flag=True, help="Say whether each map is better than its controls; some forty forwards more.")
+    @click.option("--check", is_flag=True, help="Say whether each map is better than its controls; some fifty forwards more.")
     @click.option("--out", default="camfn-maps", show_default=True, metavar="DIR", type=place, help="Output folder.")
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image, layer, method and class.")
     @options.no_progress

@@ -71,8 +71,8 @@ class Check(NamedTuple):
 
     other: Tensor  # the rank correlation with the map of the likeliest other class
     mean: Tensor  # the rank correlation with `mean_cam`'s map
-    random: Tensor  # the share of random orders in which the score outlasts the removal of the map's cells, the highest first
-    orders: int  # the number of random orders
+    random: Tensor  # the share of random orders that, as cells are removed, set the score less apart than the map's two orders
+    orders: int  # the number of comparisons with random orders
 
     @property
     def passed(self) -> Tensor:
