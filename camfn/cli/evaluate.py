@@ -16,7 +16,7 @@ _SCENES = "scenes"
 _COUNT = 100
 """The number of scenes, unless it is given."""
 
-_EVALUATE = """Judge maps by metrics, beside controls that know neither the class nor the network.
+_EVALUATE = """Judge maps by metrics, beside controls that do not depend on the class.
 
 \b
 Example:
@@ -66,8 +66,8 @@ def evaluate() -> "click.Command":
             for id, why in failed.items():
                 click.echo(f"note: {options.one_line(id)} is left out: {options.one_line(why)}", err=True)
             if out is not None:
-                _written(found, out)
-                click.echo(f"-> {options.one_line(out / 'evaluation.png')}", file=stdout)
+                for path in _written(found, out):
+                    click.echo(f"-> {options.one_line(path)}", file=stdout)
 
     return command
 
@@ -127,9 +127,11 @@ def _bar(hidden: bool) -> Iterator[Any]:
         yield progress
 
 
-def _written(found: Any, out: Path) -> None:
+def _written(found: Any, out: Path) -> list[Path]:
     from camfn.cli import files
 
     files.make(out)
-    for ending in ("md", "csv", "png"):
-        found.save(out / f"evaluation.{ending}")
+    paths = [out / f"evaluation.{ending}" for ending in ("md", "csv", "png")]
+    for path in paths:
+        found.save(path)
+    return paths

@@ -31,7 +31,7 @@ def read_boxes(path: str | os.PathLike[str]) -> dict[str, Boxes]:
 
     An image has a line for each of its boxes.
 
-    **Raises** `CamError` for a file without these columns, for what is no number, and for two labels of one image.
+    **Raises** `CamError` for a file without these columns, for values that are not numbers, and for two labels of one image.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -86,7 +86,7 @@ class Photos:
         workers: int = 1,
     ) -> None:
         self.ids: list[str] = []
-        """The ids of the images that were given out, in their order."""
+        """The ids of the images that were yielded, in their order."""
         self.failed: dict[str, str] = {}
         """Why images are missing."""
         self._network, self._items, self._boxes = network, items, boxes

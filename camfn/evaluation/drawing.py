@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _PANELS = 4
 """The number of panels beside each other."""
 _METHOD, _CONTROL, _BEST = "#4c72b0", "#b0b0b0", "#1b9e5a"
-_TITLE = "What are the maps worth?"
+_TITLE = "Metrics by method"
 _CURVES = 8
 """The number of curves that a picture can tell apart."""
 
@@ -45,7 +45,7 @@ def _draw_bars(axis: Any, found: "Evaluation", metric: str) -> None:
     intervals = [found.interval(name, metric) for name in names]
     means = [each.mean if each.n else 0.0 for each in intervals]
     lengths = [
-        [max(0.0, abs(each.mean - end)) if each.n else 0.0 for each, end in zip(intervals, ends)]
+        [max(0.0, abs(each.mean - end)) if each.n > 1 else 0.0 for each, end in zip(intervals, ends)]
         for ends in (
             [each.low for each in intervals],
             [each.high for each in intervals],
@@ -76,6 +76,7 @@ def _draw_curves(axis: Any, found: "Evaluation") -> None:
     for name in best:
         axis.plot(found.curves[name].fractions, found.curves[name].scores[0], linewidth=1.3, label=name)
     axis.set_title("score while cells are deleted", fontsize=9)
-    axis.set_xlabel("share of the cells", fontsize=7)
+    axis.set_xlabel("share of cells deleted", fontsize=7)
+    axis.set_ylabel("score", fontsize=7)
     axis.tick_params(labelsize=7)
     axis.legend(fontsize=6, frameon=False)

@@ -1,6 +1,6 @@
 """The maps of one method for one batch, with all that metrics may ask about them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -10,12 +10,16 @@ from torch import Tensor
 
 from camfn import metrics, targets
 from camfn._errors import CamError
-from camfn._types import State, Target
+from camfn._types import Inputs, State, Target
 from camfn.metrics.faithfulness import Curve
 from camfn.model.prepare import Prepared
 
 TURNS = 2
 """The number of random orders whose curve is subtracted."""
+
+
+OF_SCORES = ("state", "axes", "masked")
+"""Options that hold for scores as for maps."""
 
 
 class Images(NamedTuple):
@@ -29,27 +33,34 @@ class Images(NamedTuple):
 
 
 class Makes(Protocol):
-    """Make a method's signed, unscaled maps `(n, *grid)`, of other inputs, another target or another state."""
+    """Make a method's signed, unscaled maps `(n, *grid)`, of other pictures, another target or another state."""
 
-    def __call__(self, x: Any = None, target: Target = None, state: State | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor | None = None, target: Target = None, state: State | None = None) -> Tensor: ...
 
 
 class Asked:
     """What metrics ask about a batch, whatever the method: found once, on first use."""
 
-    def __init__(self, model: Prepared, images: Images, seed: int) -> None:
+    def __init__(self, model: Prepared, images: Images, seed: int, options: Mapping[str, Any] | None = None) -> None:
         self.model, self.images, self.seed = model, images, seed
-        known = {} if images.target is None else {"target": images.target}
-        plain = metrics.score_function(model, images.x, **known)
+        self._own = {name: value for name, value in (options or {}).items() if name in OF_SCORES}
+        plain = self._score(images.target)
         if plain.clean.shape[1] != 1:
             raise CamError(f"the target has {plain.clean.shape[1]} scores for each image: evaluate one target at a time")
         self.classes: Int[Tensor, " n"] | None = None if plain.classes is None else plain.classes[:, 0]
         self._plain = plain
 
+    def _score(self, target: Target) -> metrics.ScoreFunction:
+        return metrics.score_function(self.model, self.images.x, target, **self._own)
+
     @property
     def x(self) -> Tensor:
-        """The inputs with the pixels."""
+        """The inputs with the pixels, `(n, channels, *size)`."""
         return self._plain.x
+
+    def whole(self, x: Tensor) -> Inputs:
+        """What the model takes for other pixels."""
+        return self._plain.whole(x)
 
     @property
     def target(self) -> Target:
@@ -61,23 +72,25 @@ class Asked:
         """The probability of the class, or the score of another target."""
         if self.classes is None:
             return self._plain
-        return metrics.score_function(self.model, self.images.x, targets.probability(self.classes))
+        return self._score(targets.probability(self.classes))
 
     @cached_property
     def other(self) -> Tensor:
         """The most probable class of each image but the explained one."""
-        logits = metrics.score_function(self.model, self.images.x, "all").clean
-        return logits.scatter(1, self._needed()[:, None], float("-inf")).argmax(1)
+        own, logits = self._needed(), self._score("all").clean
+        if logits.shape[1] < 2:
+            raise CamError("the model has one class, and there is no other")
+        return logits.scatter(1, own[:, None], float("-inf")).argmax(1)
 
     @cached_property
     def permuted(self) -> State:
         """The state with a permuted classifier."""
         self._needed()
-        return metrics.permuted_classifier(self.model, self.images.x, seed=self.seed)
+        return metrics.permuted_classifier(self.model, self.images.x, state=self._own.get("state"), seed=self.seed)
 
     def _needed(self) -> Tensor:
         if self.classes is None:
-            raise CamError("the target is no class")
+            raise CamError("the target is not a class")
         return self.classes
 
     @cached_property
@@ -118,7 +131,7 @@ class Judged:
         return torch.where(highest > 0, found / highest.clamp(min=torch.finfo(found.dtype).tiny), 0).clamp(max=1)
 
     def again(self, x: Tensor) -> Tensor:
-        """The masks of other inputs, for the same targets."""
+        """The masks of other pictures, for the same targets."""
         return Judged(self.asked, self.makes, self.makes(x=x, target=self.asked.target)).masks
 
     def like_other(self) -> Tensor:

@@ -26,9 +26,9 @@ class Measure(NamedTuple):
     better: Literal["higher", "lower", ""]
     room: Room
     about: str
-    needs: Literal["", "masks", "boxes", "others"] = ""
+    needs: tuple[Literal["masks", "boxes", "others"], ...] = ()
     default: bool = True
-    """Whether a table has it unless it is asked otherwise. The others take many forward passes, or add little."""
+    """Whether it is in the default table. The others take many forward passes, or add little."""
     settle: Callable[[Tensor], Tensor] = lambda values: values
 
 
@@ -58,17 +58,28 @@ def _scored(metric: Callable[[Tensor, Tensor, metrics.ScoreFunction], Tensor]) -
 
 
 def _ious(judged: Judged) -> Tensor:
+    """The best overlap of each image at each threshold. An image without a box has NaN."""
     boxes = judged.asked.images.boxes
     assert boxes is not None
-    return box_ious(resize(judged.masks, judged.x.shape[2:]).clamp(0, 1), boxes)
+    finite = torch.isfinite(judged.maps).flatten(1).all(1).tolist()
+    there = [number for number, own in enumerate(boxes) if len(own) and finite[number]]
+    if not there:
+        raise CamError("no image of a batch has a box and a finite map")
+    maps = resize(judged.masks[there], judged.x.shape[2:]).clamp(0, 1)
+    known = box_ious(maps, [boxes[number] for number in there])
+    return known.new_full((len(boxes), known.shape[1]), float("nan")).index_copy(0, torch.tensor(there), known)
 
 
 def _accuracy(ious: Tensor) -> Tensor:
     """The share of the overlaps that each image reaches, at the threshold that is best over the data."""
-    if not len(ious):
-        return ious.new_zeros(0)
+    found = ious.new_full((len(ious),), float("nan"))
+    known = ~ious.isnan().any(-1)
+    if not known.any():
+        return found
+    ious = ious[known]
     places = [round(each * ious.shape[1]) for each in max_box_acc(ious, at=AT).thresholds]
-    return torch.stack([(ious[:, place] >= enough).double() for place, enough in zip(places, AT)]).mean(0)
+    reached = torch.stack([(ious[:, place] >= enough).to(found) for place, enough in zip(places, AT)])
+    return found.masked_scatter(known, reached.mean(0))
 
 
 MEASURES: Mapping[str, Measure] = MappingProxyType(
@@ -80,7 +91,11 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
             Judged.like_permuted, "lower", "class", "rank correlation with the map after the classes are permuted"
         ),
         "other_energy": Measure(
-            _other_energy, "lower", "class", "energy on objects of other classes, as a share of that on all objects", "others"
+            _other_energy,
+            "lower",
+            "class",
+            "energy on objects of other classes, as a share of that on all objects",
+            ("masks", "others"),
         ),
         "deletion": Measure(
             Judged.minus_random, "higher", "faithfulness", "area of deletion in random order less that in the map's order"
@@ -128,20 +143,21 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
             *("higher", "faithfulness", "correlation of the map's sum with the drop, over random sets of cells"),
             default=False,
         ),
-        "energy": Measure(_own_energy, "higher", "localization", "share of the map's energy on the object", "masks"),
+        "energy": Measure(_own_energy, "higher", "localization", "share of the map's energy on the object", ("masks",)),
         "pointing_game": Measure(
-            _on(metrics.pointing_game), "higher", "localization", "share of images with the maximum on the object", "masks"
+            _on(metrics.pointing_game), "higher", "localization", "share of images with the maximum on the object", ("masks",)
         ),
         "pixel_auc": Measure(
-            _on(metrics.pixel_auc), "higher", "localization", "area under the ROC curve of the object's pixels", "masks"
+            _on(metrics.pixel_auc), "higher", "localization", "area under the ROC curve of the object's pixels", ("masks",)
         ),
         "iou": Measure(
             lambda judged: metrics.iou(judged.masks, _there(judged.asked.images.masks), spatial_ndim=judged.axes),
-            *("higher", "localization", "intersection over union at half of the maximum", "masks"),
+            *("higher", "localization", "intersection over union at half of the maximum"),
+            needs=("masks",),
             default=False,
         ),
         "max_box_acc": Measure(
-            _ious, "higher", "localization", "MaxBoxAccV2, the threshold chosen over the data", "boxes", False, _accuracy
+            _ious, "higher", "localization", "MaxBoxAccV2, the threshold chosen over the data", ("boxes",), False, _accuracy
         ),
         "gini": Measure(
             lambda judged: metrics.gini(judged.maps, spatial_ndim=judged.axes),
@@ -166,6 +182,9 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
 """The metrics that a table can have, in the order of its columns: class sensitivity first."""
 
 
+_NEEDS = {"masks": "masks", "boxes": "boxes", "others": "masks of other objects (others)"}
+
+
 def chosen(names: str | Sequence[str] | None, there: set[str]) -> tuple[dict[str, Measure], dict[str, str]]:
     """The measures of these names, and why others are left out. `None` is the default ones, `"all"` all.
 
@@ -183,7 +202,10 @@ def chosen(names: str | Sequence[str] | None, there: set[str]) -> tuple[dict[str
                 f"no metric named {unknown[0]!r}; closest: {closest(unknown[0], MEASURES)}; all: {', '.join(MEASURES)}"
             )
         wanted = [name for name in MEASURES if name in asked]
-    left = {name: f"no {MEASURES[name].needs} were given" for name in wanted if MEASURES[name].needs not in ("", *there)}
+    missing = {name: [need for need in MEASURES[name].needs if need not in there] for name in wanted}
+    left = {
+        name: f"no {' and no '.join(_NEEDS[need] for need in needs)} were given" for name, needs in missing.items() if needs
+    }
     if asked is not None and asked != "all" and left:
         name, why = next(iter(left.items()))
         raise CamError(f"the metric {name} cannot be computed: {why}")

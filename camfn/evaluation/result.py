@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -29,6 +30,9 @@ NOTE = (
     f"Means over images with bootstrap intervals of 95 %. {BETTER} better than every control (the paired interval of the "
     f"difference excludes 0); {CIRCLE} the method is made by what the metric measures."
 )
+ENOUGH = 6
+"""The number of images from which a method can be better than a control: the differences of five have one sign by chance in one
+case of sixteen, more often than an interval of 95 % allows."""
 
 
 class Evaluation(NamedTuple):
@@ -42,6 +46,7 @@ class Evaluation(NamedTuple):
     curves: Mapping[str, Curve]  # the mean deletion curve of each method, if "deletion" was asked
     skipped: Mapping[str, str]  # methods and metrics that are not in the table, with the reason
     seed: int
+    note: str = ""  # what the maps are, if they are not signed and unscaled
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -63,13 +68,18 @@ class Evaluation(NamedTuple):
         return difference(self._of(method, metric), self._of(control, metric), self.seed)
 
     def beats_controls(self, method: str, metric: str) -> bool:
-        """Whether the method is better than every control: the intervals of the paired differences exclude 0."""
+        """Whether the method is better than every control: the intervals of the paired differences exclude 0.
+
+        It is false for fewer than six images.
+        """
+        self._of(method, metric)
         better = MEASURES[metric].better
         controls = [name for name in self.controls if name in self.values and name != method]
         if not better or not controls or method in self.controls:
             return False
         known = [each for control in controls if (each := self.paired(method, metric, control)).n]
-        return bool(known) and all(each.low > 0 if better == "higher" else each.high < 0 for each in known)
+        enough = bool(known) and min(each.n for each in known) >= ENOUGH
+        return enough and all(each.low > 0 if better == "higher" else each.high < 0 for each in known)
 
     def _of(self, method: str, metric: str) -> Tensor:
         if method not in self.values or metric not in self.values[method]:
@@ -111,7 +121,7 @@ class Evaluation(NamedTuple):
         rooms = dict.fromkeys(MEASURES[metric].room for metric in self.metrics)
         tables = [self._table(room) for room in rooms]
         left = [f"Not in the table: {name}, as {why}." for name, why in self.skipped.items()]
-        return "\n\n".join([*tables, NOTE, *(["\n".join(left)] if left else [])]) + "\n"
+        return "\n\n".join([*tables, f"{NOTE} {self.note}".rstrip(), *(["\n".join(left)] if left else [])]) + "\n"
 
     def _table(self, room: str) -> str:
         metrics = [metric for metric in self.metrics if MEASURES[metric].room == room]
@@ -130,7 +140,8 @@ class Evaluation(NamedTuple):
             return ""
         marks = BETTER if self.beats_controls(method, metric) else ""
         marks += CIRCLE if method in CIRCULAR.get(metric, ()) else ""
-        return f"{found.mean:.3g}{marks} ({found.low:.3g}, {found.high:.3g})"
+        ends = f" ({found.low:.3g}, {found.high:.3g})" if found.n > 1 else ""
+        return f"{found.mean:.3g}{marks}{ends}"
 
     def __repr__(self) -> str:
         n = max((len(values) for own in self.values.values() for values in own.values()), default=0)
@@ -183,6 +194,7 @@ class Gathered:
         self._found: dict[str, dict[str, list[Tensor | int]]] = {name: {} for name in names}
         self._curves: dict[str, list[Curve]] = {}
         self._failed: dict[str, dict[str, str]] = {}  # by metric and method
+        self.note = ""
 
     def add(self, name: str, metric: str, values: Tensor | None, count: int) -> None:
         self._found[name].setdefault(metric, []).append(count if values is None else values)
@@ -190,13 +202,13 @@ class Gathered:
     def add_curve(self, name: str, curve: Curve) -> None:
         self._curves.setdefault(name, []).append(curve)
 
-    def skip(self, name: str, error: CamError) -> None:
-        self.skipped[name] = first_line(error).rstrip(".")
+    def skip(self, name: str, error: Exception) -> None:
+        self.skipped[name] = _reason(error)
         self._found.pop(name, None)
         self._curves.pop(name, None)
 
-    def cannot(self, metric: str, method: str, error: CamError) -> None:
-        self._failed.setdefault(metric, {}).setdefault(method, first_line(error).rstrip("."))
+    def cannot(self, metric: str, method: str, error: Exception) -> None:
+        self._failed.setdefault(metric, {}).setdefault(method, _reason(error))
 
     def result(self, measures: Mapping[str, Measure], left: Mapping[str, str], seed: int) -> Evaluation:
         judged = {name: own for name, own in self._found.items() if own}
@@ -204,13 +216,16 @@ class Gathered:
             raise CamError(f"no method could be judged: {'; '.join(f'{name}: {why}' for name, why in self.skipped.items())}")
         methods = [own for name, own in judged.items() if name not in self._controls]
         lost = {metric for metric in self._failed if all(_none(own[metric]) for own in methods)}
+        if not set(measures) - lost:
+            why = "; ".join(f"{name}: {reason}" for name, reason in self._told(lost).items())
+            raise CamError(f"no metric could be computed: {why}")
         values = {
             name: MappingProxyType({key: each.settle(_joined(own[key])) for key, each in measures.items() if key not in lost})
             for name, own in judged.items()
         }
         curves = {name: _mean(own) for name, own in self._curves.items()}
         skipped = MappingProxyType({**self.skipped, **left, **self._told(lost)})
-        return Evaluation(MappingProxyType(values), self._controls, MappingProxyType(curves), skipped, seed)
+        return Evaluation(MappingProxyType(values), self._controls, MappingProxyType(curves), skipped, seed, self.note)
 
     def _told(self, lost: set[str]) -> dict[str, str]:
         """Why metrics are not in the table, or have no value for some methods."""
@@ -234,6 +249,20 @@ def _joined(parts: list[Tensor | int]) -> Tensor:
     return torch.cat(filled)
 
 
+def _reason(error: Exception) -> str:
+    told = first_line(error).rstrip(".")
+    return told if isinstance(error, CamError) else f"{type(error).__name__}: {told}"
+
+
 def _mean(curves: list[Curve]) -> Curve:
-    scores = torch.cat([curve.scores for curve in curves]).detach().cpu()
-    return Curve(curves[0].fractions.cpu(), scores.mean(0, keepdim=True))
+    """The mean over images, at the fractions of the first batch. Batches of other grids have other fractions."""
+    at = curves[0].fractions.double().cpu()
+    scores = torch.cat([_scores_at(at, curve) for curve in curves])
+    return Curve(at.to(curves[0].fractions.dtype), scores.mean(0, keepdim=True).to(curves[0].scores.dtype))
+
+
+def _scores_at(at: Tensor, curve: Curve) -> Tensor:
+    known, scores = curve.fractions.double().cpu(), curve.scores.detach().double().cpu()
+    if torch.equal(known, at):
+        return scores
+    return torch.from_numpy(np.stack([np.interp(at.numpy(), known.numpy(), row.numpy()) for row in scores]))

@@ -8,6 +8,8 @@ from torch import Tensor
 
 DRAWS = 2000
 """The number of bootstrap samples."""
+_VALUES = 1 << 22
+"""The number of values that are drawn at once."""
 
 
 class Interval(NamedTuple):
@@ -22,6 +24,8 @@ class Interval(NamedTuple):
 def interval(values: Float[Tensor, " n"], seed: int = 0) -> Interval:
     """The mean of the values that are not NaN, and the percentiles 2.5 and 97.5 of the means of resampled images.
 
+    One image has no interval: its ends are NaN.
+
     Efron, Bootstrap methods: another look at the jackknife, Annals of Statistics 1979.
 
     >>> interval(torch.tensor([1.0, 1.0, float("nan")]))
@@ -30,8 +34,12 @@ def interval(values: Float[Tensor, " n"], seed: int = 0) -> Interval:
     known = values[~values.isnan()].double()
     if not len(known):
         return Interval(float("nan"), float("nan"), float("nan"), 0)
-    chosen = torch.randint(len(known), (DRAWS, len(known)), generator=torch.Generator().manual_seed(seed))
-    low, high = known[chosen].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    if len(known) == 1:
+        return Interval(float(known), float("nan"), float("nan"), 1)
+    generator = torch.Generator().manual_seed(seed)
+    draws = [len(part) for part in torch.arange(DRAWS).split(max(1, _VALUES // len(known)))]
+    means = [known[torch.randint(len(known), (count, len(known)), generator=generator)].mean(1) for count in draws]
+    low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     return Interval(float(known.mean()), float(low), float(high), len(known))
 
 

@@ -73,11 +73,18 @@ def evaluate_run(
     return judge(stored, stored.batches(photos), metrics, seed, progress or (lambda name: None)), photos
 
 
+_NOTE = (
+    "The maps are those of the run, after their methods' ReLU, and not signed; `mean_cam` and `random_cam` are not among the "
+    "controls."
+)
+
+
 class _Stored:
     """The maps of a run, by image and method."""
 
     def __init__(self, network: Loaded, methods: Sequence[str], controls: bool) -> None:
         self.model = prepare(network.model)
+        self.options: Mapping[str, Any] = {}
         self.controls = tuple(CONTROLS) if controls else ()
         self.names = (*methods, *self.controls)
         self.ids: set[str] = set()
@@ -104,14 +111,15 @@ class _Stored:
 
     def judged(self, about: Asked, gathered: Gathered) -> Iterator[tuple[str, Judged]]:
         assert self._photos is not None
+        gathered.note = _NOTE
         ids = self._photos.ids[-len(about.x) :]
         yield from in_turn({name: self._makes(name, ids, about) for name in self._methods}, self, about, self._seen, gathered)
         self._seen += len(ids)
 
     def _makes(self, method: str, ids: Sequence[str], about: Asked) -> Makes:
-        def makes(x: Any = None, target: Target = None, state: State | None = None) -> Tensor:
+        def makes(x: Tensor | None = None, target: Target = None, state: State | None = None) -> Tensor:
             if x is not None or state is not None:
-                raise CamError("it asks for new maps, and a run has those that it has")
+                raise CamError("it needs new maps, and a run only has stored maps")
             asked = target is about.target
             return torch.stack([self._map(id, method, 0 if asked else 1) for id in ids]).to(about.x.device)
 

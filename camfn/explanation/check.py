@@ -109,8 +109,10 @@ def _beaten(
     """
     own = {name: options[name] for name in ("state", "axes", "masked") if name in options}
     score = score_function(shared.prepared, x, as_probabilities(target), **own)
+    finite = torch.isfinite(maps).flatten(1 if outcome.single else 2).all(-1)  # a map that is not has no order
+    maps = torch.where(finite.reshape(*finite.shape, *(1,) * (maps.ndim - finite.ndim)), maps, 0)
     by_map = deletion(maps, score.x, score, order="difference", steps=STEPS)
     random = partial(deletion_curve, maps, score.x, score, order="random", steps=STEPS)
     areas = torch.stack([random(seed=seed).area for seed in range(ORDERS + 1)])
-    wins = (by_map > areas.diff(dim=0).abs()).float().mean(0)
+    wins = (by_map > areas.diff(dim=0).abs()).logical_and(finite).float().mean(0)
     return wins[:, None] if outcome.single else wins

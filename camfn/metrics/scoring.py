@@ -114,6 +114,10 @@ class ScoreFunction:
         with torch.inference_mode(False), torch.no_grad(), Call(self._prepared) as own:
             return restarted(self._prepared, lambda: self._scores(own, inputs.to(self.x)))
 
+    def whole(self, inputs: Float[Tensor, "b c *size"]) -> Inputs:
+        """What the model takes for these inputs: in the order of its axes, with the companion inputs of their images."""
+        return _inputs(self._forward, torch.arange(len(inputs), device=inputs.device) % len(self.x), inputs.to(self.x))
+
     def _scores(self, own: Call, inputs: Tensor) -> Tensor:
         forward = self._forward._replace(task=self._forward.task._replace(model=own))
         runner = self._renewed(forward)

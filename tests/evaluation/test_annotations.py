@@ -127,6 +127,7 @@ def test_the_maps_of_a_run_are_judged_as_they_are(photos, network, tmp_path):
     assert set(found.values) == {*methods, *camfn.metrics.CONTROLS}
     assert "energy" in found.metrics
     assert "new maps" in found.skipped["permuted_classifier"]
+    assert "after their methods' ReLU" in found.markdown()
     assert found.interval("mean_cam", "other_class").mean == pytest.approx(1)
     assert found.interval("grad_cam", "other_class").mean < 0.9
     x = next(iter(Photos(network, items_of(folder), boxes=known, workers=0)))

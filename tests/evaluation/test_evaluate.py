@@ -1,7 +1,9 @@
 """Evaluations, beside plain calls of methods and metrics."""
 
+import functools
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -141,7 +143,114 @@ def test_a_target_that_is_no_class(network, batches):
         network, "features", [{"x": batches[0]["x"], "target": margin}], methods=["grad_cam"], metrics=["other_class", "gini"]
     )
     assert found.metrics == ("gini",)
-    assert "no class" in found.skipped["other_class"]
+    assert "not a class" in found.skipped["other_class"]
+
+
+def raising(activation, gradient):
+    raise KeyError("mine")
+
+
+NAMED_AS_A_CONTROL = camfn.method(raising, name="all_ones", needs="gradients")
+
+
+def test_methods_may_have_names_of_ones_own(network, batches):
+    recipes = {name: functools.partial(camfn.score_cam, recipe=name) for name in ("paper", "authors")}
+    found = camfn.evaluate(network, "features", batches, methods=recipes, metrics=["gini"], controls=False)
+    for name, method in recipes.items():
+        beside(found, name, "gini", batches, lambda batch, method=method: metrics.gini(signed(network, batch, method)))
+    assert found.methods == ("paper", "authors")
+
+
+@pytest.mark.filterwarnings("ignore::camfn.CamWarning")
+def test_a_method_that_fails_costs_only_itself(network, batches):
+    """An error of the user's own code, and maps that are not finite."""
+    own = camfn.method(raising, name="raises", needs="gradients")
+    wild = camfn.method(lambda a, g: g.mean(-1) * torch.nan, name="wild", needs="gradients")
+    wanted = ["deletion", "gini", "max_box_acc"]
+    with_boxes = [{**batch, "boxes": [[[0, 0, 40, 40]]] * len(batch["x"])} for batch in batches]
+    found = camfn.evaluate(network, "features", with_boxes, methods=[own, wild, "grad_cam"], metrics=wanted, controls=False)
+    assert found.skipped["raises"] == "KeyError: 'mine'"
+    assert found.values["wild"]["deletion"].isnan().all()
+    assert found.values["wild"]["max_box_acc"].isnan().all()
+    assert not found.values["grad_cam"]["deletion"].isnan().any()
+    assert set(found.curves) == {"grad_cam"}
+
+
+def test_a_state_holds_for_scores_and_classes_too(batches):
+    """As the model that has these weights, and a control of no class does not follow its own permutation."""
+    net, other = (demo.network(pretrained=False, seed=seed) for seed in (1, 2))
+    asked = {"methods": ["grad_cam"], "metrics": ["deletion", "permuted_classifier", "other_class", "average_drop"]}
+    plain = [{"x": batch["x"]} for batch in batches]
+    by_state = camfn.evaluate(net, "features", plain, state=camfn.state_of(other), **asked)
+    by_model = camfn.evaluate(other, "features", plain, **asked)
+    for method, own in by_model.values.items():
+        for metric, values in own.items():
+            torch.testing.assert_close(by_state.values[method][metric], values, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert by_state.interval("mean_cam", "permuted_classifier").mean == pytest.approx(1)
+
+
+class Beside(nn.Module):
+    """A network of a picture with its channels last, and of a gain for each image."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = demo.network()
+
+    def forward(self, picture, gain):
+        return self.net(picture.permute(0, 3, 1, 2)) * gain
+
+
+def test_metrics_that_make_maps_of_changed_inputs_keep_the_axes_and_the_companions(network, batches):
+    x = batches[0]["x"]
+    asked = {"methods": ["grad_cam"], "metrics": ["adcc", "maximum_sensitivity"], "controls": False}
+    given = {"picture": x.permute(0, 2, 3, 1).contiguous(), "gain": torch.ones(len(x), 1)}
+    found = camfn.evaluate(Beside(), "net.features", [{"x": given}], axes="nhwc", masked="picture", **asked)
+    plain = camfn.evaluate(network, "features", [{"x": x}], **asked)
+    for metric in asked["metrics"]:
+        torch.testing.assert_close(found.values["grad_cam"][metric], plain.values["grad_cam"][metric], rtol=1e-3, atol=1e-4)
+
+
+def test_batches_of_several_sizes_have_one_mean_curve(network, batches):
+    """The smaller grid has fewer cells than steps: its scores are those of the straight lines between."""
+    small = torch.nn.functional.interpolate(batches[0]["x"], 32)
+    both = [{"x": batches[0]["x"]}, {"x": small}]
+    found, one = (
+        camfn.evaluate(network, "features", given, methods=["grad_cam"], metrics=["deletion"], controls=False)
+        for given in (both, both[1:])
+    )
+    curve, alone = found.curves["grad_cam"], one.curves["grad_cam"]
+    assert len(alone.fractions) < len(curve.fractions)
+    large = camfn.evaluate(network, "features", both[:1], methods=["grad_cam"], metrics=["deletion"], controls=False)
+    between = np.interp(curve.fractions, alone.fractions, alone.scores[0])
+    expected = (large.curves["grad_cam"].scores[0] + torch.from_numpy(between)) / 2
+    torch.testing.assert_close(curve.scores[0], expected.to(curve.scores.dtype))
+
+
+def test_an_image_without_a_box_has_no_value_and_the_others_have_theirs(network):
+    x = torch.stack([demo.preprocess(demo.scene(seed).image) for seed in range(5)])
+    boxes = [[[0, 0, 96, 96]]] * 4 + [[]]
+    asked = {"methods": ["grad_cam"], "metrics": ["max_box_acc"]}
+    found = camfn.evaluate(network, "features", [{"x": x[:2], "boxes": boxes[:2]}, {"x": x[2:], "boxes": boxes[2:]}], **asked)
+    alone = camfn.evaluate(network, "features", [{"x": x[:4], "boxes": boxes[:4]}], **asked)
+    for method, own in alone.values.items():
+        assert found.values[method]["max_box_acc"].tolist()[:4] == own["max_box_acc"].tolist()
+        assert found.values[method]["max_box_acc"][4].isnan()
+    assert found.interval("all_ones", "max_box_acc")[::3] == (1, 4)
+
+
+def test_one_class_has_no_other(batches):
+    one = nn.Sequential(nn.Conv2d(3, 8, 9, 8), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1))
+    found = camfn.evaluate(one, "1", [{"x": batches[0]["x"]}], methods=["grad_cam"], metrics=["other_class", "gini"])
+    assert "one class" in found.skipped["other_class"]
+
+
+def test_few_images_beat_nothing():
+    """The differences of five images have one sign by chance in one case of sixteen."""
+    for count in range(1, 9):
+        values = {"grad_cam": {"energy": torch.ones(count)}, "all_ones": {"energy": torch.zeros(count)}}
+        found = camfn.Evaluation(values, ("all_ones",), {}, {}, 0)
+        assert found.beats_controls("grad_cam", "energy") == (count >= 6)
+        assert ("(" in found.markdown().splitlines()[2]) == (count > 1), "one image has no interval"
 
 
 def test_a_target_of_several_scores_is_an_error(network, batches):
@@ -162,6 +271,29 @@ def test_a_target_of_several_scores_is_an_error(network, batches):
             "batch 1 has x, and the",
         ),
         ({"num_samples": 3}, "no method of grad_cam"),
+        ({"batches": {"x": torch.rand(1, 3, 96, 96)}}, r"batches must be several mappings, such as .*, found one dict$"),
+        ({"batches": torch.rand(1, 3, 96, 96)}, "batches must be several mappings, .* found one Tensor"),
+        ({"batches": [(torch.rand(1, 3, 96, 96), 1)]}, "batch 0 is a tuple: it must be a mapping"),
+        ({"batches": [{"x": torch.rand(1, 3, 96, 96), "masks": [1]}]}, "masks of batch 0 are a list: they must be a tensor of"),
+        (
+            {"batches": [{"x": torch.rand(1, 3, 96, 96), "masks": torch.ones(1, 96, 96)}]},
+            "masks of batch 0 are a tensor of torch.float32: they must be a tensor of bools",
+        ),
+        (
+            {"batches": [{"x": torch.rand(1, 3, 96, 96), "others": torch.ones(1, 96, 96) > 0}], "metrics": ["other_energy"]},
+            "the metric other_energy cannot be computed: no masks were given",
+        ),
+        ({"normalize": "minmax"}, "evaluate has no option normalize=: .* maps are signed and unscaled"),
+        ({"target": 3}, "evaluate has no option target=: inputs and targets are in the batches"),
+        ({"metrics": []}, "no metric can be computed: none was asked"),
+        ({"methods": []}, r"methods=\[\] has no method to judge$"),
+        ({"methods": ["mean_cam"], "controls": True}, "has no method to judge that is no control"),
+        (
+            {"methods": ["grad_cam", camfn.smooth(camfn.fem, 2), "grad_cam"]},
+            "two methods are called 'grad_cam': pass a mapping",
+        ),
+        ({"methods": [NAMED_AS_A_CONTROL], "controls": True}, "a control is called 'all_ones': pass a mapping"),
+        ({"methods": {"mean_cam": "grad_cam", "fem": "fem"}, "controls": True}, "a control is called 'mean_cam'"),
     ],
 )
 def test_errors_are_one_sentence(network, given, message):
@@ -247,7 +379,7 @@ def test_other_numbers_of_axes(dims):
             part = slice(start, start + size)
             yield {"x": x[part], "masks": masks[part], "target": torch.tensor([0, 1, 2])[part]}
 
-    plain = [name for name, each in MEASURES.items() if each.needs in ("", "masks") and name not in ("road", "arcc")]
+    plain = [name for name, each in MEASURES.items() if each.needs in ((), ("masks",)) and name not in ("road", "arcc")]
     options = {"methods": ["grad_cam", "hires_cam"], "metrics": plain, "layout": "channels_first"}
     whole, single = (camfn.evaluate(model, "features", batches(size), **options) for size in (3, 1))
     assert set(whole.metrics) == set(plain)

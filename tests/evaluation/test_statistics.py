@@ -2,6 +2,7 @@
 
 import torch
 
+from camfn.evaluation import statistics
 from camfn.evaluation.statistics import difference, interval
 
 
@@ -32,3 +33,16 @@ def test_differences_are_paired():
     values = torch.tensor([0.0, 50.0, 100.0, -70.0])
     assert difference(values + 1, values)[:3] == (1, 1, 1)
     assert difference(values, torch.tensor([0.0, float("nan"), 1.0, 2.0])).n == 3
+
+
+def test_one_value_has_no_interval():
+    found = interval(torch.tensor([0.5, torch.nan]))
+    assert (found.mean, found.n) == (0.5, 1)
+    assert torch.tensor([found.low, found.high]).isnan().all()
+
+
+def test_many_values_are_drawn_in_parts(monkeypatch):
+    values = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    whole = interval(values)
+    monkeypatch.setattr(statistics, "_VALUES", 1000)
+    assert interval(values) == whole

@@ -553,6 +553,16 @@ def test_a_check_goes_with_its_card(scenes, tmp_path):
     assert pickle.loads(pickle.dumps(card)).check.sentence == card.check.sentence
 
 
+@pytest.mark.filterwarnings("ignore::camfn.CamWarning")
+def test_a_map_that_is_not_finite_fails_its_check(scenes):
+    scale = torch.tensor([torch.nan, 1.0])[:, None, None]
+    half = camfn.method(lambda a, g: g.mean(-1) * scale, name="half", needs="gradients")
+    card = camfn.explain(camfn.demo.network(), "features", scenes, method=half, check=True)
+    plain = camfn.explain(camfn.demo.network(), "features", scenes, method="grad_cam", check=True)
+    assert card.check.random[0] == 0
+    assert torch.equal(card.check.random[1], plain.check.random[1])
+
+
 def test_a_check_is_refused_under_a_transform():
     net = small_net()
     with pytest.raises(camfn.CamError, match="check=True reads values"):
