@@ -1,6 +1,6 @@
 """Resizing and blurring. The last axes are spatial; the leading axes are batched."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,8 @@ from camfn._errors import CamError
 from camfn._types import wide
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+_KEPT = {torch.float64: 44, torch.float32: 16}  # bits of a map's largest value that its interpolated values keep
+_SHIFT = 0.3183  # of a step: equal values must not straddle an edge, so no edge lies at a simple fraction of the steps
 
 
 def resize(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
@@ -41,6 +43,51 @@ def resize(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) ->
     lead = maps.shape[:-axes]
     flat = maps.reshape(1, -1, *maps.shape[-axes:])
     return F.interpolate(flat, size, mode=_LINEAR[axes], align_corners=align_corners).reshape(*lead, *size)
+
+
+def resize_with_ties(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize as `resize` does, for values that are compared: what is equal but for rounding comes out equal.
+
+    Args:
+        maps: `(..., *sides)`, float32 or wider.
+        size: the new sides of the last one to three axes.
+
+    Returns:
+        A tensor `(..., *size)`, rounded as by `with_ties`; `maps` themselves if they have this size.
+
+    >>> import torch
+    >>> flat = torch.full((8, 8), 0.1)
+    >>> len(resize(flat, (300, 300)).unique()) > 1, len(resize_with_ties(flat, (300, 300)).unique())
+    (True, 1)
+    """
+    if tuple(maps.shape[-len(size) :]) == tuple(size):
+        return maps
+    return with_ties(lambda exact: resize(exact, size), maps, len(size))
+
+
+def with_ties(change: Callable[[Tensor], Tensor], maps: Tensor, axes: int) -> Tensor:
+    """Return weighted means of maps, in which values that are equal but for rounding are equal.
+
+    Means round differently from place to place, and with the number of maps. They are made in float64 here, and rounded to
+    2^-44 of each map's largest value, which is more than float32 holds.
+
+    Args:
+        change: from maps to means of their values, with the same number of axes.
+        maps: `(..., *sides)`, float32 or wider.
+        axes: the number of axes of a map, which come last.
+
+    Returns:
+        The result of `change`, in the dtype of `maps`.
+
+    >>> import torch
+    >>> with_ties(lambda exact: torch.stack([exact.mean(-1), exact[..., 0]], -1), torch.full((3,), 0.1), 1)
+    tensor([0.1000, 0.1000])
+    """
+    exact = maps.to(torch.float32 if maps.device.type == "mps" else torch.float64)
+    found = change(exact)
+    exponent = torch.frexp(exact.abs().amax(tuple(range(-axes, 0)), keepdim=True)).exponent
+    step = torch.exp2((exponent - _KEPT[exact.dtype]).clamp(min=-1000).to(exact.dtype))
+    return (torch.floor(found / step + _SHIFT) * step).to(maps.dtype)
 
 
 def blur(values: Tensor, kernel: int, sigma: float, axes: int) -> Tensor:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camfn._errors import CamError
-from camfn.formulas.resampling import resize
+from camfn.formulas.resampling import resize_with_ties
 from camfn.metrics.faithfulness import correlation
 from camfn.metrics.imputation import road
 from camfn.metrics.scoring import Scores, by_target, clean_of, like, scored
@@ -256,7 +256,7 @@ def _masks(maps: Tensor, x: Tensor) -> Tensor:
             f"maps have values from {float(given.min()):.3g} to {float(given.max()):.3g}: the input is multiplied by them, and "
             "they must lie in [0, 1], as those of a method with normalize=True"
         )
-    return resize(given, x.shape[2:])
+    return resize_with_ties(given, x.shape[2:])  # in which ones stay ones
 
 
 def _scores(maps: Tensor, x: Tensor, score: Scores) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def centered_gaussian(x: Tensor, grid: Sequence[int], seed: int = 0, *, deviatio
     """
     bell = torch.ones((), device=x.device, dtype=wide(x.dtype))
     for side in grid:
-        place = (torch.arange(side, device=x.device, dtype=bell.dtype) + 0.5) / side - 0.5
+        place = (2 * torch.arange(side, device=x.device, dtype=bell.dtype) + 1 - side) / (2 * side)  # symmetric to the bit
         bell = bell[..., None] * torch.exp(-0.5 * (place / deviation).square())
     return bell.expand(len(x), *grid).clone()
 

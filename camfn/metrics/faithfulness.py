@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camfn._errors import CamError
-from camfn.formulas.resampling import blur, resize
+from camfn.formulas.resampling import blur, resize, resize_with_ties, with_ties
 from camfn.metrics.imputation import linear_imputation
 from camfn.metrics.scoring import Scores, by_target, clean_of, like, scored
 
@@ -43,8 +43,8 @@ def on_cells(maps: Float[Tensor, "n t *grid"], size: Sequence[int], grid: Sequen
     if len(found) != len(sides) or not all(1 <= cells <= side for cells, side in zip(found, sides)):
         raise CamError(f"grid={grid!r} must give a number of cells for each of {len(sides)} axes, from 1 to {sides}")
     if any(cells > side for cells, side in zip(found, own)):
-        return resize(maps, found)
-    return maps if found == own else _POOL[len(found)](maps, found)
+        return resize_with_ties(maps, found)
+    return maps if found == own else with_ties(lambda exact: _POOL[len(found)](exact, found), maps, len(found))
 
 
 def pixels_of(cells: Tensor, grid: Sequence[int], size: Sequence[int]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from camfn._errors import CamError
 from camfn._types import wide
-from camfn.formulas.resampling import resize
+from camfn.formulas.resampling import resize_with_ties
 from camfn.metrics.scoring import Scores, by_target, clean_of, like, scored
 
 _TOLERANCE = 3e-6  # the largest error in the energy norm, as a share of the largest value
@@ -261,7 +261,7 @@ def road(
     if not len(percentiles) or not all(0 <= p <= 100 for p in percentiles):
         raise CamError(f"percentiles={percentiles!r} must be numbers from 0 to 100, one or more")
     given = by_target(maps, x)
-    values = resize(given, x.shape[2:]).flatten(2)
+    values = resize_with_ties(given, x.shape[2:]).flatten(2)
 
     def mean_score(sign: int) -> Tensor:
         ranked = sign * values

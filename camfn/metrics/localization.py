@@ -66,7 +66,7 @@ def pointing_game(
     """
     if not isinstance(tolerance, int) or tolerance < 0:
         raise CamError(f"tolerance={tolerance!r} must be an integer number of pixels, 0 or more")
-    values, inside = on_pixels(maps, masks, spatial_ndim, tolerance)
+    values, inside = on_pixels(maps, masks, spatial_ndim, tolerance, compared=True)
     highest = (values == values.amax(-1, keepdim=True)).to(values.dtype)
     return known_where(inside.any(-1), (highest * inside).sum(-1) / highest.sum(-1))
 
@@ -95,7 +95,7 @@ def pixel_auc(maps: Float[Tensor, "..."], masks: Bool[Tensor, "..."], *, spatial
 
     Fawcett, An introduction to ROC analysis, 2006 (doi 10.1016/j.patrec.2005.10.010), section 7.
     """
-    values, inside = on_pixels(maps, masks, spatial_ndim)
+    values, inside = on_pixels(maps, masks, spatial_ndim, compared=True)
     count = inside.sum(-1).double()
     pairs = count * (~inside).sum(-1)
     above = (ranks(values) * inside).sum(-1) - count * (count + 1) / 2
@@ -130,7 +130,7 @@ def iou(
     """
     if not 0 <= threshold < 1:
         raise CamError(f"threshold={threshold!r} must be a share of the map's maximum, from 0 to less than 1")
-    values, inside = on_pixels(maps, masks, spatial_ndim)
+    values, inside = on_pixels(maps, masks, spatial_ndim, compared=True)
     above = values > threshold * values.amax(-1, keepdim=True)
     shared, either = (above & inside).sum(-1), (above | inside).sum(-1)
     return known_where(inside.any(-1), shared.to(values.dtype) / either)

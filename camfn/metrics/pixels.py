@@ -9,7 +9,7 @@ from torch import Tensor
 
 from camfn._errors import CamError
 from camfn._types import wide
-from camfn.formulas.resampling import resize
+from camfn.formulas.resampling import resize, resize_with_ties
 
 _POOL: dict[int, Callable[..., Any]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
@@ -29,8 +29,8 @@ def rectified(maps: Tensor) -> Tensor:
     return maps.clamp(min=0)
 
 
-def on_pixels(maps: Tensor, masks: Tensor, axes: int, dilation: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the maps and the dilated masks at the masks' size, `(..., pixels)`."""
+def on_pixels(maps: Tensor, masks: Tensor, axes: int, dilation: int = 0, *, compared: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the maps and the dilated masks at the masks' size, `(..., pixels)`. `compared` keeps ties of values."""
     check_axes(axes)
     if masks.dtype != torch.bool:
         raise CamError(f"masks are {masks.dtype}: they must be bools (masks > 0.5)")
@@ -38,7 +38,7 @@ def on_pixels(maps: Tensor, masks: Tensor, axes: int, dilation: int = 0) -> tupl
         raise CamError(
             f"maps have shape {tuple(maps.shape)} and masks {tuple(masks.shape)}: all axes but the last {axes} must be the same"
         )
-    resized = resize(maps.to(wide(maps.dtype)), masks.shape[-axes:])
+    resized = (resize_with_ties if compared else resize)(maps.to(wide(maps.dtype)), masks.shape[-axes:])
     return resized.flatten(-axes), _dilate(masks, dilation, axes).flatten(-axes)
 
 

@@ -71,9 +71,9 @@ def test_the_input_is_multiplied_by_the_map_as_it_is():
 # ---------------------------------------------------------------------------------------------------------------- laws
 
 
-@pytest.mark.parametrize("side", [1, 3, 8])
-def test_a_map_of_ones_drops_nothing(side):
-    x, ones = random(3, 3, 8, 8), torch.ones(3, side, side)
+@pytest.mark.parametrize(("side", "size"), [(1, 8), (3, 8), (8, 8), (8, 14)])
+def test_a_map_of_ones_drops_nothing(side, size):
+    x, ones = random(3, 3, size, size), torch.ones(3, side, side)
     for metric in SCORED:
         assert metric(ones, x, one).tolist() == [0, 0, 0], metric
     assert metrics.l1_complexity(ones, x).tolist() == [1, 1, 1]

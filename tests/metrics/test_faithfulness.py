@@ -262,6 +262,14 @@ def test_a_coarser_grid_has_the_means_of_the_map():
     assert torch.equal(finer, metrics.deletion(camfn.maps.resize(means, (8, 8)), x, first))
 
 
+@pytest.mark.parametrize("grid", [(10, 14), (3, 3)])
+def test_another_grid_keeps_the_ties_of_a_flat_map(grid):
+    """Means and interpolated values round differently from cell to cell, and ties are broken by the random order."""
+    x = random(2, 2, 20, 28)
+    found = metrics.deletion(torch.full((2, 7, 7), 0.3), x, first, grid=grid)
+    assert torch.equal(found, metrics.deletion(torch.zeros(2, 7, 7), x, first, grid=grid))
+
+
 def test_a_map_that_is_finer_than_the_input_is_brought_to_its_pixels():
     x, map = random(2, 2, 4, 4), random(2, 8, 8, seed=1)
     assert torch.equal(metrics.deletion(map, x, first), metrics.deletion(map, x, first, grid=(4, 4)))

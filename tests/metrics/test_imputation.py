@@ -203,6 +203,8 @@ def test_road_of_the_reversed_map_is_its_negative():
 def test_road_of_a_flat_map_is_0():
     x = random(2, 1, 16, 16)
     assert metrics.road(torch.ones(2, 4, 4), x, seen).tolist() == [0, 0]
+    x, flat = random(2, 1, 32, 32), torch.full((2, 7, 7), 0.3)
+    assert metrics.road(flat, x, seen).tolist() == [0, 0]
 
 
 def test_road_is_the_mean_over_percentiles_and_of_both_orders():

@@ -158,7 +158,8 @@ def test_an_empty_mask_stays_empty_with_a_tolerance():
 @pytest.mark.parametrize("metric", ALL)
 def test_maps_are_resized_to_the_masks(metric):
     map, mask = random(3, 4), random(12, 20, seed=1) > 0.5
-    assert torch.equal(metric(map, mask), metric(maps.resize(map, (12, 20)), mask))
+    expected = metric(maps.resize(map, (12, 20)).round(decimals=13), mask)  # which mends the ties at the border
+    assert float(metric(map, mask)) == pytest.approx(float(expected), abs=1e-12)
 
 
 def test_energy_is_that_of_the_resized_map():
@@ -176,6 +177,30 @@ def test_a_batch_of_several_targets_is_each_alone(metric):
     for i in range(2):
         for t in range(3):
             assert found[i, t] == pytest.approx(float(metric(map[i, t], mask[i, t])), abs=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1.0])
+@pytest.mark.parametrize(("grid", "size"), [((8, 8), (300, 300)), ((5, 4), (10, 14)), ((7, 7), (32, 32))])
+def test_resizing_keeps_the_ties_of_a_flat_map(grid, size, value):
+    map, mask = torch.full(grid, value), torch.zeros(size, dtype=torch.bool)
+    mask[: size[0] // 3, : size[1] // 2] = True
+    share = float(mask.double().mean())
+    assert float(metrics.pointing_game(map, mask)) == pytest.approx(share, rel=1e-6)
+    assert metrics.pixel_auc(map, mask) == 0.5
+    assert float(metrics.iou(map, mask, threshold=1 - 1e-7)) == pytest.approx(share, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("metric", [metrics.pointing_game, metrics.pixel_auc])
+def test_ties_do_not_depend_on_the_batch(metric, dtype):
+    """A Gaussian has its maximum at four pixels, of which one lies in the quarter."""
+    maps = metrics.centered_gaussian(torch.zeros(4, 3, 12, 10, dtype=dtype), (6, 5))
+    masks = torch.zeros(4, 12, 10, dtype=torch.bool)
+    masks[:, :6, :5] = True
+    found = metric(maps, masks)
+    for image in range(4):
+        assert torch.equal(metric(maps[image : image + 1], masks[image : image + 1]), found[image : image + 1])
+    assert metric is metrics.pixel_auc or float(found[0]) == 0.25
 
 
 @pytest.mark.parametrize("metric", ALL)
