@@ -8,6 +8,7 @@ from torch import Tensor
 
 from camfn._errors import CamError
 from camfn._types import wide
+from camfn.formulas.scaling import magnitude
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _KEPT = {torch.float64: 44, torch.float32: 16}  # bits of a map's largest value that its interpolated values keep
@@ -85,8 +86,8 @@ def with_ties(change: Callable[[Tensor], Tensor], maps: Tensor, axes: int) -> Te
     """
     exact = maps.to(torch.float32 if maps.device.type == "mps" else torch.float64)
     found = change(exact)
-    exponent = torch.frexp(exact.abs().amax(tuple(range(-axes, 0)), keepdim=True)).exponent
-    step = torch.exp2((exponent - _KEPT[exact.dtype]).clamp(min=-1000).to(exact.dtype))
+    step = magnitude(exact, range(-axes, 0)) * 2.0 ** -_KEPT[exact.dtype]
+    step = step.clamp(min=torch.finfo(exact.dtype).tiny)
     return (torch.floor(found / step + _SHIFT) * step).to(maps.dtype)
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camfn.metrics.pixels import rectified, rows
+from camfn.metrics.pixels import known_of, rectified, rows
 
 
 def entropy(maps: Float[Tensor, "..."], *, spatial_ndim: int = 2) -> Float[Tensor, "..."]:
@@ -24,7 +24,8 @@ def entropy(maps: Float[Tensor, "..."], *, spatial_ndim: int = 2) -> Float[Tenso
     - `maps`: `(..., *grid)`. Negative values count as 0. The scale of a map does not matter, but an offset does.
     - `spatial_ndim`: the number of spatial axes, which come last.
 
-    **Returns** `(...)`, float32 or wider. A map that is nowhere positive counts as constant: `log p`.
+    **Returns** `(...)`, float32 or wider. A map that is nowhere positive counts as constant: `log p`. A map that is
+    not finite has NaN.
 
     **Raises** `CamError` if the maps are not floating-point, or have fewer axes.
 
@@ -37,7 +38,7 @@ def entropy(maps: Float[Tensor, "..."], *, spatial_ndim: int = 2) -> Float[Tenso
     energy = rectified(rows(maps, spatial_ndim))
     total = energy.sum(-1, keepdim=True)
     found = torch.special.entr(energy / torch.where(total > 0, total, 1)).sum(-1)
-    return torch.where(total[..., 0] > 0, found, math.log(energy.shape[-1]))
+    return known_of(torch.where(total[..., 0] > 0, found, math.log(energy.shape[-1])), energy)
 
 
 def gini(maps: Float[Tensor, "..."], *, spatial_ndim: int = 2) -> Float[Tensor, "..."]:
@@ -49,7 +50,8 @@ def gini(maps: Float[Tensor, "..."], *, spatial_ndim: int = 2) -> Float[Tensor, 
 
     - `maps`, `spatial_ndim`: as in `entropy`.
 
-    **Returns** `(...)`, float32 or wider. A map that is nowhere positive counts as constant: 0.
+    **Returns** `(...)`, float32 or wider. A map that is nowhere positive counts as constant: 0. A map that is not
+    finite has NaN.
 
     **Raises** `CamError` as `entropy` does.
 
@@ -64,4 +66,4 @@ def gini(maps: Float[Tensor, "..."], *, spatial_ndim: int = 2) -> Float[Tensor, 
     count = ordered.shape[-1]
     places = torch.arange(1 - count, count, 2, device=ordered.device, dtype=ordered.dtype)
     total = ordered.sum(-1)
-    return torch.where(total > 0, (places * ordered).sum(-1) / (count * torch.where(total > 0, total, 1)), 0)
+    return known_of(torch.where(total > 0, (places * ordered).sum(-1) / (count * torch.where(total > 0, total, 1)), 0), ordered)

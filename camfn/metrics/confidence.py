@@ -36,9 +36,9 @@ def average_drop(maps: Float[Tensor, "n ..."], x: Float[Tensor, "n c *size"], sc
     - `score`: from inputs `(k * n, ...)` to scores `(k * n, t)`, which must be probabilities: give `score_function` the target
       `camfn.targets.probability()`.
 
-    **Returns** `(n,)`, or `(n, t)`. A score of 0 drops 0.
+    **Returns** `(n,)`, or `(n, t)`. A score of 0 drops 0. A score that is NaN makes the value of its map NaN.
 
-    **Raises** `CamError` if the shapes do not fit, or if maps or scores are not from 0 to 1.
+    **Raises** `CamError` if the shapes do not fit, if a map is not finite, or if maps or scores are not from 0 to 1.
 
     >>> import torch
     >>> x = torch.tensor([[[0.5, 0.5]]])
@@ -71,7 +71,8 @@ def increase_in_confidence(
     Chattopadhyay et al., Grad-CAM++, WACV 2018 (arXiv 1710.11063), section 4.1.
     """
     before, after = _scores(maps, x, score)
-    return like((after > before).to(before.dtype), maps, x)
+    increased = torch.where((before + after).isnan(), torch.nan, (after > before).to(before.dtype))
+    return like(increased, maps, x)
 
 
 def average_gain(maps: Float[Tensor, "n ..."], x: Float[Tensor, "n c *size"], score: Scores) -> Float[Tensor, "n ..."]:
@@ -157,7 +158,7 @@ class Parts(NamedTuple):
         """The harmonic mean for each map, or with `means_first` that of the parts' means over the inputs."""
         parts = torch.stack([value.mean(0) if means_first else value for value in self.values])
         least = parts.amin(0)
-        return torch.where(least > 0, len(parts) / (1 / torch.where(parts > 0, parts, 1)).sum(0), 0)
+        return torch.where(least <= 0, 0, len(parts) / (1 / torch.where(parts <= 0, 1, parts)).sum(0))  # NaN stays NaN
 
 
 def adcc(

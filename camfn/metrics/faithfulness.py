@@ -12,6 +12,7 @@ from torch import Tensor
 from camfn._errors import CamError
 from camfn.formulas.resampling import blur, resize, resize_with_ties, with_ties
 from camfn.metrics.imputation import linear_imputation
+from camfn.metrics.pixels import known_where
 from camfn.metrics.scoring import Scores, by_target, clean_of, like, scored
 
 Order: TypeAlias = Literal["morf", "lerf", "difference"]
@@ -191,9 +192,9 @@ def deletion(
     - `grid`: another grid of cells: means of the map where it is coarser. Give it to compare maps on different grids.
     - `seed`: the seed of ties, of random orders, and of noise.
 
-    **Returns** `(n,)`, or `(n, t)`.
+    **Returns** `(n,)`, or `(n, t)`. A score that is NaN makes the value of its map NaN.
 
-    **Raises** `CamError` if the shapes do not fit, or if an argument is unknown.
+    **Raises** `CamError` if the shapes do not fit, if a map is not finite, or if an argument is unknown.
 
     >>> import torch
     >>> x = torch.tensor([[[3.0, 1.0]]])
@@ -415,7 +416,8 @@ def sensitivity_n(
     - `subsets`: the number of sets, which all inputs share.
     - `seed`: the seed of the sets, and of noise.
 
-    **Returns** `(n,)`, or `(n, t)`. It is 0 for a flat map, and where the score is the same for all sets.
+    **Returns** `(n,)`, or `(n, t)`. It is 0 for a flat map, and where the score is the same for all sets. It is NaN where a
+    score is not finite.
 
     **Raises** `CamError` if the shapes do not fit, or if an argument is unknown.
 
@@ -446,7 +448,7 @@ def sensitivity_n(
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's correlation along the last axis, 0 where one of them is flat to rounding."""
+    """Pearson's correlation along the last axis, 0 where one of them is flat to rounding, NaN where one is not finite."""
     a, b = (part.to(torch.promote_types(a.dtype, b.dtype)) for part in (a, b))
     size = [part.abs().amax(-1, keepdim=True) for part in (a, b)]
     off = [part / torch.where(s > 0, s, 1) for part, s in zip((a, b), size)]
@@ -455,7 +457,8 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
     flat = 8 * torch.finfo(a.dtype).eps * a.shape[-1] ** 0.5
     varied = (norms[0] > flat) & (norms[1] > flat)
     product = torch.where(varied, norms[0] * norms[1], 1)
-    return torch.where(varied, (off[0] * off[1]).sum(-1) / product, 0)
+    finite = (a.isfinite() & b.isfinite()).all(-1)
+    return known_where(finite, torch.where(varied, (off[0] * off[1]).sum(-1) / product, 0))
 
 
 def _check_samples(count: int, name: str) -> None:

@@ -46,7 +46,7 @@ def cell_energy(maps: Float[Tensor, "... h w"], *, cells: int = 2) -> Float[Tens
       lies in two cells counts in each by its area.
     - `cells`: the number of cells along each side, g.
 
-    **Returns** `(..., g*g)`, row by row, float32 or wider. It is NaN for a map that is nowhere positive.
+    **Returns** `(..., g*g)`, row by row, float32 or wider. It is NaN for a map that is nowhere positive or not finite.
 
     **Raises** `CamError` if there are not two cells or more along a side.
 
@@ -76,7 +76,7 @@ def grid_pointing_game(maps: Float[Tensor, "..."], cell: Int[Tensor, "..."], *, 
     - `maps`, `cells`: as in `cell_energy`. Give raw maps: min-max normalization adds an offset.
     - `cell`: the number of the right cell of each map, row by row, from 0: an integer tensor of the maps' leading axes.
 
-    **Returns** the leading axes, float32 or wider. It is NaN for a map that is nowhere positive.
+    **Returns** the leading axes, float32 or wider. It is NaN for a map that is nowhere positive or not finite.
 
     **Raises** `CamError` if `cell` has another shape, or no cell has this number.
 

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from camfn._errors import CamError
-from camfn.metrics.pixels import known_where, on_pixels, ranks, rectified
+from camfn.metrics.pixels import known_of, known_where, on_pixels, ranks, rectified
 
 
 def energy_pointing_game(
@@ -24,8 +24,8 @@ def energy_pointing_game(
     - `masks`: bools `(..., *size)` with the same leading axes, true inside the object (the paper uses its bounding box).
     - `spatial_ndim`: the number of spatial axes, which come last.
 
-    **Returns** `(...)`, float32 or wider. The value is NaN if a map is nowhere positive, or a mask is empty. For a constant
-    map it is the object's share of the picture, which is the baseline.
+    **Returns** `(...)`, float32 or wider. The value is NaN if a map is nowhere positive or not finite, or a mask is empty.
+    For a constant map it is the object's share of the picture, which is the baseline.
 
     **Raises** `CamError` if the masks are not bools or the leading axes differ.
 
@@ -53,7 +53,7 @@ def pointing_game(
       of 15).
 
     **Returns** `(...)`, float32 or wider. If several pixels share the maximum, the value is the share of them that are hits.
-    A flat map therefore scores like a random pixel. The value is NaN if a mask is empty.
+    A flat map therefore scores like a random pixel. The value is NaN if a mask is empty or a map is not finite.
 
     **Raises** `CamError` as `energy_pointing_game` does, or if the tolerance is negative.
 
@@ -84,7 +84,7 @@ def pixel_auc(maps: Float[Tensor, "..."], masks: Bool[Tensor, "..."], *, spatial
     - `maps`, `masks`, `spatial_ndim`: as in `energy_pointing_game`. Negative values count as they are.
 
     **Returns** `(...)`, float32 or wider, from 0 to 1. It is 1/2 for a flat map, and NaN if a mask is empty or covers the
-    picture.
+    picture, or a map is not finite.
 
     **Raises** `CamError` as `energy_pointing_game` does.
 
@@ -99,7 +99,7 @@ def pixel_auc(maps: Float[Tensor, "..."], masks: Bool[Tensor, "..."], *, spatial
     count = inside.sum(-1).double()
     pairs = count * (~inside).sum(-1)
     above = (ranks(values) * inside).sum(-1) - count * (count + 1) / 2
-    return known_where(pairs > 0, above / pairs).to(values.dtype)
+    return known_of(known_where(pairs > 0, above / pairs), values).to(values.dtype)
 
 
 def iou(
@@ -118,7 +118,7 @@ def iou(
     - `threshold`: a share of the map's maximum, from 0 to less than 1.
 
     **Returns** `(...)`, float32 or wider, from 0 to 1. A map that is nowhere positive has no pixels above, and scores 0. A
-    constant one has them all. The value is NaN if a mask is empty.
+    constant one has them all. The value is NaN if a mask is empty or a map is not finite.
 
     **Raises** `CamError` as `energy_pointing_game` does, or if the threshold is out of range.
 
@@ -133,4 +133,4 @@ def iou(
     values, inside = on_pixels(maps, masks, spatial_ndim, compared=True)
     above = values > threshold * values.amax(-1, keepdim=True)
     shared, either = (above & inside).sum(-1), (above | inside).sum(-1)
-    return known_where(inside.any(-1), shared.to(values.dtype) / either)
+    return known_of(known_where(inside.any(-1), shared.to(values.dtype) / either), values)

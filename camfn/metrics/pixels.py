@@ -10,27 +10,36 @@ from torch import Tensor
 from camfn._errors import CamError
 from camfn._types import wide
 from camfn.formulas.resampling import resize, resize_with_ties
+from camfn.formulas.scaling import rescale
 
 _POOL: dict[int, Callable[..., Any]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 def rows(maps: Tensor, axes: int) -> Tensor:
-    """Return the maps as `(..., positions)`, float32 or wider."""
+    """Return the maps as `(..., positions)`, float32 or wider. A map that is not finite is NaN as a whole."""
     check_axes(axes)
     if maps.ndim < axes or not maps.is_floating_point():
         raise CamError(
             f"maps are {maps.dtype} of shape {tuple(maps.shape)}: they must be floating-point, with {axes} spatial axes last"
         )
-    return maps.to(wide(maps.dtype)).flatten(-axes)
+    return _nan_unless_finite(maps.to(wide(maps.dtype)), axes).flatten(-axes)
 
 
-def rectified(maps: Tensor) -> Tensor:
-    """Return the maps without their negative values."""
-    return maps.clamp(min=0)
+def _nan_unless_finite(maps: Tensor, axes: int) -> Tensor:
+    finite = maps.isfinite().flatten(-axes).all(-1)
+    return torch.where(finite[(..., *(None,) * axes)], maps, torch.nan)
+
+
+def rectified(rows: Tensor) -> Tensor:
+    """Return each map's energy: its values without the negative ones, in units in which their sum is finite."""
+    return rescale(rows.clamp(min=0), -1)
 
 
 def on_pixels(maps: Tensor, masks: Tensor, axes: int, dilation: int = 0, *, compared: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the maps and the dilated masks at the masks' size, `(..., pixels)`. `compared` keeps ties of values."""
+    """Return the maps and the dilated masks at the masks' size, `(..., pixels)`. `compared` keeps ties of values.
+
+    A map that is not finite is NaN as a whole.
+    """
     check_axes(axes)
     if masks.dtype != torch.bool:
         raise CamError(f"masks are {masks.dtype}: they must be bools (masks > 0.5)")
@@ -38,7 +47,8 @@ def on_pixels(maps: Tensor, masks: Tensor, axes: int, dilation: int = 0, *, comp
         raise CamError(
             f"maps have shape {tuple(maps.shape)} and masks {tuple(masks.shape)}: all axes but the last {axes} must be the same"
         )
-    resized = (resize_with_ties if compared else resize)(maps.to(wide(maps.dtype)), masks.shape[-axes:])
+    known = _nan_unless_finite(maps.to(wide(maps.dtype)), axes)
+    resized = (resize_with_ties if compared else resize)(known, masks.shape[-axes:])
     return resized.flatten(-axes), _dilate(masks, dilation, axes).flatten(-axes)
 
 
@@ -58,6 +68,11 @@ def _dilate(masks: Tensor, by: int, axes: int) -> Tensor:
 def known_where(known: Tensor, values: Tensor) -> Tensor:
     """Return the values, and NaN where they are not known: an empty mask, no energy."""
     return torch.where(known, values, torch.nan)
+
+
+def known_of(values: Tensor, *maps: Tensor) -> Tensor:
+    """Return the values, and NaN where one of the maps has a NaN, which a comparison or a rank would hide."""
+    return known_where(~torch.stack([rows.isnan().any(-1) for rows in maps]).any(0), values)
 
 
 def ranks(values: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def model_randomization(
     - `seed`: the seed of the weights: see `randomized_states`.
     - `spatial_ndim`: the number of spatial axes of a map, which come last.
 
-    **Returns** a `Randomization`. Maps that are not finite have a similarity of NaN.
+    **Returns** a `Randomization`. A map that is not finite, before or after, has a similarity of NaN.
 
     **Raises** `CamError` if there is nothing to redraw.
 
@@ -70,10 +70,9 @@ def model_randomization(
     names, ordered, structure = [], [], []
     for name, now in randomized_states(model, x, cascading=cascading, layers=layers, state=state, seed=seed):
         maps = explain(now)
-        known = maps.isfinite().flatten(-spatial_ndim).all(-1)
         names.append(name)
         for found, metric in ((ordered, rank_correlation), (structure, ssim)):
-            found.append(torch.where(known, metric(clean, maps, spatial_ndim=spatial_ndim), torch.nan))
+            found.append(metric(clean, maps, spatial_ndim=spatial_ndim))
     if not names:
         raise CamError("the model has no parameters to draw anew")
     return Randomization(tuple(names), torch.stack(ordered), torch.stack(structure))

@@ -36,7 +36,8 @@ def single_deletion(
     - `ranked`: Spearman's correlation, of ranks with ties shared, as the paper has it. False is Pearson's. An image with few
       objects has few ranks: flatten targets and objects, `shares.flatten(-2)`, for one value of an image, or all images.
 
-    **Returns** `(...)`, from -1 to 1; the paper reports `(r + 1) / 2`. It is 0 if either is constant, and NaN if a share is.
+    **Returns** `(...)`, from -1 to 1; the paper reports `(r + 1) / 2`. It is 0 if either is constant, and NaN if a share or
+    a drop is not finite.
 
     **Raises** `CamError` if the shapes differ, or there are not two objects or more.
 
@@ -48,7 +49,7 @@ def single_deletion(
         raise CamError(
             f"shares have shape {tuple(shares.shape)} and drops {tuple(drops.shape)}: the same, of two objects or more"
         )
-    known = ~(shares.isnan() | drops.isnan()).any(-1)
+    known = (shares.isfinite() & drops.isfinite()).all(-1)
     pair = (ranks(values) if ranked else values.double() for values in (shares, drops))
     return known_where(known, _varied(*pair)).to(shares.dtype)
 

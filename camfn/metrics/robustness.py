@@ -39,7 +39,7 @@ def maximum_sensitivity(
     - `spatial_ndim`: the number of spatial axes of a map, which come last.
 
     **Returns** `(n,)` or `(n, t)`, float32 or wider: one value for each map. A map of zeros that stays zero has 0, and one
-    that changes has infinity.
+    that changes has infinity. The value is NaN if one of the maps is not finite.
 
     **Raises** `CamError` if the radius is not positive, or there are no draws.
 
@@ -58,6 +58,6 @@ def maximum_sensitivity(
     noise = (2 * uniform(seed, math.prod(shape)) - 1).reshape(shape)
     for unit in noise:
         change = (rows(explain(x + radius * spread * unit.to(x)), spatial_ndim) - clean).norm(dim=-1)
-        ratio = change / torch.where(size > 0, size, 1)
-        worst = torch.maximum(worst, torch.where((size > 0) | (change == 0), ratio, torch.inf))
+        ratio = change / torch.where(size == 0, 1, size)
+        worst = torch.maximum(worst, torch.where((size == 0) & (change > 0), torch.inf, ratio))
     return worst

@@ -26,7 +26,8 @@ def object_energy(
     - `masks`: bools `(..., k, *size)`, of k objects.
     - `spatial_ndim`: the number of spatial axes, which come last.
 
-    **Returns** `(..., t, k)`, float32 or wider. A value is NaN if its map is nowhere positive or its mask is empty.
+    **Returns** `(..., t, k)`, float32 or wider. A value is NaN if its map is nowhere positive or not finite, or its mask
+    is empty.
 
     **Raises** `CamError` if the masks are not bools, or the leading axes differ.
 
@@ -67,8 +68,8 @@ def other_object_energy(
     - `maps`, `spatial_ndim`: as in `object_energy`, of two targets or more.
     - `masks`: bools `(..., t, *size)`: object i is of target i.
 
-    **Returns** `(..., t)`, float32 or wider. A value is NaN if its map has no energy on any object, or an object's mask is
-    empty.
+    **Returns** `(..., t)`, float32 or wider. A value is NaN if its map has no energy on any object or is not finite, or an
+    object's mask is empty.
 
     **Raises** `CamError` as `object_energy` does, or if there are not as many objects as targets, and two of each.
 

@@ -7,7 +7,7 @@ from camfn._errors import CamError
 from camfn._types import wide
 from camfn.formulas.resampling import blur
 from camfn.formulas.scaling import normalize
-from camfn.metrics.pixels import correlation, ranks, rows
+from camfn.metrics.pixels import correlation, known_of, ranks, rows
 
 _WINDOW = (11, 1.5)
 """The width and deviation of the window of SSIM, in positions."""
@@ -28,6 +28,7 @@ def rank_correlation(a: Float[Tensor, "..."], b: Float[Tensor, "..."], *, spatia
     - `spatial_ndim`: the number of spatial axes, which come last.
 
     **Returns** `(...)`, float32 or wider. Two flat maps are equal, and give 1. A flat map and another give 0.
+    The value is NaN if one of the maps is not finite.
 
     **Raises** `CamError` if the shapes differ, or the maps are not floating-point.
 
@@ -38,7 +39,7 @@ def rank_correlation(a: Float[Tensor, "..."], b: Float[Tensor, "..."], *, spatia
     Adebayo et al., Sanity Checks for Saliency Maps, NeurIPS 2018 (arXiv 1810.03292), section 3.
     """
     one, other = _pair(a, b, spatial_ndim)
-    return correlation(ranks(one), ranks(other)).to(wide(a.dtype))
+    return known_of(correlation(ranks(one), ranks(other)), one, other).to(wide(a.dtype))
 
 
 def ssim(a: Float[Tensor, "..."], b: Float[Tensor, "..."], *, spatial_ndim: int = 2) -> Float[Tensor, "..."]:
@@ -53,7 +54,8 @@ def ssim(a: Float[Tensor, "..."], b: Float[Tensor, "..."], *, spatial_ndim: int 
 
     - `a`, `b`, `spatial_ndim`: as in `rank_correlation`.
 
-    **Returns** `(...)`, float32 or wider, from -1 to 1. A flat map counts as zeros.
+    **Returns** `(...)`, float32 or wider, from -1 to 1. A flat map counts as zeros. The value is NaN if one of the
+    maps is not finite.
 
     **Raises** `CamError` as `rank_correlation` does.
 

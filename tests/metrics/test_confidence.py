@@ -115,6 +115,16 @@ def test_values_do_not_depend_on_neighbors():
         close(metrics.arcc(map[part], x[part], one, energy), whole["arcc"][part], units=2**16)
 
 
+@pytest.mark.parametrize("metric", [*SCORED, lambda map, x, score: metrics.adcc(map, x, score, energy)])
+def test_a_score_that_is_nan_makes_its_map_nan_alone(metric):
+    x = random(3, 3, 8, 8)
+
+    def broken(inputs):
+        return torch.where((torch.arange(len(inputs)) % 3)[:, None] == 1, torch.nan, one(inputs))
+
+    assert metric(energy(x), x, broken).isnan().tolist() == [False, True, False]
+
+
 # ------------------------------------------------------------------------------------------------ coherency and its means
 
 

@@ -208,6 +208,19 @@ def test_pieces_change_nothing(metric, options, monkeypatch):
     close(metric(map, x, first, **options), found, size=1.0)
 
 
+@pytest.mark.parametrize("metric", [*AREAS, metrics.road, metrics.infidelity, metrics.sensitivity_n])
+def test_a_score_that_is_nan_makes_its_map_nan_alone(metric):
+    x, map = random(3, 2, 8, 8), random(3, 4, 4, seed=1)
+
+    def broken(inputs):
+        image = (torch.arange(len(inputs)) % 3)[:, None]
+        return torch.where(image == 1, torch.nan, first(inputs))
+
+    found, expected = metric(map, x, broken), metric(map, x, first)
+    expected[1] = torch.nan
+    close(found.nan_to_num(7), expected.nan_to_num(7))
+
+
 def test_torchs_random_state_is_left():
     x, map = random(2, 2, 8, 8), random(2, 4, 4, seed=1)
     before = torch.get_rng_state()

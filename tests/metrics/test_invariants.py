@@ -117,6 +117,30 @@ def test_flat_maps_have_a_value_or_none_and_never_an_error(name, level):
         assert found.isfinite().all()
 
 
+@pytest.mark.parametrize("name", [name for name in METRICS if name not in ("maximum_sensitivity", "target_sensitivity")])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_map_that_is_not_finite_is_nan_alone(name, value, whole):
+    """These two have a value of all targets of an image; their own tests ask it."""
+    given = drawn()
+    expected = METRICS[name](*given)
+    for part in given[:2] if name in ("rank_correlation", "ssim") else given[:1]:
+        maps = part.clone()
+        maps[1, 2, :, slice(None) if whole else 0] = value
+        expected[1, 2] = torch.nan
+        found = METRICS[name](*(maps if other is part else other for other in given))
+        assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+    if name in ("rank_correlation", "ssim"):
+        assert METRICS[name](maps, maps, given[2])[1, 2].isnan()
+
+
+@pytest.mark.parametrize("name", ["entropy", "gini", "energy_pointing_game", "other_object_energy", "grid_pointing_game"])
+@pytest.mark.parametrize("scale", [2.0**-120, 2.0**127])
+def test_metrics_of_energy_do_not_overflow(name, scale):
+    maps, other, masks = drawn(dtype=torch.float32)
+    assert torch.equal(METRICS[name](scale * maps, other, masks).nan_to_num(7), METRICS[name](maps, other, masks).nan_to_num(7))
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_metrics_leave_their_arguments(name):
     given = drawn()

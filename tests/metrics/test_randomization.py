@@ -51,6 +51,19 @@ def test_a_map_that_is_not_finite_has_no_similarity():
     assert found.ssim.isnan().nonzero().tolist() == found.rank_correlation.isnan().nonzero().tolist() == [[0, 1, 2]]
 
 
+def test_a_clean_map_that_is_not_finite_has_no_similarity():
+    model, x = small_net().eval(), inputs()
+    trained, maps = camfn.state_of(model), torch.rand(2, 3, 4, 4)
+    broken = maps.clone()
+    broken[1, 2, 0, 0] = torch.nan
+
+    def explain(state):
+        return broken if all(torch.equal(state[name], trained[name]) for name in trained) else maps
+
+    found = metrics.model_randomization(model, x, explain, layers=["fc"])
+    assert found.ssim.isnan().nonzero().tolist() == found.rank_correlation.isnan().nonzero().tolist() == [[0, 1, 2]]
+
+
 def test_there_is_something_to_draw():
     with pytest.raises(CamError, match="no parameters to draw anew"):
         metrics.model_randomization(nn.ReLU(), inputs(), lambda state: inputs()[:, 0])

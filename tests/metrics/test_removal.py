@@ -40,6 +40,13 @@ def test_equal_shares_say_nothing():
         assert found[2].isnan()
 
 
+@pytest.mark.parametrize("ranked", [True, False])
+def test_shares_and_drops_that_are_not_finite_have_no_correlation(ranked):
+    known, lost = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.2, torch.inf, 0.5])
+    assert metrics.single_deletion(lost, known, ranked=ranked).isnan()
+    assert metrics.single_deletion(known, lost, ranked=ranked).isnan()
+
+
 def test_checks_look_up_the_set_of_removed_objects():
     held = random(3, 8, seed=3) > 0.5
     for important in itertools.product([0.0, 0.5], repeat=3):

@@ -52,6 +52,22 @@ def test_flat_maps_are_defined():
     assert (found == math.inf).all()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("first_call", [True, False])
+def test_a_map_that_is_not_finite_is_nan_alone(value, first_call):
+    x = inputs()
+
+    def explain(given):
+        maps = given.clone()
+        if torch.equal(given, x) == first_call:
+            maps[1, 0, 0, 0] = value
+        return maps
+
+    found, expected = metrics.maximum_sensitivity(explain, x), metrics.maximum_sensitivity(lambda given: given, x)
+    expected[1, 0] = math.nan
+    assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+
+
 def test_an_image_has_its_value_beside_any_other_and_targets_are_apart():
     x = inputs()
     together = metrics.maximum_sensitivity(lambda x: x, x)
