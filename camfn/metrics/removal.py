@@ -82,7 +82,7 @@ def preservation_check(
     >>> preservation_check(torch.tensor([0.8, 0.0]), held), deletion_check(torch.tensor([0.8, 0.0]), held)
     (tensor(1.), tensor(1.))
     """
-    return _held_without(shares <= threshold, held).float()
+    return _held_without(~(shares > threshold), held).float()  # a NaN is not important, and goes
 
 
 def deletion_check(

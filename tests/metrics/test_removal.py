@@ -58,6 +58,9 @@ def test_checks_look_up_the_set_of_removed_objects():
 
 def test_a_map_on_everything_preserves_and_one_on_nothing_deletes_nothing():
     held = torch.tensor([[True, False, False, False]])
+    for share in (0.0, torch.nan):
+        shares = torch.tensor([[share, 0.8]])
+        assert metrics.preservation_check(shares, held) == 0  # the first object is removed, in either case
     everything, nothing = torch.tensor([[0.5, 0.4]]), torch.tensor([[torch.nan, 0.0]])
     assert metrics.preservation_check(everything, held) == 1
     assert metrics.preservation_check(nothing, held) == 0
