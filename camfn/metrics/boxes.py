@@ -1,6 +1,7 @@
 """Boxes: those that a map gives, judged by reference boxes as the benchmark of weakly supervised localization does it."""
 
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from camfn._errors import CamError
+from camfn.metrics.pixels import numbers
 
 LEVELS = 256
 """The published evaluator reads a map as an 8-bit picture."""
@@ -50,11 +52,11 @@ def box_ious(
 
     - `maps`: `(n, h, w)` in [0, 1], at the size in which the boxes are given.
     - `boxes`: for each image `(k, 4)` numbers `x0, y0, x1, y1`, which are cut to integers; k is 1 or more.
-    - `interval`: the distance of thresholds, from 0 up to 1.
+    - `interval`: the distance of thresholds, from 0 up to 1: 1 divided by their number.
 
     **Returns** the IoU `(n, thresholds)`, float64, on the CPU.
 
-    **Raises** `CamError` if a map leaves [0, 1], or an image has no box.
+    **Raises** `CamError` if a map leaves [0, 1], an image has no box, or the interval does not divide 1.
 
     >>> import torch
     >>> maps = torch.zeros(1, 8, 8)
@@ -69,7 +71,7 @@ def box_ious(
     if not bool(((maps >= 0) & (maps <= 1)).all()):
         raise CamError("maps must lie in [0, 1], as those of normalize='minmax' do")
     pictures = (maps.detach().cpu().double() * (LEVELS - 1)).to(torch.uint8).numpy()
-    thresholds = np.arange(0, 1, interval)
+    thresholds = np.arange(_count_of(interval)) * interval
     found = [_ious_of(picture, _box_table(of).long().numpy(), thresholds) for picture, of in zip(pictures, boxes)]
     return torch.from_numpy(np.stack(found) if found else np.zeros((0, len(thresholds))))
 
@@ -96,7 +98,7 @@ def max_box_acc(ious: Float[Tensor, "n thresholds"], *, at: Sequence[float] = (0
 
     **Returns** a `BoxAccuracy`, with shares from 0 to 1.
 
-    **Raises** `CamError` if there are no images.
+    **Raises** `CamError` if there are no images, no thresholds, or no IoUs to reach.
 
     >>> import torch
     >>> max_box_acc(torch.tensor([[0.2, 0.6], [0.9, 0.6]]), at=(0.5,))
@@ -104,12 +106,22 @@ def max_box_acc(ious: Float[Tensor, "n thresholds"], *, at: Sequence[float] = (0
 
     Choe et al., Evaluation for Weakly Supervised Object Localization, 2020 (arXiv 2007.04178), section 3.2.
     """
-    if ious.ndim != 2 or not len(ious):
-        raise CamError(f"ious have shape {tuple(ious.shape)}: they must be (n, thresholds), of one image or more")
+    if ious.ndim != 2 or not ious.numel():
+        raise CamError(f"ious have shape {tuple(ious.shape)}: they must be (n, thresholds), with at least one of each")
+    at = numbers("at", at, "IoUs, as (0.3, 0.5, 0.7)")
     shares = [(ious >= enough).double().mean(0) for enough in at]
     best = [(float(share.max()), int(share.argmax()) / ious.shape[1]) for share in shares]
     accuracies, thresholds = zip(*best)
     return BoxAccuracy(sum(accuracies) / len(accuracies), accuracies, thresholds)
+
+
+def _count_of(interval: float) -> int:
+    """The number of thresholds. `max_box_acc` reads a threshold off its place, so they must divide 1 evenly."""
+    usable = isinstance(interval, Real) and 0 < interval <= 1
+    count = round(1 / interval) if usable else 0
+    if not usable or abs(count * interval - 1) > 1e-9:
+        raise CamError(f"interval={interval!r} must be 1 divided by a number of thresholds, as 0.001 or 0.25")
+    return count
 
 
 def _box_table(boxes: Tensor | Sequence[Sequence[float]]) -> Tensor:

@@ -1,8 +1,10 @@
 """What metrics of maps share: maps and masks as rows of pixels, and ranks with ties shared."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,6 +52,19 @@ def on_pixels(maps: Tensor, masks: Tensor, axes: int, dilation: int = 0, *, comp
     known = _nan_unless_finite(maps.to(wide(maps.dtype)), axes)
     resized = (resize_with_ties if compared else resize)(known, masks.shape[-axes:])
     return resized.flatten(-axes), _dilate(masks, dilation, axes).flatten(-axes)
+
+
+def is_count(value: object, least: int) -> bool:
+    """Whether a value is an int, not a bool, of at least this size."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def numbers(name: str, values: Any, what: str) -> tuple[Any, ...]:
+    """Return an argument that is a sequence of numbers as a tuple, or raise `CamError`."""
+    given = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+    if not isinstance(given, Sequence) or not len(given) or not all(isinstance(each, Real) for each in given):
+        raise CamError(f"{name}={values!r} must be a sequence of {what}")
+    return tuple(given)
 
 
 def check_axes(axes: int) -> None:

@@ -126,8 +126,25 @@ def test_what_box_metrics_do_not_take():
         metrics.box_ious(torch.zeros(1, 4, 4), [[]])
     with pytest.raises(CamError, match=r"must be \(k, 4\)"):
         metrics.box_ious(torch.zeros(1, 4, 4), [[[0, 0, 1]]])
-    with pytest.raises(CamError, match="of one image or more"):
-        metrics.max_box_acc(torch.zeros(0, 1000))
+    for shape in ((0, 1000), (4, 0), (4,)):
+        with pytest.raises(CamError, match="with at least one of each"):
+            metrics.max_box_acc(torch.zeros(shape))
+    for at in ((), 0.5, "0.5"):
+        with pytest.raises(CamError, match=r"at=.* must be a sequence of IoUs"):
+            metrics.max_box_acc(torch.zeros(2, 10), at=at)
+
+
+@pytest.mark.parametrize("interval", [0.3, 0, -0.1, 2, math.nan, "0.1"])
+def test_an_interval_divides_1(interval):
+    with pytest.raises(CamError, match="must be 1 divided by a number of thresholds"):
+        metrics.box_ious(torch.zeros(1, 4, 4), [[[0, 0, 1, 1]]], interval=interval)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 49, 1000])
+def test_there_are_as_many_thresholds_as_the_interval_divides_1_into(count):
+    """`np.arange(0, 1, 1 / 49)` has 50 numbers, of which the last is 1."""
+    ious = metrics.box_ious(torch.linspace(0, 1, 64).reshape(1, 8, 8), [[[0, 5, 7, 7]]], interval=1 / count)
+    assert ious.shape == (1, count)
 
 
 # ------------------------------------------------------------------------------------------------- boxes to masks
