@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from camfn._errors import CamError
+from camfn._errors import CamError, first_line
 from camfn.metrics.pixels import numbers
 
 LEVELS = 256
@@ -125,7 +125,10 @@ def _count_of(interval: float) -> int:
 
 
 def _box_table(boxes: Tensor | Sequence[Sequence[float]]) -> Tensor:
-    table = torch.as_tensor(boxes, dtype=torch.float64).cpu()
+    try:
+        table = torch.as_tensor(boxes, dtype=torch.float64).cpu()
+    except (TypeError, ValueError) as error:  # boxes with different counts of numbers
+        raise CamError(f"boxes of an image are not (k, 4) numbers x0, y0, x1, y1: {first_line(error)}") from error
     table = table.reshape(-1, 4) if table.numel() == 0 else table
     if table.ndim != 2 or table.shape[1] != 4:
         raise CamError(f"boxes of an image have shape {tuple(table.shape)}: they must be (k, 4), x0, y0, x1, y1")

@@ -38,7 +38,8 @@ def average_drop(maps: Float[Tensor, "n ..."], x: Float[Tensor, "n c *size"], sc
 
     **Returns** `(n,)`, or `(n, t)`. A score of 0 drops 0. A score that is NaN makes the value of its map NaN.
 
-    **Raises** `CamError` if the shapes do not fit, if a map is not finite, or if maps or scores are not from 0 to 1.
+    **Raises** `CamError` if the shapes do not fit, if a map is not finite, if x is not floating-point, or if maps or scores
+    are not from 0 to 1.
 
     >>> import torch
     >>> x = torch.tensor([[[0.5, 0.5]]])
@@ -251,7 +252,7 @@ def arcc_parts(
 def _masks(maps: Tensor, x: Tensor) -> Tensor:
     """Maps as masks at the size of x, `(n, t, *size)`. Maps of ones stay ones."""
     given = by_target(maps, x)
-    slack = 16 * torch.finfo(maps.dtype).eps
+    slack = 16 * torch.finfo(maps.dtype if maps.is_floating_point() else given.dtype).eps
     if bool((given < -slack).any()) or bool((given > 1 + slack).any()):
         raise CamError(
             f"maps have values from {float(given.min()):.3g} to {float(given.max()):.3g}: the input is multiplied by them, and "

@@ -12,7 +12,7 @@ from torch import Tensor
 from camfn._errors import CamError
 from camfn.formulas.resampling import blur, resize, resize_with_ties, with_ties
 from camfn.metrics.imputation import linear_imputation
-from camfn.metrics.pixels import known_where
+from camfn.metrics.pixels import is_count, known_where, numbers
 from camfn.metrics.scoring import Scores, by_target, clean_of, like, scored
 
 Order: TypeAlias = Literal["morf", "lerf", "difference"]
@@ -40,8 +40,8 @@ def on_cells(maps: Float[Tensor, "n t *grid"], size: Sequence[int], grid: Sequen
     `None` is the maps' own grid, or the input's size where that is coarser.
     """
     sides, own = tuple(size), tuple(maps.shape[2:])
-    found = tuple(map(min, own, sides)) if grid is None else tuple(grid)
-    if len(found) != len(sides) or not all(1 <= cells <= side for cells, side in zip(found, sides)):
+    found = tuple(map(min, own, sides)) if grid is None else numbers("grid", grid, "cells along each axis, as (7, 7)")
+    if len(found) != len(sides) or not all(is_count(cells, 1) and cells <= side for cells, side in zip(found, sides)):
         raise CamError(f"grid={grid!r} must give a number of cells for each of {len(sides)} axes, from 1 to {sides}")
     if any(cells > side for cells, side in zip(found, own)):
         return resize_with_ties(maps, found)
@@ -194,7 +194,8 @@ def deletion(
 
     **Returns** `(n,)`, or `(n, t)`. A score that is NaN makes the value of its map NaN.
 
-    **Raises** `CamError` if the shapes do not fit, if a map is not finite, or if an argument is unknown.
+    **Raises** `CamError` if the shapes do not fit, if a map is not finite, if x is not floating-point, or if an argument is
+    unknown.
 
     >>> import torch
     >>> x = torch.tensor([[[3.0, 1.0]]])
@@ -253,7 +254,7 @@ class _How(NamedTuple):
 def _area(maps: Tensor, x: Tensor, score: Scores, how: _How, minus_random: int) -> Tensor:
     if how.order not in ("morf", "lerf", "difference"):
         raise CamError(f'order={how.order!r} must be "morf", "lerf" or "difference"')
-    if isinstance(minus_random, bool) or not isinstance(minus_random, int) or minus_random < 0:
+    if not is_count(minus_random, 0):
         raise CamError(f"minus_random={minus_random!r} must be a number of random orders, 0 or more")
     given = by_target(maps, x)
     if how.order == "difference":
@@ -272,7 +273,7 @@ def _curve(given: Tensor, maps: Tensor, x: Tensor, score: Scores, how: _How, num
     order, steps, baseline, grid, seed, inserts = how
     if order not in ("morf", "lerf", "random"):
         raise CamError(f'order={order!r} must be "morf", "lerf" or "random"')
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if not is_count(steps, 1):
         raise CamError(f"steps={steps!r} must be a positive int")
     generator = torch.Generator().manual_seed(seed)
     cells = on_cells(given, x.shape[2:], grid)
@@ -434,7 +435,7 @@ def sensitivity_n(
     own, flat = tuple(values.shape[2:]), values.flatten(2)
     count = flat.shape[-1]
     chosen = max(1, count // 4) if cells is None else cells
-    if isinstance(chosen, bool) or not isinstance(chosen, int) or not 1 <= chosen <= count:
+    if not is_count(chosen, 1) or chosen > count:
         raise CamError(f"cells={cells!r} must be a number of cells, from 1 to {count}")
     generator = torch.Generator().manual_seed(seed)
     sets = torch.stack([torch.randperm(count, generator=generator).argsort() < chosen for _ in range(subsets)]).to(x.device)
@@ -462,5 +463,5 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _check_samples(count: int, name: str) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if not is_count(count, 1):
         raise CamError(f"{name}={count!r} must be a positive int")

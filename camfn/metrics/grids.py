@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from camfn import _compat
 from camfn._errors import CamError
-from camfn.metrics.pixels import rectified, rows
+from camfn.metrics.pixels import is_count, rectified, rows
 
 
 def grid_of(inputs: Float[Tensor, "n cells c h w"]) -> Float[Tensor, "n c gh gw"]:
@@ -56,8 +56,8 @@ def cell_energy(maps: Float[Tensor, "... h w"], *, cells: int = 2) -> Float[Tens
 
     Böhle et al., Convolutional Dynamic Alignment Networks, CVPR 2021 (arXiv 2104.00032), section 4.2.
     """
-    if cells < 2:
-        raise CamError(f"cells={cells!r} must be 2 or more along each side")
+    if not is_count(cells, 2):
+        raise CamError(f"cells={cells!r} must be an int of 2 or more along each side")
     energy = rectified(rows(maps, 2)).reshape(maps.shape)
     fine = energy.repeat_interleave(cells, -2).repeat_interleave(cells, -1)
     *lead, height, width = energy.shape
@@ -132,8 +132,8 @@ class DiFull(nn.Module):
 
     def __init__(self, features: nn.Module, head: nn.Module, *, cells: int = 2) -> None:
         super().__init__()
-        if cells < 2:
-            raise CamError(f"cells={cells!r} must be 2 or more along each side")
+        if not is_count(cells, 2):
+            raise CamError(f"cells={cells!r} must be an int of 2 or more along each side")
         self.features, self.head, self.grid, self.cells = features, head, nn.Identity(), cells
         self.training = self.grid.training = features.training or head.training  # the parts' own modes stay
 
@@ -145,9 +145,9 @@ class DiFull(nn.Module):
 
 def _apart(grid: Float[Tensor, "n c gh gw"], cells: int) -> Float[Tensor, "m c h w"]:
     """The cells of grids as a batch, the inverse of `grid_of`."""
+    if grid.ndim != 4 or any(side % cells for side in grid.shape[2:]):
+        raise CamError(f"the grid has shape {tuple(grid.shape)}: it must be (n, c, h, w), of {cells} x {cells} whole cells")
     count, channels, *size = grid.shape
-    if any(side % cells for side in size):
-        raise CamError(f"a grid of shape {tuple(grid.shape)} has no {cells} x {cells} whole cells")
     height, width = (side // cells for side in size)
     cut = grid.reshape(count, channels, cells, height, cells, width)
     return cut.movedim((2, 4), (1, 2)).reshape(-1, channels, height, width)

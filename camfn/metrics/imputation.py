@@ -16,6 +16,7 @@ from torch import Tensor
 from camfn._errors import CamError
 from camfn._types import wide
 from camfn.formulas.resampling import resize_with_ties
+from camfn.metrics.pixels import check_inputs, numbers
 from camfn.metrics.scoring import Scores, by_target, clean_of, like, scored
 
 _TOLERANCE = 3e-6  # the largest error in the energy norm, as a share of the largest value
@@ -42,9 +43,10 @@ def linear_imputation(
     - `noise`: the standard deviation of the noise on removed pixels, in units of x. ROAD uses 0.01.
     - `seed`: the seed of the noise. All pictures share it.
 
-    **Returns** the imputed pictures, in the dtype of x.
+    **Returns** the imputed pictures, in the dtype of x, without a graph. What the removed pixels were, NaN included, does not
+    matter unless all of them are removed.
 
-    **Raises** `CamError` if the shapes do not fit.
+    **Raises** `CamError` if the shapes do not fit, or x is not floating-point.
 
     >>> import torch
     >>> x = torch.tensor([[[0.0, 9.0, 9.0, 9.0, 4.0]]])
@@ -53,7 +55,8 @@ def linear_imputation(
 
     Rong et al., A Consistent and Efficient Evaluation Strategy for Attribution Methods, ICML 2022 (arXiv 2202.00449).
     """
-    axes = x.ndim - 2
+    check_inputs(x)
+    x, axes = x.detach(), x.ndim - 2
     if axes not in (1, 2):
         raise CamError(
             f"x has shape {tuple(x.shape)}: linear imputation needs (n, channels, *size) with one or two spatial axes"
@@ -81,7 +84,7 @@ def _solved(x: Tensor, removed: Tensor) -> Tensor:
     own = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
     lost = removed.flatten(1).all(1)[:, None, None]
     known = ~(removed & ~lost)[:, None]
-    center = (own * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True)
+    center = torch.where(known, own, 0).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True)
     # As differences from a mean, which are small, since conjugate gradients begin at 0.
     found = _harmonic(torch.where(known, own - center, 0), ~known) + center
     return torch.where(lost[:, None], own.mean((2, 3), keepdim=True), found)
@@ -258,7 +261,8 @@ def road(
     """
     if order not in ("combined", "morf", "lerf"):
         raise CamError(f'order={order!r} must be "combined", "morf" or "lerf"')
-    if not len(percentiles) or not all(0 <= p <= 100 for p in percentiles):
+    percentiles = numbers("percentiles", percentiles, "numbers from 0 to 100")
+    if not all(0 <= p <= 100 for p in percentiles):
         raise CamError(f"percentiles={percentiles!r} must be numbers from 0 to 100, one or more")
     given = by_target(maps, x)
     values = resize_with_ties(given, x.shape[2:]).flatten(2)

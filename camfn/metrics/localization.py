@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from camfn._errors import CamError
-from camfn.metrics.pixels import known_of, known_where, on_pixels, ranks, rectified
+from camfn.metrics.pixels import is_count, known_of, known_where, on_pixels, ranks, rectified
 
 
 def energy_pointing_game(
@@ -64,7 +64,7 @@ def pointing_game(
 
     Zhang et al., Top-down Neural Attention by Excitation Backprop, 2016 (arXiv 1608.00507), section 4.1.
     """
-    if not isinstance(tolerance, int) or tolerance < 0:
+    if not is_count(tolerance, 0):
         raise CamError(f"tolerance={tolerance!r} must be an integer number of pixels, 0 or more")
     values, inside = on_pixels(maps, masks, spatial_ndim, tolerance, compared=True)
     highest = (values == values.amax(-1, keepdim=True)).to(values.dtype)

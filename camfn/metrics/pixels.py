@@ -67,6 +67,12 @@ def numbers(name: str, values: Any, what: str) -> tuple[Any, ...]:
     return tuple(given)
 
 
+def check_inputs(x: Tensor) -> None:
+    """Raise `CamError` unless inputs can be masked, filled and disturbed: in integers all of these round."""
+    if not x.is_floating_point():
+        raise CamError(f"x is {x.dtype}: a metric that changes the inputs needs floating-point inputs (x.float())")
+
+
 def check_axes(axes: int) -> None:
     """Raise `CamError` unless there are one to three spatial axes."""
     if axes not in _POOL:

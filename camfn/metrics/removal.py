@@ -101,6 +101,8 @@ def deletion_check(
 
 
 def _held_without(removed: Tensor, held: Tensor) -> Tensor:
+    if not removed.ndim:
+        raise CamError("shares have shape (): they must be (..., k), of k objects")
     count = removed.shape[-1]
     if held.dtype != torch.bool or held.shape != (*removed.shape[:-1], 2**count):
         raise CamError(
@@ -135,14 +137,13 @@ def target_sensitivity(shares: Float[Tensor, "... k k"], drops: Float[Tensor, ".
     >>> target_sensitivity(torch.tensor([[0.8, 0.1], [0.8, 0.1]]), drops)
     tensor(0.)
     """
-    count = shares.shape[-1]
-    if shares.shape != drops.shape or shares.ndim < 2 or shares.shape[-2] != count:
+    if shares.shape != drops.shape or shares.ndim < 2 or shares.shape[-2] != shares.shape[-1]:
         raise CamError(
             f"shares have shape {tuple(shares.shape)} and drops {tuple(drops.shape)}: both must be (..., k, k), of k targets "
             "and their objects"
         )
     hits, tried = [], []
-    for i, j in itertools.permutations(range(count), 2):
+    for i, j in itertools.permutations(range(shares.shape[-1]), 2):
         hits.append(shares[..., i, i] > shares[..., j, i])
         tried.append((drops[..., i, i] > drops[..., i, j]) & (drops[..., j, j] > drops[..., j, i]))
     if not hits:
@@ -166,10 +167,14 @@ def irrelevant(
 
     **Returns** bools `(..., k)`.
 
+    **Raises** `CamError` if the shapes differ.
+
     >>> import torch
     >>> irrelevant(torch.tensor([0.5, 0.01, -0.3]), torch.tensor(0.9))
     tensor([False,  True,  True])
     """
+    if not drops.ndim or clean.shape != drops.shape[:-1]:
+        raise CamError(f"drops have shape {tuple(drops.shape)} and clean {tuple(clean.shape)}: they must be (..., k) and (...)")
     return drops < least * clean.abs()[..., None]
 
 
@@ -196,7 +201,7 @@ def distractibility(
     >>> distractibility(torch.tensor([0.6, 0.3, 0.0]), torch.tensor([0.5, 0.01, -0.3]), torch.tensor(0.9))
     tensor(0.5000)
     """
-    if shares.shape != drops.shape or clean.shape != drops.shape[:-1]:
+    if shares.shape != drops.shape or not drops.ndim or clean.shape != drops.shape[:-1]:
         raise CamError(
             f"shares have shape {tuple(shares.shape)}, drops {tuple(drops.shape)} and clean {tuple(clean.shape)}: the first "
             "two must be the same, and the last without the axis of objects"
@@ -218,6 +223,8 @@ def background_independence(
     - `clean`, `least`: as in `irrelevant`.
 
     **Returns** `(...)`, from 0 to 1. Higher is more independent.
+
+    **Raises** `CamError` if the shapes differ.
 
     >>> import torch
     >>> background_independence(torch.tensor([0.5, 0.01, -0.3, 0.0]), torch.tensor(0.9))

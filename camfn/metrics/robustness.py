@@ -9,7 +9,7 @@ from torch import Tensor
 
 from camfn._errors import CamError
 from camfn.formulas.noise import uniform
-from camfn.metrics.pixels import rows
+from camfn.metrics.pixels import check_inputs, is_count, rows
 
 
 def maximum_sensitivity(
@@ -41,7 +41,7 @@ def maximum_sensitivity(
     **Returns** `(n,)` or `(n, t)`, float32 or wider: one value for each map. A map of zeros that stays zero has 0, and one
     that changes has infinity. The value is NaN if one of the maps is not finite.
 
-    **Raises** `CamError` if the radius is not positive, or there are no draws.
+    **Raises** `CamError` if the radius is not positive, there are no draws, or the inputs are not floating-point.
 
     >>> import torch
     >>> maximum_sensitivity(lambda x: x.sum(1), torch.rand(2, 3, 4, 4)).shape
@@ -49,8 +49,9 @@ def maximum_sensitivity(
 
     Yeh et al., On the (In)fidelity and Sensitivity of Explanations, NeurIPS 2019 (arXiv 1901.09392), definition 2.2.
     """
-    if not radius > 0 or draws < 1:
-        raise CamError(f"radius={radius!r} must be positive, and draws={draws!r} at least 1")
+    check_inputs(x)
+    if not radius > 0 or not is_count(draws, 1):
+        raise CamError(f"radius={radius!r} must be positive, and draws={draws!r} an int of at least 1")
     clean = rows(explain(x), spatial_ndim)
     spread = (x.flatten(1).amax(1) - x.flatten(1).amin(1)).reshape(-1, *(1,) * (x.ndim - 1))
     size, worst = clean.norm(dim=-1), torch.zeros(clean.shape[:-1], dtype=clean.dtype, device=clean.device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from camfn._errors import CamError
 from camfn._types import Classes, Inputs, State, Target, wide
 from camfn.methods._common import clean_scores
+from camfn.metrics.pixels import check_inputs
 from camfn.model.forward import Forward, another_batch, first_nonfinite, look
 from camfn.model.inputs import Key, rows_of
 from camfn.model.prepare import Call, Prepared, prepare, restarted
@@ -166,6 +167,7 @@ _PIXELS = 1 << 24  # of changed inputs that are made at once
 
 def by_target(maps: Tensor, x: Tensor) -> Float[Tensor, "n t *grid"]:
     """Maps `(n, *grid)` or `(n, t, *grid)` of inputs `(n, channels, *size)` with an axis of targets, in float32 or wider."""
+    check_inputs(x)
     if x.ndim < 3 or maps.ndim not in (x.ndim - 1, x.ndim) or len(maps) != len(x) or not maps.numel():
         raise CamError(
             f"maps have shape {tuple(maps.shape)} and x {tuple(x.shape)}: for x (n, channels, *size), maps are (n, *grid), or "

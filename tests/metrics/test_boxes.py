@@ -124,6 +124,11 @@ def test_what_box_metrics_do_not_take():
         metrics.box_ious(torch.zeros(1, 4, 4), [[[0, 0, 1, 1]], []])
     with pytest.raises(CamError, match="an image has no box"):
         metrics.box_ious(torch.zeros(1, 4, 4), [[]])
+    for boxes in ([[0, 0, 1, 1], [0, 0, 1]], [["left", 0, 1, 1]]):
+        with pytest.raises(CamError, match=r"boxes of an image are not \(k, 4\) numbers"):
+            metrics.box_ious(torch.zeros(1, 4, 4), [boxes])
+        with pytest.raises(CamError, match=r"boxes of an image are not \(k, 4\) numbers"):
+            metrics.boxes_to_masks([boxes], (4, 4))
     with pytest.raises(CamError, match=r"must be \(k, 4\)"):
         metrics.box_ious(torch.zeros(1, 4, 4), [[[0, 0, 1]]])
     for shape in ((0, 1000), (4, 0), (4,)):

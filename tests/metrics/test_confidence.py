@@ -273,6 +273,12 @@ def test_what_metrics_of_confidence_do_not_take(metric):
         metric(map, x, probabilities)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_map_of_bools_or_ints_is_a_mask(dtype):
+    x, map = random(2, 3, 8, 8), random(2, 4, 4) > 0.5
+    assert torch.equal(metrics.average_drop(map.to(dtype), x, one), metrics.average_drop(map.float(), x, one))
+
+
 def test_explain_must_give_maps_of_the_same_shape():
     x, map = random(2, 3, 8, 8), random(2, 4, 4)
     with pytest.raises(CamError, match=r"explain gives maps of shape \(2, 8, 8\), and maps have shape \(2, 4, 4\)"):

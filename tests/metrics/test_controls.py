@@ -65,6 +65,12 @@ def test_random_pixels_are_uniform_and_leave_the_global_state():
     assert float(maps.std()) == pytest.approx(1 / math.sqrt(12), abs=0.01)
 
 
+@pytest.mark.parametrize("name", metrics.CONTROLS)
+def test_a_grid_is_a_sequence(name):
+    with pytest.raises(CamError, match="grid=7 must be a sequence of sides"):
+        metrics.CONTROLS[name](inputs(8, 8), 7, 0)
+
+
 def test_a_grid_has_the_axes_of_the_input():
     with pytest.raises(CamError, match=r"grid=\(4,\) has 1 axes, and the input \(3, 2, 8, 8\) has 2 spatial ones"):
         metrics.input_edges(inputs(8, 8), (4,), 0)

@@ -387,6 +387,8 @@ def test_what_metrics_do_not_take():
         ({"baseline": torch.zeros(5)}, r"baseline has shape \(5,\), which does not fit x"),
         ({"grid": (9, 4)}, r"grid=\(9, 4\) must give a number of cells"),
         ({"grid": (4,)}, r"grid=\(4,\) must give a number of cells"),
+        ({"grid": (2.5, 4)}, r"grid=\(2\.5, 4\) must give a number of cells"),
+        ({"grid": 7}, r"grid=7 must be a sequence of cells along each axis"),
         ({"minus_random": -1}, "minus_random=-1 must be a number of random orders"),
         ({"minus_random": 1, "order": "difference"}, "has no use for minus_random="),
     ]
@@ -418,6 +420,23 @@ def test_shapes_that_do_not_fit(metric):
         metric(
             map.index_fill(0, torch.tensor([0]), 0).index_put((torch.tensor(0),) * 3, torch.tensor(math.nan).double()), x, first
         )
+
+
+EVERY = [
+    *(*AREAS, metrics.road, metrics.infidelity, metrics.sensitivity_n),
+    *(metrics.average_drop, metrics.increase_in_confidence, metrics.average_gain),
+    lambda map, x, score: metrics.coherency(map, x, lambda inputs: map),
+    lambda map, x, score: metrics.maximum_sensitivity(lambda inputs: inputs.float().mean(1), x),
+]
+
+
+@pytest.mark.parametrize("metric", EVERY)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_inputs_that_are_changed_are_floating_point(metric, dtype):
+    """Of integers, a mask of 0.9 would be 0, and small noise would be nothing."""
+    x, map = (255 * random(2, 3, 8, 8)).to(dtype), random(2, 4, 4)
+    with pytest.raises(CamError, match=rf"x is {dtype}: .* needs floating-point inputs \(x\.float\(\)\)"):
+        metric(map, x, lambda inputs: inputs.float().mean((1, 2, 3))[:, None] / 255)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])

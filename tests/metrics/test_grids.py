@@ -58,8 +58,9 @@ def test_what_grids_do_not_take():
         metrics.grid_of(random(1, 3, 3, 4, 4))
     with pytest.raises(CamError, match=r"they must be \(\.\.\., g\*g, c, h, w\)"):
         metrics.grid_of(random(1, 3, 4, 4))
-    with pytest.raises(CamError, match="must be 2 or more"):
-        metrics.cell_energy(random(4, 4), cells=1)
+    for cells in (1, 2.5, True):
+        with pytest.raises(CamError, match="must be an int of 2 or more"):
+            metrics.cell_energy(random(4, 4), cells=cells)
     with pytest.raises(CamError, match=r"cell has shape \(\), and the maps need \(2,\)"):
         metrics.grid_pointing_game(random(2, 4, 4), torch.tensor(1))
     with pytest.raises(CamError, match="found 0 to 4"):
@@ -127,7 +128,9 @@ def test_the_modes_of_the_parts_stay():
 
 def test_what_a_network_of_cells_does_not_take():
     features, head = parts()
-    with pytest.raises(CamError, match="cells=1 must be 2 or more"):
-        metrics.DiFull(features, head, cells=1)
-    with pytest.raises(CamError, match=r"a grid of shape \(1, 2, 8, 9\) has no 2 x 2 whole cells"):
-        metrics.DiFull(features, head)(random(1, 2, 8, 9))
+    for cells in (1, 2.5, True):
+        with pytest.raises(CamError, match=f"cells={cells} must be an int of 2 or more"):
+            metrics.DiFull(features, head, cells=cells)
+    for shape in ((1, 2, 8, 9), (2, 8, 8), (8,), (1, 2, 8, 8, 8)):
+        with pytest.raises(CamError, match=r"the grid has shape .*: it must be \(n, c, h, w\), of 2 x 2 whole cells"):
+            metrics.DiFull(features, head)(random(*shape))

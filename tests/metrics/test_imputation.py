@@ -92,6 +92,20 @@ def test_imputation_does_not_depend_on_neighbors():
         )
 
 
+def test_what_a_removed_pixel_was_does_not_matter():
+    x, removed = random(2, 2, 16, 16), masks("blobs", 2, (16, 16))
+    for value in (torch.nan, torch.inf):
+        broken = torch.where(removed[:, None], value, x)
+        assert torch.equal(metrics.linear_imputation(broken, removed), metrics.linear_imputation(x, removed))
+
+
+def test_imputation_has_no_graph():
+    x, removed = random(2, 2, 16, 16), masks("blobs", 2, (16, 16))
+    found = metrics.linear_imputation(x.clone().requires_grad_(), removed)
+    assert not found.requires_grad
+    assert torch.equal(found, metrics.linear_imputation(x, removed))
+
+
 def test_noise_is_that_of_the_seed_on_removed_pixels():
     x, removed = random(2, 3, 16, 16), masks("blobs", 2, (16, 16))
     plain, noisy = (metrics.linear_imputation(x, removed, noise=noise, seed=1) for noise in (0.0, 0.5))
@@ -123,6 +137,8 @@ def test_what_imputation_does_not_take():
     for removed in (torch.zeros(2, 8, 8), torch.zeros(2, 8, 7, dtype=torch.bool), torch.zeros(8, 8, dtype=torch.bool)):
         with pytest.raises(CamError, match="removed is torch"):
             metrics.linear_imputation(x, removed)
+    with pytest.raises(CamError, match=r"x is torch\.uint8: .* needs floating-point inputs"):
+        metrics.linear_imputation(x.to(torch.uint8), torch.zeros(2, 8, 8, dtype=torch.bool))
     with pytest.raises(CamError, match=r"needs .* with one or two spatial axes"):
         metrics.linear_imputation(random(1, 1, 4, 4, 4), torch.zeros(1, 4, 4, 4, dtype=torch.bool))
 
@@ -227,6 +243,7 @@ def test_what_road_does_not_take():
         ({"order": "both"}, "order='both'"),
         ({"percentiles": []}, "percentiles="),
         ({"percentiles": [101]}, "percent"),
+        ({"percentiles": 50}, "percentiles=50 must be a sequence of numbers from 0 to 100"),
     ]:
         with pytest.raises(CamError, match=message):
             metrics.road(map, x, seen, **options)

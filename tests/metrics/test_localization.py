@@ -266,7 +266,7 @@ def test_metrics_map_over_a_batch_with_a_tolerance():
     assert torch.equal(found, metrics.pointing_game(map, mask, tolerance=1))
 
 
-@pytest.mark.parametrize("tolerance", [-1, 1.5])
+@pytest.mark.parametrize("tolerance", [-1, 1.5, True])
 def test_tolerance_is_a_whole_number_of_pixels(tolerance):
     with pytest.raises(CamError, match="must be an integer number of pixels"):
         metrics.pointing_game(one(0, 0), TOP_LEFT, tolerance=tolerance)

@@ -98,6 +98,15 @@ def test_what_removal_metrics_do_not_take():
         metrics.preservation_check(random(2, 3), random(2, 8))
     with pytest.raises(CamError, match=r"it must be bools \(2, 8\), one for each set of the 3 objects"):
         metrics.deletion_check(random(2, 3), random(2, 4) > 0.5)
+    for check in (metrics.preservation_check, metrics.deletion_check):
+        with pytest.raises(CamError, match=r"shares have shape \(\): they must be \(\.\.\., k\)"):
+            check(torch.tensor(0.5), torch.tensor(True))
+    for metric in (metrics.irrelevant, metrics.background_independence):
+        for drops, clean in ((random(2, 3), random(3)), (random(2, 3), random(2, 1)), (torch.tensor(0.5), torch.tensor(0.5))):
+            with pytest.raises(CamError, match=r"they must be \(\.\.\., k\) and \(\.\.\.\)"):
+                metric(drops, clean)
+    with pytest.raises(CamError, match=r"both must be \(\.\.\., k, k\)"):
+        metrics.target_sensitivity(torch.tensor(0.5), torch.tensor(0.5))
     with pytest.raises(CamError, match=r"both must be \(\.\.\., k, k\)"):
         metrics.target_sensitivity(random(2, 3), random(2, 3))
     with pytest.raises(CamError, match="the last without the axis of objects"):

@@ -84,7 +84,7 @@ def test_global_random_numbers_are_not_drawn():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("wrong", [{"radius": 0}, {"draws": 0}])
+@pytest.mark.parametrize("wrong", [{"radius": 0}, {"draws": 0}, {"draws": 2.5}])
 def test_what_it_does_not_take(wrong):
     with pytest.raises(CamError, match="must be positive, and draws="):
         metrics.maximum_sensitivity(first_channel, inputs(), **wrong)
