@@ -44,9 +44,9 @@ def box_ious(
 ) -> Float[Tensor, "n thresholds"]:
     """The best overlap of a reference box with a box of the map, at each threshold. The input of `max_box_acc`.
 
-    At a threshold, the map gives the boxes of all contours of what lies above it: of its connected regions (8 neighbors) and
-    of the holes in them. This is the rule of the published evaluator, to the pixel: maps are read as 8-bit pictures, a
-    threshold is a share of the picture's maximum, boxes are one pixel too wide but at the border, and sides count their ends.
+    A threshold gives the bounding boxes of all contours of the region above it: of its connected parts (8 neighbors) and of the
+    holes in them. This is the rule of the published evaluator, to the pixel: maps are read as 8-bit pictures, a threshold is a
+    share of the picture's maximum, boxes are one pixel too wide except at the border, and sides count their ends.
 
     **Arguments**
 
@@ -107,7 +107,7 @@ def max_box_acc(ious: Float[Tensor, "n thresholds"], *, at: Sequence[float] = (0
     Choe et al., Evaluation for Weakly Supervised Object Localization, 2020 (arXiv 2007.04178), section 3.2.
     """
     if ious.ndim != 2 or not ious.numel():
-        raise CamError(f"ious have shape {tuple(ious.shape)}: they must be (n, thresholds), with at least one of each")
+        raise CamError(f"ious have shape {tuple(ious.shape)}: pass at least one image and one threshold, (n, thresholds)")
     at = numbers("at", at, "IoUs, as (0.3, 0.5, 0.7)")
     shares = [(ious >= enough).double().mean(0) for enough in at]
     best = [(float(share.max()), int(share.argmax()) / ious.shape[1]) for share in shares]

@@ -1,4 +1,4 @@
-"""Metrics of confidence: what becomes of the score of an input that is multiplied by its map.
+"""Metrics of confidence: how the score changes when the input is multiplied by its map.
 
 They reward wide maps: a map of ones leaves the input as it is, drops nothing, and is perfectly coherent. They are circular for
 methods that look for a mask with a high score (`CIRCULAR`). Report them with their values for controls.

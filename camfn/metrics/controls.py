@@ -1,4 +1,4 @@
-"""Controls: maps that know neither class nor network. A method that is no better has shown nothing.
+"""Controls: maps that know neither class nor network. A method that does not beat the controls provides no evidence.
 
 Each is a function `(x, grid, seed) -> maps (n, *grid)`, and `CONTROLS` has them by name. Two more controls are methods of
 camfn: `CONTROL_METHODS`.
@@ -110,7 +110,7 @@ def _sobel(values: Tensor, along: int, axes: int) -> Tensor:
 
 
 def all_ones(x: Tensor, grid: Sequence[int], seed: int = 0) -> Float[Tensor, "n ..."]:
-    """A map of ones: nothing is hidden, and nothing is told. Average drop must be 0 for it, so it must not be normalized.
+    """A map of ones. It hides nothing and carries no information. Average drop must be 0 for it, so it must not be normalized.
 
     **Arguments** as in `centered_gaussian`.
 

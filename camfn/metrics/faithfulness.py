@@ -1,4 +1,4 @@
-"""Metrics of faithfulness: what becomes of the score when the parts go that the map calls important, or the others."""
+"""Metrics of faithfulness: how the score changes when the important parts of the input are removed."""
 
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
@@ -173,8 +173,8 @@ def deletion(
         int_0^1 s(x without the share f of its cells) df
 
     Lower is better for `"morf"`, the most relevant first; higher is better for `"lerf"`, the least relevant first, and for
-    `"difference"`, which is the area of `"lerf"` less that of `"morf"`. Whole cells of the map's grid are removed: noise, edges
-    and random orders do well where single pixels are.
+    `"difference"`, which is the area of `"lerf"` less that of `"morf"`. Whole cells of the map's grid are removed: with
+    single pixels, noise, edges and random orders score well.
 
     **Arguments**
 
@@ -188,7 +188,8 @@ def deletion(
     - `steps`: the number of steps, at most one for each cell. The share of the cells grows evenly, up to whole cells.
     - `baseline`: what a removed pixel becomes. `"zero"`; `"mean"`, its channel's mean in this input; `"blur"`, a Gaussian blur
       with a standard deviation of a tenth of the longest side; `"linear"`, imputed from its neighbors with noise, as in
-      `road`; or a tensor that fits x.
+      `road`; or a tensor that fits x. The default is `"mean"` for deletion and `sensitivity_n`, `"blur"` for insertion, and
+      `"zero"` for `infidelity`.
     - `grid`: another grid of cells: means of the map where it is coarser. Give it to compare maps on different grids.
     - `seed`: the seed of ties, of random orders, and of noise.
 

@@ -109,7 +109,7 @@ def iou(
 
         |{p: L_p > threshold * max L} & mask| / |{...} | mask|
 
-    The best threshold differs between methods by far. A fixed one compares ranges of values rather than places: choose it
+    The best threshold differs greatly between methods. A fixed one compares ranges of values rather than places: choose it
     for each method over the data, as `max_box_acc` does.
 
     **Arguments**

@@ -36,7 +36,7 @@ def model_randomization(
 ) -> Randomization:
     """The similarity of a map with itself when the weights are drawn anew, layer by layer from the output downwards.
 
-    A map that stays as it is does not depend on the weights: it draws the picture's edges, say. A method that explains no
+    A map that stays as it is does not depend on the weights: it may only show the image's edges. A method that explains no
     class passes below the classifier only.
 
     **Arguments**

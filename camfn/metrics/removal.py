@@ -1,4 +1,4 @@
-"""Removal of objects: whether a map says what the score does when an object is taken out. The protocols of FunnyBirds.
+"""Removal of objects: whether a map predicts the change of the score when an object is removed. The protocols of FunnyBirds.
 
 They are functions of the shares of a map on the objects (`object_energy`, or a sum of signed values), and of what the model
 did without them. `camfn.demo.interventions` draws the pictures. A set of removed objects has a number: bit j is 1 if object j
@@ -39,7 +39,7 @@ def single_deletion(
     **Returns** `(...)`, from -1 to 1; the paper reports `(r + 1) / 2`. It is 0 if either is constant, and NaN if a share or
     a drop is not finite.
 
-    **Raises** `CamError` if the shapes differ, or there are not two objects or more.
+    **Raises** `CamError` if the shapes differ, or there are fewer than two objects.
 
     >>> import torch
     >>> single_deletion(torch.tensor([0.7, 0.1, 0.2]), torch.tensor([5.0, -1.0, 0.0]))
@@ -47,7 +47,8 @@ def single_deletion(
     """
     if shares.shape != drops.shape or shares.shape[-1:] < (2,):
         raise CamError(
-            f"shares have shape {tuple(shares.shape)} and drops {tuple(drops.shape)}: the same, of two objects or more"
+            f"shares have shape {tuple(shares.shape)} and drops {tuple(drops.shape)}: pass at least two objects, and the same "
+            "shape"
         )
     known = (shares.isfinite() & drops.isfinite()).all(-1)
     pair = (ranks(values) if ranked else values.double() for values in (shares, drops))

@@ -1,4 +1,5 @@
-"""Score functions: from inputs to the scores of a target that was settled once. Metrics ask nothing else of a model."""
+"""Score functions: from inputs to the scores of a target that is fixed on the original inputs. Metrics ask nothing else of a
+model."""
 
 from collections.abc import Callable
 from functools import partial
@@ -39,7 +40,8 @@ def score_function(
 ) -> "ScoreFunction":
     """The scores of a target, as a function of inputs.
 
-    The target is settled on `x`: the class `None` is the class predicted on x, and stays that class for all inputs. Metrics
+    The function fixes the target on the original inputs `x`: the class `None` is the class predicted on x, and stays that class
+    for all inputs. Metrics
     take this function, or any other with the same shapes.
 
     **Arguments**

@@ -1,8 +1,7 @@
 """Metrics of class sensitivity: whether a map is that of its class. They come first: a map of no class can pass all others.
 
-Three more questions are asked with the same means: `rank_correlation` of the maps of two classes, of a map and that of a
-`permuted_classifier` or a `random_classifier` (`camfn.metrics.states`), and what happens if an object is removed
-(`camfn.metrics.removal`).
+Related checks: `rank_correlation` of the maps of two classes; `rank_correlation` of a map and that of a `permuted_classifier`
+or a `random_classifier` (`camfn.metrics.states`); and the removal of an object (`camfn.metrics.removal`).
 """
 
 from jaxtyping import Bool, Float
@@ -82,7 +81,9 @@ def other_object_energy(
     """
     energy = object_energy(maps, masks, spatial_ndim=spatial_ndim)
     if energy.shape[-1] != energy.shape[-2] or energy.shape[-1] < 2:
-        raise CamError(f"there are {energy.shape[-2]} targets and {energy.shape[-1]} objects: as many of each, and two or more")
+        raise CamError(
+            f"there are {energy.shape[-2]} targets and {energy.shape[-1]} objects: pass as many of each, at least two"
+        )
     total = energy.sum(-1)
     own = energy.diagonal(dim1=-2, dim2=-1)
     return known_where(total > 0, (total - own) / total)

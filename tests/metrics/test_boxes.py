@@ -132,7 +132,7 @@ def test_what_box_metrics_do_not_take():
     with pytest.raises(CamError, match=r"must be \(k, 4\)"):
         metrics.box_ious(torch.zeros(1, 4, 4), [[[0, 0, 1]]])
     for shape in ((0, 1000), (4, 0), (4,)):
-        with pytest.raises(CamError, match="with at least one of each"):
+        with pytest.raises(CamError, match="pass at least one image and one threshold"):
             metrics.max_box_acc(torch.zeros(shape))
     for at in ((), 0.5, "0.5"):
         with pytest.raises(CamError, match=r"at=.* must be a sequence of IoUs"):
