@@ -15,7 +15,7 @@ from torch import Tensor
 from camfn._errors import CamError
 from camfn._types import wide
 from camfn.formulas.noise import uniform
-from camfn.metrics.pixels import numbers
+from camfn.metrics.pixels import sides
 
 Control = Callable[[Tensor, Sequence[int], int], Tensor]
 
@@ -41,7 +41,7 @@ def centered_gaussian(x: Tensor, grid: Sequence[int], seed: int = 0, *, deviatio
     >>> centered_gaussian(torch.zeros(1, 3, 8, 8), (1, 3))
     tensor([[[0.4111, 1.0000, 0.4111]]])
     """
-    grid = numbers("grid", grid, "sides, as (7, 7)")
+    grid = sides(grid)
     bell = torch.ones((), device=x.device, dtype=wide(x.dtype))
     for side in grid:
         place = (2 * torch.arange(side, device=x.device, dtype=bell.dtype) + 1 - side) / (2 * side)  # symmetric to the bit
@@ -64,7 +64,7 @@ def random_pixels(x: Tensor, grid: Sequence[int], seed: int = 0) -> Float[Tensor
     >>> torch.equal(three[:2], two)
     True
     """
-    grid = numbers("grid", grid, "sides, as (7, 7)")
+    grid = sides(grid)
     drawn = uniform(seed, len(x) * math.prod(grid)).reshape(len(x), *grid)
     return drawn.to(x.device, wide(x.dtype))
 
@@ -90,7 +90,7 @@ def input_edges(x: Tensor, grid: Sequence[int], seed: int = 0) -> Float[Tensor, 
     >>> input_edges(x, (4, 4))[0, 0].tolist()
     [0.0, 4.0, 4.0, 0.0]
     """
-    axes, grid = x.ndim - 2, numbers("grid", grid, "sides, as (7, 7)")
+    axes, grid = x.ndim - 2, sides(grid)
     if len(grid) != axes or axes not in _POOL:
         raise CamError(f"grid={tuple(grid)!r} has {len(grid)} axes, and the input {tuple(x.shape)} has {axes} spatial ones")
     values = x.to(wide(x.dtype))
@@ -120,7 +120,7 @@ def all_ones(x: Tensor, grid: Sequence[int], seed: int = 0) -> Float[Tensor, "n 
     >>> all_ones(torch.zeros(2, 3, 8, 8), (1, 2)).tolist()
     [[[1.0, 1.0]], [[1.0, 1.0]]]
     """
-    return torch.ones(len(x), *numbers("grid", grid, "sides, as (7, 7)"), device=x.device, dtype=wide(x.dtype))
+    return torch.ones(len(x), *sides(grid), device=x.device, dtype=wide(x.dtype))
 
 
 CONTROLS: dict[str, Control] = {

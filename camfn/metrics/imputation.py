@@ -263,7 +263,7 @@ def road(
         raise CamError(f'order={order!r} must be "combined", "morf" or "lerf"')
     percentiles = numbers("percentiles", percentiles, "numbers from 0 to 100")
     if not all(0 <= p <= 100 for p in percentiles):
-        raise CamError(f"percentiles={percentiles!r} must be numbers from 0 to 100, one or more")
+        raise CamError(f"percentiles={percentiles!r} must be numbers from 0 to 100")
     given = by_target(maps, x)
     values = resize_with_ties(given, x.shape[2:]).flatten(2)
 

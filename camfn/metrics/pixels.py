@@ -1,7 +1,7 @@
 """What metrics of maps share: maps and masks as rows of pixels, and ranks with ties shared."""
 
 from collections.abc import Callable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,13 @@ def rectified(rows: Tensor) -> Tensor:
     return rescale(rows.clamp(min=0), -1)
 
 
+def real(maps: Tensor) -> Tensor:
+    """Return the maps in float32 or wider, or raise `CamError` if they are complex."""
+    if maps.is_complex():
+        raise CamError(f"maps are {maps.dtype}: they must be real")
+    return maps.to(wide(maps.dtype))
+
+
 def on_pixels(maps: Tensor, masks: Tensor, axes: int, dilation: int = 0, *, compared: bool = False) -> tuple[Tensor, Tensor]:
     """Return the maps and the dilated masks at the masks' size, `(..., pixels)`. `compared` keeps ties of values.
 
@@ -49,7 +56,7 @@ def on_pixels(maps: Tensor, masks: Tensor, axes: int, dilation: int = 0, *, comp
         raise CamError(
             f"maps have shape {tuple(maps.shape)} and masks {tuple(masks.shape)}: all axes but the last {axes} must be the same"
         )
-    known = _nan_unless_finite(maps.to(wide(maps.dtype)), axes)
+    known = _nan_unless_finite(real(maps), axes)
     resized = (resize_with_ties if compared else resize)(known, masks.shape[-axes:])
     return resized.flatten(-axes), _dilate(masks, dilation, axes).flatten(-axes)
 
@@ -64,7 +71,15 @@ def numbers(name: str, values: Any, what: str) -> tuple[Any, ...]:
     given = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
     if not isinstance(given, Sequence) or not len(given) or not all(isinstance(each, Real) for each in given):
         raise CamError(f"{name}={values!r} must be a sequence of {what}")
-    return tuple(given)
+    return tuple(int(each) if isinstance(each, Integral) and not isinstance(each, bool) else each for each in given)
+
+
+def sides(grid: Any) -> tuple[int, ...]:
+    """Return the size of a map as a tuple, or raise `CamError`."""
+    found = numbers("grid", grid, "sides, as (7, 7)")
+    if not all(is_count(side, 1) for side in found):
+        raise CamError(f"grid={grid!r} must have sides that are ints of 1 or more")
+    return found
 
 
 def check_inputs(x: Tensor) -> None:

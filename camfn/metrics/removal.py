@@ -120,7 +120,8 @@ def target_sensitivity(shares: Float[Tensor, "... k k"], drops: Float[Tensor, ".
         mean over pairs i, j of [s_ii > s_ji] and [s_jj > s_ij]
 
     Only pairs count in which the model itself tells the two apart: removing object i lowers score i more than removing j
-    does, and the other way round. A tie is a miss, as the authors have it, so that a map of no class scores 0.
+    does, and the other way round. A tie is a miss, as the authors have it, so that a map of no class scores 0. A share that
+    is NaN is a miss, too.
 
     **Arguments**
 

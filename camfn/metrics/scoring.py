@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from camfn._errors import CamError
 from camfn._types import Classes, Inputs, State, Target, wide
 from camfn.methods._common import clean_scores
-from camfn.metrics.pixels import check_inputs
+from camfn.metrics.pixels import check_inputs, real
 from camfn.model.forward import Forward, another_batch, first_nonfinite, look
 from camfn.model.inputs import Key, rows_of
 from camfn.model.prepare import Call, Prepared, prepare, restarted
@@ -177,7 +177,7 @@ def by_target(maps: Tensor, x: Tensor) -> Float[Tensor, "n t *grid"]:
         )
     if not bool(torch.isfinite(maps).all()):
         raise CamError(f"maps have {int((~torch.isfinite(maps)).sum())} NaN or infinite values, which no metric can rank")
-    found = maps.detach().to(x.device, wide(maps.dtype))
+    found = real(maps.detach()).to(x.device)
     return found if maps.ndim == x.ndim else found[:, None]
 
 

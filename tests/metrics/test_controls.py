@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +70,10 @@ def test_random_pixels_are_uniform_and_leave_the_global_state():
 def test_a_grid_is_a_sequence(name):
     with pytest.raises(CamError, match="grid=7 must be a sequence of sides"):
         metrics.CONTROLS[name](inputs(8, 8), 7, 0)
+    for grid in ((2.5, 3), (True, 3), (0, 3)):
+        with pytest.raises(CamError, match="must have sides that are ints of 1 or more"):
+            metrics.CONTROLS[name](inputs(8, 8), grid, 0)
+    assert metrics.CONTROLS[name](inputs(8, 8), np.array([2, 3]), 0).shape == (3, 2, 3)
 
 
 def test_a_grid_has_the_axes_of_the_input():

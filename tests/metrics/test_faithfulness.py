@@ -271,6 +271,8 @@ def test_a_coarser_grid_has_the_means_of_the_map():
     x, map = random(2, 2, 8, 8), random(2, 8, 8, seed=1)
     means = map.reshape(2, 4, 2, 4, 2).mean((2, 4))
     assert torch.equal(metrics.deletion(map, x, first, grid=(4, 4)), metrics.deletion(means, x, first))
+    cells = np.array([4, 4])
+    assert torch.equal(metrics.deletion(map, x, first, grid=cells), metrics.deletion(means, x, first))
     finer = metrics.deletion(means, x, first, grid=(8, 8))
     assert torch.equal(finer, metrics.deletion(camfn.maps.resize(means, (8, 8)), x, first))
 
@@ -416,6 +418,8 @@ def test_shapes_that_do_not_fit(metric):
             metric(maps, x, first)
     with pytest.raises(CamError, match=r"the score has shape .* and maps have 1 target"):
         metric(map, x, bent)
+    with pytest.raises(CamError, match=r"maps are torch\.complex128: they must be real"):
+        metric(map.to(torch.complex128), x, first)
     with pytest.raises(CamError, match="maps have 1 NaN or infinite values"):
         metric(
             map.index_fill(0, torch.tensor([0]), 0).index_put((torch.tensor(0),) * 3, torch.tensor(math.nan).double()), x, first

@@ -240,6 +240,8 @@ def test_metrics_are_float32_or_wider(metric, dtype):
 def test_what_a_metric_does_not_take(metric):
     with pytest.raises(CamError, match=r"masks are torch\.float32: they must be bools"):
         metric(one(0, 0), TOP_LEFT.float())
+    with pytest.raises(CamError, match=r"maps are torch\.complex64: they must be real"):
+        metric(one(0, 0).to(torch.complex64), TOP_LEFT)
     with pytest.raises(CamError, match=r"maps have shape \(2, 4, 6\) and masks \(4, 6\): all axes but the last 2"):
         metric(torch.zeros(2, 4, 6), TOP_LEFT)
     with pytest.raises(CamError, match=r"maps have shape \(4,\) and masks"):
