@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from camfn._errors import CamError, first_line
-from camfn.metrics.pixels import numbers
+from camfn.metrics.scoring import numbers
 
 LEVELS = 256
 """The published evaluator reads a map as an 8-bit picture."""

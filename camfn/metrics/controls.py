@@ -15,7 +15,7 @@ from torch import Tensor
 from camfn._errors import CamError
 from camfn._types import wide
 from camfn.formulas.noise import uniform
-from camfn.metrics.pixels import sides
+from camfn.metrics.scoring import sides
 
 Control = Callable[[Tensor, Sequence[int], int], Tensor]
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from camfn._errors import CamError
 from camfn.formulas.resampling import blur, resize, resize_with_ties, with_ties
 from camfn.metrics.imputation import linear_imputation
-from camfn.metrics.pixels import is_count, known_where, numbers
-from camfn.metrics.scoring import Scores, by_target, clean_of, like, scored
+from camfn.metrics.scoring import Scores, by_target, clean_of, is_count, like, numbers, scored
 
 Order: TypeAlias = Literal["morf", "lerf", "difference"]
 Baseline: TypeAlias = Literal["zero", "mean", "blur", "linear"] | Tensor
@@ -460,7 +459,7 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
     varied = (norms[0] > flat) & (norms[1] > flat)
     product = torch.where(varied, norms[0] * norms[1], 1)
     finite = (a.isfinite() & b.isfinite()).all(-1)
-    return known_where(finite, torch.where(varied, (off[0] * off[1]).sum(-1) / product, 0))
+    return torch.where(finite, torch.where(varied, (off[0] * off[1]).sum(-1) / product, 0), torch.nan)
 
 
 def _check_samples(count: int, name: str) -> None:

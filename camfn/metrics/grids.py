@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from camfn import _compat
 from camfn._errors import CamError
-from camfn.metrics.pixels import is_count, rectified, rows
+from camfn.metrics.pixels import rectified, rows
+from camfn.metrics.scoring import is_count
 
 
 def grid_of(inputs: Float[Tensor, "n cells c h w"]) -> Float[Tensor, "n c gh gw"]:

@@ -16,8 +16,7 @@ from torch import Tensor
 from camfn._errors import CamError
 from camfn._types import wide
 from camfn.formulas.resampling import resize_with_ties
-from camfn.metrics.pixels import check_inputs, numbers
-from camfn.metrics.scoring import Scores, by_target, clean_of, like, scored
+from camfn.metrics.scoring import Scores, by_target, check_inputs, clean_of, like, numbers, scored
 
 _TOLERANCE = 3e-6  # the largest error in the energy norm, as a share of the largest value
 _MOST = 1000  # iterations, of which some 30 are needed

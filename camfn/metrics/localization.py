@@ -7,7 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from camfn._errors import CamError
-from camfn.metrics.pixels import is_count, known_of, known_where, on_pixels, ranks, rectified
+from camfn.metrics.pixels import known_of, known_where, on_pixels, ranks, rectified
+from camfn.metrics.scoring import is_count
 
 
 def energy_pointing_game(

@@ -1,10 +1,8 @@
 """What metrics of maps share: maps and masks as rows of pixels, and ranks with ties shared."""
 
-from collections.abc import Callable, Sequence
-from numbers import Integral, Real
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +11,7 @@ from camfn._errors import CamError
 from camfn._types import wide
 from camfn.formulas.resampling import resize, resize_with_ties
 from camfn.formulas.scaling import rescale
+from camfn.metrics.scoring import real
 
 _POOL: dict[int, Callable[..., Any]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
@@ -37,13 +36,6 @@ def rectified(rows: Tensor) -> Tensor:
     return rescale(rows.clamp(min=0), -1)
 
 
-def real(maps: Tensor) -> Tensor:
-    """Return the maps in float32 or wider, or raise `CamError` if they are complex."""
-    if maps.is_complex():
-        raise CamError(f"maps are {maps.dtype}: they must be real")
-    return maps.to(wide(maps.dtype))
-
-
 def on_pixels(maps: Tensor, masks: Tensor, axes: int, dilation: int = 0, *, compared: bool = False) -> tuple[Tensor, Tensor]:
     """Return the maps and the dilated masks at the masks' size, `(..., pixels)`. `compared` keeps ties of values.
 
@@ -59,33 +51,6 @@ def on_pixels(maps: Tensor, masks: Tensor, axes: int, dilation: int = 0, *, comp
     known = _nan_unless_finite(real(maps), axes)
     resized = (resize_with_ties if compared else resize)(known, masks.shape[-axes:])
     return resized.flatten(-axes), _dilate(masks, dilation, axes).flatten(-axes)
-
-
-def is_count(value: object, least: int) -> bool:
-    """Whether a value is an int, not a bool, of at least this size."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def numbers(name: str, values: Any, what: str) -> tuple[Any, ...]:
-    """Return an argument that is a sequence of numbers as a tuple, or raise `CamError`."""
-    given = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
-    if not isinstance(given, Sequence) or not len(given) or not all(isinstance(each, Real) for each in given):
-        raise CamError(f"{name}={values!r} must be a sequence of {what}")
-    return tuple(int(each) if isinstance(each, Integral) and not isinstance(each, bool) else each for each in given)
-
-
-def sides(grid: Any) -> tuple[int, ...]:
-    """Return the size of a map as a tuple, or raise `CamError`."""
-    found = numbers("grid", grid, "sides, as (7, 7)")
-    if not all(is_count(side, 1) for side in found):
-        raise CamError(f"grid={grid!r} must have sides that are ints of 1 or more")
-    return found
-
-
-def check_inputs(x: Tensor) -> None:
-    """Raise `CamError` unless inputs can be masked, filled and disturbed: in integers all of these round."""
-    if not x.is_floating_point():
-        raise CamError(f"x is {x.dtype}: a metric that changes the inputs needs floating-point inputs (x.float())")
 
 
 def check_axes(axes: int) -> None:

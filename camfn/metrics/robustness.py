@@ -9,7 +9,8 @@ from torch import Tensor
 
 from camfn._errors import CamError
 from camfn.formulas.noise import uniform
-from camfn.metrics.pixels import check_inputs, is_count, rows
+from camfn.metrics.pixels import rows
+from camfn.metrics.scoring import check_inputs, is_count
 
 
 def maximum_sensitivity(

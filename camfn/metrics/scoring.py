@@ -1,10 +1,12 @@
 """Score functions: from inputs to the scores of a target that is fixed on the original inputs. Metrics ask nothing else of a
 model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,7 +14,6 @@ from torch import Tensor, nn
 from camfn._errors import CamError
 from camfn._types import Classes, Inputs, State, Target, wide
 from camfn.methods._common import clean_scores
-from camfn.metrics.pixels import check_inputs, real
 from camfn.model.forward import Forward, another_batch, first_nonfinite, look
 from camfn.model.inputs import Key, rows_of
 from camfn.model.prepare import Call, Prepared, prepare, restarted
@@ -165,6 +166,40 @@ def _kernel(forward: Forward, runner: Runner, score: Score) -> Kernel:
 # ------------------------------------------------------------------------------------------------ what metrics share
 
 _PIXELS = 1 << 24  # of changed inputs that are made at once
+
+
+def check_inputs(x: Tensor) -> None:
+    """Raise `CamError` unless inputs can be masked, filled and disturbed: in integers all of these round."""
+    if not x.is_floating_point():
+        raise CamError(f"x is {x.dtype}: a metric that changes the inputs needs floating-point inputs (x.float())")
+
+
+def real(maps: Tensor) -> Tensor:
+    """Return the maps in float32 or wider, or raise `CamError` if they are complex."""
+    if maps.is_complex():
+        raise CamError(f"maps are {maps.dtype}: they must be real")
+    return maps.to(wide(maps.dtype))
+
+
+def is_count(value: object, least: int) -> bool:
+    """Whether a value is an int, not a bool, of at least this size."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def numbers(name: str, values: Any, what: str) -> tuple[Any, ...]:
+    """Return an argument that is a sequence of numbers as a tuple, or raise `CamError`."""
+    given = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+    if not isinstance(given, Sequence) or not len(given) or not all(isinstance(each, Real) for each in given):
+        raise CamError(f"{name}={values!r} must be a sequence of {what}")
+    return tuple(int(each) if isinstance(each, Integral) and not isinstance(each, bool) else each for each in given)
+
+
+def sides(grid: Any) -> tuple[int, ...]:
+    """Return the size of a map as a tuple, or raise `CamError`."""
+    found = numbers("grid", grid, "sides, as (7, 7)")
+    if not all(is_count(side, 1) for side in found):
+        raise CamError(f"grid={grid!r} must have sides that are ints of 1 or more")
+    return found
 
 
 def by_target(maps: Tensor, x: Tensor) -> Float[Tensor, "n t *grid"]:
