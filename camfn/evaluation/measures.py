@@ -10,7 +10,7 @@ from torch import Tensor
 from camfn import metrics
 from camfn._errors import CamError, closest
 from camfn.evaluation.judged import Judged
-from camfn.formulas.resampling import resize
+from camfn.formulas.resampling import resize_with_ties
 from camfn.metrics.boxes import box_ious, max_box_acc
 
 Room = Literal["class", "faithfulness", "localization", "complexity", "robustness"]
@@ -65,7 +65,7 @@ def _ious(judged: Judged) -> Tensor:
     there = [number for number, own in enumerate(boxes) if len(own) and finite[number]]
     if not there:
         raise CamError("no image of a batch has a box and a finite map")
-    maps = resize(judged.masks[there], judged.x.shape[2:]).clamp(0, 1)
+    maps = resize_with_ties(judged.masks[there], judged.x.shape[2:]).clamp(0, 1)
     known = box_ious(maps, [boxes[number] for number in there])
     return known.new_full((len(boxes), known.shape[1]), float("nan")).index_copy(0, torch.tensor(there), known)
 

@@ -1,5 +1,4 @@
-"""Score functions: from inputs to the scores of a target that is fixed on the original inputs. Metrics ask nothing else of a
-model."""
+"""Score functions: from inputs to the scores of a target that is fixed on the original inputs. Metrics ask a model no more."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,8 +41,7 @@ def score_function(
     """The scores of a target, as a function of inputs.
 
     The function fixes the target on the original inputs `x`: the class `None` is the class predicted on x, and stays that class
-    for all inputs. Metrics
-    take this function, or any other with the same shapes.
+    for all inputs. Metrics take this function, or any other with the same shapes.
 
     **Arguments**
 
