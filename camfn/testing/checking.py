@@ -56,7 +56,8 @@ def check(
     - flip does not hold of first_cam
     """
     name, drawn = method_of(method).name, _drawn(method) if among is None else among
-    failed = [_counterexample(law, method, drawn, (examples, seed), units) for law in _chosen(skip)]
+    with laws.own_dice():
+        failed = [_counterexample(law, method, drawn, (examples, seed), units) for law in _chosen(skip)]
     _raise(name, [each for each in failed if each])
 
 
@@ -91,12 +92,13 @@ def check_model(
     >>> check_model(model, "1", x)
     """
     case, failed = Case(model, layer, x, target), []  # pyright: ignore[reportArgumentType]: a layer may be a module
-    laws.asked(method, case).told(case)  # an argument that does not fit is an error of its own
-    for law in _chosen(skip):
-        try:
-            LAWS[law](method, case, units=units)
-        except Exception as error:
-            failed.append(_told(law, error))
+    with laws.own_dice():
+        laws.asked(method, case).told(case)  # an argument that does not fit is an error of its own
+        for law in _chosen(skip):
+            try:
+                LAWS[law](method, case, units=units)
+            except Exception as error:
+                failed.append(_told(law, error))
     _raise(f"{method_of(method).name} of this model", failed)
 
 

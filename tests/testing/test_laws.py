@@ -177,6 +177,19 @@ def test_a_model_that_mixes_its_images_is_found():
     check_model(OfTheBatch(), "inner.act", X, 1, skip=("batch_independent", "vmap_equals_loop", "thread_safe"))
 
 
+def test_the_global_random_states_are_kept():
+    drawing = camfn.method(lambda a, g: g.mean(-1) + torch.rand(()), name="drawing", needs="gradients")
+    net, case = small_net(), Case(TinyNet(), "features", torch.zeros(1, 2, 6, 5, dtype=torch.float64), 0)
+    others = set(laws.LAWS) - {"deterministic", "knows_the_class"}  # drawn networks use the state too, by their constructors
+    with unchanged():
+        check("grad_cam", examples=1, skip=others)
+        check_model(net, "act", X)
+        for law in laws.LAWS.values():
+            law(camfn.grad_cam, case)
+        with pytest.raises(AssertionError, match="- deterministic does not hold"):
+            check_model(net, "act", X, method=drawing)
+
+
 def test_an_error_of_the_method_is_raised_as_it_is():
     class Draws(OfTheBatch):
         def forward(self, x):
