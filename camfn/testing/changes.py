@@ -1,6 +1,5 @@
 """Networks and targets, changed so that what must follow for the map is known."""
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from camfn.targets import Contrast, OfClasses, Output, Sum
+from camfn.model.private_copy import copy_of
+from camfn.targets import Contrast, OfClasses, Output, Sum, flatten, logits_of
 from camfn.testing.strategies import Case
 
 
@@ -37,7 +37,7 @@ class Changed(nn.Module):
 
 def retapped(case: Case, change: Callable[[Tensor], Tensor], undo: Callable[[Tensor], Tensor]) -> Case:
     """The tapped layer, with `change` behind it, tapped in its place, and `undo` behind that: the network is the same."""
-    model = copy.deepcopy(case.model)
+    model = copied(case.model)
     parent, _, leaf = case.layer.rpartition(".")
     owner = model.get_submodule(parent)
     parts = OrderedDict(own=owner.get_submodule(leaf), seen=Do(change), back=Do(undo))
@@ -46,8 +46,21 @@ def retapped(case: Case, change: Callable[[Tensor], Tensor], undo: Callable[[Ten
 
 
 def rescored(case: Case, change: Callable[[Tensor], Tensor]) -> Case:
-    """The network with outputs that are a function of its own, and logits for targets."""
-    return case._replace(model=Changed(copy.deepcopy(case.model), change), layer=f"model.{case.layer}")
+    """The network whose logits are a function of its own."""
+    layer = f"model.{case.layer}" if case.layer else "model"
+    return case._replace(model=Changed(copied(case.model), lambda output: with_logits(output, change)), layer=layer)
+
+
+def with_logits(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The output of a batch or of an image, with other logits in the place where camfn reads them."""
+    logits, (leaves, rebuilt) = logits_of(output), flatten(output)
+    return rebuilt([change(leaf) if leaf is logits else leaf for leaf in leaves])
+
+
+def has_logits(output: Any) -> bool:
+    """Whether the logits are a tensor of the output, and not computed from several."""
+    logits = logits_of(output)
+    return any(leaf is logits for leaf in flatten(output)[0])
 
 
 def with_classes_permuted(case: Case, order: Tensor) -> Case:
@@ -55,11 +68,12 @@ def with_classes_permuted(case: Case, order: Tensor) -> Case:
     head = head_of(case)
     if head is None:
         return rescored(case, lambda y: y[:, order])
-    model = copy.deepcopy(case.model)
-    last = model.get_submodule(head)
-    with torch.no_grad():
-        last.weight.copy_(last.weight[order])
-        last.bias.copy_(last.bias[order])
+    model = copied(case.model)
+    last: Any = model.get_submodule(head)
+    # New parameters: another layer may share the old ones.
+    last.weight = nn.Parameter(last.weight.detach()[order])
+    if last.bias is not None:
+        last.bias = nn.Parameter(last.bias.detach()[order])
     return case._replace(model=model)
 
 
@@ -68,9 +82,10 @@ def with_logits_shifted(case: Case, by: float) -> Case:
     head = head_of(case)
     if head is None:
         return rescored(case, lambda y: y + by)
-    model = copy.deepcopy(case.model)
-    with torch.no_grad():
-        model.get_submodule(head).bias += by
+    model = copied(case.model)
+    last: Any = model.get_submodule(head)
+    bias = last.weight.new_zeros(last.out_features) if last.bias is None else last.bias
+    last.bias = nn.Parameter(bias.detach() + by)
     return case._replace(model=model)
 
 
@@ -83,16 +98,33 @@ def with_columns(case: Case, changed: Case, columns: Callable[[Tensor], Tensor])
 
 
 def head_of(case: Case) -> str | None:
-    """The name of the linear layer with a bias whose output is the network's, if there is one.
+    """The name of the linear layer whose output is the network's logits, if there is one.
 
     The last step can be written into it. Methods that read it, or follow the operations after the layer, take that.
     """
-    model, found = copy.deepcopy(case.model), {}
+    model, found = copied(case.model), {}
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and module.bias is not None:
+        # A layer whose weight is computed in each call, as `weight_norm` does, has no such parameter.
+        if type(module) is nn.Linear and "weight" in module._parameters:
             module.register_forward_hook(lambda own, args, out, name=name: found.update({name: out}))
-    out = evaluated(model, case.x)
-    return next((name for name, own in found.items() if own is out), None)
+    logits = logits_of(evaluated(model, case.x))
+    return next((name for name, own in found.items() if own is logits), None)
+
+
+def copied(model: Any) -> Any:
+    """A copy of the model in eval mode, to change.
+
+    It is camfn's private copy, with parameters of its own. `copy.deepcopy` fails for some models that camfn explains: those
+    that hold a tensor of a graph, as the old `torch.nn.utils.weight_norm` does, or a lock.
+    """
+    private = copy_of(model)
+    own = {name: tensor.clone() for name, tensor in private.tensors.items()}
+    private.put({name: own[name] if name in private.buffers else _parameter(own[name]) for name in own})
+    return private.module
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, tensor.is_floating_point() or tensor.is_complex())
 
 
 def evaluated(model: nn.Module, x: Any) -> Any:
@@ -109,7 +141,7 @@ def evaluated(model: nn.Module, x: Any) -> Any:
 
 def activation(case: Case) -> Tensor:
     """What the layer gives, the plain way."""
-    model, seen = copy.deepcopy(case.model), []
+    model, seen = copied(case.model), []
     model.get_submodule(case.layer).register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()))
     evaluated(model, case.x)
     return seen[0]
@@ -144,7 +176,7 @@ def renamed(target: Any, names: Tensor) -> Any:
     if isinstance(target, list):
         return [renamed(one, names) for one in target]
     if callable(target):
-        return lambda y: target(y[names])
+        return lambda y: target(with_logits(y, lambda logits: logits[names]))
     if isinstance(target, Tensor):
         return names[target]
     return int(names[target]) if isinstance(target, int) else target  # None, "all" and top(k) name no class

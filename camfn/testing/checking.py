@@ -93,13 +93,22 @@ def check_model(
     """
     case, failed = Case(model, layer, x, target), []  # pyright: ignore[reportArgumentType]: a layer may be a module
     with laws.own_dice():
-        laws.asked(method, case).told(case)  # an argument that does not fit is an error of its own
-        for law in _chosen(skip):
-            try:
-                LAWS[law](method, case, units=units)
-            except Exception as error:
-                failed.append(_told(law, error))
+        told = laws.asked(method, case).told(case)  # an argument that does not fit is an error of its own
+        # Each layer alone, by name: a changed network is a copy, which has no module of the caller's.
+        for name in told.layers or (layer,):
+            found = _failures(method, case._replace(layer=name), _chosen(skip), units)
+            failed += [f"layer {name!r}: {each}" for each in found] if len(told.layers) > 1 else found
     _raise(f"{method_of(method).name} of this model", failed)
+
+
+def _failures(method: Callable[..., Maps] | str, case: Case, chosen: list[str], units: float) -> list[str]:
+    failed = []
+    for law in chosen:
+        try:
+            LAWS[law](method, case, units=units)
+        except Exception as error:
+            failed.append(_told(law, error))
+    return failed
 
 
 def _drawn(method: Callable[..., Maps] | str) -> SearchStrategy[Case]:

@@ -3,9 +3,11 @@
 That each law holds of camfn's methods, and sees mistakes in camfn, is in tests/laws.
 """
 
+import collections
 import functools
 import inspect
 import itertools
+import threading
 
 import pytest
 import torch
@@ -73,6 +75,18 @@ def test_a_wrong_formula_is_found_and_the_law_named(what):
     assert "model=Tiny" in text
     assert "layer='" in text
     assert "x of shape (" in text
+
+
+def test_of_a_map_that_is_not_finite_range_alone_tells():
+    for value in ("nan", "inf"):
+        method = camfn.method(lambda a, g, value=value: g.mean(-1) * float(value), name="own", needs="gradients")
+        with pytest.raises(
+            AssertionError, match=r"own: a law does not hold\n- range .* values are NaN or infinite, for relu=True"
+        ):
+            check(method, examples=2)
+    counted = camfn.method(lambda a, g: g.mean(-1) * (float("nan") if next(CALLS) % 2 else 1), name="own", needs="gradients")
+    with pytest.raises(AssertionError, match=r"- deterministic .* nan against"):
+        check(counted, examples=2, skip=set(laws.LAWS) - {"deterministic"})
 
 
 def test_the_error_has_the_numbers_of_the_smallest_case_and_is_the_same_each_time():
@@ -156,6 +170,7 @@ class Remembers(nn.Module):
         return y
 
 
+SLOW = ("gradcheck", "thread_safe")
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -168,6 +183,134 @@ def test_all_laws_hold_of_a_model_in_order(method, target):
 def test_all_laws_hold_of_a_model_of_tokens_whose_layout_camfn_finds():
     vit = nn.Sequential(TinyViT(TokenSpec(sides=(6, 4), pool="class")))
     check_model(vit, "0.blocks.0", torch.randn(2, 2, 6, 4, generator=torch.Generator().manual_seed(1)).double(), 1)
+
+
+class Wrapped(nn.Module):
+    """A network, and what it makes of its logits."""
+
+    def __init__(self, wrap, inner=None):
+        super().__init__()
+        self.inner, self.wrap = inner or small_net(), wrap
+
+    def forward(self, x: Tensor):
+        return self.wrap(self.inner(x))
+
+
+NORMED = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore:.*performance drop:UserWarning")
+Out = collections.namedtuple("Out", "aux logits")
+OUTPUTS = {
+    "dict": lambda y: {"aux": 2 * y, "logits": y},
+    "tuple": lambda y: (y, y.mean(1)),
+    "named tuple": lambda y: Out(y.mean(1), y),
+    "computed": lambda y: {"logits": 2 * y.tanh()},
+}
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "score_cam", functools.partial(camfn.cam, fc="inner.fc")], ids=str)
+@pytest.mark.parametrize("what", OUTPUTS)
+def test_logits_are_changed_where_the_output_has_them(what, method):
+    check_model(Wrapped(OUTPUTS[what]), "inner.act", X, [0, 4, 2], method=method, skip=SLOW)
+
+
+def test_a_target_of_the_users_own_reads_the_output_with_its_classes_renamed():
+    check_model(Wrapped(OUTPUTS["dict"]), "inner.act", X, lambda y: y["logits"][1] - y["logits"][2], skip=SLOW)
+
+
+def test_similarities_which_no_tensor_of_the_output_holds_are_not_changed():
+    texts = torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model = Wrapped(lambda y: (y, texts, torch.ones((), dtype=torch.float64)))
+    assert not laws.speaks_of("logit_shift", camfn.grad_cam, Case(model, "inner.act", X, 1))
+    check_model(model, "inner.act", X, 1, skip=SLOW)
+
+
+def test_a_layer_is_a_module_or_several():
+    net = small_net()
+    check_model(net, net.act, X, 1, skip=SLOW)
+    check_model(net, [net.features, "act"], X, 1, skip=SLOW)
+    with pytest.raises(
+        AssertionError, match=r"2 laws do not hold\n- layer 'inner.features': batch_independent .*\n- layer 'inner.act'"
+    ):
+        check_model(
+            model := OfTheBatch(), [model.inner.features, "inner.act"], X, 1, skip=set(laws.LAWS) - {"batch_independent"}
+        )
+
+
+def test_a_layer_is_the_model_itself_or_one_of_its_calls_or_in_a_wrapper():
+    features = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU()).double()
+    check_model(features, "", X, lambda y: y[1].mean(), skip=SLOW)
+    check_model(small_net(), "act@1", X, 1, skip=SLOW)
+    check_model(nn.DataParallel(small_net()), "module.act", X, 1, skip=SLOW)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["grad_cam", "score_cam", "hires_cam"])
+def test_laws_hold_of_a_model_in_half_precision(method, dtype):
+    for seed in range(3):
+        net, x = small_net(seed, dtype, channels=16), torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        check_model(net, "act", x.to(dtype), 1, method=method)
+
+
+def test_a_model_in_half_precision_that_mixes_its_images_is_found():
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(AssertionError, match="- batch_independent does not hold"):
+            check_model(OfTheBatch().to(dtype), "inner.act", X.to(dtype), 1)
+
+
+@NORMED
+def test_laws_hold_of_cam_without_a_bias_and_of_a_head_that_only_cam_reads():
+    for last in (nn.Linear(4, 5, bias=False), nn.utils.weight_norm(nn.Linear(4, 5)), nn.Sequential(nn.Linear(4, 5), nn.Tanh())):
+        head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), last).double()
+        fc = "4.0" if isinstance(last, nn.Sequential) else "4"
+        check_model(head, "1", X, [0, 4, 2], method=functools.partial(camfn.cam, fc=fc))
+
+
+def test_laws_hold_of_a_head_whose_weight_is_tied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.fc = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+            self.conv, self.fc.weight = nn.Conv2d(3, 4, 3), self.mix.weight
+
+        def forward(self, x):
+            return self.fc(self.mix(self.conv(x).relu().mean((2, 3))))
+
+    torch.manual_seed(0)
+    check_model(Tied().double(), "conv", X, 1, skip=SLOW)
+
+
+def test_an_input_may_be_expanded():
+    check_model(small_net(), "act", X[:1].expand(3, -1, -1, -1), 1, skip={*SLOW} - {"gradcheck"})
+
+
+@NORMED
+def test_a_model_may_hold_what_deepcopy_refuses():
+    class Holds(OfTheBatch):
+        def forward(self, x):
+            self.kept, self.lock = self.inner.stem(x), threading.Lock()
+            return self.inner(x)
+
+    normed = small_net()
+    nn.utils.weight_norm(normed.features)
+    nn.utils.weight_norm(normed.fc)
+    normed(X)
+    check_model(normed, "act", X, 1, skip=SLOW)
+    model = Holds()
+    model(X)
+    check_model(model, "inner.act", X, 1, skip=SLOW)
+
+
+def test_a_small_share_of_the_class_is_no_rounding():
+    """Score-CAM's weights of a flat softmax differ little."""
+    net = small_net(dtype=torch.float32)
+    with torch.no_grad():
+        net.fc.weight *= 1e-3
+    only = set(laws.LAWS) - {"knows_the_class"}
+    check_model(net, "act", X.float(), method="score_cam", skip=only)
+    with pytest.raises(AssertionError, match="knows_the_class"):
+        laws.knows_the_class(
+            camfn.method(lambda a, g: a.mean(-1)[:, None].expand(g.shape[:3]), name="own", needs="gradients"),
+            Case(net, "act", X.float(), None),
+        )
 
 
 def test_a_model_that_mixes_its_images_is_found():
