@@ -1,8 +1,8 @@
 """Laws of methods and models, and hypothesis strategies for your own tests.
 
-`check` asks every law of a method on small networks that hypothesis draws; `check_model` asks them of your model. `laws` has
-them one by one. The strategies are `cases`, `token_cases`, `models`, `transformers`, `inputs_of`, `layers_of`, `targets_of`,
-`activations`, `gradients`, `maps` and `outputs`. The fields of a case are in the order of a method's arguments:
+`check` checks every law on a method, with small networks that hypothesis draws; `check_model` checks them on your model. `laws`
+has them one by one. The strategies are `cases`, `token_cases`, `models`, `transformers`, `inputs_of`, `layers_of`,
+`targets_of`, `activations`, `gradients`, `maps` and `outputs`. The fields of a case are in the order of a method's arguments:
 
 >>> import camfn
 >>> from camfn.testing import cases, laws

@@ -1,4 +1,4 @@
-"""Ask all laws of a method, on drawn networks, or of a model."""
+"""Check all laws on a method, with drawn networks, or on a model."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -19,7 +19,7 @@ from camfn.testing.strategies import Case, cases, token_cases
 _UNHURRIED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
 _SOMEWHERE = ("knows_the_class",)
-"""Laws of which one case is enough: that they fail of a single case tells of its network."""
+"""Laws that must hold in at least one case. Failure in a single case may be due to its network."""
 
 
 def check(
@@ -27,18 +27,19 @@ def check(
     *,
     examples: int = 10,
     seed: int = 0,
-    skip: Collection[str] = (),
+    skip: Collection[str] | str = (),
     among: SearchStrategy[Case] | None = None,
     units: float = UNITS,
 ) -> None:
-    """Ask every law of a method, on small networks that hypothesis draws, and shrinks where a law does not hold.
+    """Check every law on a method, with small networks that hypothesis draws, and shrinks where a law does not hold.
 
     **Arguments**
 
     - `method`: a method of camfn, a `functools.partial` of one, your own (`camfn.method`), or a composition.
-    - `examples`: cases for each law. The first is the simplest, of one position or few. The same `seed` draws the same cases.
-    - `skip`: names of laws that your method does not promise: a method with noise belonging to pixels is not symmetric under
-      `flip`.
+    - `examples`: cases for each law, 1 or more. The first is the simplest, of one position or few. The same `seed` draws the
+      same cases.
+    - `skip`: the name of a law that your method does not promise, or several names: a method with noise belonging to pixels is
+      not symmetric under `flip`.
     - `among`: a strategy of cases. By default, convolutional networks and vision transformers that the method accepts.
     - `units`: as in the laws.
 
@@ -53,8 +54,10 @@ def check(
     ...     check(first, examples=3)
     ... except AssertionError as error:
     ...     print(str(error).splitlines()[1].split(".")[0])
-    - flip does not hold of first_cam
+    - flip does not hold for first_cam
     """
+    if not isinstance(examples, int) or isinstance(examples, bool) or examples < 1:
+        raise CamError(f"examples={examples!r} must be a positive int, the number of cases for each law")
     name, drawn = method_of(method).name, _drawn(method) if among is None else among
     with laws.own_dice():
         failed = [_counterexample(law, method, drawn, (examples, seed), units) for law in _chosen(skip)]
@@ -68,16 +71,17 @@ def check_model(
     target: Target = None,
     *,
     method: Callable[..., Maps] | str = grad_cam,
-    skip: Collection[str] = (),
+    skip: Collection[str] | str = (),
     units: float = UNITS,
 ) -> None:
-    """Ask every law of a model: whether its maps are a function of one image, the same in a batch, in a thread, under `vmap`.
+    """Check every law on a model: whether its maps are a function of one image, the same in a batch, in a thread, under `vmap`.
 
     The laws are those of `check` that say something of any model. Derivatives are checked for float64 models alone.
 
     **Arguments**
 
-    - `model`, `layer`, `x`, `target`: as in `camfn.grad_cam`. Two images or more tell whether the images of a batch are apart.
+    - `model`, `layer`, `x`, `target`: as in `camfn.grad_cam`. Several layers are checked one after the other. Two images or
+      more tell whether the images of a batch are apart.
     - `method`: the method, by name or as a function.
     - `skip`, `units`: as in `check`. In float32, rounding is larger in relation to a map that is a small difference.
 
@@ -120,7 +124,8 @@ def _drawn(method: Callable[..., Maps] | str) -> SearchStrategy[Case]:
     return some if {Need.LINEAR_HEAD, Need.ANY_SIZE} & one.needs or not one.of_layer else st.one_of(some, token_cases())
 
 
-def _chosen(skip: Collection[str]) -> list[str]:
+def _chosen(skip: Collection[str] | str) -> list[str]:
+    skip = [skip] if isinstance(skip, str) else skip
     for name in skip:
         if name not in LAWS:
             raise CamError(f"skip: no law named {name!r}; closest: {closest(name, LAWS)}; all: {', '.join(LAWS)}")

@@ -1,4 +1,4 @@
-"""What holds of every method, as functions of a method and a case.
+"""What holds for every method, as functions of a method and a case.
 
 A law takes a method (of camfn, a `functools.partial` of one, your own, a composition) and a case: the model, layer, input and
 target. It raises an `AssertionError` that says in one sentence what does not hold, with the numbers. Where a law says
@@ -6,7 +6,7 @@ nothing of a method or a case (`speaks_of`), it holds. Signed and unscaled maps 
 
 - `units`: the units of rounding (see `camfn.testing.close`) by which maps that are computed in two ways may differ.
 
-`check` asks all laws of a method, and `check_model` of a model.
+`check` checks all laws on a method, and `check_model` on a model.
 """
 
 import contextlib
@@ -122,7 +122,7 @@ def _law(about: Callable[[Asked, Case], bool] = lambda ask, case: True) -> Calla
                 try:
                     function(ask, case)
                 except AssertionError as error:
-                    raise AssertionError(f"{name} does not hold of {ask.method.name}. {sentence} Found: {error}") from None
+                    raise AssertionError(f"{name} does not hold for {ask.method.name}. {sentence} Found: {error}") from None
 
         law.__name__ = law.__qualname__ = name
         law.__doc__ = function.__doc__
@@ -175,7 +175,7 @@ def _output_of(case: Case) -> Any:
 
 
 def _dice(case: Case) -> torch.Generator:
-    """The same for the same case."""
+    """A generator of random numbers. Each call for the same case gives one that draws the same numbers."""
     return torch.Generator().manual_seed(case.model.spec.seed if isinstance(case.model, Drawn) else 0)
 
 
@@ -458,7 +458,7 @@ _CLASS_READERS = frozenset({Need.GRADIENTS, Need.MASKED_INPUTS, Need.HEAD, Need.
 def knows_the_class(ask: Asked, case: Case) -> None:
     """The map depends on the class that it explains.
 
-    Of a small network two classes can have one map by chance. `check` asks for one case in which it depends on the class.
+    Of a small network two classes can have one map by chance. `check` requires one case in which it depends on the class.
     """
     rows = torch.arange(_classes_of(case))[:CLASSES].expand(len(case.x), -1)
     found = ask.raw(case._replace(target=rows))

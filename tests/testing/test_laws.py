@@ -1,6 +1,6 @@
 """The laws for users: what `check` finds in a formula that is wrong, and what it says of it; and `check_model`.
 
-That each law holds of camfn's methods, and sees mistakes in camfn, is in tests/laws.
+That each law holds for camfn's methods, and sees mistakes in camfn, is in tests/laws.
 """
 
 import collections
@@ -30,7 +30,7 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("what", RIGHT)
-def test_all_laws_hold_of_a_method_that_is_right(what):
+def test_all_laws_hold_for_a_method_that_is_right(what):
     # CAM is of the one layer before the pooling: several are an error.
     check(RIGHT[what], examples=2, skip=("layer_independent",) if what == "linear head" else ())
 
@@ -99,7 +99,7 @@ def test_the_error_has_the_numbers_of_the_smallest_case_and_is_the_same_each_tim
         return str(caught.value)
 
     text = said()
-    assert "numbered: a law does not hold\n- channel_permutation does not hold of numbered. The order of the layer's" in text
+    assert "numbered: a law does not hold\n- channel_permutation does not hold for numbered. The order of the layer's" in text
     assert "units of rounding" in text
     assert "channels=2" in text or "width=2" in text or "heads=1" in text, "it is shrunk"
     assert said() == text
@@ -107,11 +107,23 @@ def test_the_error_has_the_numbers_of_the_smallest_case_and_is_the_same_each_tim
 
 def test_a_law_of_camfn_that_a_method_does_not_promise_is_named_and_can_be_left_out():
     others = set(laws.LAWS) - {"logit_shift", "range"}
-    with pytest.raises(AssertionError, match=r"logit_shift does not hold of ablation_cam. A constant added"):
+    with pytest.raises(AssertionError, match=r"logit_shift does not hold for ablation_cam. A constant added"):
         check("ablation_cam", examples=20, skip=others)
     check("ablation_cam", examples=2, skip=[*others, "logit_shift"])
-    with pytest.raises(camfn.CamError, match="skip: no law named 'logit_shifts'; closest: 'logit_shift'"):
-        check("ablation_cam", skip=["logit_shifts"])
+    for wrong in (["logit_shifts"], "logit_shifts"):
+        with pytest.raises(camfn.CamError, match="skip: no law named 'logit_shifts'; closest: 'logit_shift'"):
+            check("ablation_cam", skip=wrong)
+
+
+def test_one_law_is_left_out_by_its_name():
+    first = camfn.method(lambda a, g: g[..., 0], name="first", needs="gradients")
+    check(first, examples=3, skip="flip")
+
+
+@pytest.mark.parametrize("examples", [0, -1, 2.5, True, "3"])
+def test_a_number_of_examples_is_positive(examples):
+    with pytest.raises(camfn.CamError, match=r"examples=.* must be a positive int, the number of cases for each law"):
+        check("grad_cam", examples=examples)
 
 
 def test_what_is_no_method_is_an_error():
@@ -176,11 +188,11 @@ X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=to
 
 @pytest.mark.parametrize("target", [None, [0, 4, 2], camfn.targets.contrast(1, [2])], ids=str)
 @pytest.mark.parametrize("method", ["grad_cam", "score_cam"])
-def test_all_laws_hold_of_a_model_in_order(method, target):
+def test_all_laws_hold_for_a_model_in_order(method, target):
     check_model(small_net(), "act", X, target, method=method, skip=("gradcheck", "thread_safe"))
 
 
-def test_all_laws_hold_of_a_model_of_tokens_whose_layout_camfn_finds():
+def test_all_laws_hold_for_a_model_of_tokens_whose_layout_camfn_finds():
     vit = nn.Sequential(TinyViT(TokenSpec(sides=(6, 4), pool="class")))
     check_model(vit, "0.blocks.0", torch.randn(2, 2, 6, 4, generator=torch.Generator().manual_seed(1)).double(), 1)
 
@@ -244,7 +256,7 @@ def test_a_layer_is_the_model_itself_or_one_of_its_calls_or_in_a_wrapper():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", ["grad_cam", "score_cam", "hires_cam"])
-def test_laws_hold_of_a_model_in_half_precision(method, dtype):
+def test_laws_hold_for_a_model_in_half_precision(method, dtype):
     for seed in range(3):
         net, x = small_net(seed, dtype, channels=16), torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
         check_model(net, "act", x.to(dtype), 1, method=method)
@@ -257,14 +269,14 @@ def test_a_model_in_half_precision_that_mixes_its_images_is_found():
 
 
 @NORMED
-def test_laws_hold_of_cam_without_a_bias_and_of_a_head_that_only_cam_reads():
+def test_laws_hold_for_cam_without_a_bias_and_of_a_head_that_only_cam_reads():
     for last in (nn.Linear(4, 5, bias=False), nn.utils.weight_norm(nn.Linear(4, 5)), nn.Sequential(nn.Linear(4, 5), nn.Tanh())):
         head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), last).double()
         fc = "4.0" if isinstance(last, nn.Sequential) else "4"
         check_model(head, "1", X, [0, 4, 2], method=functools.partial(camfn.cam, fc=fc))
 
 
-def test_laws_hold_of_a_head_whose_weight_is_tied():
+def test_laws_hold_for_a_head_whose_weight_is_tied():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -316,7 +328,7 @@ def test_a_small_share_of_the_class_is_no_rounding():
 def test_a_model_that_mixes_its_images_is_found():
     with pytest.raises(AssertionError, match="grad_cam of this model") as caught:
         check_model(OfTheBatch(), "inner.act", X, 1)
-    assert "- batch_independent does not hold of grad_cam. An image has the map that it has without" in str(caught.value)
+    assert "- batch_independent does not hold for grad_cam. An image has the map that it has without" in str(caught.value)
     check_model(OfTheBatch(), "inner.act", X, 1, skip=("batch_independent", "vmap_equals_loop", "thread_safe"))
 
 
