@@ -14,7 +14,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 
 from camfn import layouts, targets
-from camfn._errors import CamError
+from camfn._errors import CamError, closest
 from camfn._types import Activations, Gradients, Layout, Maps, Target
 from camfn.formulas.masks import Recipe, recipe_of
 from camfn.methods.registry import Need, method_of
@@ -87,7 +87,7 @@ class TinyNet(Drawn):
 
     def __init__(self, spec: Spec = Spec()) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec = _checked(spec)
         conv, norm = _CONV[len(spec.sides)], _NORM[len(spec.sides)]
         width = spec.width * (2 if spec.block == "dense" else 1)
         self.stem = nn.Sequential(conv(spec.colors, spec.width, 3, padding=1), norm(spec.width), nn.SiLU(inplace=spec.inplace))
@@ -160,7 +160,7 @@ class TinyViT(Drawn):
 
     def __init__(self, spec: TokenSpec = TokenSpec()) -> None:
         super().__init__()
-        self.spec, self.prefix = spec, int(spec.pool == "class")
+        self.spec, self.prefix = _checked(spec), int(spec.pool == "class")
         width, self.grid = 4 * spec.heads, tuple(side // 2 for side in spec.sides)
         count = torch.Size(self.grid).numel()
         self.patches = nn.Conv2d(spec.colors, width, 2, 2)
@@ -207,6 +207,30 @@ class Case(NamedTuple):
     target: Target
 
 
+_COUNTS = ("colors", "width", "channels", "classes", "heads", "depth")
+_CHOICES: dict[str, tuple[Any, ...]] = {"block": ("plain", "residual", "dense"), "pool": ("mean", "class"), "stride": (1, 2)}
+
+
+def _checked(spec: Any) -> Any:
+    """Return the spec of a network, or raise a `CamError` that names the field that no network has."""
+    kind = type(spec).__name__
+    for name, value in spec._asdict().items():
+        if name in _COUNTS and not _is_count(value):
+            raise CamError(f"{kind}: {name}={value!r} must be a positive int")
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise CamError(f"{kind}: {name}={value!r} must be one of {', '.join(map(repr, _CHOICES[name]))}")
+    sides, even = spec.sides, isinstance(spec, TokenSpec)
+    axes, wanted = ((2,), "two even, positive ints") if even else ((1, 2, 3), "one to three positive ints")
+    fine = isinstance(sides, (tuple, list)) and len(sides) in axes and all(map(_is_count, sides))
+    if not fine or (even and any(side % 2 for side in sides)):
+        raise CamError(f"{kind}: sides={sides!r} must be {wanted}")
+    return spec
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 _FIELDS: dict[str, SearchStrategy[Any]] = {
     "sides": st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple),
     "block": st.sampled_from(["plain", "residual", "dense"]),
@@ -239,15 +263,18 @@ def models(**fields: Any) -> SearchStrategy[TinyNet]:
 
     Fields can be fixed, or given a strategy: `models(block="residual", classes=st.integers(2, 9))`.
     """
-    return st.builds(Spec, **{**_FIELDS, **_strategies(fields)}).map(TinyNet)
+    return st.builds(Spec, **{**_FIELDS, **_strategies(fields, _FIELDS)}).map(TinyNet)
 
 
 def transformers(**fields: Any) -> SearchStrategy[TinyViT]:
     """Vision transformers of every `TokenSpec`. Fields are fixed or drawn as in `models`."""
-    return st.builds(TokenSpec, **{**_TOKEN_FIELDS, **_strategies(fields)}).map(TinyViT)
+    return st.builds(TokenSpec, **{**_TOKEN_FIELDS, **_strategies(fields, _TOKEN_FIELDS)}).map(TinyViT)
 
 
-def _strategies(fields: dict[str, Any]) -> dict[str, SearchStrategy[Any]]:
+def _strategies(fields: dict[str, Any], known: dict[str, Any]) -> dict[str, SearchStrategy[Any]]:
+    for name in fields:
+        if name not in known:
+            raise CamError(f"no field named {name!r}; closest: {closest(name, known)}; all: {', '.join(known)}")
     return {name: value if isinstance(value, SearchStrategy) else st.just(value) for name, value in fields.items()}
 
 
@@ -287,7 +314,8 @@ def targets_of(model: Drawn, n: int, *, plain: bool = False) -> SearchStrategy[T
         return classes
     scales = st.sampled_from([targets.logit, targets.probability, targets.log_probability, targets.rest])
     scaled = st.one_of(st.builds(lambda scale, c: scale(c), scales, some), st.one_of(one, each).map(targets.regression))
-    contrasts = st.builds(lambda c, k: targets.contrast(c, top=k), some, st.integers(1, count - 1))
+    others = st.integers(1, max(count - 1, 1))
+    contrasts = scaled if count == 1 else st.builds(lambda c, k: targets.contrast(c, top=k), some, others)
     alone = st.builds(lambda scale, c: scale(c), scales, one)
     return st.one_of(
         classes,

@@ -133,3 +133,31 @@ def test_a_method_is_given_by_name_or_as_a_function():
         drawn()
     with pytest.raises(camfn.CamError, match=r"use camfn.testing.token_cases"):
         find(cases("attention_rollout"), lambda case: True)
+
+
+WRONG = {
+    "classes=0": (lambda: cases("grad_cam", classes=0), r"Spec: classes=0 must be a positive int"),
+    "classes, drawn": (lambda: cases(classes=st.just(-1)), r"Spec: classes=-1 must be a positive int"),
+    "channels=True": (lambda: models(channels=True), r"Spec: channels=True must be a positive int"),
+    "heads": (lambda: transformers(heads=0), r"TokenSpec: heads=0 must be a positive int"),
+    "block": (lambda: models(block="denser"), r"Spec: block='denser' must be one of 'plain', 'residual', 'dense'"),
+    "stride": (lambda: models(stride=3), r"Spec: stride=3 must be one of 1, 2"),
+    "sides": (lambda: models(sides=(4, 0)), r"Spec: sides=\(4, 0\) must be one to three positive ints"),
+    "odd sides": (lambda: token_cases(sides=(4, 3)), r"TokenSpec: sides=\(4, 3\) must be two even, positive ints"),
+    "a misspelled field": (lambda: cases(clases=3), r"no field named 'clases'; closest: 'classes'.*; all: sides, block"),
+    "a field of the others": (lambda: transformers(block="dense"), r"no field named 'block'; closest: .*; all: sides, pool"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_field_that_no_network_has_is_an_error(what):
+    strategy, said = WRONG[what]
+    with pytest.raises(camfn.CamError, match=said):
+        find(strategy(), lambda drawn: True)
+
+
+@pytest.mark.filterwarnings(r"ignore:\d+ of \d+ maps:camfn.CamWarning")
+@settings(max_examples=30)
+@given(cases("grad_cam", classes=1))
+def test_a_network_may_have_one_class(case):
+    assert camfn.grad_cam(*case, layout="channels_first", relu=False, normalize=False).isfinite().all()
