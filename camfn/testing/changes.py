@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from camfn.model.private_copy import copy_of
-from camfn.targets import Contrast, OfClasses, Output, Sum, flatten, logits_of
+from camfn.targets import Contrast, Named, OfClasses, Output, Sum, Top, flatten, logits_of
 from camfn.testing.strategies import Case
 
 
@@ -161,6 +161,13 @@ def for_images(target: Any, index: Tensor) -> Any:
     if isinstance(target, list):
         return [target[i] for i in index]
     return target[index] if isinstance(target, Tensor) else target
+
+
+def can_be_renamed(target: Any) -> bool:
+    """Whether `renamed` knows where the target names its classes. A similarity has none."""
+    if isinstance(target, Sum):
+        return all(can_be_renamed(term) for _, term in target.terms)
+    return isinstance(target, (OfClasses, Contrast, Output, Top)) or not isinstance(target, Named)
 
 
 def renamed(target: Any, names: Tensor) -> Any:

@@ -25,7 +25,7 @@ from camfn._types import Maps, wide
 from camfn.methods.registry import Made, Need, Outcome, method_of
 from camfn.model.capture import state_of
 from camfn.sweep.options import Sweep
-from camfn.targets import is_plain, logits_of
+from camfn.targets import is_plain, logits_of, resolve, score_rows
 from camfn.testing import changes, closeness
 from camfn.testing.strategies import Case, Drawn
 from camfn.testing.threads import at_once
@@ -306,7 +306,7 @@ def _axis_of_channels(shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
     return len(shape) - 1 if len(first) != len(grid) or (first != grid and last == grid) else 1
 
 
-@_law(_of_own_logits)
+@_law(lambda ask, case: _of_own_logits(ask, case) and changes.can_be_renamed(case.target))
 def class_permutation(ask: Asked, case: Case) -> None:
     """The order of the classes, in the last layer and in the target, does not matter."""
     order = _shuffled(_classes_of(case), case)
@@ -320,7 +320,23 @@ def class_permutation(ask: Asked, case: Case) -> None:
 
 def _of_logits(ask: Asked, case: Case) -> bool:
     """Whether the score moves as its logits do, or the method takes differences of scores alone."""
-    return _of_own_logits(ask, case) and (is_plain(case.target) or not _PROBABLE & {ask.method.name})
+    if not _of_own_logits(ask, case) or (not is_plain(case.target) and ask.method.name in _PROBABLE):
+        return False
+    return is_plain(case.target) or _differs_alike(case)
+
+
+def _differs_alike(case: Case) -> bool:
+    """Whether a constant added to every logit leaves all differences of scores: not if the target squares a logit."""
+    output = _output_of(case)
+    score = resolve(case.target, output, len(case.x), case.x.device)
+    logits = logits_of(output)
+    step = torch.randn(logits.shape, generator=_dice(case), dtype=torch.float64).to(logits)
+
+    def at(shift: Any) -> Tensor:
+        return score_rows(score.of, changes.with_logits(output, lambda y: y + shift), score.rows)
+
+    plain, shifted = at(step) - at(0), at(step + 3) - at(3)
+    return bool(((plain - shifted).abs() <= 0.01 * plain.abs().max()).all())
 
 
 _PROBABLE = {"score_cam_pp", "rise", "poly_cam"}

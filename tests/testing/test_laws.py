@@ -228,6 +228,26 @@ def test_a_target_of_the_users_own_reads_the_output_with_its_classes_renamed():
     check_model(Wrapped(OUTPUTS["dict"]), "inner.act", X, lambda y: y["logits"][1] - y["logits"][2], skip=SLOW)
 
 
+EMBEDDING = torch.randn(5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("target", "shifts"),
+    [
+        (lambda y: y[1] ** 2, False),
+        (lambda y: y[1] - 0.5 * y[2] + y.softmax(0)[0], True),
+        (camfn.targets.probability(1, multi_label=True), False),
+        (camfn.targets.probability(1) - camfn.targets.logit(2), True),
+        (camfn.targets.similarity(EMBEDDING), False),
+    ],
+)
+def test_logits_are_shifted_for_targets_that_take_their_differences(target, shifts):
+    case = Case(small_net(), "act", X, target)
+    assert laws.speaks_of("logit_shift", camfn.grad_cam, case) == shifts
+    assert laws.speaks_of("class_permutation", camfn.grad_cam, case) == (not isinstance(target, camfn.targets.Similarity))
+    check_model(*case, skip=SLOW)
+
+
 def test_similarities_which_no_tensor_of_the_output_holds_are_not_changed():
     texts = torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     model = Wrapped(lambda y: (y, texts, torch.ones((), dtype=torch.float64)))
