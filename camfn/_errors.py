@@ -28,6 +28,16 @@ def closest(name: str, known: Iterable[str]) -> str:
     return ", ".join(map(repr, get_close_matches(name, list(known), n=3, cutoff=0.4))) or "none is close"
 
 
+def suggested(name: str, known: Iterable[str]) -> str:
+    """Return the known names closest to `name` as a part of a message, or nothing if none is close.
+
+    >>> suggested("layer5", ["layer4", "fc"]), suggested("qqqq", ["layer4", "fc"])
+    ("; closest: 'layer4'", '')
+    """
+    near = get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f"; closest: {', '.join(map(repr, near))}" if near else ""
+
+
 def escaped(name: object) -> str:
     """Escape unprintable characters of a name as `repr` does, so that none moves the cursor.
 

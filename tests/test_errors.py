@@ -744,7 +744,7 @@ HIDDEN = wiring()
 ROWS = [
     (lambda: explain(layer="feature"), "no layer named 'feature' … SmallNet … closest … 'features' … named_modules()"),
     (lambda: explain(layer=["features", "stem.9"]), "no layer named 'stem.9' … 'stem. … named_modules()"),
-    (lambda: explain(layer="qqqq"), "no layer named 'qqqq' … none is close"),
+    (lambda: explain(layer="qqqq"), "no layer named 'qqqq' in SmallNet (all of them: … named_modules()"),
     (lambda: explain(layer="fc"), "layer 'fc' … (2, 5) … no spatial axes … before pooling … layout="),
     (lambda: explain(layer=("features", "fc")), "layer 'fc' … (2, 5) … no spatial axes"),
     (lambda: explain(flattened(), layer=None), "no layer of Sequential … 2 spatial axes … name one … named_modules()"),
@@ -839,7 +839,7 @@ ROWS = [
         (lambda fc=fc: cam(fc=fc), f"fc='{fc}' … {kind} … Linear or a 1x1 convolution")
         for fc, kind in (("act", "ReLU"), ("features", "Conv2d"), ("stem", "Sequential"))
     ),
-    (lambda: cam(fc="classifier"), "fc … 'classifier' … SmallNet … closest"),
+    (lambda: cam(fc="classifier"), "fc … 'classifier' … SmallNet … (all of them"),
     (lambda: cam(fc=5), "fc … name or a module … found int"),
     *(
         (lambda given=given: cam(target=given, fc="fc"), "cam … linear layer … target … classes")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from camfn._errors import CamError, closest
+from camfn._errors import CamError, suggested
 
 ALL = "all"
 DEFAULT = "grad_cam"
@@ -32,7 +32,7 @@ def methods_of(named: Sequence[str]) -> tuple[str, ...]:
     """Return the named methods without duplicates. `all` means every method."""
     for method in named:
         if method not in (*ROWS, ALL):
-            raise CamError(f"--method {method!r} is not known; closest: {closest(method, ROWS)}; `camfn methods` lists all")
+            raise CamError(f"--method {method!r} is not known{suggested(method, ROWS)}; `camfn methods` lists all")
     return tuple(ROWS) if ALL in named else tuple(dict.fromkeys(named))
 
 

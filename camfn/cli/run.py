@@ -31,8 +31,8 @@ DIR then has
   manifest.json   the settings, the hash of the weights, and the versions
 
 Maps are raw and of the layer's own grid. Read them with camfn.runs.read, pandas or any other reader of Parquet. Images that are
-done are not made again. Other settings or weights are an error that says which. --device may name several devices, as in
-cuda:0,cuda:1; each has its own process.
+done are not made again. If settings or weights differ from the manifest's, an error names the difference. --device may name
+several devices, as in cuda:0,cuda:1; each has its own process.
 
 The exit status is 1 if images have failed, and 2 if the command failed as a whole.
 """
@@ -52,6 +52,8 @@ FORMAT is one of
   nifti   for viewers of scans: one .nii for each map, with the raw map over the whole image
 """
 
+_LAYER = "Dotted name; repeatable. Required, unless no method explains a layer; camfn layers lists the layers."
+
 FORMATS = ("png", "npy", "wsol", "irn", "nifti")
 
 
@@ -64,7 +66,7 @@ def run() -> "click.Command":
     @click.command("run", help=_RUN, short_help="Make the maps of a whole dataset.")
     @click.argument("images", type=place, metavar="IMAGES")
     @options.of_the_model
-    @click.option("--layer", "layers", multiple=True, metavar="L", help="Dotted name; repeatable.")
+    @click.option("--layer", "layers", multiple=True, metavar="L", help=_LAYER)
     @click.option("--method", "methods", multiple=True, default=(catalog.DEFAULT,), show_default=True, metavar="M")
     @click.option("--target", "targets", multiple=True, metavar="T", help=options.TARGET)
     @click.option("--out", required=True, metavar="DIR", type=place, help="Folder of the run.")
@@ -103,7 +105,7 @@ def run() -> "click.Command":
             )
             click.echo(_told(summary, given["out"]), file=stdout)
             if summary.failed:
-                raise click.ClickException(f"{summary.failed} images failed: the reasons are in {given['out'] / 'failures'}")
+                raise click.ClickException(f"{_images(summary.failed)} failed: see the reasons in {given['out'] / 'failures'}")
 
     return command
 
@@ -116,8 +118,12 @@ def _checked(methods: tuple[str, ...]) -> tuple[str, ...]:
 
 def _told(summary: Any, out: Path) -> str:
     rate = f", {summary.made / summary.seconds:.3g} a second" if summary.made else ""
-    before = f", and {summary.done} were done before" if summary.done else ""
-    return f"{summary.made} images in {summary.seconds:.3g} s{rate}{before}: {options.one_line(out)}"
+    before = f", and {summary.done} {'was' if summary.done == 1 else 'were'} done before" if summary.done else ""
+    return f"{_images(summary.made)} in {summary.seconds:.3g} s{rate}{before}: {options.one_line(out)}"
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'' if count == 1 else 's'}"
 
 
 def convert() -> "click.Command":
@@ -141,6 +147,6 @@ def convert() -> "click.Command":
             from camfn import runs
 
             written = runs.convert(run, out, form, **given)
-            click.echo(f"{written} files in {options.one_line(out)}", file=stdout)
+            click.echo(f"{written} file{'' if written == 1 else 's'} in {options.one_line(out)}", file=stdout)
 
     return command

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from camfn._errors import CamError, closest
+from camfn._errors import CamError, suggested
 
 Array = np.ndarray
 SIDE = 96
@@ -287,7 +287,7 @@ def _other_grounds(plan: _Plan, seed: int, count: int) -> list[Paint]:
 def _check_classes(classes: Sequence[str]) -> list[str]:
     for name in classes:
         if name not in _SHAPES:
-            raise CamError(f"no shape is called {name!r}; closest: {closest(str(name), CLASSES)}; all: {', '.join(CLASSES)}")
+            raise CamError(f"no shape is called {name!r}{suggested(str(name), CLASSES)}; all: {', '.join(CLASSES)}")
     if len(set(classes)) < len(classes):
         raise CamError(f"the objects of a scene must have different classes; found {', '.join(classes)}")
     return list(classes)

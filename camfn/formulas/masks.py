@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from camfn._errors import CamError, closest
+from camfn._errors import CamError, suggested
 from camfn._types import Activations, wide
 from camfn.formulas.resampling import resize
 from camfn.formulas.scaling import is_flat, percentile
@@ -54,7 +54,7 @@ def recipe_of(recipe: str | Recipe) -> Recipe:
                 raise CamError(f"a recipe's {name} must be {known}, found {getattr(recipe, name)!r}")
         return recipe
     if not isinstance(recipe, str) or recipe not in RECIPES:
-        raise CamError(f"recipe {recipe!r} is not known; closest: {closest(str(recipe), RECIPES)}; all: {', '.join(RECIPES)}")
+        raise CamError(f"recipe {recipe!r} is not known{suggested(str(recipe), RECIPES)}; all: {', '.join(RECIPES)}")
     return RECIPES[recipe]
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from camfn._errors import CamError, closest
+from camfn._errors import CamError, suggested
 
 
 def _anchors(table: str) -> tuple[Any, ...]:
@@ -54,8 +54,6 @@ def colorize(values: Any, colormap: str = "inferno") -> np.ndarray:
     [[0.0, 0.0, 0.5], [0.5, 0.0, 0.0]]
     """
     if colormap not in _COLORMAPS:
-        raise CamError(
-            f"no colormap named {colormap!r}; closest: {closest(str(colormap), COLORMAPS)}; all: {', '.join(COLORMAPS)}"
-        )
+        raise CamError(f"no colormap named {colormap!r}{suggested(str(colormap), COLORMAPS)}; all: {', '.join(COLORMAPS)}")
     values = np.asarray(values, dtype=np.float64)
     return np.stack([np.interp(values, *lines) for lines in _COLORMAPS[colormap]], -1)

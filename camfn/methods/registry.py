@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, ParamSpec
 from torch import Tensor
 
 from camfn import _compat
-from camfn._errors import CamError, closest, warn
+from camfn._errors import CamError, suggested, warn
 from camfn._types import Maps, Weights
 from camfn.formulas.diagnostics import Finding
 from camfn.model.prepare import prepares
@@ -173,7 +173,7 @@ def method_of(method: str | Callable[..., Maps]) -> Made:
     if not isinstance(method, str):
         return made(method)
     if method not in METHODS:
-        raise CamError(f"no method named {method!r}; closest: {closest(method, METHODS)}; all: {', '.join(METHODS)}")
+        raise CamError(f"no method named {method!r}{suggested(method, METHODS)}; all: {', '.join(METHODS)}")
     return made(METHODS[method].function)
 
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from camfn import _compat
-from camfn._errors import CamError, closest, layer_called
+from camfn._errors import CamError, layer_called, suggested
 from camfn._types import Inputs, Layer, State
 from camfn.model.guard import Allowed, Followed, Guard, input_called
 from camfn.model.ports import Ports, is_several, resolve_layers, unrecorded, watched
@@ -101,9 +101,7 @@ def resolve_state(private: PrivateCopy, state: Mapping[str, Tensor] | None) -> S
     for key, tensor in state.items():
         name = next((private.aliases[known] for known in without_wrappers(key) if known in private.aliases), None)
         if name is None:
-            raise CamError(
-                f"state= has an entry {key!r} that the model does not have; closest: {closest(key, private.aliases)}"
-            )
+            raise CamError(f"state= has an entry {key!r} that the model does not have{suggested(key, private.aliases)}")
         if not isinstance(tensor, Tensor):
             raise CamError(f"state= holds for {key!r} a {type(tensor).__name__}, not a tensor")
         if tuple(tensor.shape) != tuple(private.tensors[name].shape):

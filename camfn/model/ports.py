@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from camfn import _compat
-from camfn._errors import CamError, closest, layer_called
+from camfn._errors import CamError, layer_called, suggested
 from camfn._types import Layer
 from camfn.model.private_copy import PrivateCopy, without_wrappers
 
@@ -63,7 +63,7 @@ def _resolve_layer(private: PrivateCopy, layer: Layer, paths: dict[int, str]) ->
         if place is not None:
             return str(place._replace(module=paths[id(private.modules[place.module])]))
         raise CamError(
-            f"no layer named {layer!r} in {type(model).__name__}; closest: {closest(layer, private.modules)} "
+            f"no layer named {layer!r} in {type(model).__name__}{suggested(layer, private.modules)} "
             "(all of them: [name for name, _ in model.named_modules()])"
         )
     if not isinstance(layer, nn.Module):

@@ -140,18 +140,31 @@ def _on_photo(row: Row, size: tuple[int, int]) -> Tensor:
 
 def _wsol(rows: list[Row]) -> np.ndarray:
     if len(rows) != 1:
-        raise CamError(f"{rows[0].id} has {len(rows)} maps, and the evaluator takes one: choose the method and the layer")
+        several = _several(rows, "method", "layer", "target")
+        way_out = "choose the method and the layer" + ("; make a run of one target" if "target" in several else "")
+        raise CamError(f"{rows[0].id} has {several}, and the evaluator takes one map for each image: {way_out}")
     return normalize(_on_photo(rows[0], (SIDE, SIDE)), (-2, -1)).numpy()
 
 
 def _irn(rows: list[Row]) -> dict[str, Any]:
-    if len({(row.method, row.layer) for row in rows}) != 1 or not all((row.target or "").isdigit() for row in rows):
-        raise CamError(f"{rows[0].id}: IRN takes the maps of classes, of one method and layer: choose them")
+    several = _several(rows, "method", "layer")
+    if several:
+        raise CamError(f"{rows[0].id} has {several}, and IRN takes one of each: choose the method and the layer")
+    others = [row.target for row in rows if not (row.target or "").isdigit()]
+    if others:
+        raise CamError(f"{rows[0].id} has the target {others[0]!r}, and IRN takes classes: make a run of classes")
     width, height = rows[0].width or 1, rows[0].height or 1
     high = torch.stack([_on_photo(row, (width, height)).clamp(min=0) for row in rows])
     small = resize(high, (-(-height // STRIDE), -(-width // STRIDE)))
     keys = torch.tensor([int(row.target or 0) for row in rows])
     return {"keys": keys, "cam": _by_maximum(small), "high_res": _by_maximum(high).numpy()}
+
+
+def _several(rows: list[Row], *fields: str) -> str:
+    """Of what an image has several, such as `"2 methods and 3 targets"`. Nothing if it has one of each."""
+    counts = [(len({getattr(row, field) for row in rows}), field) for field in fields]
+    told = [f"{count} {field}s" for count, field in counts if count > 1]
+    return " and ".join(filter(None, (", ".join(told[:-1]), *told[-1:])))
 
 
 def _by_maximum(maps: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from camfn import zoo
-from camfn._errors import CamError, closest
+from camfn._errors import CamError, suggested
 from camfn.methods import METHODS
-from camfn.model.capture import tap
 from camfn.runs import manifest
 from camfn.runs.rows import NARROW, WIDE
 from camfn.sweep.options import Sweep
@@ -48,7 +47,7 @@ def checked(job: Job) -> Job:
         raise CamError("methods is empty: name one or more")
     for name in job.methods:
         if name not in METHODS:
-            raise CamError(f"no method named {name!r}; closest: {closest(name, METHODS)}; all: {', '.join(METHODS)}")
+            raise CamError(f"no method named {name!r}{suggested(name, METHODS)}; all: {', '.join(METHODS)}")
     for key in job.options:
         if key in ("normalize", "seed", "state") or not any(key in parameters(name) for name in job.methods):
             raise CamError(f"a run of {', '.join(job.methods)} has no option {key!r}")
@@ -59,7 +58,7 @@ def checked(job: Job) -> Job:
     if job.dtype not in (NARROW, WIDE):
         raise CamError(f"dtype must be {NARROW!r} or {WIDE!r}, found {job.dtype!r}")
     if not job.layers and any(METHODS[name].of_layer for name in job.methods):
-        raise CamError("name a layer, so that all maps are of the same: `camfn layers --model SPEC` lists them")
+        raise CamError("name a layer, so that all maps come from the same layer: `camfn layers --model SPEC` lists the layers")
     return job
 
 
@@ -75,7 +74,7 @@ def network_of(job: Job, device: str | torch.device | None) -> Network:
     else:
         network = job.model if device is None else job.model._replace(model=_moved(job.model.model, device))
     if job.layers:
-        tap(network.model, list(job.layers))
+        zoo.check_layers(network.model, job.layers)
     return Network(*network)
 
 

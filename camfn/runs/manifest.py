@@ -43,7 +43,7 @@ def agree(out: Path, settings: Mapping[str, Any]) -> None:
     for key in dict.fromkeys([*there, *wanted]):
         if there.get(key) != wanted.get(key):
             raise CamError(
-                f"{str(out)!r} holds a run of another {key}: {there.get(key)!r}, and now it is {wanted.get(key)!r}; "
+                f"{str(out)!r} has {key} {there.get(key)!r}, and this call has {wanted.get(key)!r}; "
                 "use the same, or another folder"
             )
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from camfn._errors import CamError, closest
+from camfn._errors import CamError, suggested
 from camfn.runs import manifest, shards
 from camfn.runs.rows import Row
 
@@ -31,7 +31,7 @@ def read(
     for what, value in (("method", method), ("layer", layer)):
         known = [str(each) for each in settings.get(f"{what}s", [])]
         if value is not None and value not in known:
-            raise CamError(f"the run has no {what} {value!r}; closest: {closest(value, known)}; all: {', '.join(known)}")
+            raise CamError(f"the run has no {what} {value!r}{suggested(value, known)}; all: {', '.join(known)}")
     asked = {"method": method, "layer": layer, "target": None if target is None else str(target), "id": id}
     given = {name: value for name, value in asked.items() if value is not None}
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from camfn._errors import CamError, closest
+from camfn._errors import CamError, suggested
 from camfn._paths import kind
 from camfn.zoo import checkpoints, downloads
 from camfn.zoo.checkpoints import Checkpoint
@@ -46,7 +46,7 @@ def _torchvision(name: str, weights: Checkpoint | None, pretrained: bool) -> Par
     name, _, wanted = name.partition(":")
     known = models.list_models(module=models)
     if name not in known:
-        raise CamError(f"torchvision has no image classifier {name!r}; closest: {closest(name, known)}")
+        raise CamError(f"torchvision has no image classifier {name!r}{suggested(name, known)}")
     kinds = {key: kind for key, kind in models.get_model_weights(name).__members__.items() if kind.meta.get("categories")}
     chosen = kinds.get(wanted or "DEFAULT")
     if chosen is None:
@@ -109,10 +109,10 @@ def _timm(name: str, weights: Checkpoint | None, pretrained: bool) -> Parts:
 
 def _check_name(timm: Any, name: str, pretrained: bool) -> None:
     if not timm.is_model(name):
-        raise CamError(f"timm has no model {name!r}, nor is it a folder; closest: {closest(name, timm.list_models())}")
+        raise CamError(f"timm has no model {name!r}, nor is it a folder{suggested(name, timm.list_models())}")
     tagged = timm.models.get_arch_pretrained_cfgs(name)
     if "." in name and name not in tagged:
-        raise CamError(f"timm has no model {name!r}; closest: {closest(name, tagged)}")
+        raise CamError(f"timm has no model {name!r}{suggested(name, tagged)}")
     if pretrained and tagged and not any(config.has_weights for key, config in tagged.items() if key.startswith(name)):
         raise CamError(f"timm has no weights for {name!r}: give a weight file, or random weights (--no-pretrained)")
 

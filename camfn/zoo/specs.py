@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from camfn import images
-from camfn._errors import CamError, closest
+from camfn._errors import CamError, suggested
 from camfn._specs import file_of, is_named
-from camfn.model.capture import pure, state_of
+from camfn.model.capture import pure, state_of, tap
+from camfn.model.ports import place_of
+from camfn.model.prepare import Call, prepare
 from camfn.targets import Top, logits_of
 from camfn.zoo import checkpoints, libraries
 from camfn.zoo.checkpoints import Checkpoint
@@ -51,6 +53,18 @@ def load(spec: str, *, weights: Path | None = None, pretrained: bool = True) -> 
     """
     with opened(spec, weights=weights, pretrained=pretrained) as loaded:
         return loaded
+
+
+def check_layers(model: nn.Module, layers: Sequence[str]) -> None:
+    """Raise CamError if the model has no such layer, or a layer is named twice. The message is for the command line."""
+    known = Call(prepare(model)).borrow().modules
+    for name in layers:
+        if place_of(name, known) is None:
+            raise CamError(
+                f"no layer named {name!r} in {type(model).__name__}{suggested(name, known)}; "
+                "`camfn layers --model SPEC` lists the layers"
+            )
+    tap(model, list(layers))
 
 
 @contextmanager
@@ -100,7 +114,7 @@ def _from_file(spec: str, file: Path, name: str) -> Loaded:
         function = getattr(module, name, None)
         if not callable(function):
             own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            raise CamError(f"model {spec!r}: the file has no function {name!r}; closest: {closest(name, own)}")
+            raise CamError(f"model {spec!r}: the file has no function {name!r}{suggested(name, own)}")
         _check_no_arguments(function, spec)
         return _loaded(spec, file, function())
 
@@ -213,8 +227,9 @@ def class_of(text: str, names: Sequence[str], what: str = "target") -> int:
             more = [f"{len(found) - LISTED} more"] if len(found) > LISTED else []
             raise CamError(f"{what} {text!r} fits {len(found)} classes: {', '.join([*listed, *more])}; give the index")
     known = [part for name in names for part in dict.fromkeys([name, *name.split(", ")])]
-    why = f"closest: {closest(text, known)}" if names else "the model has no class names, so give the index"
-    raise CamError(f"{what} {text!r} is not a class; {why}")
+    none = "give the index" if names else "the model has no class names, so give the index"
+    why = suggested(text, known) or f"; {none}"
+    raise CamError(f"{what} {text!r} is not a class{why}")
 
 
 def _plain(name: str) -> str:

@@ -42,7 +42,7 @@ def test_a_folder_is_mapped_and_resumed(images, tmp_path):
     assert "and 4 were done before" in again.stdout
     other = command(*given(images, tmp_path, "--target", "top3"))
     assert other.exit_code == 2
-    assert "holds a run of another methods" in other.stderr
+    assert "has methods ['grad_cam', 'layer_cam'], and this call has ['grad_cam']" in other.stderr
 
 
 def test_failures_are_told_and_the_status_is_1(tmp_path):
@@ -51,9 +51,10 @@ def test_failures_are_told_and_the_status_is_1(tmp_path):
     for more in ((), ("--retry",)):
         result = command(*given(tmp_path / "in", tmp_path / "out", *more))
         assert result.exit_code == 1
-        assert "1 images failed: the reasons are in " in result.stderr
+        assert "1 image failed: see the reasons in " in result.stderr
     (tmp_path / "in" / "bad.png").write_bytes((tmp_path / "in" / "a" / "0000.png").read_bytes())
-    assert command(*given(tmp_path / "in", tmp_path / "out", "--retry")).exit_code == 0
+    result = command(*given(tmp_path / "in", tmp_path / "out", "--retry"))
+    assert (result.exit_code, result.stdout[:11]) == (0, "1 image in ")
 
 
 @pytest.mark.parametrize(
@@ -192,8 +193,15 @@ def test_ids_never_lead_out_of_the_folder(tmp_path):
 
 def test_what_a_format_cannot_hold_is_an_error(images, run, tmp_path):
     datasets.made(images, tmp_path / "two", target="top2")
-    with pytest.raises(CamError, match="has 2 maps, and the evaluator takes one"):
+    with pytest.raises(
+        CamError, match=r"has 2 targets, and the evaluator takes one map for each image: .*a run of one target$"
+    ):
         runs.convert(tmp_path / "two", tmp_path / "out", "wsol")
+    datasets.made(images, tmp_path / "four", target="top2", methods=["grad_cam", "mean_cam"])
+    with pytest.raises(CamError, match="has 2 methods and 2 targets, and the evaluator"):
+        runs.convert(tmp_path / "four", tmp_path / "out", "wsol")
+    with pytest.raises(CamError, match="has 2 methods, and IRN takes one of each: choose the method and the layer"):
+        runs.convert(tmp_path / "four", tmp_path / "out", "irn")
     with pytest.raises(CamError, match="to='gif' is none of png, npy"):
         runs.convert(run, tmp_path / "out", "gif")
     datasets.made([("x", torch.zeros(3, 16, 16))], tmp_path / "tensors")

@@ -222,7 +222,7 @@ def test_other_settings_are_an_error_that_says_which(tmp_path, name):
     given = [("a", torch.zeros(3, 16, 16))]
     made(given, tmp_path)
     word = f"{name}s" if name == "layer" else name
-    with pytest.raises(CamError, match=f"holds a run of another {word}: "):
+    with pytest.raises(CamError, match=f" has {word} .*, and this call has "):
         made(given, tmp_path, **OTHER[name])
     made(given, tmp_path, batch=3, every=7)
 
@@ -232,8 +232,11 @@ WRONG = {
     "no method": ({"methods": []}, "methods is empty"),
     "an option": ({"budget": 0.1}, "a run of grad_cam has no option 'budget'"),
     "an option of ours": ({"normalize": True}, "has no option 'normalize'"),
-    "a layer": ({"layer": "featurs"}, "featurs"),
-    "no layer": ({"layer": None}, "name a layer"),
+    "no layer": ({"layer": None}, "name a layer, so that all maps come from the same layer: `camfn layers"),
+    "a layer": (
+        {"layer": "feature"},
+        "no layer named 'feature' in .*; closest: 'features', .*; `camfn layers --model SPEC` lists",
+    ),
     "a target": ({"target": "wolf"}, "'wolf' is not a class"),
     "a batch": ({"batch": 0}, "batch must be a whole number of at least 1"),
     "a dtype": ({"dtype": "int8"}, "dtype must be 'float16' or 'float32'"),

@@ -131,9 +131,9 @@ def test_what_a_killed_run_left_is_removed(out):
 
 def test_settings_must_be_the_same(out):
     manifest.agree(out, {"methods": ["m"], "layers": ("l",)})
-    with pytest.raises(CamError, match=r"holds a run of another layers: \['l'\], and now it is \['k'\]"):
+    with pytest.raises(CamError, match=r"has layers \['l'\], and this call has \['k'\]; use the same, or"):
         manifest.agree(out, {"methods": ["m"], "layers": ["k"]})
-    with pytest.raises(CamError, match="holds a run of another seed: None, and now it is 3"):
+    with pytest.raises(CamError, match="has seed None, and this call has 3; use"):
         manifest.agree(out, {"methods": ["m"], "layers": ["l"], "seed": 3})
 
 
@@ -155,7 +155,7 @@ def test_what_is_no_run_is_one_sentence(tmp_path, text, words):
 
 
 def test_names_of_methods_and_layers_are_checked(out):
-    with pytest.raises(CamError, match="the run has no method 'n'; closest: none is close; all: m"):
+    with pytest.raises(CamError, match="the run has no method 'n'; all: m"):
         runs.read(out, method="n")
 
 

@@ -870,9 +870,9 @@ def test_a_class_in_words_is_the_first_kind_of_fit(text, index):
         ("cat", "target 'cat' fits 2 classes: 2 'tabby, tabby cat', 3 'tiger cat'; give the index"),  # and no scatter
         ("tig", "target 'tig' fits 2 classes: 3 'tiger cat', 4 'tiger, Panthera tigris'; give the index"),
         ("goldfisch", "target 'goldfisch' is not a class; closest: 'goldfish'"),
-        ("", "target '' is not a class; closest: none is close"),
-        (" , ", "target ' , ' is not a class; closest: "),
-        ("top0", "target 'top0' is not a class; closest: "),
+        ("", "target '' is not a class; give the index"),
+        (" , ", "target ' , ' is not a class; give the index"),
+        ("top0", "target 'top0' is not a class; give the index"),
     ],
 )
 def test_a_class_in_words_that_is_none_or_several_is_one_sentence(text, words):
