@@ -15,11 +15,10 @@ from camfn.cli import catalog, drawing, files, models, options
 from camfn.cli.cards import Facts, Written
 from camfn.cli.facts import facts_of_class, facts_of_map, facts_of_picture, facts_of_run
 from camfn.cli.files import Source
-from camfn.cli.job import Job, Seen, check_grid, maps_of, options_of, through
+from camfn.cli.job import Job, Map, Seen, check_grid, maps_of, options_of, through
 from camfn.cli.options import Wish
 from camfn.explanation import Picture
 from camfn.methods._common import read_layer
-from camfn.model.capture import tap
 from camfn.model.forward import look
 from camfn.model.layers import choose
 from camfn.model.task import begin
@@ -34,7 +33,7 @@ def run(wish: Wish, sources: Sequence[Source]) -> Iterator[tuple[Source, list[Wr
         return
     with models.opened(wish.model, wish.weights, wish.no_pretrained, device) as loaded:
         if wish.layers:
-            tap(loaded.model, list(dict.fromkeys(wish.layers)))
+            zoo.check_layers(loaded.model, list(dict.fromkeys(wish.layers)))
         targets = zoo.targets_of(wish.targets, loaded.names, "--target")
         job = Job(wish, loaded, tuple(dict.fromkeys(wish.layers)) or (None,), methods, device, targets, given, {})
         _check_pictures(job, sources)
@@ -119,8 +118,8 @@ def _explain(job: Job, source: Source, photo: Any) -> list[Written]:
     picture, notes = drawing.ground(job.wish, photo, seen.x, job.loaded.preprocess, job.views)
     made = [each for layer in job.layers for each in maps_of(job, source, seen, layer, job.wish.check)]
     made = [each._replace(notes=(*each.notes, *notes)) for each in made]
-    for note in dict.fromkeys(note for each in made for note in each.notes):  # methods may have the same notes
-        sys.stderr.write(f"note: {escaped(source)}: {options.one_line(note)}\n")
+    for line in _lines(job, made):
+        sys.stderr.write(f"note: {escaped(source)}: {options.one_line(line)}\n")
     run = {**facts_of_run(job, source, seen.x), **facts_of_picture(picture, photo)}
     drawn = []
     for each in made:
@@ -133,6 +132,23 @@ def _explain(job: Job, source: Source, photo: Any) -> list[Written]:
     for cut in [base for base, name in bases if not base.startswith(name)][:1]:
         sys.stderr.write(f"note: {escaped(source)}: the name is too long for a file name, and is cut, as in {cut}\n")
     return written
+
+
+def _lines(job: Job, made: Sequence[Map]) -> Iterator[str]:
+    """The notes of all maps, each once. A note that is not of all methods begins with those that it is of."""
+    methods: dict[str, dict[str, None]] = {}
+    for each in made:
+        for note in each.notes:
+            methods.setdefault(note, {})[each.card.method] = None
+    count = len({each.card.method for each in made})
+    for note, own in methods.items():
+        named = note.split(" ")[0].rstrip(":") in job.methods  # the note names its method itself
+        yield note if named or len(own) == count else f"{_named(list(own))}: {note}"
+
+
+def _named(methods: Sequence[str]) -> str:
+    more = len(methods) - 3
+    return ", ".join(methods[:3]) + (f" and {more} more" if more > 0 else "")
 
 
 def _write_apart(job: Job, source: Source, picture: Picture, drawn: Sequence[Drawable]) -> list[Written]:
@@ -170,7 +186,8 @@ def _title(job: Job, source: Source, drawn: Sequence[Drawable]) -> tuple[str, ..
     """The lines above all maps: the picture, and what all maps have in common."""
     facts = drawn[0].facts
     method = facts["method"] if len(job.methods) == 1 else ""
-    layer = f"layer {facts['layer']}" if len(job.layers) == 1 and facts["layer"] is not None else ""
+    layers = {each.facts["layer"] for each in drawn}
+    layer = f"layer {facts['layer']}" if len(layers) == 1 and facts["layer"] is not None else ""
     return tuple(line for line in (source.path.name, ", ".join(filter(None, (method, layer)))) if line)
 
 

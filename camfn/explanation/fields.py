@@ -85,19 +85,23 @@ class Check(NamedTuple):
         count, failed = self.passed.numel(), int((~self.passed).sum())
         least = round(float(self.random.min()) * self.orders)
         other, mean = (float(each.nan_to_num(-2).max()) for each in (self.other, self.mean))
+        another, channels = f"map of another class (correlation {other:.2f})", f"mean of the channels (correlation {mean:.2f})"
         if not failed:
-            told = [f"a random order of the cells (ahead of {self.orders} of {self.orders})"]
-            told += [f"the map of another class (correlation {other:.2f})"] if other > -2 else []
-            told += [f"the mean of the channels (correlation {mean:.2f})"] if mean > -2 else []
-            whole = "the map is better" if count == 1 else f"all {count} maps are better"
-            return f"{whole} than the controls: {'; '.join(told)}"
+            whole = "the map passes the check: it beats" if count == 1 else f"all {count} maps pass the check: they beat"
+            orders = f"{whole} {self.orders} of {self.orders} random orders of the cells"
+            unlike = " and ".join(f"the {name}" for name, each in ((another, other), (channels, mean)) if each > -2)
+            return f"{orders}, and {'is' if count == 1 else 'are'} unlike {unlike}" if unlike else orders
+        worst = f"random orders of the cells ({'it' if count == 1 else 'the worst'} beats {least} of {self.orders})"
         reasons = (
-            (self.random < 1, f"a random order of the cells (the worst is ahead of {least} of {self.orders})"),
-            (self.other >= ALIKE, f"the map of another class (correlation {other:.2f})"),
-            (self.mean >= ALIKE, f"the mean of the channels (correlation {mean:.2f})"),
+            (self.random < 1, "does not beat", "do not beat", worst),
+            (self.other >= ALIKE, "is like", "are like", f"the {another}"),
+            (self.mean >= ALIKE, "is like", "are like", f"the {channels}"),
         )
-        told = [f"{int(bad.sum())} than {control}" for bad, control in reasons if bad.any()]
-        return f"{failed} of {count} maps {'is' if failed == 1 else 'are'} no better than a control: {'; '.join(told)}"
+        found = [(int(bad.sum()), *words) for bad, *words in reasons if bad.any()]
+        if count == 1:
+            return f"the map fails the check: {', and '.join(f'it {one} {what}' for _, one, _, what in found)}"
+        told = "; ".join(f"{n} {one if n == 1 else many} {what}" for n, one, many, what in found)
+        return f"{failed} of {count} maps {'fails' if failed == 1 else 'fail'} the check: {told}"
 
 
 class Fields(NamedTuple):

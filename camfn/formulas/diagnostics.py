@@ -129,9 +129,11 @@ def about_agreement(correlations: Sequence[Float[Tensor, "n t"]], layers: Sequen
     for name, each in zip(layers, correlations):
         same = each >= ALIKE
         if same.any():
+            least = f"{float(each[same].min()):.2f}"
+            more = "" if least == "1.00" else " or more"
             sentence = (
                 f"{int(same.sum())} of {same.numel()} maps at layer {name!r} rank the positions as mean_cam does (correlation "
-                f"{float(each[same].min()):.2f} or more): they show where the layer is active, whatever the class"
+                f"{least}{more}): they show where the layer is active, whatever the class"
             )
             found.append(Finding("no class", name, float(same.float().mean()), sentence))
     return tuple(found)

@@ -249,6 +249,12 @@ def test_what_several_methods_find_is_said_once_and_is_on_the_card_of_each(here)
     assert [line for line in result.stderr.splitlines() if "stretched" in line] == [f"note: a.png: {said}"]
 
 
+def test_a_note_of_some_methods_names_them(here):
+    command = ("--model", "net.py:pair", "--target", "1", "--method", "rise", "--method", "grad_cam", "--method", "layer_cam")
+    notes = [line for line in invoke("a.png", *command).stderr.splitlines() if "layer=None" in line]
+    assert [line.partition(" was chosen")[0] for line in notes] == ["note: a.png: grad_cam, layer_cam: layer=None: '3'"]
+
+
 def test_the_models_folder_is_importable_only_while_the_command_runs(here):
     before = list(sys.path)
     explain("a.png", "--model", "net.py:pair", "--layer", "2", "--out", "maps")  # beside.py at load, beside_later.py after
@@ -418,8 +424,8 @@ def test_a_check_is_a_line_and_a_fact(here):
     command = ("a.png", "--model", "net.py:pair", "--layer", "2", "--method", "mean_cam", "--check", "--json", "--out", "maps")
     result = invoke(*command)
     (found,) = map(json.loads, result.stdout.splitlines())
-    assert found["check"].startswith("1 of 1 maps is no better than a control: ")
-    assert "1 than the mean of the channels (correlation 1.00)" in found["check"]
+    assert found["check"].startswith("the map fails the check: it ")
+    assert "it is like the mean of the channels (correlation 1.00)" in found["check"]
     assert f"note: a.png: mean_cam: {found['check']}" in result.stderr.splitlines()
     assert "--check" in invoke("--help").stdout
 
@@ -494,7 +500,7 @@ REFUSALS = {
     ),
     "an unknown layer": (
         ["a.png", "--model", "net.py:pair", "--layer", "2", "--layer", "22"],
-        r"no layer named '22' in Sequential; closest: '2'",
+        r"no layer named '22' in Sequential; closest: '2'.*; `camfn layers --model SPEC` lists the layers$",
     ),
     "a layer without a grid": (
         ["a.png", "--model", "net.py:pair", "--layer", "5"],
@@ -536,7 +542,10 @@ REFUSALS = {
         ["a.png", "--model", "net.py:pair", "--target", "top5"],
         r"^Error: a\.png: target top5 needs 5 classes: the model has 4$",
     ),
-    "none of the best": (["a.png", "--model", "net.py:triple", "--target", "top0"], r"--target 'top0' is not a class; closest"),
+    "none of the best": (
+        ["a.png", "--model", "net.py:triple", "--target", "top0"],
+        r"--target 'top0' is not a class; give the index$",
+    ),
     "a size in words": (
         ["a.png", "--model", "net.py:pair", "--size", "big"],
         r"--size 'big' is not a size: write photo, input, or pixels, such as 800 or 600x800 \(height by width\)$",

@@ -448,7 +448,9 @@ def test_maps_that_rank_the_positions_as_the_mean_of_the_channels_are_found():
     mean = camfn.mean_cam(pooled(lambda h: h.abs(), weighted), "shown", inputs())
     told = camfn.metrics.rank_correlation(card.maps, mean)
     assert found.value == float((told >= 0.95).float().mean())
-    assert f"correlation {float(told[told >= 0.95].min()):.2f} or more" in found.sentence
+    assert f"correlation {float(told[told >= 0.95].min()):.2f} or more)" in found.sentence
+    (same,) = diagnostics.about_agreement([torch.tensor([[1.0, 0.999]])], ["shown"])
+    assert "2 of 2 maps at layer 'shown' rank the positions as mean_cam does (correlation 1.00): they" in same.sentence
     for method in ("grad_cam", "mean_cam", "hires_cam"):  # `mean_cam` need not be told that it is itself
         assert "no class" not in kinds(explained(pooled(head=weighted), method))
 
@@ -502,9 +504,8 @@ def test_maps_of_the_class_pass_their_check_and_the_reverse_order_does_not():
 def test_a_map_of_no_class_fails_its_check_and_says_why(scenes):
     card = camfn.explain(camfn.demo.network(), "features", scenes, method="mean_cam", check=True)
     assert not card.check.passed.any()
-    assert "2 than the map of another class (correlation 1.00); 2 than the mean of the channels (correlation 1.00)" in repr(
-        card
-    )
+    alike = "2 are like the map of another class (correlation 1.00); 2 are like the mean of the channels (correlation 1.00)"
+    assert alike in repr(card)
 
 
 def test_a_check_has_a_value_for_each_target_and_layer(scenes):
@@ -531,15 +532,30 @@ def test_the_line_of_a_check():
         return Check(*(torch.tensor([[[each]]]) for each in (other, mean, random)), 5).sentence
 
     assert line(0.25, 0.5, 1.0) == (
-        "the map is better than the controls: a random order of the cells (ahead of 5 of 5); the map of another class "
-        "(correlation 0.25); the mean of the channels (correlation 0.50)"
+        "the map passes the check: it beats 5 of 5 random orders of the cells, and is unlike the map of another class "
+        "(correlation 0.25) and the mean of the channels (correlation 0.50)"
     )
-    assert line(torch.nan, torch.nan, 1.0) == (
-        "the map is better than the controls: a random order of the cells (ahead of 5 of 5)"
-    )
+    assert line(torch.nan, torch.nan, 1.0) == "the map passes the check: it beats 5 of 5 random orders of the cells"
     assert line(0.96, 0.5, 0.4) == (
-        "1 of 1 maps is no better than a control: 1 than a random order of the cells (the worst is ahead of 2 of 5); "
-        "1 than the map of another class (correlation 0.96)"
+        "the map fails the check: it does not beat random orders of the cells (it beats 2 of 5), and it is like the map of "
+        "another class (correlation 0.96)"
+    )
+
+
+def test_the_line_of_a_check_of_several_maps():
+    def line(*maps: tuple[float, float, float]) -> str:
+        return Check(*torch.tensor(maps).T[:, :, None, None], 5).sentence
+
+    assert line((0.25, 0.5, 1.0), (0.1, 0.4, 1.0)) == (
+        "all 2 maps pass the check: they beat 5 of 5 random orders of the cells, and are unlike the map of another class "
+        "(correlation 0.25) and the mean of the channels (correlation 0.50)"
+    )
+    assert line((0.96, 0.5, 0.4), (0.1, 1.0, 0.0), (0.1, 1.0, 0.2)) == (
+        "3 of 3 maps fail the check: 3 do not beat random orders of the cells (the worst beats 0 of 5); 1 is like the map of "
+        "another class (correlation 0.96); 2 are like the mean of the channels (correlation 1.00)"
+    )
+    assert line((0.25, 0.5, 1.0), (0.1, 0.5, 0.8)) == (
+        "1 of 2 maps fails the check: 1 does not beat random orders of the cells (the worst beats 4 of 5)"
     )
 
 
