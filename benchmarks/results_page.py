@@ -20,6 +20,7 @@ NETWORKS = {
 }
 CHANCE = 0.25
 """The energy in one cell of four of a map that knows no class."""
+_REMOVED = "Correlation of the score's drop with the map's share on the removed object"
 _CURVES = ("grad_cam", "layer_cam", "score_cam", "full_grad")
 
 Record = Mapping[str, Any]
@@ -68,9 +69,9 @@ def listed(names: Sequence[str]) -> str:
 
 _INTRO = """# Results
 
-What the maps are worth, measured by `benchmarks/faithfulness.py`: {n} drawn scenes of two objects with exact masks, on the
-network that ships with camfn, and a few photos on trained networks. The scenes are drawn shapes, and the samples are small: the
-intervals say how small. Nothing here is a ranking for your network. Measure it: [metrics.md](metrics.md#evaluation).
+Evaluation of all methods by `benchmarks/faithfulness.py`: {n} drawn scenes of two objects with exact masks, on the network that
+ships with camfn, and a few photos on trained networks. The scenes are drawn shapes, and the samples are small: the intervals
+say how small. Nothing here is a ranking for your network. Measure it: [metrics.md](metrics.md#evaluation).
 
 A value is a mean over images with its bootstrap interval of 95 %. A star marks a method that is better than every control: the
 interval of each paired difference excludes 0. A circle marks a method that is made by what the metric measures. Controls are in
@@ -89,7 +90,7 @@ of that on both; a map of no class has 0.5.
 """
 _REMOVALS = """
 On {grids} grids of four scenes of different classes, `cell_energy` is the energy in the cell of the class. In
-`cell_energy_apart` the network sees each cell apart (DiFull): the rest lies on cells that cannot change the logit.
+`cell_energy_apart` the network sees each cell apart (DiFull): the remaining energy lies in cells that cannot affect the logit.
 On {scenes} scenes from which each object is removed in turn, `single_deletion` is the correlation of the score's drop with the
 map's share on the object.
 """
@@ -156,8 +157,9 @@ def draw_curves(record: Record) -> Any:
         if name in curves:
             style = {"color": "#b0b0b0", "linewidth": 1} if name in CONTROLS else {"linewidth": 1.8, "label": name}
             axis.plot(curves[name]["fractions"], curves[name]["scores"], **style)
-    axis.set_title("Probability while the cells of the map are deleted, the highest first", fontsize=10)
-    axis.set_xlabel("share of the cells; controls in gray", fontsize=9)
+    axis.set_title("Deletion of the cells of a map, the highest first; controls in gray", fontsize=10)
+    axis.set_xlabel("share of cells deleted", fontsize=9)
+    axis.set_ylabel("probability", fontsize=9)
     axis.legend(frameon=False, fontsize=9)
     return drawn
 
@@ -166,7 +168,7 @@ def write(record: Record, page: Path) -> None:
     page.write_text("\n".join(lines(record)).rstrip() + "\n")
     grids = draw_bars(record, "grids", "cell_energy", "Energy in the right cell of four; dashed: no class", CHANCE)
     grids.savefig(page.with_name("results-grids.png"))
-    removals = draw_bars(record, "removals", "single_deletion", "Correlation of a removed object's drop with its share", None)
+    removals = draw_bars(record, "removals", "single_deletion", _REMOVED, None)
     removals.savefig(page.with_name("results-removals.png"))
     draw_curves(record).savefig(page.with_name("results-deletion.png"))
 

@@ -110,7 +110,7 @@ def completeness(maps: Maps, net: Net, x: Tensor) -> float:
 
 
 def completeness_on_a_linear_head(maps: Maps, net: Net, x: Tensor) -> float:
-    """Where the layer is pooled and weighed, the sum or the mean of the map is the score less that of zeros."""
+    """Where the layer is pooled and weighted, the sum or the mean of the map is the score less that of zeros."""
     net = Net(net.seed, linear=True)
     with torch.no_grad():
         change = (net(x) - net.head(0 * net.features(x)))[:, 1]
@@ -200,7 +200,7 @@ def table(methods: Sequence[str] = METHODS) -> dict[str, list[bool | None]]:
 
 _HEAD = """# Axioms
 
-Which axioms of attribution each method satisfies, of a layer's positions, measured by `tests/axioms.py` on three small
+Attribution axioms that each method satisfies for the positions of a layer. Measured by `tests/axioms.py` on three small
 networks in float64. Their head after the layer is not linear; that of `cam` is. Maps are signed and unscaled. A dash means that
 the method does not take these networks, or explains no layer.
 """

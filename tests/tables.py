@@ -11,6 +11,7 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -237,8 +238,8 @@ LEGEND = (
 )
 
 REASONS = {
-    "callable target": "`cam` weighs channels by a class's row of the linear layer, and a function has no row.",
-    "several layers": "`cam` is of the layer before the pooling; the others that refuse several layers are of none.",
+    "callable target": "`cam` weights channels by a class's row of the linear layer, and a function has no row.",
+    "several layers": "`cam` explains the layer before pooling; the others explain no layer.",
 }
 """Why a use is refused by design, by column."""
 
@@ -249,7 +250,7 @@ def works(cells: Cells) -> str:
     rows += [[f"`{method}`", *(cells[method][column] for column in COLUMNS)] for method in cells]
     failing = [f"{FAILS} does not work."] * any(FAILS in row.values() for row in cells.values())
     refused = [REASONS[column] for column in COLUMNS if REFUSED in (row[column] for row in cells.values())]
-    return _lines(rows) + f"\n{' '.join([LEGEND, *refused, *failing])}\n"
+    return _lines(rows) + "\n" + textwrap.fill(" ".join([LEGEND, *refused, *failing]), 128) + "\n"
 
 
 def cells_of(block: str) -> Cells:

@@ -102,7 +102,7 @@ def explain(
       on the pictures. Without it, a picture must have the proportions of its input, and the input must show all of it.
     - `check`: compare each map with controls: the map of the likeliest other class, `mean_cam`'s, and the removal of cells in
       random orders. The card has the result as `check`, and as one line of its text. It costs the method once more, and some
-      fifty forward passes for each image.
+      fifty forward passes for each image; the card's `forwards` counts neither.
     - `options`: options of the methods. Each method gets those that it has. At least one method must have each option.
 
     **Returns** an `Explanation`, or a tuple of them for a sequence of methods.

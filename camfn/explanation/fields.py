@@ -117,7 +117,7 @@ class Fields(NamedTuple):
     targets: tuple[tuple[str, ...], ...]  # the names of each image's scores: "logit 281"; empty under a transform
     weights: tuple[Weights, ...]  # (n, t, c) or (n, t, c, positions) for each layer; empty if the method has none
     errors: tuple[Tensor | None, ...]  # (n, t) for each layer: the estimated error of an approximate normalized map
-    forwards: int  # forward passes, counted in inputs; each method of a call counts the shared ones
+    forwards: int  # forward passes, counted in inputs, without those of `check`; shared ones count for each method
     backwards: int  # backward passes: gradients of one input's score
     heads: int  # activations that ran through the layers after the explained one only
     seconds: float
