@@ -155,7 +155,7 @@ def _write_apart(job: Job, source: Source, picture: Picture, drawn: Sequence[Dra
     """Write each map with a picture of its own."""
     written = []
     for each in drawn:
-        caption = _caption(job, each.facts, whole=True) if job.wish.captions else ()
+        caption = _caption(job, each.facts, method=True, layer=True) if job.wish.captions else ()
         overlay = drawing.single(job.wish, picture, each.scaled, caption)
         base = files.write(job.wish.out, _name(source, each.facts), overlay, each.raw.numpy(), each.facts)
         written.append(Written(each.facts, base, Path(f"{base}.{files.PICTURE}")))
@@ -164,8 +164,10 @@ def _write_apart(job: Job, source: Source, picture: Picture, drawn: Sequence[Dra
 
 def _write_together(job: Job, source: Source, picture: Picture, drawn: Sequence[Drawable]) -> list[Written]:
     """Write all maps, and one picture of them."""
-    captions = [_caption(job, each.facts) if job.wish.captions is not False else () for each in drawn]
-    title = _title(job, source, drawn) if job.wish.captions is not False else ()
+    layers = {each.facts["layer"] for each in drawn}
+    told = job.wish.captions is not False
+    captions = [_caption(job, each.facts, layer=len(layers) > 1) if told else () for each in drawn]
+    title = _title(job, source, layers) if told else ()
     group = len({each.facts["class"] for each in drawn})
     page = drawing.together(job.wish, picture, [each.scaled for each in drawn], captions, group, title)
     bases = [files.write(job.wish.out, _name(source, each.facts), None, each.raw.numpy(), each.facts) for each in drawn]
@@ -173,22 +175,20 @@ def _write_together(job: Job, source: Source, picture: Picture, drawn: Sequence[
     return [Written(each.facts, base, place) for each, base in zip(drawn, bases)]
 
 
-def _caption(job: Job, facts: Facts, *, whole: bool = False) -> tuple[str, ...]:
-    """The lines under a map: its class and probability, and of method and layer what differs (or all, if `whole`)."""
+def _caption(job: Job, facts: Facts, *, method: bool = False, layer: bool) -> tuple[str, ...]:
+    """The lines under a map: its class and probability, its method if there are several or it is wished, and its layer."""
     named = facts["class_name"] or f"class {facts['class']}"
     score = f"score {facts['score']:.3g}" if facts["probability"] is None else f"{facts['probability']:.1%}"
-    method = facts["method"] if whole or len(job.methods) > 1 else ""
-    layer = facts["layer"] if whole or len(job.layers) > 1 else ""
-    return tuple(line for line in (named, score, method, layer) if line)
+    own = facts["method"] if method or len(job.methods) > 1 else ""
+    return tuple(line for line in (named, score, own, facts["layer"] if layer else "") if line)
 
 
-def _title(job: Job, source: Source, drawn: Sequence[Drawable]) -> tuple[str, ...]:
-    """The lines above all maps: the picture, and what all maps have in common."""
-    facts = drawn[0].facts
-    method = facts["method"] if len(job.methods) == 1 else ""
-    layers = {each.facts["layer"] for each in drawn}
-    layer = f"layer {facts['layer']}" if len(layers) == 1 and facts["layer"] is not None else ""
-    return tuple(line for line in (source.path.name, ", ".join(filter(None, (method, layer)))) if line)
+def _title(job: Job, source: Source, layers: set[str | None]) -> tuple[str, ...]:
+    """The lines above all maps: the picture, and the method and the layer if all maps are of one."""
+    method = job.methods[0] if len(job.methods) == 1 else ""
+    (layer,) = layers if len(layers) == 1 else (None,)
+    shared = ", ".join(filter(None, (method, layer and f"layer {layer}")))
+    return tuple(line for line in (source.path.name, shared) if line)
 
 
 def _name(source: Source, facts: Facts) -> str:

@@ -167,13 +167,20 @@ def test_what_all_maps_have_in_common_is_in_the_title(here, monkeypatch):
     assert [len(cell.caption) for cell in cells] == [2, 2, 2]
 
 
-def test_a_layer_is_in_the_title_if_all_maps_are_of_it(here, monkeypatch):
-    titles = []
-    monkeypatch.setattr(page, "drawn", lambda *given: (titles.append(given[2]), Image.new("RGB", (1, 1)))[1])
+def test_a_layer_is_in_the_title_if_all_maps_are_of_it_and_else_in_the_captions(here, monkeypatch):
+    titles, captions = [], []
+
+    def draw(cells, columns, title, bar):
+        titles.append(title)
+        captions.append([cell.caption[2:] for cell in cells])
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr(page, "drawn", draw)
     some = ("--model", "net.py:pair", "--layer", "2", "--target", "1", "--method", "grad_cam", "--method")
     for other in ("mean_cam", "full_grad"):  # full_grad explains no layer
         explain("a.png", *some, other)
     assert titles == [("a.png", "layer 2"), ("a.png",)]
+    assert captions == [[("grad_cam",), ("mean_cam",)], [("grad_cam", "2"), ("full_grad",)]]
 
 
 def test_captions_are_where_there_are_several_maps_or_where_they_are_wished(here):
