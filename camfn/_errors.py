@@ -23,11 +23,6 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    """Return the known names closest to `name`, for the end of a message."""
-    return ", ".join(map(repr, get_close_matches(name, list(known), n=3, cutoff=0.4))) or "none is close"
-
-
 def suggested(name: str, known: Iterable[str]) -> str:
     """Return the known names closest to `name` as a part of a message, or nothing if none is close.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from camfn import metrics
-from camfn._errors import CamError, closest
+from camfn._errors import CamError, suggested
 from camfn.evaluation.judged import Judged
 from camfn.formulas.resampling import resize_with_ties
 from camfn.metrics.boxes import box_ious, max_box_acc
@@ -198,9 +198,7 @@ def chosen(names: str | Sequence[str] | None, there: set[str]) -> tuple[dict[str
     else:
         unknown = [name for name in asked if name not in MEASURES]
         if unknown:
-            raise CamError(
-                f"no metric named {unknown[0]!r}; closest: {closest(unknown[0], MEASURES)}; all: {', '.join(MEASURES)}"
-            )
+            raise CamError(f"no metric named {unknown[0]!r}{suggested(unknown[0], MEASURES)}; all: {', '.join(MEASURES)}")
         wanted = [name for name in MEASURES if name in asked]
     missing = {name: [need for need in MEASURES[name].needs if need not in there] for name in wanted}
     left = {

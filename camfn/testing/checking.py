@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from camfn._errors import CamError, closest
+from camfn._errors import CamError, suggested
 from camfn._types import Inputs, Layer, Maps, Target
 from camfn.methods import grad_cam
 from camfn.methods.registry import Need, method_of
@@ -128,7 +128,7 @@ def _chosen(skip: Collection[str] | str) -> list[str]:
     skip = [skip] if isinstance(skip, str) else skip
     for name in skip:
         if name not in LAWS:
-            raise CamError(f"skip: no law named {name!r}; closest: {closest(name, LAWS)}; all: {', '.join(LAWS)}")
+            raise CamError(f"skip: no law named {name!r}{suggested(name, LAWS)}; all: {', '.join(LAWS)}")
     return [name for name in LAWS if name not in skip]
 
 

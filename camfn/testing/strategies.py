@@ -14,7 +14,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 
 from camfn import layouts, targets
-from camfn._errors import CamError, closest
+from camfn._errors import CamError, suggested
 from camfn._types import Activations, Gradients, Layout, Maps, Target
 from camfn.formulas.masks import Recipe, recipe_of
 from camfn.methods.registry import Need, method_of
@@ -274,7 +274,7 @@ def transformers(**fields: Any) -> SearchStrategy[TinyViT]:
 def _strategies(fields: dict[str, Any], known: dict[str, Any]) -> dict[str, SearchStrategy[Any]]:
     for name in fields:
         if name not in known:
-            raise CamError(f"no field named {name!r}; closest: {closest(name, known)}; all: {', '.join(known)}")
+            raise CamError(f"no field named {name!r}{suggested(name, known)}; all: {', '.join(known)}")
     return {name: value if isinstance(value, SearchStrategy) else st.just(value) for name, value in fields.items()}
 
 
