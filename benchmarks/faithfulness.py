@@ -19,7 +19,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,24 +157,27 @@ def load(folder: Path) -> Any:
     return module
 
 
-def on_photos(folder: Path, name: str) -> Evaluation:
+def of_photos(folder: Path, name: str) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """A trained network, and batches of the photos that it was trained for."""
+    from PIL import Image
+
     model, preprocess, classes = load(folder).MODELS[name]()
     labels = json.loads((folder / "images" / "labels.json").read_text())
     kind = "cifar10_png" if len(classes) == 10 else "imagenet_foolbox"
-    paths = sorted(path for path in labels if path.startswith(kind))
-    small = len(classes) == 10
+    paths, batches = sorted(path for path in labels if path.startswith(kind)), []
+    for start in range(0, len(paths), 10):
+        some = paths[start : start + 10]
+        x = torch.stack([preprocess(Image.open(folder / "images" / path).convert("RGB")) for path in some])
+        batches.append({"x": x, "target": torch.tensor([labels[path]["label"] for path in some])})
+    return model, batches
+
+
+def on_photos(folder: Path, name: str) -> Evaluation:
+    model, batches = of_photos(folder, name)
+    small = name.startswith("cifar10")
     methods = [each for each in FAST if small or each in LIGHT] + (list(ATTENTIVE) if name == "deit_tiny" else [])
-
-    def batches() -> Iterator[dict[str, Any]]:
-        from PIL import Image
-
-        for start in range(0, len(paths), 10):
-            some = paths[start : start + 10]
-            x = torch.stack([preprocess(Image.open(folder / "images" / path).convert("RGB")) for path in some])
-            yield {"x": x, "target": torch.tensor([labels[path]["label"] for path in some])}
-
     wanted = ["other_class", "permuted_classifier", "deletion", "deletion_difference", "average_drop", "gini"]
-    return camfn.evaluate(model, NETWORKS[name], batches(), methods=methods, metrics=wanted, progress=progress())
+    return camfn.evaluate(model, NETWORKS[name], batches, methods=methods, metrics=wanted, progress=progress())
 
 
 def told(found: Evaluation) -> dict[str, Any]:

@@ -12,6 +12,8 @@ The measures do not reward maps of no class:
 * `other`: the rank correlation with the map of the other class, lower is better
 
 Maps are raw, and rectified for energies. A map that is nowhere positive has the energy of chance.
+
+`photos` is DeiT too, with metrics of `camfn.evaluate` on whole photos at the two places between which to choose.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import faithfulness
 import torch
 import train_vits
 from torch import Tensor, nn
@@ -37,6 +40,8 @@ GRADED = ("grad_cam", "grad_cam_pp", "xgrad_cam", "hires_cam", "layer_cam", "gra
 EIGEN = ("eigen_grad_cam", "seg_eigen_cam", "eigen_cam", "kpca_cam", "mean_cam", "fem", "random_cam")
 SWEPT = ("ablation_cam", "recipro_cam", "score_cam", "group_cam")
 OPTIONS: dict[str, dict[str, Any]] = {"recipro_cam": {"window": "gaussian"}}
+DEIT = ("blocks.10", "blocks.11.norm1")
+PHOTOS = ("other_class", "permuted_classifier", "deletion", "deletion_difference")
 FIRST = 5000
 """The first seed of the scenes, on which no network was trained."""
 
@@ -153,6 +158,13 @@ def run(model: nn.Module, found: Samples, method: str, layers: Sequence[str]) ->
     return results
 
 
+def on_photos(folder: Path, method: str) -> dict[str, dict[str, Tensor]]:
+    """The metrics of a method on whole photos, at DeiT's last block but one and the norm after it."""
+    model, batches = faithfulness.of_photos(folder, "deit_tiny")
+    own = {"methods": [method], "metrics": PHOTOS, "controls": False, "layout": camfn.layouts.tokens(prefix=1)}
+    return {layer: dict(camfn.evaluate(model, layer, batches, **own).values[method]) for layer in DEIT}
+
+
 def compared(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, list[float]]:
     """By measure, the mean difference `other - one`, with its paired interval."""
     return {name: rounded(difference(other[name], one[name])) for name in one}
@@ -166,7 +178,7 @@ def rounded(found: Interval) -> list[float]:
 def main() -> None:
     """Run the methods on the networks, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--networks", nargs="+", default=[*train_vits.PLANS, "deit"])
+    parser.add_argument("--networks", nargs="+", default=[*train_vits.PLANS, "deit", "photos"])
     parser.add_argument("--methods", nargs="+", default=[*GRADED, *EIGEN, *SWEPT])
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--out", type=Path)
@@ -175,33 +187,46 @@ def main() -> None:
     record: dict[str, Any] = {}
     for name in asked.networks:
         start = time.perf_counter()
-        if name == "deit":
-            folder = os.environ.get("CAMFN_REAL")
-            if folder is None:
-                print("deit: CAMFN_REAL names no folder of trained networks, so it is left out")
-                continue
-            model, found = of_photos(Path(folder), asked.samples)
-        else:
-            model = train_vits.load(name)
-            found = of_scenes(model, asked.samples)
-        depth = len(model.get_submodule("blocks")._modules)
-        block, norm = f"blocks.{depth - 2}", f"blocks.{depth - 1}.norm1"
-        layers = [block, norm, f"blocks.{depth - 3}", f"blocks.{depth - 2}.norm1"]
-        own = record[name] = {"block": block, "norm": norm, "samples": asked.samples, "methods": {}}
-        for method in asked.methods:
-            few = method in SWEPT  # many forward passes: half of the samples, at the two places between which to choose
-            results = run(model, found.first(asked.samples // 2) if few else found, method, layers[: 2 if few else None])
-            own["methods"][method] = row = {
-                layer: {key: rounded(interval(value)) for key, value in each.items()} for layer, each in results.items()
-            }
-            if block in results and norm in results:
-                row["norm less block"] = compared(results[block], results[norm])
-            for layer in results:
-                told = "  ".join(f"{key} {value[0]:.2f}" for key, value in row[layer].items())
-                print(f"{name:8} {method:22} {layer:16} {told}", flush=True)
+        folder = os.environ.get("CAMFN_REAL")
+        if folder is None and name in ("deit", "photos"):
+            print(f"{name}: CAMFN_REAL names no folder of trained networks, so it is left out")
+            continue
+        own = record[name] = of_network(name, Path(folder or ""), asked.methods, asked.samples)
         own["seconds"] = round(time.perf_counter() - start)
         if asked.out:
             asked.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def of_network(name: str, folder: Path, methods: Sequence[str], samples: int) -> dict[str, Any]:
+    """The part of the record about one network."""
+    if name == "photos":
+        rows = {method: told(name, method, on_photos(folder, method), *DEIT) for method in methods}
+        return {"block": DEIT[0], "norm": DEIT[1], "methods": rows}
+    model = train_vits.load(name) if name != "deit" else None
+    model, found = of_photos(folder, samples) if model is None else (model, of_scenes(model, samples))
+    depth = len(model.get_submodule("blocks")._modules)
+    block, norm = f"blocks.{depth - 2}", f"blocks.{depth - 1}.norm1"
+    layers = [block, norm, f"blocks.{depth - 3}", f"blocks.{depth - 2}.norm1"]
+    rows = {}
+    for method in methods:
+        few = method in SWEPT  # many forward passes: half of the samples, at the two places between which to choose
+        results = run(model, found.first(samples // 2) if few else found, method, layers[: 2 if few else None])
+        rows[method] = told(name, method, results, block, norm)
+    return {"block": block, "norm": norm, "samples": samples, "methods": rows}
+
+
+def told(name: str, method: str, results: dict[str, dict[str, Tensor]], block: str, norm: str) -> dict[str, Any]:
+    """Means with intervals at each layer, and the paired differences of norm and block."""
+    row: dict[str, Any] = {
+        layer: {key: rounded(interval(value)) for key, value in each.items()} for layer, each in results.items()
+    }
+    for layer, each in row.items():
+        print(
+            f"{name:8} {method:22} {layer:16} {'  '.join(f'{key} {value[0]:.2f}' for key, value in each.items())}", flush=True
+        )
+    if block in results and norm in results:
+        row["norm less block"] = compared(results[block], results[norm])
+    return row
 
 
 if __name__ == "__main__":
