@@ -218,7 +218,9 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("method", ["grad_cam", "score_cam", functools.partial(camfn.cam, fc="inner.fc")], ids=["grad_cam", "score_cam", "cam"])
+@pytest.mark.parametrize(
+    "method", ["grad_cam", "score_cam", functools.partial(camfn.cam, fc="inner.fc")], ids=["grad_cam", "score_cam", "cam"]
+)
 @pytest.mark.parametrize("what", OUTPUTS)
 def test_logits_are_changed_where_the_output_has_them(what, method):
     check_model(Wrapped(OUTPUTS[what]), "inner.act", X, [0, 4, 2], method=method, skip=SLOW)
