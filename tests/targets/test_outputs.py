@@ -174,7 +174,7 @@ WRONG_MASKS = {
     "a list of another length": ([torch.ones(4, 4)], 1, ("n=2 of them", "1 masks")),
     "shape": (torch.ones(8, 6), 1, ("mask's size (8, 6)", "grid (4, 4)", "as the input was")),
     "empty": (marked((0, 0, 0, 0), (0, 0, 1, 1)), 1, ("mask 0 is empty",)),
-    "classes": (torch.randint(0, 4, (4, 4)) * 7, 1, ("mask 0 has values from 0 to 21", "labels == c")),
+    "classes": (torch.arange(16).reshape(4, 4) % 4 * 7, 1, ("mask 0 has values from 0 to 21", "labels == c")),
     "negative": (-torch.ones(4, 4), 1, ("values from -1 to -1",)),
     "NaN": (torch.full((4, 4), torch.nan), 1, ("mask 0 has values from nan",)),
     "class too high": (MASKS, 4, ("target 4 is not a class", "0 to 3")),
