@@ -98,6 +98,7 @@ def _judged(progress: Any, *, images: str, model: str, boxes: Path | None, **giv
             batches = Photos(loaded, items, boxes=known, target=given["target"], batch=given["batch"])
             failed = batches.failed
         with zoo.told("the model", loaded.file):
+            zoo.check_layers(loaded.model, [given["layer"]] if given["layer"] else [])
             own = _own(loaded.spec, methods)
             return evaluate(loaded.model, given["layer"], batches, methods=methods, **own, **shared), failed
 

@@ -164,7 +164,11 @@ def _named(methods: str | Sequence[AnyMethod] | Mapping[str, AnyMethod], control
     found = dict(pairs)
     own = [name for name in found if not controls or name not in CONTROL_METHODS]
     if not own:
-        raise CamError(f"methods={methods!r} has no method to judge{' that is no control' if found else ''}")
+        raise CamError(
+            f"methods has only controls ({', '.join(found)}): name a method, or pass controls=False"
+            if found
+            else "methods is empty"
+        )
     twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     taken = [name for name in own if controls and name in CONTROLS]
     taken += [name for name in found if name not in own and method_of(found[name]) is not method_of(name)]

@@ -213,7 +213,11 @@ class Gathered:
     def result(self, measures: Mapping[str, Measure], left: Mapping[str, str], seed: int) -> Evaluation:
         judged = {name: own for name, own in self._found.items() if own}
         if not any(name not in self._controls for name in judged):
-            raise CamError(f"no method could be judged: {'; '.join(f'{name}: {why}' for name, why in self.skipped.items())}")
+            by_reason: dict[str, list[str]] = {}
+            for name, why in self.skipped.items():
+                by_reason.setdefault(why, []).append(name)
+            told = "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason.items())
+            raise CamError(f"no method could be judged: {told}")
         methods = [own for name, own in judged.items() if name not in self._controls]
         lost = {metric for metric in self._failed if all(_none(own[metric]) for own in methods)}
         if not set(measures) - lost:

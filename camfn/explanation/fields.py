@@ -99,7 +99,8 @@ class Check(NamedTuple):
         )
         found = [(int(bad.sum()), *words) for bad, *words in reasons if bad.any()]
         if count == 1:
-            return f"the map fails the check: {', and '.join(f'it {one} {what}' for _, one, _, what in found)}"
+            *first, last = [f"it {one} {what}" for _, one, _, what in found]
+            return f"the map fails the check: {', '.join(first)}{', and ' if first else ''}{last}"
         told = "; ".join(f"{n} {one if n == 1 else many} {what}" for n, one, many, what in found)
         return f"{failed} of {count} maps {'fails' if failed == 1 else 'fail'} the check: {told}"
 

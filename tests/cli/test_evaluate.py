@@ -73,6 +73,11 @@ def test_the_maps_of_a_run_are_judged(images, tmp_path):
         (("--target", "zebra"), "zebra"),
         (("--target", "top3"), "must name one class"),
         (("--method", "legrad"), "no method could be judged: legrad"),
+        (("--method", "mean_cam"), "methods has only controls (mean_cam)"),
+        (
+            ("--layer", "feature"),
+            "closest: 'features', 'features.1', 'features.0'; `camfn layers --model SPEC` lists the layers",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_sentence(images, more, message):

@@ -131,8 +131,12 @@ def test_what_does_not_fit_is_left_out_with_the_reason(network, batches):
     assert "attention" in found.skipped["legrad"]
     assert found.skipped["energy"] == "no masks were given"
     assert "Not in the table: legrad" in found.markdown()
-    with pytest.raises(CamError, match="no method could be judged: legrad"):
-        camfn.evaluate(network, "features", plain, methods=["legrad"], controls=False)
+    for methods, told in ((["legrad"], "judged: legrad"), (["legrad", "ag_cam"], "judged: legrad, ag_cam: the model")):
+        with pytest.raises(CamError, match=f"no method could be {told}"):
+            camfn.evaluate(network, "features", plain, methods=methods, controls=False)
+    with pytest.raises(CamError, match=r"judged: fem, grad_cam, .*: no layer named 'feature'") as caught:
+        camfn.evaluate(network, "feature", plain, methods=["fem", "grad_cam"])
+    assert str(caught.value).count("no layer named") == 1
 
 
 def test_a_target_that_is_no_class(network, batches):
@@ -286,8 +290,11 @@ def test_a_target_of_several_scores_is_an_error(network, batches):
         ({"normalize": "minmax"}, "evaluate has no option normalize=: .* maps are signed and unscaled"),
         ({"target": 3}, "evaluate has no option target=: inputs and targets are in the batches"),
         ({"metrics": []}, "no metric can be computed: none was asked"),
-        ({"methods": []}, r"methods=\[\] has no method to judge$"),
-        ({"methods": ["mean_cam"], "controls": True}, "has no method to judge that is no control"),
+        ({"methods": []}, "methods is empty"),
+        (
+            {"methods": ["mean_cam"], "controls": True},
+            r"methods has only controls \(mean_cam\): name a method, or pass controls=",
+        ),
         (
             {"methods": ["grad_cam", camfn.smooth(camfn.fem, 2), "grad_cam"]},
             "two methods are called 'grad_cam': pass a mapping",
