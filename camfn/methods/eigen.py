@@ -206,7 +206,7 @@ def seg_eigen_cam(
     """
     if side not in ("largest", "class"):
         raise CamError(f'side must be "largest" or "class" (the side that speaks for the target is positive), found {side!r}')
-    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes), site="norm")
+    graded = grade_layer(model, layer, x, target, state, Drawing(relu, size, normalize, layout, axes))
     return _of_gradients(graded, partial(components.seg_eigen_cam, center=center, side=side), side == "class")
 
 
