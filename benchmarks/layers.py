@@ -17,7 +17,6 @@ Maps are raw, and rectified for energies. A map that is nowhere positive has the
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import random
@@ -92,12 +91,7 @@ def of_photos(folder: Path, count: int) -> tuple[nn.Module, Samples]:
     """DeiT-tiny, and grids of photos that it knows, at half their size. Without boxes there are no masks."""
     from PIL import Image
 
-    spec = importlib.util.spec_from_file_location("load", folder / "load.py")
-    assert spec is not None
-    assert spec.loader is not None
-    load = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(load)
-    model, preprocess, _ = load.MODELS["deit_tiny"]()
+    model, preprocess, _ = faithfulness.load(folder).MODELS["deit_tiny"]()
     labels = json.loads((folder / "images" / "labels.json").read_text())
     paths = sorted(path for path in labels if path.startswith("imagenet"))
     x = torch.stack([preprocess(Image.open(folder / "images" / path).convert("RGB")) for path in paths])
@@ -158,9 +152,8 @@ def run(model: nn.Module, found: Samples, method: str, layers: Sequence[str]) ->
     return results
 
 
-def on_photos(folder: Path, method: str) -> dict[str, dict[str, Tensor]]:
+def on_photos(model: nn.Module, batches: Sequence[Any], method: str) -> dict[str, dict[str, Tensor]]:
     """The metrics of a method on whole photos, at DeiT's last block but one and the norm after it."""
-    model, batches = faithfulness.of_photos(folder, "deit_tiny")
     own = {"methods": [method], "metrics": PHOTOS, "controls": False, "layout": camfn.layouts.tokens(prefix=1)}
     return {layer: dict(camfn.evaluate(model, layer, batches, **own).values[method]) for layer in DEIT}
 
@@ -200,7 +193,8 @@ def main() -> None:
 def of_network(name: str, folder: Path, methods: Sequence[str], samples: int) -> dict[str, Any]:
     """The part of the record about one network."""
     if name == "photos":
-        rows = {method: told(name, method, on_photos(folder, method), *DEIT) for method in methods}
+        given = faithfulness.of_photos(folder, "deit_tiny")
+        rows = {method: told(name, method, on_photos(*given, method), *DEIT) for method in methods}
         return {"block": DEIT[0], "norm": DEIT[1], "methods": rows}
     model = train_vits.load(name) if name != "deit" else None
     model, found = of_photos(folder, samples) if model is None else (model, of_scenes(model, samples))

@@ -3,6 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -80,6 +81,10 @@ class Given(Protocol):
     model: Prepared
     options: Mapping[str, Any]
     """The options of the methods."""
+    note: str
+    """What the maps are, if they are not signed and unscaled."""
+    origins: Mapping[str, str]
+    """The method of each name, where they differ."""
     names: tuple[str, ...]
     """The methods and controls."""
     controls: tuple[str, ...]
@@ -108,7 +113,7 @@ def judge(
         for name, judged in given.judged(Asked(given.model, batch, seed, given.options), gathered):
             _measure(name, judged, measures, gathered)
             progress(name)
-    return gathered.result(measures, left, seed)
+    return gathered.result(measures, left, seed)._replace(note=given.note, origins=given.origins)
 
 
 def _measure(name: str, judged: Judged, measures: Mapping[str, Measure], gathered: Gathered) -> None:
@@ -171,7 +176,7 @@ def _named(methods: str | Sequence[AnyMethod] | Mapping[str, AnyMethod], control
         )
     twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     taken = [name for name in own if controls and name in CONTROLS]
-    taken += [name for name in found if name not in own and method_of(found[name]) is not method_of(name)]
+    taken += [name for name in found if name not in own and found[name] not in (name, METHODS[name].function)]
     if twice or taken:
         why = "two methods are" if twice else "a control is"
         raise CamError(f"{why} called {(twice + taken)[0]!r}: pass a mapping, methods={{'a name': method, ...}}")
@@ -194,8 +199,10 @@ class _Methods:
         controls: bool,
         options: Mapping[str, Any],
     ) -> None:
-        self.model, self._layer, self.options = model, layer, options
+        self.model, self._layer, self.options, self.note = model, layer, options, ""
         self._rows = _named(methods, controls)
+        of = {name: method_of(each).name for name, each in self._rows.items()}
+        self.origins: Mapping[str, str] = MappingProxyType({name: origin for name, origin in of.items() if name != origin})
         _check_layer(layer)
         self._check_options()
         self.controls = (*(CONTROL_METHODS if controls else ()), *(CONTROLS if controls else ()))

@@ -47,6 +47,7 @@ class Evaluation(NamedTuple):
     skipped: Mapping[str, str]  # methods and metrics that are not in the table, with the reason
     seed: int
     note: str = ""  # what the maps are, if they are not signed and unscaled
+    origins: Mapping[str, str] = MappingProxyType({})  # the method of each name, where they differ
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -102,11 +103,14 @@ class Evaluation(NamedTuple):
                 "better": MEASURES[metric].better,
                 "control": method in self.controls,
                 "beats_controls": self.beats_controls(method, metric),
-                "circular": method in CIRCULAR.get(metric, ()),
+                "circular": self._circular(method, metric),
             }
             for method in self.methods
             for metric in self.metrics
         ]
+
+    def _circular(self, method: str, metric: str) -> bool:
+        return self.origins.get(method, method) in CIRCULAR.get(metric, ())
 
     def csv(self) -> str:
         """The records as CSV."""
@@ -139,7 +143,7 @@ class Evaluation(NamedTuple):
         if not found.n:
             return ""
         marks = BETTER if self.beats_controls(method, metric) else ""
-        marks += CIRCLE if method in CIRCULAR.get(metric, ()) else ""
+        marks += CIRCLE if self._circular(method, metric) else ""
         ends = f" ({found.low:.3g}, {found.high:.3g})" if found.n > 1 else ""
         return f"{found.mean:.3g}{marks}{ends}"
 
@@ -194,7 +198,6 @@ class Gathered:
         self._found: dict[str, dict[str, list[Tensor | int]]] = {name: {} for name in names}
         self._curves: dict[str, list[Curve]] = {}
         self._failed: dict[str, dict[str, str]] = {}  # by metric and method
-        self.note = ""
 
     def add(self, name: str, metric: str, values: Tensor | None, count: int) -> None:
         self._found[name].setdefault(metric, []).append(count if values is None else values)
@@ -229,7 +232,7 @@ class Gathered:
         }
         curves = {name: _mean(own) for name, own in self._curves.items()}
         skipped = MappingProxyType({**self.skipped, **left, **self._told(lost)})
-        return Evaluation(MappingProxyType(values), self._controls, MappingProxyType(curves), skipped, seed, self.note)
+        return Evaluation(MappingProxyType(values), self._controls, MappingProxyType(curves), skipped, seed)
 
     def _told(self, lost: set[str]) -> dict[str, str]:
         """Why metrics are not in the table, or have no value for some methods."""

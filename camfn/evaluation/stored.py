@@ -85,6 +85,8 @@ class _Stored:
     def __init__(self, network: Loaded, methods: Sequence[str], controls: bool) -> None:
         self.model = prepare(network.model)
         self.options: Mapping[str, Any] = {}
+        self.origins: Mapping[str, str] = {}
+        self.note = _NOTE
         self.controls = tuple(CONTROLS) if controls else ()
         self.names = (*methods, *self.controls)
         self.ids: set[str] = set()
@@ -111,7 +113,6 @@ class _Stored:
 
     def judged(self, about: Asked, gathered: Gathered) -> Iterator[tuple[str, Judged]]:
         assert self._photos is not None
-        gathered.note = _NOTE
         ids = self._photos.ids[-len(about.x) :]
         yield from in_turn({name: self._makes(name, ids, about) for name in self._methods}, self, about, self._seen, gathered)
         self._seen += len(ids)

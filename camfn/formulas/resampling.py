@@ -70,7 +70,7 @@ def with_ties(change: Callable[[Tensor], Tensor], maps: Tensor, axes: int) -> Te
     """Return weighted means of maps, in which values that are equal but for rounding are equal.
 
     Means round differently from place to place, and with the number of maps. They are made in float64 here, and rounded to
-    2^-44 of each map's largest value, which is more than float32 holds.
+    2^-44 of each map's largest value, which is more than float32 holds. MPS has no float64: there it is float32, and 2^-16.
 
     Args:
         change: from maps to means of their values, with the same number of axes.

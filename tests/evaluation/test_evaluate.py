@@ -163,6 +163,15 @@ def test_methods_may_have_names_of_ones_own(network, batches):
     for name, method in recipes.items():
         beside(found, name, "gini", batches, lambda batch, method=method: metrics.gini(signed(network, batch, method)))
     assert found.methods == ("paper", "authors")
+    drop = camfn.evaluate(network, "features", batches[:1], methods=recipes, metrics=["average_drop"], controls=False)
+    assert all(record["circular"] for record in drop.records()), "they are Score-CAM under another name"
+    assert drop.markdown().count("°") == 3
+
+
+@pytest.mark.parametrize("control", ["mean_cam", camfn.mean_cam])
+def test_a_control_may_be_named_among_the_methods(network, batches, control):
+    found = camfn.evaluate(network, "features", batches[:1], methods=[control, "grad_cam"], metrics=["gini"])
+    assert found.methods == ("grad_cam", *found.controls)
 
 
 @pytest.mark.filterwarnings("ignore::camfn.CamWarning")
