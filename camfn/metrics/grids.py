@@ -1,6 +1,7 @@
 """Grids of inputs of different classes: how much of a map lies in the cell of its class."""
 
 import math
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -116,7 +117,8 @@ class DiFull(nn.Module):
     **Returns** a module from grids `(n, c, g*h, g*w)`, as of `grid_of`, to logits `(n, g*g * classes)`, cells row by row. Its
     layer `grid` has shape `(n, channels, g*fh, g*fw)`. It is in eval mode if both parts are.
 
-    **Raises** `CamError` if there are not two cells or more along a side, or the grid has no whole cells.
+    **Raises** `CamError` if there are not two cells or more along a side, the grid has no whole cells, or a part returns
+    anything but a tensor of these axes.
 
     >>> import torch, camfn
     >>> from camfn import demo, metrics
@@ -139,9 +141,16 @@ class DiFull(nn.Module):
         self.training = self.grid.training = features.training or head.training  # the parts' own modes stay
 
     def forward(self, x: Float[Tensor, "n c gh gw"]) -> Float[Tensor, "n logits"]:
-        found = self.features(_apart(x, self.cells))
+        found = _tensor(self.features(_apart(x, self.cells)), "features", 4)
         grid = self.grid(grid_of(found.unflatten(0, (len(x), self.cells**2))))
-        return self.head(_apart(grid, self.cells)).unflatten(0, (len(x), self.cells**2)).flatten(1)
+        return _tensor(self.head(_apart(grid, self.cells)), "head", 2).unflatten(0, (len(x), self.cells**2)).flatten(1)
+
+
+def _tensor(output: Any, name: str, ndim: int) -> Tensor:
+    if not isinstance(output, Tensor) or output.ndim != ndim:
+        kind = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise CamError(f"{name} returns {kind}: DiFull needs a tensor with {ndim} axes")
+    return output
 
 
 def _apart(grid: Float[Tensor, "n c gh gw"], cells: int) -> Float[Tensor, "m c h w"]:

@@ -134,3 +134,23 @@ def test_what_a_network_of_cells_does_not_take():
     for shape in ((1, 2, 8, 9), (2, 8, 8), (8,), (1, 2, 8, 8, 8)):
         with pytest.raises(CamError, match=r"the grid has shape .*: it must be \(n, c, h, w\), of 2 x 2 whole cells"):
             metrics.DiFull(features, head)(random(*shape))
+
+
+class InATuple(nn.Module):
+    def __init__(self, part: nn.Module):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return (self.part(x),)
+
+
+def test_parts_that_return_no_tensor_of_a_batch():
+    features, head = parts()
+    x = random(1, 2, 8, 8)
+    with pytest.raises(CamError, match="features returns a tuple: DiFull needs a tensor with 4 axes"):
+        metrics.DiFull(InATuple(features), head)(x)
+    with pytest.raises(CamError, match=r"features returns a tensor of shape \(4, 3\): DiFull needs a tensor with 4 axes"):
+        metrics.DiFull(nn.Sequential(features, head), head)(x)
+    with pytest.raises(CamError, match="head returns a tuple: DiFull needs a tensor with 2 axes"):
+        metrics.DiFull(features, InATuple(head))(x)
